@@ -1,0 +1,76 @@
+"""Portable feature spaces for mechanistic interpretability.
+
+A featurizer maps a model's activations into a feature space and back,
+``x → (features, error) → x̂``. This package loads one by its id, whoever made it, and
+intervenes through it:
+
+    f = featurizers.load("owner/name")
+    with featurizers.intervene(model, {f.site: featurizers.Interchange(f, source=other_prompt)}):
+        model(**prompt)
+
+Names are imported when they are first used, so that ``import featurizers`` costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from featurizers import errors
+from featurizers.plugins import PluginInfo, kinds, plugins  # `plugins` is the function, not its module
+
+if TYPE_CHECKING:
+    from featurizers.anatomy import Anatomy as Anatomy
+    from featurizers.artefact import save_collection as save_collection
+    from featurizers.backend import collect as collect
+    from featurizers.backend import intervene as intervene
+    from featurizers.featurizer import Error as Error
+    from featurizers.featurizer import Featurizer as Featurizer
+    from featurizers.gates import SigmoidGate as SigmoidGate
+    from featurizers.hookspecs import hookimpl as hookimpl
+    from featurizers.hub import push as push
+    from featurizers.loading import create as create
+    from featurizers.loading import list_artefacts as list_artefacts
+    from featurizers.loading import load as load
+    from featurizers.operations import Ablate as Ablate
+    from featurizers.operations import Collect as Collect
+    from featurizers.operations import Interchange as Interchange
+    from featurizers.operations import Mask as Mask
+    from featurizers.operations import Steer as Steer
+    from featurizers.sites import Site as Site
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Ablate": "operations",
+    "Anatomy": "anatomy",
+    "Collect": "operations",
+    "Error": "featurizer",
+    "Featurizer": "featurizer",
+    "Interchange": "operations",
+    "Mask": "operations",
+    "SigmoidGate": "gates",
+    "Site": "sites",
+    "Steer": "operations",
+    "collect": "backend",
+    "create": "loading",
+    "hookimpl": "hookspecs",
+    "intervene": "backend",
+    "list_artefacts": "loading",
+    "load": "loading",
+    "push": "hub",
+    "save_collection": "artefact",
+}
+
+__all__ = ["PluginInfo", "__version__", "errors", "kinds", "plugins", *sorted(_HOME)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'featurizers' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"featurizers.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

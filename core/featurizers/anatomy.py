@@ -1,0 +1,240 @@
+"""`Anatomy`: where a decoder of `transformers` keeps the modules that sites name, found by looking at it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+
+from featurizers.errors import SiteError
+from featurizers.plugins import host
+from featurizers.sites import MODEL_KINDS, Side, Site
+
+ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+MLP = ("mlp", "feed_forward", "ffn", "ff")
+OUT_PROJECTION = ("o_proj", "c_proj", "out_proj", "dense", "wo")
+DOWN_PROJECTION = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo")
+EMBEDDING = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where a model keeps its blocks: what a plugin's ``featurizers_anatomy`` returns.
+
+    Attributes:
+        decoder: path of the module that owns the blocks and is called with the attention mask.
+        layers: path of the `nn.ModuleList` of blocks.
+        attention: path of the attention module within a block, None if blocks have none.
+        mlp: path of the MLP module within a block, None if blocks have none.
+        out_projection: path of attention's output projection within a block.
+        down_projection: path of the MLP's down projection within a block.
+    """
+
+    decoder: str
+    layers: str
+    attention: str | None = None
+    mlp: str | None = None
+    out_projection: str | None = None
+    down_projection: str | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """A site in one model.
+
+    Attributes:
+        path: the module's name in ``model.named_modules()``.
+        module: the module.
+        side: whether the activations are its first input or its (first) output.
+        columns: the part of the last axis that is the site, for a head.
+    """
+
+    path: str
+    module: nn.Module
+    side: Side
+    columns: slice | None = None
+
+
+class Anatomy:
+    """The sites of one model.
+
+    Args:
+        model: a decoder of `transformers`, with or without its language-model head, or a module that a plugin's
+            ``featurizers_anatomy`` hook knows.
+
+    Raises:
+        SiteError: the blocks cannot be found.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> Anatomy(GPT2Model(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=5))).place("attn.z:1:0").path
+        'h.1.attn.c_proj'
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._config = _text_config(model)
+        self.blocks = self._find_blocks()
+        self.layers = model.get_submodule(self.blocks.layers)
+        self.decoder = model.get_submodule(self.blocks.decoder)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.layers)  # type: ignore[arg-type]
+
+    def place(self, site: Site | str) -> Place:
+        """The module, side and columns that a site means in this model.
+
+        Raises:
+            SiteError: the model does not have it; the message names what is missing.
+        """
+        site = Site.parse(site)
+        path, side = self._path(site)
+        try:
+            module = self.model.get_submodule(path)
+        except AttributeError as error:
+            raise SiteError(f"{site}: {type(self.model).__name__} has no module {path!r}") from error
+        return Place(path, module, side, None if site.head is None else self._head(site, module))
+
+    def pyvene_component(self, site: Site | str) -> str:
+        """The site as pyvene writes a module path: ``model.layers[8].output``."""
+        place = self.place(site)
+        if place.columns is not None:
+            raise SiteError(f"{site}: pyvene selects a head by its unit 'h', not by a module path")
+        parts = place.path.split(".")
+        indexed = "".join(f"[{part}]" if part.isdecimal() else f".{part}" for part in parts).lstrip(".")
+        return f"{indexed}.{place.side}"
+
+    def _path(self, site: Site) -> tuple[str, Side]:
+        if site.kind == "module":
+            assert site.module is not None and site.side is not None  # noqa: S101 - Site refuses them
+            return site.module, site.side
+        if site.kind in MODEL_KINDS:
+            names = EMBEDDING if site.kind == "embed" else FINAL_NORM
+            return _join(self.blocks.decoder, self._child(self.decoder, names, site.kind)), "output"
+        assert site.layer is not None  # noqa: S101 - Site refuses it
+        if site.layer >= self.n_layers:
+            raise SiteError(f"{site}: {type(self.model).__name__} has {self.n_layers} layers, 0 to {self.n_layers - 1}")
+        within, side = {
+            "resid.pre": ("", "input"),
+            "resid.post": ("", "output"),
+            "attn.out": (self.blocks.attention, "output"),
+            "attn.z": (self.blocks.out_projection, "input"),
+            "mlp.out": (self.blocks.mlp, "output"),
+            "mlp.act": (self.blocks.down_projection, "input"),
+        }[site.kind]
+        if within is None:
+            block = type(self.layers[site.layer]).__name__  # type: ignore[index]
+            raise SiteError(f"{site}: no such part was found in {block}. {_HELP}")
+        return _join(self.blocks.layers, str(site.layer), within), side  # type: ignore[return-value]
+
+    def _head(self, site: Site, projection: nn.Module) -> slice:
+        assert site.head is not None  # noqa: S101
+        width, heads = _in_features(projection), getattr(self._config, "num_attention_heads", None)
+        if width is None or not isinstance(heads, int) or width % heads:
+            raise SiteError(f"{site}: the heads of {type(self.model).__name__} cannot be told apart. {_HELP}")
+        if site.head >= heads:
+            raise SiteError(f"{site}: {type(self.model).__name__} has {heads} heads, 0 to {heads - 1}")
+        size = width // heads
+        return slice(site.head * size, (site.head + 1) * size)
+
+    # ---- finding the blocks
+
+    def _find_blocks(self) -> Blocks:
+        if (found := host().anatomy(self.model)) is not None:
+            return found
+        layers = self._layers_path()
+        if layers is None:
+            host().load_all()
+            if (found := host().anatomy(self.model)) is not None:
+                return found
+            self._refuse(f"no list of {getattr(self._config, 'num_hidden_layers', '?')} blocks was found")
+        block = self.model.get_submodule(layers)[0]  # type: ignore[index]
+        attention = _first_child(block, ATTENTION)
+        out = _first_descendant(block, attention, OUT_PROJECTION)
+        mlp = _first_child(block, MLP)
+        return Blocks(
+            decoder=layers.rpartition(".")[0],
+            layers=layers,
+            attention=attention,
+            mlp=mlp,
+            out_projection=out,
+            down_projection=_first_descendant(block, mlp, DOWN_PROJECTION),
+        )
+
+    def _layers_path(self) -> str | None:
+        count = getattr(self._config, "num_hidden_layers", None)
+        found = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.ModuleList)
+            and len(module) == count
+            and len({type(block) for block in module}) == 1
+            and _first_child(module[0], (*ATTENTION, *MLP))
+        ]
+        # A model that sees as well has a second list; the words are in the one beside a token embedding.
+        spoken = [name for name in found if _first_child(self._parent(name), EMBEDDING)]
+        found = spoken or found
+        if len(found) > 1:
+            self._refuse(f"several lists look like its blocks: {', '.join(found)}")
+        return found[0] if found else None
+
+    def _parent(self, path: str) -> nn.Module:
+        return self.model.get_submodule(path.rpartition(".")[0])
+
+    def _child(self, module: nn.Module, names: Iterable[str], what: str) -> str:
+        if (name := _first_child(module, names)) is None:
+            raise SiteError(f"{what}: no such module was found in {type(module).__name__}. {_HELP}")
+        return name
+
+    def _refuse(self, problem: str) -> NoReturn:
+        raise SiteError(f"{type(self.model).__name__}: {problem}. {_HELP}")
+
+
+_HELP = "Name the module itself, as in 'module:PATH:output', or write a plugin with the hook featurizers_anatomy."
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The activations in what a module takes or returns: a tensor, or the first of a tuple."""
+    tensor = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(tensor, Tensor):
+        raise SiteError(f"the site carries {type(output).__name__}, not a tensor of activations; choose another module")
+    return tensor
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _first_child(module: nn.Module, names: Iterable[str]) -> str | None:
+    children = dict(module.named_children())
+    return next((name for name in names if name in children), None)
+
+
+def _first_descendant(block: nn.Module, part: str | None, names: tuple[str, ...]) -> str | None:
+    """Path within the block of the first projection of that name inside a part, at any depth."""
+    if part is None:
+        return None
+    inside = block.get_submodule(part)
+    for wanted in names:
+        for name, module in inside.named_modules():
+            if name.rpartition(".")[2] == wanted and _in_features(module) is not None:
+                return f"{part}.{name}"
+    return None
+
+
+def _in_features(projection: nn.Module) -> int | None:
+    weight = getattr(projection, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        return None
+    # transformers' Conv1D keeps (in, out), nn.Linear (out, in)
+    return weight.shape[0] if type(projection).__name__ == "Conv1D" else weight.shape[1]
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)

@@ -1,0 +1,252 @@
+"""Artefacts on disk: a folder of ``config.json``, ``model.safetensors`` and ``README.md``, written whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from featurizers import card, weights
+from featurizers.errors import ArtefactError, ConfigError, ManifestError, UsageError, WeightsError
+from featurizers.featurizer import Featurizer
+from featurizers.manifest import (
+    CARD_NAME,
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Entry,
+    Index,
+    Manifest,
+    SiteRecord,
+    dump,
+    explain,
+    read,
+)
+from featurizers.plugins import host
+
+SET_PREFIX = "features."
+
+
+def save(featurizer: Featurizer[Any], folder: str | Path) -> Path:
+    """Write a featurizer as an artefact and return its folder.
+
+    The files are written to a new folder beside, which then takes the place of an artefact that was there: a save
+    that fails leaves the old one as it was. Other files in the folder stay, and so does what people wrote in the
+    README.
+
+    Raises:
+        ArtefactError: the folder holds something else than an artefact.
+        ManifestError: the metadata is not JSON, or a name is not allowed.
+    """
+    target = Path(folder).expanduser()
+    with _replacing(target) as new:
+        _write(featurizer, new, source=f"./{target.name}")
+    return target
+
+
+def save_collection(featurizers: Mapping[str, Featurizer[Any]], folder: str | Path) -> Path:
+    """Write several featurizers as one folder, each in the subfolder of its name, with an index at the root.
+
+    Args:
+        featurizers: by subfolder, such as ``"resid.post/layer-3"``.
+        folder: where; a collection that was there is replaced whole.
+
+    Raises:
+        UsageError: there are none.
+        ArtefactError, ManifestError: as `save`.
+    """
+    if not featurizers:
+        raise UsageError("a collection holds at least one featurizer")
+    target = Path(folder).expanduser()
+    try:
+        index = Index(artefacts={name: _entry(f) for name, f in featurizers.items()})
+    except ValidationError as error:
+        raise ManifestError(str(target), explain(error)) from error
+    with _replacing(target) as new:
+        for name, featurizer in featurizers.items():
+            (new / name).mkdir(parents=True, exist_ok=True)
+            _write(featurizer, new / name, source=f"./{target.name}/{name}")
+        (new / CONFIG_NAME).write_bytes(dump(index))
+        card.write_collection(index, new / CARD_NAME, source=f"./{target.name}")
+    return target
+
+
+def read_folder(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    where: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    verify: bool = False,
+) -> Featurizer[Any]:
+    """The featurizer of an artefact whose ``config.json`` was read.
+
+    Args:
+        folder: holds ``model.safetensors``.
+        manifest: its ``config.json``.
+        where: what to call the artefact in an error.
+        device: where to put the tensors.
+        dtype: floating-point dtype to convert them to; as stored if None.
+        verify: whether to compare the sha256 of the weights with that in the config.
+
+    Raises:
+        PluginError: no installed plugin reads this kind.
+        ManifestError: the kind refuses the config.
+        WeightsError: the weights are damaged or do not fit the config.
+    """
+    cls = host().featurizer_class(manifest.kind)
+    config = _config(cls, manifest, where)
+    path = folder / WEIGHTS_NAME
+    if not path.exists():
+        raise WeightsError(where, f"{WEIGHTS_NAME} is missing; other weight formats are not read")
+    with torch.device("meta"):
+        featurizer = cls(config)
+    expected = featurizer.state_dict()
+    weights.check_header(weights.read_header(path, where), expected, manifest.features, where)
+    if verify:
+        verify_weights(path, manifest, where)
+    tensors = weights.read_tensors(path, device, where)
+    sets = {name: tensors.pop(f"{SET_PREFIX}{name}") for name in manifest.features}
+    featurizer.load_state_dict(tensors, assign=True)
+    if _on_meta(featurizer):  # the kind computes tensors that it does not store
+        featurizer = cls(config)
+        featurizer.load_state_dict(tensors, assign=True)
+    featurizer.feature_sets = sets
+    featurizer.id = manifest.id
+    featurizer.site = manifest.site.site() if manifest.site else None
+    featurizer.metadata = manifest.metadata
+    featurizer.eval()
+    featurizer.to(device=device, dtype=dtype)
+    featurizer.check()
+    return featurizer
+
+
+def verify_weights(path: Path, manifest: Manifest, where: str) -> None:
+    """Compare the sha256 of the weights with the one in the config.
+
+    Raises:
+        WeightsError: they differ.
+    """
+    if (found := weights.sha256(path)) != manifest.sha256:
+        raise WeightsError(
+            where, f"{WEIGHTS_NAME} has sha256 {found}, its config says {manifest.sha256}; fetch it again"
+        )
+
+
+def _config(cls: type[Featurizer[Any]], manifest: Manifest, where: str) -> Any:
+    try:
+        return cls.Config.model_validate(manifest.config)
+    except ValidationError as error:
+        raise ManifestError(where, f"the kind {manifest.kind!r} refuses its config: {explain(error)}") from error
+
+
+def build(cls: type[Featurizer[Any]], config: Mapping[str, Any]) -> Featurizer[Any]:
+    """A new featurizer of a class, from the keyword arguments of its config.
+
+    Raises:
+        ConfigError: the kind refuses them.
+    """
+    try:
+        checked = cls.Config.model_validate(dict(config))
+    except ValidationError as error:
+        raise ConfigError(f"{cls.kind}: {explain(error)}") from error
+    return cls(checked)
+
+
+def _on_meta(featurizer: Featurizer[Any]) -> bool:
+    return any(t.is_meta for t in (*featurizer.parameters(), *featurizer.buffers()))
+
+
+def _write(featurizer: Featurizer[Any], folder: Path, source: str) -> None:
+    """Write the three files into a folder that is nobody's yet."""
+    sets = {f"{SET_PREFIX}{name}": tensor for name, tensor in featurizer.feature_sets.items()}
+    digest = weights.write_tensors({**featurizer.state_dict(), **sets}, folder / WEIGHTS_NAME)
+    try:
+        manifest = Manifest(
+            kind=featurizer.kind,
+            id=featurizer.id,
+            config=featurizer.config.model_dump(mode="json"),
+            site=None if featurizer.site is None else SiteRecord.of(featurizer.site),
+            features=sorted(featurizer.feature_sets),
+            saved_with=_distributions(featurizer),
+            sha256=digest,
+            metadata=featurizer.metadata,
+        )
+    except ValidationError as error:
+        raise ManifestError(str(folder), explain(error)) from error
+    (folder / CONFIG_NAME).write_bytes(dump(manifest))
+    card.write(manifest, folder / CARD_NAME, source=source)
+
+
+def _entry(featurizer: Featurizer[Any]) -> Entry:
+    return Entry(
+        kind=featurizer.kind, id=featurizer.id, site=None if featurizer.site is None else str(featurizer.site)
+    )
+
+
+def _distributions(featurizer: Featurizer[Any]) -> dict[str, str]:
+    """Name and version of the core and of each distribution whose class takes part."""
+    roots = {type(module).__module__.partition(".")[0] for module in featurizer.modules()}
+    names = {name for root in roots for name in packages_distributions().get(root, []) if root != "torch"}
+    versions = {}
+    for name in sorted({*names, "featurizers"}):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # a class of the program itself belongs to no distribution
+            continue
+    return versions
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A new folder that becomes ``target`` when the block ends well, and is removed when it does not."""
+    if target.exists():
+        _check_replaceable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (target.parent / f".{target.name}.{uuid.uuid4().hex}" for _ in range(2))
+    new.mkdir()
+    try:
+        if target.exists():
+            _keep(target, new)
+        yield new
+        if not target.exists():
+            new.rename(target)
+        else:
+            target.rename(old)
+            try:
+                new.rename(target)
+            except BaseException:
+                old.rename(target)
+                raise
+            shutil.rmtree(old)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG_NAME).exists()):
+        raise ArtefactError(str(target), "it is not empty and not an artefact; choose a new or an empty folder")
+    if (target / CONFIG_NAME).exists():
+        read(target / CONFIG_NAME, str(target))  # refuses a config.json of another library
+
+
+def _keep(old: Path, new: Path) -> None:
+    """Copy what is not ours from the old folder: other files, and the README, whose prose is kept."""
+    record = read(old / CONFIG_NAME, str(old)) if (old / CONFIG_NAME).exists() else None
+    ours = {CONFIG_NAME, WEIGHTS_NAME}
+    if isinstance(record, Index):
+        ours |= {name.partition("/")[0] for name in record.artefacts}
+    for item in old.iterdir():
+        if item.name in ours:
+            continue
+        if item.is_dir():
+            shutil.copytree(item, new / item.name, symlinks=True)
+        else:
+            shutil.copy2(item, new / item.name, follow_symlinks=False)

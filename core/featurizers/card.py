@@ -1,0 +1,109 @@
+"""`README.md`: the model card of an artefact or of a collection, made without disturbing what people wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from featurizers.manifest import Index, Manifest
+
+START, END = "<!-- featurizers: start -->", "<!-- featurizers: end -->"
+FRONT_MATTER = re.compile(r"\A---\r?\n.*?\r?\n---\r?\n", re.DOTALL)
+UNKNOWN_LICENSE = "unknown"
+
+
+def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -> None:
+    """Write the card of one artefact, or renew our part of the one that is there.
+
+    Args:
+        manifest: what the card tells; the licence is ``metadata["license"]``.
+        path: of the card.
+        source: what its snippet loads.
+        subfolder: which artefact of it.
+    """
+    site = manifest.site
+    where = f"`{site.site()}`" if site else "not recorded"
+    arguments = json.dumps(source) + (f", subfolder={json.dumps(subfolder)}" if subfolder else "")
+    lines = [
+        START,
+        f"# {manifest.id}",
+        "",
+        f"A `{manifest.kind}` featurizer: it maps activations into a feature space and back, so that features can be "
+        "collected, swapped between prompts, masked, steered and ablated.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| kind | `{manifest.kind}` |",
+        f"| config | `{json.dumps(manifest.config)[:500]}` |",
+        f"| model | {f'`{site.model}`' if site and site.model else 'not recorded'} |",
+        f"| site | {where} |",
+        f"| saved with | {', '.join(f'{name} {version}' for name, version in manifest.saved_with.items())} |",
+        "",
+        "```python",
+        "import featurizers",
+        "",
+        f"f = featurizers.load({arguments})  # reads JSON and safetensors, runs no code",
+        f"swap = featurizers.Interchange(f, source=source_inputs, positions={_positions(manifest)})",
+        f'with featurizers.intervene(model, {{{_site_literal(manifest)}: swap}}):',
+        "    logits = model(**base_inputs).logits",
+        "```",
+        END,
+    ]
+    license_name = manifest.metadata.get("license", UNKNOWN_LICENSE)
+    _renew(path, _tags(manifest.kind, model=site.model if site else None, license_name=license_name), "\n".join(lines))
+
+
+def write_collection(index: Index, path: Path, *, source: str) -> None:
+    """Write the card of a collection, or renew our part of the one that is there; arguments as in `write`."""
+    rows = [
+        f"| `{name}` | `{entry.kind}` | {entry.id} | {f'`{entry.site}`' if entry.site else ''} |"
+        for name, entry in index.artefacts.items()
+    ]
+    first = next(iter(index.artefacts))
+    lines = [
+        START,
+        f"# {len(index.artefacts)} featurizers",
+        "",
+        "```python",
+        "import featurizers",
+        "",
+        f'f = featurizers.load("{source}", subfolder="{first}")',
+        "```",
+        "",
+        "| subfolder | kind | id | site |",
+        "|---|---|---|---|",
+        *rows,
+        END,
+    ]
+    kinds = sorted({entry.kind for entry in index.artefacts.values()})
+    _renew(path, _tags(*kinds), "\n".join(lines))
+
+
+def _positions(manifest: Manifest) -> list[int]:
+    return (manifest.site.position if manifest.site else None) or [-1]
+
+
+def _site_literal(manifest: Manifest) -> str:
+    return "f.site" if manifest.site else '"resid.post:LAYER"'
+
+
+def _tags(*kinds: str, model: str | None = None, license_name: object = UNKNOWN_LICENSE) -> str:
+    lines = ["library_name: featurizers", f"license: {json.dumps(license_name)}"]
+    if model:
+        lines.append(f"base_model: {json.dumps(model)}")
+    lines += ["tags:", "- featurizers", "- mechanistic-interpretability", *(f"- {json.dumps(kind)}" for kind in kinds)]
+    return "\n".join(lines)
+
+
+def _renew(path: Path, tags: str, body: str) -> None:
+    """Put our block in place of the old one; keep the front matter and the prose that are there."""
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    if START in old and END in old:
+        before, _, rest = old.partition(START)
+        text = before + body + rest.partition(END)[2]
+    else:
+        text = f"{old.rstrip()}\n\n{body}\n".lstrip() if old else f"{body}\n"
+    if not FRONT_MATTER.match(text):
+        text = f"---\n{tags}\n---\n\n{text}"
+    path.write_text(text, encoding="utf-8")

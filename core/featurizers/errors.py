@@ -1,0 +1,150 @@
+"""The errors of the library: one class a cause, each saying what was given, what is allowed, what to do.
+
+Everything raised on purpose is a `FeaturizerError`; the offending values are fields, so that a program can
+act on them. Strings that came from a file or a repository are shown with `repr`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class FeaturizerError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class UsageError(FeaturizerError, ValueError):
+    """An argument that has the wrong form."""
+
+
+class ShapeError(FeaturizerError, ValueError):
+    """Tensors, widths or stages that do not fit each other."""
+
+
+class FeatureIndexError(FeaturizerError, IndexError):
+    """A feature index that is out of range, repeated or of the wrong type."""
+
+
+class PositionError(FeaturizerError, IndexError):
+    """A token position that a prompt does not have."""
+
+
+class BasisError(FeaturizerError, ValueError):
+    """A matrix that is not the orthonormal basis it should be."""
+
+
+class SiteError(FeaturizerError, LookupError):
+    """A site that is misspelt or that a model does not have."""
+
+
+class ConfigError(FeaturizerError, ValueError):
+    """A configuration that a kind refuses."""
+
+
+class MissingDependencyError(FeaturizerError, ImportError):
+    """An optional package that an operation needs.
+
+    Attributes:
+        package: what is missing.
+        command: what installs it.
+    """
+
+    def __init__(self, purpose: str, package: str, command: str) -> None:
+        super().__init__(f"{purpose} needs {package}, which cannot be imported. Install it with: {command}")
+        self.package, self.command = package, command
+
+
+class PluginError(FeaturizerError):
+    """A plugin that cannot be used."""
+
+
+class UnknownKindError(PluginError, LookupError):
+    """A kind that no installed plugin registers.
+
+    Attributes:
+        kind: what was asked for.
+        known: the installed kinds.
+    """
+
+    def __init__(self, kind: str, known: Iterable[str], hint: str) -> None:
+        self.kind, self.known = kind, sorted(known)
+        super().__init__(
+            f"no installed plugin provides the featurizer kind {kind!r}. {hint} "
+            f"Installed kinds: {', '.join(self.known) or 'none'}."
+        )
+
+
+class PluginConflictError(PluginError):
+    """Two distributions that claim one plugin name.
+
+    Attributes:
+        name: the entry-point name.
+        distributions: who claims it.
+    """
+
+    def __init__(self, name: str, distributions: Iterable[str]) -> None:
+        self.name, self.distributions = name, sorted(distributions)
+        super().__init__(
+            f"the plugin name {name!r} is claimed by {' and by '.join(self.distributions)}. "
+            "Uninstall all but one of them."
+        )
+
+
+class PluginLoadError(PluginError):
+    """A plugin that fails while it is imported or registered.
+
+    Attributes:
+        name: the entry-point name.
+        distribution: the distribution and its version.
+    """
+
+    def __init__(self, name: str, distribution: str, reason: str) -> None:
+        self.name, self.distribution = name, distribution
+        super().__init__(
+            f"the plugin {name!r} of {distribution} cannot be used: {reason}. "
+            "Upgrade or uninstall that distribution; the other plugins go on working."
+        )
+
+
+class SourceError(FeaturizerError, ValueError):
+    """A source that names neither a folder, nor a repository, nor a catalogue entry, or names two of them."""
+
+
+class ArtefactError(FeaturizerError):
+    """An artefact that cannot be read or written.
+
+    Attributes:
+        where: the folder, or the repository and its revision.
+    """
+
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(f"{where}: {problem}")
+        self.where = where
+
+
+class ManifestError(ArtefactError, ValueError):
+    """A ``config.json`` that does not describe an artefact this version can read."""
+
+
+class WeightsError(ArtefactError, ValueError):
+    """A ``model.safetensors`` that is damaged or disagrees with the ``config.json`` beside it."""
+
+
+class HubError(ArtefactError):
+    """A request that the Hugging Face Hub refused or did not answer; ``__cause__`` is the client's own error."""
+
+
+class HubNotFoundError(HubError, LookupError):
+    """A repository, revision or file that does not exist, or that this token may not see."""
+
+
+class HubAccessError(HubError, PermissionError):
+    """A repository that is gated, or a token that lacks the right."""
+
+
+class HubConflictError(HubError):
+    """A push that lost a race against another one."""
+
+
+class HubOfflineError(HubError, ConnectionError):
+    """A file that is not cached while the Hub cannot be reached."""

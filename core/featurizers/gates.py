@@ -1,0 +1,58 @@
+"""Gates: how far each feature is moved from the base to the source by a mask."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from featurizers.errors import UsageError
+
+
+class SigmoidGate(nn.Module):
+    """A trainable gate per feature: ``sigmoid(logits / temperature)``, or its rounding where ``hard``.
+
+    Differential binary masking (De Cao et al. 2020, arXiv:2004.14992). Whether the gate is hard is a setting of
+    its own and never follows ``.training``; the hard gate has no gradient.
+
+    Args:
+        n_features: number of features.
+        temperature: divides the logits; towards 0 the gate becomes a step.
+        hard: whether the gate is exactly 0 or 1: 1 where the logit is positive.
+
+    Example:
+        >>> gate = SigmoidGate(3, hard=True)
+        >>> gate.logits.data = torch.tensor([2.0, -1.0, 0.0])
+        >>> gate()
+        tensor([1., 0., 0.])
+    """
+
+    def __init__(self, n_features: int, *, temperature: float = 1.0, hard: bool = False) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(n_features))
+        self.temperature = temperature
+        self.hard = hard
+
+    @property
+    def temperature(self) -> float:
+        """What the logits are divided by; positive."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, temperature: float | Tensor) -> None:
+        temperature = float(temperature)
+        if not temperature > 0:
+            raise UsageError(f"the temperature of a gate is positive, not {temperature}; for a step use hard=True")
+        self._temperature = temperature
+
+    def soft(self) -> Float[Tensor, " n_features"]:
+        """``sigmoid(logits / temperature)``, whatever ``hard`` is."""
+        return torch.sigmoid(self.logits / self.temperature)
+
+    def forward(self) -> Float[Tensor, " n_features"]:
+        """The gate, between 0 (keep the base) and 1 (take the source)."""
+        return (self.logits > 0).to(self.logits.dtype) if self.hard else self.soft()
+
+    def sparsity_loss(self) -> Float[Tensor, ""]:
+        """Sum of the soft gates: the expected number of features that are swapped."""
+        return self.soft().sum()

@@ -1,0 +1,118 @@
+"""Which features an operation acts on: ``indices`` in all the forms that a caller may write them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from featurizers.errors import FeatureIndexError
+
+Indices: TypeAlias = "None | slice | Sequence[int] | Sequence[Sequence[int]] | Tensor | Selection"
+"""``None``: every feature. Numbers, a slice, an integer or a boolean tensor: those features, none if empty.
+A list of lists, or a tensor of two axes: other features for each example of the batch (the first axis of x)."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Checked indices. At most one field is set; neither means every feature.
+
+    Attributes:
+        columns: int64 ``(k,)``, in the order given, the same for every example.
+        mask: bool ``(batch, n_features)``, one row an example.
+    """
+
+    columns: Tensor | None = None
+    mask: Tensor | None = None
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether every feature is selected."""
+        return self.columns is None and self.mask is None
+
+    def columns_mask(self, n_features: int) -> Tensor:
+        """The selection as booleans: ``(n_features,)``, or ``(batch, n_features)``; not for everything."""
+        if self.columns is None:
+            assert self.mask is not None  # noqa: S101 - excluded by the caller
+            return self.mask
+        mask = torch.zeros(n_features, dtype=torch.bool, device=self.columns.device)
+        mask[self.columns] = True
+        return mask
+
+    def mask_for(self, x: Tensor) -> Tensor:
+        """The selection as booleans that broadcast against features ``(batch, …, n_features)``."""
+        mask = self.columns_mask(x.shape[-1])
+        if mask.dim() == 1:
+            return mask
+        if x.dim() < 2 or mask.shape[0] != x.shape[0]:
+            raise FeatureIndexError(
+                f"indices are given for {mask.shape[0]} examples, but the activations have shape "
+                f"{tuple(x.shape)}; give one list of indices for each example of the batch"
+            )
+        return mask.reshape(mask.shape[0], *(1,) * (x.dim() - 2), mask.shape[1])
+
+
+def select(indices: Indices, n_features: int, device: torch.device | str | None = None) -> Selection:
+    """The checked form of ``indices`` among ``n_features`` features.
+
+    Raises:
+        FeatureIndexError: an index is out of range (negative ones too), repeated, or not an integer.
+    """
+    if isinstance(indices, Selection):
+        return indices
+    if indices is None:
+        return Selection()
+    if isinstance(indices, slice):
+        return Selection(columns=torch.arange(n_features, device=device)[indices])
+    if isinstance(indices, Sequence) and indices and isinstance(indices[0], Sequence):
+        return Selection(mask=_rows(indices, n_features).to(device))
+    given = _tensor(indices, device)
+    if given.dtype == torch.bool:
+        if given.shape[-1:] != (n_features,) or given.dim() > 2:
+            raise FeatureIndexError(
+                f"a boolean mask of shape {tuple(given.shape)} does not fit {n_features} features; "
+                f"give ({n_features},) or (batch, {n_features})"
+            )
+        return Selection(columns=given.nonzero().squeeze(-1)) if given.dim() == 1 else Selection(mask=given)
+    if given.dim() == 2:
+        return Selection(mask=_rows(given.tolist(), n_features).to(device))
+    return Selection(columns=_checked(given, n_features))
+
+
+def _tensor(indices: Sequence[int] | Sequence[Sequence[int]] | Tensor, device: torch.device | str | None) -> Tensor:
+    try:
+        given = torch.as_tensor(indices, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FeatureIndexError(f"indices must be integers, not {indices!r}") from error
+    if given.numel() == 0 and not isinstance(indices, Tensor):
+        return torch.zeros(0, dtype=torch.long, device=device)
+    if given.is_floating_point() or given.is_complex() or given.dim() not in (1, 2):
+        raise FeatureIndexError(
+            f"indices must be a list of integers, a list of such lists, or a boolean mask; got a tensor of "
+            f"dtype {given.dtype} and shape {tuple(given.shape)}"
+        )
+    return given if given.dtype == torch.bool else given.long()
+
+
+def _checked(columns: Tensor, n_features: int) -> Tensor:
+    if columns.numel() == 0:
+        return columns
+    if (low := int(columns.min())) < 0 or (high := int(columns.max())) >= n_features:
+        wrong = low if low < 0 else high
+        raise FeatureIndexError(f"feature index {wrong} is out of range: there are {n_features} features, 0 to {n_features - 1}")
+    if columns.unique().numel() != columns.numel():
+        raise FeatureIndexError("feature indices are repeated; give each feature once")
+    return columns
+
+
+def _rows(rows: Sequence[Sequence[int]], n_features: int) -> Tensor:
+    mask = torch.zeros(len(rows), n_features, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        columns = _tensor(list(row), None)
+        if columns.dtype == torch.bool or columns.dim() != 1:
+            raise FeatureIndexError(f"the indices of example {i} must be a list of integers, not {row!r}")
+        mask[i, _checked(columns, n_features)] = True
+    return mask

@@ -1,0 +1,203 @@
+"""`config.json`: what an artefact says of itself. Reading it imports neither torch nor a plugin."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from featurizers.errors import ManifestError, SiteError
+from featurizers.plugins import KIND
+from featurizers.sites import Side, Site
+
+CONFIG_NAME: Final = "config.json"
+WEIGHTS_NAME: Final = "model.safetensors"
+CARD_NAME: Final = "README.md"
+LIBRARY_NAME: Final = "featurizers"
+FORMAT_VERSION: Final = 1
+MAX_CONFIG_BYTES: Final = 1_000_000
+
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+FeatureSetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Subfolder = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$", max_length=512)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class SiteRecord(_Record):
+    """A `Site` as JSON."""
+
+    kind: Name
+    layer: Annotated[int, Field(ge=0, le=100_000)] | None = None
+    head: Annotated[int, Field(ge=0, le=100_000)] | None = None
+    module: Name | None = None
+    side: Side | None = None
+    position: Annotated[list[int], Field(max_length=100_000)] | None = None
+    model: Name | None = None
+    model_revision: Name | None = None
+
+    @classmethod
+    def of(cls, site: Site) -> SiteRecord:
+        """The record of a site."""
+        fields = {name: getattr(site, name) for name in cls.model_fields}
+        return cls(**{**fields, "position": None if site.position is None else list(site.position)})
+
+    def site(self) -> Site:
+        """The site of a record."""
+        fields = self.model_dump()
+        return Site(**{**fields, "position": None if self.position is None else tuple(self.position)})
+
+
+class Manifest(_Record):
+    """The ``config.json`` of one artefact, format version 1.
+
+    Attributes:
+        kind: registered name of the featurizer; looked up among the installed plugins and nowhere else.
+        id: a name for people.
+        config: configuration that the kind's ``Config`` validates.
+        site: where in which model it belongs.
+        features: names of the feature sets stored beside the weights.
+        saved_with: distributions and versions that wrote it.
+        sha256: of ``model.safetensors``.
+        metadata: anything.
+    """
+
+    library_name: Literal["featurizers"] = "featurizers"
+    format_version: Literal[1] = 1
+    kind: Annotated[str, Field(max_length=128)]
+    id: Name
+    config: dict[str, Any]
+    site: SiteRecord | None = None
+    features: list[FeatureSetName] = []
+    saved_with: dict[Name, Name] = {}
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    metadata: dict[str, Any] = {}
+
+    @field_validator("kind")
+    @classmethod
+    def _kind(cls, kind: str) -> str:
+        if not KIND.fullmatch(kind):
+            raise ValueError("a kind is lower-case words joined by '-', never an import path")
+        return kind
+
+
+class Entry(_Record):
+    """One artefact in an `Index`."""
+
+    kind: Name
+    id: Name
+    site: str | None = None
+
+
+class Index(_Record):
+    """The ``config.json`` at the root of a folder of several artefacts.
+
+    Attributes:
+        artefacts: subfolder of each, and what it holds.
+    """
+
+    library_name: Literal["featurizers"] = "featurizers"
+    format_version: Literal[1] = 1
+    artefacts: dict[Subfolder, Entry]
+
+
+def read(path: Path, where: str) -> Manifest | Index:
+    """The manifest or index in a ``config.json``.
+
+    Args:
+        path: the file.
+        where: what to call its artefact in an error.
+
+    Raises:
+        ManifestError: it is not one, or was written by a newer version.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise ManifestError(where, f"{CONFIG_NAME} cannot be read: {error.strerror or error}") from error
+    return parse(raw, where)
+
+
+def read_local(folder: Path, subfolder: str | None) -> tuple[Path, Manifest | Index]:
+    """The folder of an artefact or a collection, and its ``config.json``.
+
+    Raises:
+        ManifestError: there is none.
+    """
+    folder = folder.expanduser() / (subfolder or "")
+    if not (folder / CONFIG_NAME).exists():
+        raise ManifestError(str(folder), f"there is no {CONFIG_NAME}; give the folder that save_pretrained wrote")
+    return folder, read(folder / CONFIG_NAME, str(folder))
+
+
+def parse(raw: bytes, where: str) -> Manifest | Index:
+    """As `read`, from the bytes of the file."""
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise ManifestError(where, f"{CONFIG_NAME} is larger than {MAX_CONFIG_BYTES} bytes")
+    try:
+        data = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(where, f"{CONFIG_NAME} is not valid JSON: {error}") from error
+    if not isinstance(data, dict) or data.get("library_name") != LIBRARY_NAME:
+        raise ManifestError(
+            where, f"{CONFIG_NAME} was not written by featurizers: it lacks \"library_name\": \"{LIBRARY_NAME}\""
+        )
+    version = data.get("format_version")
+    if type(version) is int and version > FORMAT_VERSION:
+        raise ManifestError(
+            where,
+            f"it has format_version {version}, and this version of featurizers reads up to {FORMAT_VERSION}. "
+            "Upgrade with: pip install -U featurizers",
+        )
+    try:
+        record = (Index if "artefacts" in data else Manifest).model_validate(data)
+        if isinstance(record, Manifest) and record.site is not None:
+            record.site.site()
+    except ValidationError as error:
+        raise ManifestError(where, f"{CONFIG_NAME}: {explain(error)}") from error
+    except SiteError as error:
+        raise ManifestError(where, f"{CONFIG_NAME}: {error}") from error
+    return record
+
+
+def dump(record: Manifest | Index) -> bytes:
+    """The bytes of a ``config.json``.
+
+    Raises:
+        ManifestError: its free metadata is not JSON.
+    """
+    try:
+        text = json.dumps(record.model_dump(), indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ManifestError("metadata", f"cannot be written as JSON: {error}") from error
+    return (text + "\n").encode()
+
+
+def explain(error: ValidationError) -> str:
+    """One line for each thing that pydantic found wrong."""
+    lines = []
+    for detail in error.errors()[:5]:
+        path = ".".join(str(part) for part in detail["loc"]) or "it"
+        lines.append(f"{path!r}: {detail['msg']}, got {_short(detail['input'])}")
+    return "; ".join(lines)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        raise ValueError("a key is repeated")
+    return data
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")

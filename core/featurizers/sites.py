@@ -1,0 +1,123 @@
+"""`Site`: a place in a model where activations are read or written, named the same for every architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final, Literal, TypeAlias
+
+from featurizers.errors import SiteError
+
+Side: TypeAlias = Literal["input", "output"]
+
+BLOCK_KINDS: Final = {
+    "resid.pre": "residual stream entering a block",
+    "resid.post": "residual stream leaving a block",
+    "attn.out": "output of the attention module",
+    "attn.z": "attention-weighted values of all heads, the input of the output projection",
+    "mlp.out": "output of the MLP module",
+    "mlp.act": "activations of the neurons, the input of the MLP's down projection",
+}
+"""Kinds of site that every block has."""
+
+MODEL_KINDS: Final = {"embed": "output of the token embedding", "norm.out": "output of the final norm"}
+"""Kinds of site that a model has once."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a model, and what is known of the model it was found in.
+
+    Written ``resid.post:8``; ``attn.z:8:3`` is head 3 of layer 8; ``embed`` and ``norm.out`` have no layer; and
+    ``module:model.layers.8.mlp:output`` is any module's input or output. Layers and heads count from 0.
+
+    Only the first five fields say *which* place it is; the others record where a featurizer was found and do not
+    take part in comparisons.
+
+    Attributes:
+        kind: one of `BLOCK_KINDS` and `MODEL_KINDS`, or ``module``.
+        layer: block, where the kind has one.
+        head: attention head, for ``attn.z`` only.
+        module: path of a module, for ``module`` sites.
+        side: its ``input`` or its ``output``, likewise.
+        position: token positions that the featurizer was found at; -1 is the last token of the prompt.
+        model: Hub id of the model.
+        model_revision: commit of the model.
+
+    Example:
+        >>> Site.parse("resid.post:8") == Site("resid.post", 8)
+        True
+        >>> str(Site("attn.z", 8, head=3))
+        'attn.z:8:3'
+    """
+
+    kind: str
+    layer: int | None = None
+    head: int | None = None
+    module: str | None = None
+    side: Side | None = None
+    position: tuple[int, ...] | None = None
+    model: str | None = None
+    model_revision: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a site that does not say which place it is."""
+        if self.kind in BLOCK_KINDS:
+            wrong = not _is_count(self.layer) or (self.head is not None and self.kind != "attn.z")
+            if wrong or (self.head is not None and not _is_count(self.head)):
+                raise SiteError(f"{self.kind!r} needs a layer from 0, and only 'attn.z' may name a head: 'attn.z:8:3'")
+        elif self.kind in MODEL_KINDS:
+            if self.layer is not None or self.head is not None:
+                raise SiteError(f"{self.kind!r} has no layer and no head")
+        elif self.kind == "module":
+            if not self.module or self.side not in ("input", "output"):
+                raise SiteError("a module site is written 'module:PATH:input' or 'module:PATH:output'")
+        else:
+            known = ", ".join([*BLOCK_KINDS, *MODEL_KINDS, "module"])
+            raise SiteError(f"unknown kind of site {self.kind!r}; the kinds are {known}")
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same place, wherever they were found."""
+        return isinstance(other, Site) and self._place == other._place
+
+    def __hash__(self) -> int:
+        """Consistent with equality."""
+        return hash(self._place)
+
+    @property
+    def _place(self) -> tuple[object, ...]:
+        return self.kind, self.layer, self.head, self.module, self.side
+
+    def __str__(self) -> str:
+        """The form that `parse` reads."""
+        if self.kind == "module":
+            return f"module:{self.module}:{self.side}"
+        return ":".join(str(part) for part in (self.kind, self.layer, self.head) if part is not None)
+
+    @classmethod
+    def parse(cls, text: str | Site) -> Site:
+        """The site that a string such as ``resid.post:8`` names; a `Site` is returned as it is.
+
+        Raises:
+            SiteError: the string is not a site.
+        """
+        if isinstance(text, Site):
+            return text
+        kind, _, rest = text.partition(":")
+        if kind == "module":
+            module, _, side = rest.rpartition(":")
+            return cls("module", module=module, side=side)  # type: ignore[arg-type]  # checked above
+        numbers = rest.split(":") if rest else []
+        if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+            raise SiteError(f"cannot read the site {text!r}; write 'resid.post:8', 'attn.z:8:3' or 'embed'")
+        layer, head = [*map(int, numbers), None, None][:2]
+        return cls(kind, layer, head)
+
+    def at(
+        self, *, position: tuple[int, ...] | None = None, model: str | None = None, model_revision: str | None = None
+    ) -> Site:
+        """The same place, with where it was found."""
+        return replace(self, position=position, model=model, model_revision=model_revision)
+
+
+def _is_count(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 0

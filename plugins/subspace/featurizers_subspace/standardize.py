@@ -1,0 +1,122 @@
+"""`StandardizeFeaturizer`: coordinates with their mean taken off and their scale divided out."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, final
+
+import torch
+from featurizers import Error, Featurizer, hookimpl
+from featurizers.errors import BasisError, ShapeError
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+
+class StandardizeConfig(BaseModel):
+    """Configuration of a `StandardizeFeaturizer`.
+
+    Attributes:
+        d_in: width of the activations.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    d_in: Annotated[int, Field(gt=0, le=2**24)]
+
+
+@final
+class StandardizeFeaturizer(Featurizer[StandardizeConfig]):
+    """Each coordinate without its mean, in units of its standard deviation: f = (x - mean) / std.
+
+    Lossless. A stage before `SubspaceFeaturizer`, so that principal components are coordinates about the mean of
+    the data they were fitted to. Stored as ``mean (d_in)`` and ``std (d_in)``, which are not trained. Cost: one
+    pass over the activations.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[0.0, 1.0], [2.0, 5.0]])
+        >>> StandardizeFeaturizer.fit(x).encode(x)
+        tensor([[-1., -1.],
+                [ 1.,  1.]])
+    """
+
+    kind: ClassVar[str] = "standardize"
+    Config: ClassVar[type[BaseModel]] = StandardizeConfig
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: StandardizeConfig) -> None:
+        super().__init__(config)
+        self.d_in = self.n_features = config.d_in
+        self.register_buffer("mean", torch.zeros(config.d_in))
+        self.register_buffer("std", torch.ones(config.d_in))
+
+    @classmethod
+    def fit(cls, x: Float[Tensor, "*n d_in"], *, scale: bool = True) -> StandardizeFeaturizer:
+        """The mean and the standard deviation (of the population) of activations, computed in double precision.
+
+        Args:
+            x: activations; all axes but the last are examples.
+            scale: whether to divide by the standard deviation; else only the mean is taken off. A coordinate
+                that never varies is not divided.
+        """
+        rows = x.detach().reshape(-1, x.shape[-1]).double()
+        if not len(rows):
+            raise ShapeError("there are no activations to take a mean of")
+        dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+        std = rows.std(dim=0, correction=0) if scale else torch.ones_like(rows[0])
+        return cls.from_statistics(rows.mean(dim=0).to(dtype), torch.where(std > 0, std, 1.0).to(dtype))
+
+    @classmethod
+    def from_statistics(cls, mean: Float[Tensor, " d_in"], std: Float[Tensor, " d_in"]) -> StandardizeFeaturizer:
+        """The featurizer of a given mean and standard deviation.
+
+        Raises:
+            ShapeError: they are not two vectors of one length.
+            BasisError: a standard deviation is not positive.
+        """
+        if mean.dim() != 1 or mean.shape != std.shape:
+            raise ShapeError(f"mean and std are vectors of one length, got {tuple(mean.shape)} and {tuple(std.shape)}")
+        self = cls(StandardizeConfig(d_in=len(mean)))
+        self.mean, self.std = mean.detach().clone(), std.detach().clone()
+        self.check()
+        return self
+
+    def featurize(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Float[Tensor, "*batch d_in"], Error]:
+        """Standardized coordinates, and no error."""
+        return (x - self.mean) / self.std, None
+
+    def inverse_featurize(self, features: Float[Tensor, "*batch d_in"], error: Error) -> Float[Tensor, "*batch d_in"]:  # noqa: ARG002
+        """Coordinates in the units of the activations."""
+        return features * self.std + self.mean
+
+    def encode(self, x: Float[Tensor, "*batch d_in"], columns: Tensor | None = None) -> Float[Tensor, "*batch k"]:
+        """Standardized coordinates, all or some."""
+        if columns is None:
+            return (x - self.mean) / self.std
+        return (x[..., columns] - self.mean[columns]) / self.std[columns]
+
+    def apply_edit(
+        self,
+        base: Float[Tensor, "*batch d_in"],
+        features: Float[Tensor, "*batch k"],
+        edited: Float[Tensor, "*batch k"],
+        columns: Tensor | None = None,
+    ) -> Float[Tensor, "*batch d_in"]:
+        """``base + std (edited - features)``: the mean cancels."""
+        change = edited - features
+        if columns is None:
+            return (base + change * self.std).to(base.dtype)
+        change = change * self.std[columns]
+        return base.to(change.dtype).index_add(-1, columns, change).to(base.dtype)
+
+    def check(self) -> None:
+        """Raise `BasisError` unless every standard deviation is positive."""
+        if not (self.std > 0).all():
+            raise BasisError(f"a standard deviation is not positive: the smallest is {float(self.std.min())}")
+
+
+@hookimpl
+def featurizers_register(register: Any) -> None:
+    """Register the kind ``standardize``."""
+    register(StandardizeFeaturizer)
