@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from featurizers.errors import SiteError
 from featurizers.plugins import host
-from featurizers.sites import MODEL_KINDS, Side, Site
+from featurizers.sites import Side, Site
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn", "ff")
@@ -98,7 +98,7 @@ class Anatomy:
             module = self.model.get_submodule(path)
         except AttributeError as error:
             raise SiteError(f"{site}: {type(self.model).__name__} has no module {path!r}") from error
-        return Place(path, module, side, None if site.head is None else self._head(site, module))
+        return Place(path, module, side, None if site.head is None else self._head(site, site.head, module))
 
     def pyvene_component(self, site: Site | str) -> str:
         """The site as pyvene writes a module path: ``model.layers[8].output``."""
@@ -110,13 +110,11 @@ class Anatomy:
         return f"{indexed}.{place.side}"
 
     def _path(self, site: Site) -> tuple[str, Side]:
-        if site.kind == "module":
-            assert site.module is not None and site.side is not None  # noqa: S101 - Site refuses them
+        if site.module is not None and site.side is not None:
             return site.module, site.side
-        if site.kind in MODEL_KINDS:
+        if site.layer is None:
             names = EMBEDDING if site.kind == "embed" else FINAL_NORM
             return _join(self.blocks.decoder, self._child(self.decoder, names, site.kind)), "output"
-        assert site.layer is not None  # noqa: S101 - Site refuses it
         if site.layer >= self.n_layers:
             raise SiteError(f"{site}: {type(self.model).__name__} has {self.n_layers} layers, 0 to {self.n_layers - 1}")
         within, side = {
@@ -132,15 +130,14 @@ class Anatomy:
             raise SiteError(f"{site}: no such part was found in {block}. {_HELP}")
         return _join(self.blocks.layers, str(site.layer), within), side  # type: ignore[return-value]
 
-    def _head(self, site: Site, projection: nn.Module) -> slice:
-        assert site.head is not None  # noqa: S101
+    def _head(self, site: Site, head: int, projection: nn.Module) -> slice:
         width, heads = _in_features(projection), getattr(self._config, "num_attention_heads", None)
         if width is None or not isinstance(heads, int) or width % heads:
             raise SiteError(f"{site}: the heads of {type(self.model).__name__} cannot be told apart. {_HELP}")
-        if site.head >= heads:
+        if head >= heads:
             raise SiteError(f"{site}: {type(self.model).__name__} has {heads} heads, 0 to {heads - 1}")
         size = width // heads
-        return slice(site.head * size, (site.head + 1) * size)
+        return slice(head * size, (head + 1) * size)
 
     # ---- finding the blocks
 
@@ -207,7 +204,7 @@ def first_tensor(output: Any) -> Tensor:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

@@ -1,4 +1,4 @@
-"""Artefacts on disk: a folder of ``config.json``, ``model.safetensors`` and ``README.md``, written whole or not at all."""
+"""Artefacts on disk: ``config.json``, ``model.safetensors`` and ``README.md`` in a folder, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -186,9 +186,7 @@ def _write(featurizer: Featurizer[Any], folder: Path, source: str) -> None:
 
 
 def _entry(featurizer: Featurizer[Any]) -> Entry:
-    return Entry(
-        kind=featurizer.kind, id=featurizer.id, site=None if featurizer.site is None else str(featurizer.site)
-    )
+    return Entry(kind=featurizer.kind, id=featurizer.id, site=None if featurizer.site is None else str(featurizer.site))
 
 
 def _distributions(featurizer: Featurizer[Any]) -> dict[str, str]:

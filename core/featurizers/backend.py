@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -70,12 +71,7 @@ def intervene(
         watch = _PassWatch(anatomy.decoder)
         hooks.callback(watch.handle.remove)
         for key, place, todo in plan:
-
-            def edit(hidden: Tensor, key: SiteT = key, todo: tuple[Operation, ...] = todo) -> Tensor:
-                for operation in todo:
-                    hidden = _carry_out(operation, hidden, watch.current, sources.get((key, operation)), collected, key)
-                return hidden
-
+            edit = functools.partial(_carry_out_all, key, todo, watch, sources, collected)
             hooks.callback(_hook(place, edit).remove)
         yield collected
 
@@ -117,7 +113,7 @@ def collect(
     places = {key: anatomy.place(key) for key in featurizers}
     found: dict[SiteT, Tensor] = {}
 
-    def keep(key: SiteT, hidden: Tensor) -> Tensor:
+    def keep(key: SiteT, watch: _PassWatch, hidden: Tensor) -> Tensor:
         chosen = _gather(hidden, columns(positions, hidden, watch.current))
         featurizer = featurizers[key]
         # a later layer of the model may write into the tensor that it was given
@@ -130,12 +126,10 @@ def collect(
         watch = _PassWatch(anatomy.decoder)
         hooks.callback(watch.handle.remove)
         for key, place in places.items():
-            hooks.callback(_hook(place, lambda hidden, key=key: keep(key, hidden)).remove)
+            hooks.callback(_hook(place, functools.partial(keep, key, watch)).remove)
         cacheless = {"use_cache": False} if _takes(model.forward, "use_cache") else {}
-        try:
+        with suppress(_Finished):
             model(**{**cacheless, **inputs})
-        except _Finished:
-            pass
     if missing := [str(key) for key in places if key not in found]:
         raise UsageError(f"the model ran without passing through {', '.join(missing)}")
     return found
@@ -157,13 +151,12 @@ class _PassWatch:
     def _note(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self._signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
-        mask, cache = given.get("attention_mask"), given.get("past_key_values")
+        mask: Any = given.get("attention_mask")
+        cache: Any = given.get("past_key_values")
         start = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
         self._seen_prompt |= start == 0
         flat = isinstance(mask, Tensor) and mask.dim() == 2
-        self.current = Pass(
-            start, self._seen_prompt, mask if flat else None, opaque_mask=mask is not None and not flat
-        )
+        self.current = Pass(start, self._seen_prompt, mask if flat else None, opaque_mask=mask is not None and not flat)
 
 
 def _check_plan(plan: Sequence[tuple[Any, Place, tuple[Operation, ...]]]) -> None:
@@ -178,7 +171,7 @@ def _read_sources(
 ) -> dict[tuple[SiteT, Operation], Tensor]:
     """Activations for each operation with a source; each distinct inputs and positions cost one forward pass."""
     sources: dict[tuple[SiteT, Operation], Tensor] = {}
-    runs: dict[tuple[int, int], tuple[SourcedOperation, list[tuple[SiteT, Operation]]]] = {}
+    runs: dict[tuple[int, int], tuple[Inputs, Positions, list[tuple[SiteT, Operation]]]] = {}
     for key, _, todo in plan:
         for operation in todo:
             if not isinstance(operation, SourcedOperation):
@@ -186,17 +179,31 @@ def _read_sources(
             if isinstance(operation.source, Tensor):
                 sources[key, operation] = operation.source
             else:
-                run = runs.setdefault((id(operation.source), id(_source_positions(operation))), (operation, []))
-                run[1].append((key, operation))
-    for first, wanted in runs.values():
-        assert not isinstance(first.source, Tensor)  # noqa: S101 - put there above
-        found = collect(model, first.source, {key: None for key, _ in wanted}, positions=_source_positions(first))  # type: ignore[misc, call-overload]
+                where = _source_positions(operation)
+                run = runs.setdefault((id(operation.source), id(where)), (operation.source, where, []))
+                run[2].append((key, operation))
+    for inputs, where, wanted in runs.values():
+        found = collect(model, inputs, [key for key, _ in wanted], positions=where)
         sources.update({(key, operation): found[key] for key, operation in wanted})
     return sources
 
 
 def _source_positions(operation: SourcedOperation) -> Positions:
     return operation.positions if operation.source_positions is None else operation.source_positions
+
+
+def _carry_out_all(
+    key: SiteT,
+    todo: Sequence[Operation],
+    watch: _PassWatch,
+    sources: Mapping[tuple[SiteT, Operation], Tensor],
+    collected: dict[SiteT, Tensor],
+    hidden: Tensor,
+) -> Tensor:
+    """``hidden`` after all operations of a site in one forward pass."""
+    for operation in todo:
+        hidden = _carry_out(operation, hidden, watch.current, sources.get((key, operation)), collected, key)
+    return hidden
 
 
 def _carry_out(

@@ -45,13 +45,17 @@ def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -
         "",
         f"f = featurizers.load({arguments})  # reads JSON and safetensors, runs no code",
         f"swap = featurizers.Interchange(f, source=source_inputs, positions={_positions(manifest)})",
-        f'with featurizers.intervene(model, {{{_site_literal(manifest)}: swap}}):',
+        f"with featurizers.intervene(model, {{{_site_literal(manifest)}: swap}}):",
         "    logits = model(**base_inputs).logits",
         "```",
         END,
     ]
     license_name = manifest.metadata.get("license", UNKNOWN_LICENSE)
-    _renew(path, _tags(manifest.kind, model=site.model if site else None, license_name=license_name), "\n".join(lines))
+    _renew(
+        path,
+        _tags(manifest.kind, model=site.model if site else None, license_name=license_name),
+        "\n".join(lines),
+    )
 
 
 def write_collection(index: Index, path: Path, *, source: str) -> None:
@@ -92,7 +96,12 @@ def _tags(*kinds: str, model: str | None = None, license_name: object = UNKNOWN_
     lines = ["library_name: featurizers", f"license: {json.dumps(license_name)}"]
     if model:
         lines.append(f"base_model: {json.dumps(model)}")
-    lines += ["tags:", "- featurizers", "- mechanistic-interpretability", *(f"- {json.dumps(kind)}" for kind in kinds)]
+    lines += [
+        "tags:",
+        "- featurizers",
+        "- mechanistic-interpretability",
+        *(f"- {json.dumps(kind)}" for kind in kinds),
+    ]
     return "\n".join(lines)
 
 

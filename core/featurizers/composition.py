@@ -97,7 +97,9 @@ class Composition(Featurizer[CompositionConfig]):
             errors.append(error)
         return x, tuple(errors)
 
-    def inverse_featurize(self, features: Float[Tensor, "*batch n_features"], error: Error) -> Float[Tensor, "*batch d_in"]:
+    def inverse_featurize(
+        self, features: Float[Tensor, "*batch n_features"], error: Error
+    ) -> Float[Tensor, "*batch d_in"]:
         """The stages' inverses, last to first."""
         if not isinstance(error, tuple) or len(error) != len(self.stages):
             raise ShapeError(f"the error of {self.id!r} is a tuple of {len(self.stages)}, one for each stage")

@@ -76,7 +76,9 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
         """Features of x, and the error term that the inverse needs."""
 
     @abstractmethod
-    def inverse_featurize(self, features: Float[Tensor, "*batch n_features"], error: Error) -> Float[Tensor, "*batch d_in"]:
+    def inverse_featurize(
+        self, features: Float[Tensor, "*batch n_features"], error: Error
+    ) -> Float[Tensor, "*batch d_in"]:
         """The activations that have these features and this error term."""
 
     def encode(self, x: Float[Tensor, "*batch d_in"], columns: Tensor | None = None) -> Float[Tensor, "*batch k"]:
@@ -112,7 +114,7 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
         change = self.inverse_featurize(edited, error) - self.inverse_featurize(features, error)
         return (base + change).to(base.dtype)
 
-    def check(self) -> None:  # noqa: B027 - a kind whose tensors may have any value needs no check
+    def check(self) -> None:
         """Raise a `FeaturizerError` if the tensors do not have the property that the kind promises.
 
         Called after loading; the default finds nothing wrong.
@@ -120,14 +122,16 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
 
     # ------------------------------------------------------------------ operations, final
 
-    @final
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Float[Tensor, "*batch n_features"], Error]:
         """The same as `featurize`."""
         return self.featurize(x)
 
     @final
     def interchange(
-        self, base: Float[Tensor, "*batch d_in"], source: Float[Tensor, "*#batch d_in"], indices: Indices = None
+        self,
+        base: Float[Tensor, "*batch d_in"],
+        source: Float[Tensor, "*#batch d_in"],
+        indices: Indices = None,
     ) -> Float[Tensor, "*batch d_in"]:
         """``base`` with the chosen features taken from ``source``.
 
@@ -206,9 +210,7 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
             indices: which features.
             value: a number, or a tensor whose last axis follows ``indices`` as in `steer`.
         """
-        return self._edit(
-            base, indices, lambda features, _: _values(value, features).expand_as(features), values=True
-        )
+        return self._edit(base, indices, lambda features, _: _values(value, features), values=True)
 
     def _edit(
         self,
@@ -240,25 +242,35 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
     # ------------------------------------------------------------------ derivatives
 
     @final
-    def encode_jvp(self, x: Float[Tensor, "*batch d_in"], tangent: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch n_features"]:
+    def encode_jvp(
+        self, x: Float[Tensor, "*batch d_in"], tangent: Float[Tensor, "*batch d_in"]
+    ) -> Float[Tensor, "*batch n_features"]:
         """How the features change as x moves along ``tangent``."""
         return torch.func.jvp(self.encode, (x,), (tangent,))[1]  # type: ignore[no-any-return]
 
     @final
-    def encode_vjp(self, x: Float[Tensor, "*batch d_in"], cotangent: Float[Tensor, "*batch n_features"]) -> Float[Tensor, "*batch d_in"]:
+    def encode_vjp(
+        self, x: Float[Tensor, "*batch d_in"], cotangent: Float[Tensor, "*batch n_features"]
+    ) -> Float[Tensor, "*batch d_in"]:
         """The gradient in x of ``(features * cotangent).sum()``."""
         return torch.func.vjp(self.encode, x)[1](cotangent)[0]  # type: ignore[no-any-return]
 
     @final
     def decode_jvp(
-        self, features: Float[Tensor, "*batch n_features"], error: Error, tangent: Float[Tensor, "*batch n_features"]
+        self,
+        features: Float[Tensor, "*batch n_features"],
+        error: Error,
+        tangent: Float[Tensor, "*batch n_features"],
     ) -> Float[Tensor, "*batch d_in"]:
         """How the activations change as the features move along ``tangent``, the error term held."""
         return torch.func.jvp(lambda f: self.inverse_featurize(f, error), (features,), (tangent,))[1]  # type: ignore[no-any-return]
 
     @final
     def decode_vjp(
-        self, features: Float[Tensor, "*batch n_features"], error: Error, cotangent: Float[Tensor, "*batch d_in"]
+        self,
+        features: Float[Tensor, "*batch n_features"],
+        error: Error,
+        cotangent: Float[Tensor, "*batch d_in"],
     ) -> Float[Tensor, "*batch n_features"]:
         """The gradient in the features of ``(x̂ * cotangent).sum()``, the error term held."""
         return torch.func.vjp(lambda f: self.inverse_featurize(f, error), features)[1](cotangent)[0]  # type: ignore[no-any-return]
@@ -385,11 +397,11 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
 def _values(value: float | Tensor, features: Tensor) -> Tensor:
     given = torch.as_tensor(value, device=features.device).to(features.dtype)
     try:
-        if torch.broadcast_shapes(given.shape, features.shape) == features.shape:
-            return given
-    except RuntimeError:
-        pass  # the same answer as shapes that broadcast to something larger
-    raise ShapeError(f"values of shape {tuple(given.shape)} do not fit the selected features {tuple(features.shape)}")
+        return given.expand_as(features)
+    except RuntimeError as error:
+        raise ShapeError(
+            f"values of shape {tuple(given.shape)} do not fit the selected features {tuple(features.shape)}"
+        ) from error
 
 
 __all__ = ["Error", "Featurizer", "Indices", "Selection"]

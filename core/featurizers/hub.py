@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: artefacts are pulled at one commit and pushed in one commit, by huggingface_hub's own functions."""
+"""The Hugging Face Hub: artefacts are pulled at one commit and pushed in one, by functions of huggingface_hub."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def translated(where: str) -> Iterator[None]:
         raise _translate(error, where) from error
 
 
-def _translate(error: Exception, where: str) -> FeaturizerError:  # noqa: PLR0911 - one cause a line
+def _translate(error: Exception, where: str) -> FeaturizerError:
     from huggingface_hub import errors as hub
 
     cause = error.__cause__ if isinstance(error, ValueError) and isinstance(error.__cause__, Exception) else error
@@ -203,7 +203,8 @@ def _translate(error: Exception, where: str) -> FeaturizerError:  # noqa: PLR091
         return HubNotFoundError(where, "the repository has no such branch, tag or commit")
     if isinstance(cause, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled):
         return HubOfflineError(
-            where, f"the Hub cannot be reached or may not be asked, and the file is not cached: {_line(cause)}"
+            where,
+            f"the Hub cannot be reached or may not be asked, and the file is not cached: {_line(cause)}",
         )
     if isinstance(cause, hub.EntryNotFoundError):
         return HubNotFoundError(where, f"a file is not in the repository: {_line(cause)}")
@@ -255,8 +256,7 @@ def _operations(
             if isinstance(root, Manifest)
             else "its root is the index of a collection; give a subfolder",
         )
-    if subfolder:
-        assert isinstance(record, Manifest)  # noqa: S101 - refused above
+    if subfolder and isinstance(record, Manifest):
         index = _with_entry(root if isinstance(root, Index) else None, subfolder, record, repo_id)
         (staging / CONFIG_NAME).write_bytes(dump(index))
         added[CONFIG_NAME] = staging / CONFIG_NAME

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -34,10 +34,11 @@ class Selection:
         return self.columns is None and self.mask is None
 
     def columns_mask(self, n_features: int) -> Tensor:
-        """The selection as booleans: ``(n_features,)``, or ``(batch, n_features)``; not for everything."""
-        if self.columns is None:
-            assert self.mask is not None  # noqa: S101 - excluded by the caller
+        """The selection as booleans: ``(n_features,)``, or ``(batch, n_features)`` if it differs by example."""
+        if self.mask is not None:
             return self.mask
+        if self.columns is None:
+            return torch.ones(n_features, dtype=torch.bool)
         mask = torch.zeros(n_features, dtype=torch.bool, device=self.columns.device)
         mask[self.columns] = True
         return mask
@@ -68,7 +69,7 @@ def select(indices: Indices, n_features: int, device: torch.device | str | None 
     if isinstance(indices, slice):
         return Selection(columns=torch.arange(n_features, device=device)[indices])
     if isinstance(indices, Sequence) and indices and isinstance(indices[0], Sequence):
-        return Selection(mask=_rows(indices, n_features).to(device))
+        return Selection(mask=_rows(cast("Sequence[Sequence[int]]", indices), n_features).to(device))
     given = _tensor(indices, device)
     if given.dtype == torch.bool:
         if given.shape[-1:] != (n_features,) or given.dim() > 2:
@@ -102,8 +103,10 @@ def _checked(columns: Tensor, n_features: int) -> Tensor:
         return columns
     if (low := int(columns.min())) < 0 or (high := int(columns.max())) >= n_features:
         wrong = low if low < 0 else high
-        raise FeatureIndexError(f"feature index {wrong} is out of range: there are {n_features} features, 0 to {n_features - 1}")
-    if columns.unique().numel() != columns.numel():
+        raise FeatureIndexError(
+            f"feature index {wrong} is out of range: there are {n_features} features, 0 to {n_features - 1}"
+        )
+    if torch.bincount(columns, minlength=1).amax() > 1:
         raise FeatureIndexError("feature indices are repeated; give each feature once")
     return columns
 

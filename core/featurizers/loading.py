@@ -115,9 +115,7 @@ def list_artefacts(
     Raises:
         SourceError, ManifestError, HubError: as `load`.
     """
-    record = manifest_of(
-        source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-    )
+    record = manifest_of(source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     if isinstance(record, Index):
         return dict(record.artefacts)
     site = None if record.site is None else str(record.site.site())

@@ -21,7 +21,9 @@ MAX_CONFIG_BYTES: Final = 1_000_000
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 FeatureSetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-Subfolder = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$", max_length=512)]
+Subfolder = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$", max_length=512)
+]
 
 
 class _Record(BaseModel):
@@ -145,7 +147,7 @@ def parse(raw: bytes, where: str) -> Manifest | Index:
         raise ManifestError(where, f"{CONFIG_NAME} is not valid JSON: {error}") from error
     if not isinstance(data, dict) or data.get("library_name") != LIBRARY_NAME:
         raise ManifestError(
-            where, f"{CONFIG_NAME} was not written by featurizers: it lacks \"library_name\": \"{LIBRARY_NAME}\""
+            where, f'{CONFIG_NAME} was not written by featurizers: it lacks "library_name": "{LIBRARY_NAME}"'
         )
     version = data.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:

@@ -115,7 +115,7 @@ class Steer(Operation):
     delta: float | Tensor = field(kw_only=True)
     indices: Indices = field(default=None, kw_only=True)
 
-    def apply(self, base: Tensor, source: Tensor | None) -> Tensor:  # noqa: ARG002
+    def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Base with delta added to its features."""
         return self.featurizer.steer(base, self.delta, self.indices)
 
@@ -139,7 +139,7 @@ class Ablate(Operation):
         if isinstance(self.value, str) and self.value != "mean":
             raise UsageError(f"Ablate takes a number, a tensor or 'mean', not {self.value!r}")
 
-    def apply(self, base: Tensor, source: Tensor | None) -> Tensor:  # noqa: ARG002
+    def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Base with its features set."""
         value = self.value
         if isinstance(value, str):
@@ -157,7 +157,7 @@ class Collect(Operation):
 
     indices: Indices = field(default=None, kw_only=True)
 
-    def apply(self, base: Tensor, source: Tensor | None) -> Tensor:  # noqa: ARG002
+    def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """The features, ``(batch, n_positions, k)``."""
         return self.featurizer.collect(base, self.indices)
 

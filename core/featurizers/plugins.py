@@ -56,8 +56,9 @@ class PluginHost:
     """The installed plugins of one process; `host` gives the only one that programs need."""
 
     def __init__(self) -> None:
-        import pluggy
         from importlib.metadata import entry_points
+
+        import pluggy
 
         from featurizers import hookspecs
 

@@ -113,7 +113,11 @@ class Site:
         return cls(kind, layer, head)
 
     def at(
-        self, *, position: tuple[int, ...] | None = None, model: str | None = None, model_revision: str | None = None
+        self,
+        *,
+        position: tuple[int, ...] | None = None,
+        model: str | None = None,
+        model_revision: str | None = None,
     ) -> Site:
         """The same place, with where it was found."""
         return replace(self, position=position, model=model, model_revision=model_revision)

@@ -57,7 +57,9 @@ def read_header(path: Path, where: str) -> dict[str, Spec]:
     return specs
 
 
-def check_header(found: Mapping[str, Spec], expected: Mapping[str, Tensor], feature_sets: list[str], where: str) -> None:
+def check_header(
+    found: Mapping[str, Spec], expected: Mapping[str, Tensor], feature_sets: list[str], where: str
+) -> None:
     """Compare a header with the state dict that a config implies.
 
     A floating-point tensor may be stored in any floating-point dtype; every other dtype is exact.
@@ -69,13 +71,16 @@ def check_header(found: Mapping[str, Spec], expected: Mapping[str, Tensor], feat
     missing = (set(expected) | stored_sets) - set(found)
     unknown = set(found) - set(expected) - stored_sets
     if missing or unknown:
-        parts = [f"lacks {sorted(missing)!r}"] * bool(missing) + [f"has unknown {sorted(unknown)[:5]!r}"] * bool(unknown)
+        parts = [f"lacks {sorted(missing)!r}"] * bool(missing) + [f"has unknown {sorted(unknown)[:5]!r}"] * bool(
+            unknown
+        )
         raise WeightsError(where, f"{WEIGHTS_NAME} {' and '.join(parts)}")
     for name, tensor in expected.items():
         spec = found[name]
         if spec.shape != tuple(tensor.shape):
             raise WeightsError(
-                where, f"tensor {name!r} has shape {list(spec.shape)}, but its config implies {list(tensor.shape)}"
+                where,
+                f"tensor {name!r} has shape {list(spec.shape)}, but its config implies {list(tensor.shape)}",
             )
         implied = str(tensor.dtype).removeprefix("torch.")
         if spec.dtype != implied and not {spec.dtype, implied} <= set(FLOATS.values()):

@@ -49,7 +49,7 @@ class IdentityFeaturizer(Featurizer[IdentityConfig]):
         """A copy of x, and no error."""
         return x.clone(), None
 
-    def inverse_featurize(self, features: Float[Tensor, "*batch d_in"], error: Error) -> Float[Tensor, "*batch d_in"]:  # noqa: ARG002
+    def inverse_featurize(self, features: Float[Tensor, "*batch d_in"], error: Error) -> Float[Tensor, "*batch d_in"]:
         """A copy of the features."""
         return features.clone()
 
@@ -60,7 +60,7 @@ class IdentityFeaturizer(Featurizer[IdentityConfig]):
     def apply_edit(
         self,
         base: Float[Tensor, "*batch d_in"],
-        features: Float[Tensor, "*batch k"],  # noqa: ARG002
+        features: Float[Tensor, "*batch k"],
         edited: Float[Tensor, "*batch k"],
         columns: Tensor | None = None,
     ) -> Float[Tensor, "*batch d_in"]:

@@ -86,7 +86,7 @@ class StandardizeFeaturizer(Featurizer[StandardizeConfig]):
         """Standardized coordinates, and no error."""
         return (x - self.mean) / self.std, None
 
-    def inverse_featurize(self, features: Float[Tensor, "*batch d_in"], error: Error) -> Float[Tensor, "*batch d_in"]:  # noqa: ARG002
+    def inverse_featurize(self, features: Float[Tensor, "*batch d_in"], error: Error) -> Float[Tensor, "*batch d_in"]:
         """Coordinates in the units of the activations."""
         return features * self.std + self.mean
 

@@ -28,7 +28,8 @@ def polar(w: Float[Tensor, "*n d k"]) -> Float[Tensor, "*n d k"]:
     Differentiable in reverse and forward mode, and under `torch.func`. Cost O(d k²) in time and O(d k) in memory;
     Higham 1986, "Computing the polar decomposition".
     """
-    return _Polar.apply(w)[0]  # type: ignore[no-any-return, no-untyped-call]
+    q: Tensor = _Polar.apply(w)[0]  # type: ignore[no-untyped-call]
+    return q
 
 
 def tangent(q: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
@@ -37,7 +38,8 @@ def tangent(q: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
     That is the projection of the gradient on the tangent space, ``G - Q sym(QᵀG)`` (Absil, Mahony and Sepulchre,
     "Optimization Algorithms on Matrix Manifolds", §3.6.1), so that a step along it is a step along the manifold.
     """
-    return _Tangent.apply(q)  # type: ignore[no-any-return, no-untyped-call]
+    same: Tensor = _Tangent.apply(q)  # type: ignore[no-untyped-call]
+    return same
 
 
 def _working_dtype(w: Tensor) -> torch.dtype:
@@ -66,7 +68,7 @@ class _Polar(torch.autograd.Function):
         ctx.save_for_forward(*output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
         """``(I - QQᵀ) G P⁻¹ + 2 Q Y`` with Y the solution of ``Y P + P Y = (QᵀG - GᵀQ) / 2``."""
         q, vectors, sizes = ctx.saved_tensors
         q, g = q.to(vectors.dtype), grad.to(vectors.dtype)
@@ -104,12 +106,12 @@ class _Tangent(torch.autograd.Function):
         return q.view_as(q)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:  # noqa: ARG004
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         """Keep Q as an attribute: gradient accumulation walks the graph again, when saved tensors are freed."""
         ctx.q, ctx.version = inputs[0].detach(), inputs[0]._version
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         """``G - Q (QᵀG + GᵀQ) / 2``."""
         if ctx.q._version != ctx.version:
             raise RuntimeError("the basis was changed in place, by an optimizer step say, between forward and backward")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, final
 
 import torch
 from featurizers import Error, Featurizer, hookimpl
-from featurizers.errors import BasisError
+from featurizers.errors import BasisError, ShapeError
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
@@ -72,9 +72,7 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
     # ------------------------------------------------------------------ constructors
 
     @classmethod
-    def from_basis(
-        cls, basis: Float[Tensor, "d_in n_features"], *, orthonormalize: bool = False
-    ) -> SubspaceFeaturizer:
+    def from_basis(cls, basis: Float[Tensor, "d_in n_features"], *, orthonormalize: bool = False) -> SubspaceFeaturizer:
         """The featurizer of a given basis, whose columns are the directions.
 
         Args:
@@ -116,7 +114,9 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
             BasisError: the directions are linearly dependent.
         """
         if directions.dim() != 2 or directions.shape[0] > directions.shape[1]:
-            raise BasisError(f"directions are the rows of a matrix (n, d_in) with n <= d_in, got {tuple(directions.shape)}")
+            raise BasisError(
+                f"directions are the rows of a matrix (n, d_in) with n <= d_in, got {tuple(directions.shape)}"
+            )
         lengths = directions.norm(dim=-1, keepdim=True)
         if not (lengths > 0).all():
             raise BasisError("a direction has length zero")
@@ -135,9 +135,7 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
         return cls.from_basis(basis.to(matrix.dtype))
 
     @classmethod
-    def fit_pca(
-        cls, x: Float[Tensor, "*n d_in"], n_features: int, *, whiten: bool = False
-    ) -> Featurizer[Any]:
+    def fit_pca(cls, x: Float[Tensor, "*n d_in"], n_features: int, *, whiten: bool = False) -> Featurizer[Any]:
         """Principal components of activations, as ``standardize >> subspace``: the mean is a stage of its own.
 
         Args:
@@ -180,10 +178,14 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
         features = x @ basis
         return features, x - features @ basis.mT
 
-    def inverse_featurize(self, features: Float[Tensor, "*batch n_features"], error: Error) -> Float[Tensor, "*batch d_in"]:
+    def inverse_featurize(
+        self, features: Float[Tensor, "*batch n_features"], error: Error
+    ) -> Float[Tensor, "*batch d_in"]:
         """The point with these coordinates, plus the part outside (none if the error is None)."""
         basis = self.orthonormal_basis()
         inside = features.to(basis.dtype) @ basis.mT
+        if isinstance(error, tuple):
+            raise ShapeError("the error of a subspace is one tensor, got a tuple")
         return inside if error is None else inside + error
 
     def encode(self, x: Float[Tensor, "*batch d_in"], columns: Tensor | None = None) -> Float[Tensor, "*batch k"]:
@@ -221,11 +223,12 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if not self.basis.is_meta:
             self._retract(self.basis)
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SubspaceFeaturizer:
         self._orthonormal = None
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without the cached basis, which is part of a graph and cannot be copied."""

@@ -1,0 +1,5 @@
+"""``python -m featurizers``: the command line."""
+
+from featurizers.cli import main
+
+main()

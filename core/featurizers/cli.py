@@ -1,0 +1,233 @@
+"""The ``featurizers`` command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from featurizers.errors import ArtefactError, FeaturizerError, SourceError
+from featurizers.manifest import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, Index, Manifest
+
+app = typer.Typer(
+    name="featurizers",
+    help="Load any featurizer by its id, whoever made it, and intervene through it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+SourceArgument = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="owner/name, owner/name@revision, ./folder or hub:owner/name.")
+]
+Subfolder = Annotated[str | None, typer.Option(help="Which artefact of a collection.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
+
+
+def main() -> NoReturn:
+    """Run the command; an error of this library costs one line and exit code 1."""
+    try:
+        app()
+    except FeaturizerError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+    sys.exit(0)
+
+
+@app.command()
+def plugins(as_json: Json = False) -> None:
+    """List the installed plugins and their state; imports none of them."""
+    from featurizers.plugins import plugins as installed
+
+    rows = [vars(info) for info in installed()]
+    _show(rows, as_json, ["name", "distribution", "version", "state", "error"])
+
+
+@app.command()
+def kinds(as_json: Json = False) -> None:
+    """List the kinds of featurizer that can be created and loaded here."""
+    from featurizers.plugins import kinds as installed
+
+    names = installed()
+    _print_json(names) if as_json else print("\n".join(names))
+
+
+@app.command()
+def info(source: SourceArgument, subfolder: Subfolder = None, revision: Revision = None, as_json: Json = False) -> None:
+    """Show what an artefact says of itself, without its plugin and, on the Hub, without its weights."""
+    from featurizers.loading import manifest_of
+    from featurizers.sources import FolderSource, parse_source
+
+    record = manifest_of(source, subfolder=subfolder, revision=revision)
+    data = record.model_dump()
+    parsed = parse_source(source, revision)
+    if isinstance(parsed, FolderSource) and isinstance(record, Manifest):
+        from featurizers.weights import read_header
+
+        folder = parsed.path.expanduser() / (subfolder or "")
+        header = read_header(folder / WEIGHTS_NAME, str(folder))
+        data["tensors"] = {name: f"{spec.dtype} {list(spec.shape)}" for name, spec in header.items()}
+    if as_json:
+        _print_json(data)
+        return
+    if isinstance(record, Index):
+        _show(_entries(record.artefacts), False, ["subfolder", "kind", "id", "site"])
+        return
+    if record.site is not None:
+        data["site"] = {
+            "site": str(record.site.site()),
+            **{k: v for k, v in data["site"].items() if v is not None},
+        }
+    table = Table("", "", show_header=False)
+    table.columns[1].overflow = "fold"
+    for name, value in data.items():
+        table.add_row(name, escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=True)))
+    Console().print(table)
+
+
+@app.command("list")
+def list_(source: SourceArgument, revision: Revision = None, as_json: Json = False) -> None:
+    """List the artefacts of a folder or a repository."""
+    from featurizers.loading import list_artefacts
+
+    _show(_entries(list_artefacts(source, revision=revision)), as_json, ["subfolder", "kind", "id", "site"])
+
+
+@app.command()
+def pull(
+    source: SourceArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to copy the artefact to; the cache alone if not given.")
+    ] = None,
+    subfolder: Subfolder = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Download an artefact or a whole collection, at one commit."""
+    from featurizers.hub import Remote
+    from featurizers.sources import HubSource, parse_source
+
+    parsed = parse_source(source, revision)
+    if not isinstance(parsed, HubSource):
+        raise SourceError(f"{source!r} is not a repository of the Hub: there is nothing to pull")
+    remote = Remote(parsed, subfolder)
+    record, commit = remote.config()
+    names = list(record.artefacts) if isinstance(record, Index) else [""]
+    root = remote.file(CONFIG_NAME, commit).parent
+    if out is not None and out.exists() and any(out.iterdir()):
+        raise ArtefactError(str(out), "the folder is not empty; choose a new one")
+    for name in names:
+        part = Remote(parsed, "/".join(filter(None, (subfolder, name))) or None)
+        folder = part.weights(commit)
+        part.file(CONFIG_NAME, commit)
+        if out is not None:
+            _copy(folder, out / name, (CONFIG_NAME, WEIGHTS_NAME))
+    if out is not None and isinstance(record, Index):
+        _copy(root, out, (CONFIG_NAME,))
+    result = {"folder": str(out or root), "revision": commit, "artefacts": len(names)}
+    _print_json(result) if as_json else print(f"{result['folder']} (revision {commit}, {len(names)} artefacts)")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="What save_pretrained or save_collection wrote.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="owner/name.")],
+    subfolder: Annotated[str | None, typer.Option(help="Where in the repository to put it.")] = None,
+    private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
+    branch: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
+    create_pr: Annotated[bool, typer.Option(help="Open a pull request instead.")] = False,
+    message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Upload an artefact or a collection to the Hub, in one commit."""
+    from featurizers.hub import push as upload
+
+    commit = upload(
+        folder,
+        repo_id,
+        subfolder=subfolder,
+        private=private,
+        branch=branch,
+        create_pr=create_pr,
+        commit_message=message,
+    )
+    result = {"repo_id": repo_id, "revision": commit.oid, "url": commit.pr_url or commit.commit_url}
+    _print_json(result) if as_json else print(f"{result['url']} (revision {commit.oid})")
+
+
+@app.command()
+def verify(
+    source: SourceArgument, subfolder: Subfolder = None, revision: Revision = None, as_json: Json = False
+) -> None:
+    """Check an artefact, or each of a collection: config, shapes, checksum, finite and well-formed weights."""
+    from featurizers.loading import load, manifest_of
+
+    record = manifest_of(source, subfolder=subfolder, revision=revision)
+    names = list(record.artefacts) if isinstance(record, Index) else [subfolder or ""]
+    rows = []
+    for name in names:
+        try:
+            load(source, subfolder=name or None, revision=revision, verify=True)
+            rows.append({"subfolder": name, "result": "ok", "error": None})
+        except FeaturizerError as error:
+            rows.append({"subfolder": name, "result": "failed", "error": str(error)})
+    _show(rows, as_json, ["subfolder", "result", "error"])
+    if any(row["error"] for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Hub id or folder of a language model; a tiny one is trained if not given."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the picture and the artefact.")] = Path("featurizers-demo"),
+    layers: Annotated[
+        str | None, typer.Option(help="Layers to search, such as 4,8,12; spread evenly if not given.")
+    ] = None,
+    features: Annotated[int | None, typer.Option(min=1, help="Dimensions of the subspace.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Find a causal variable in a language model, layer by layer, and save it as a featurizer."""
+    from featurizers.demo.run import run
+
+    result = run(model, out, layers=layers, features=features, seed=seed, quiet=as_json)
+    if as_json:
+        _print_json(result)
+
+
+def _entries(artefacts: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"subfolder": name, **entry.model_dump()} for name, entry in artefacts.items()]
+
+
+def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (*names, CARD_NAME):
+        if name in names or (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def _show(rows: list[dict[str, Any]], as_json: bool, columns: list[str]) -> None:
+    if as_json:
+        _print_json(rows)
+        return
+    shown = [column for column in columns if column != "error" or any(row["error"] for row in rows)]
+    table = Table(*shown)
+    for row in rows:
+        table.add_row(*(escape("" if row[column] is None else str(row[column])) for column in shown))
+    Console().print(table)
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=True))

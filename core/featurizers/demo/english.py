@@ -1,0 +1,141 @@
+"""The task in English: on which continent a country is, in any language model that knows it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featurizers.anatomy import Anatomy
+from featurizers.demo.search import Pairs, Task
+from featurizers.errors import FeaturizerError, UsageError
+from featurizers.sites import Site
+
+TEMPLATE = "The country {} is on the continent of"
+COUNTRIES = {
+    "Africa": (
+        "Algeria Angola Botswana Cameroon Chad Congo Egypt Ethiopia Ghana Kenya Libya Madagascar Malawi Mali Morocco "
+        "Mozambique Namibia Niger Nigeria Rwanda Senegal Somalia Sudan Tanzania Tunisia Uganda Zambia Zimbabwe"
+    ),
+    "Asia": (
+        "Afghanistan Bangladesh Bhutan Cambodia China India Indonesia Iran Iraq Japan Jordan Kazakhstan Korea Kuwait Laos "
+        "Lebanon Malaysia Mongolia Myanmar Nepal Oman Pakistan Philippines Qatar Singapore Syria Taiwan Thailand Vietnam"
+    ),
+    "Europe": (
+        "Albania Austria Belgium Bulgaria Croatia Denmark England Estonia Finland France Germany Greece Hungary Iceland "
+        "Ireland Italy Latvia Lithuania Luxembourg Malta Netherlands Norway Poland Portugal Romania Serbia Slovakia "
+        "Slovenia Spain Sweden Switzerland Ukraine"
+    ),
+    "South America": "Argentina Bolivia Brazil Chile Colombia Ecuador Guyana Paraguay Peru Suriname Uruguay Venezuela",
+}
+FEWEST = 12
+"""Countries that a model must know for the search to mean anything."""
+
+
+def make_task(source: str, seed: int, n_features: int | None, layers: list[int] | None) -> Task:
+    """Load a language model, keep the countries whose continent it tells, and pair those of different continents.
+
+    The countries of the test are in no pair that the search sees.
+
+    Raises:
+        UsageError: the model cannot be loaded.
+        FeaturizerError: it knows too few countries.
+    """
+    model, tokenizer, revision = _load(source)
+    names, ids, answers = _known(model, tokenizer)
+    if len(names) < FEWEST or len(answers.unique()) < 2:
+        raise FeaturizerError(
+            f"{source} completes {TEMPLATE.format('…')!r} rightly for {len(names)} countries only; the demo needs a "
+            f"model that knows {FEWEST} of at least two continents"
+        )
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
+    held_out = sorted(order[: len(names) // 3].tolist())
+    trained = sorted(order[len(names) // 3 :].tolist())
+    train, test = (_pairs(ids, answers, rows, seed) for rows in (trained, held_out))
+    return Task(
+        title=f"{Path(source).name}: on which continent is the country?",
+        model=model,
+        model_id=source if revision else Path(source).name,
+        model_revision=revision,
+        train=train,
+        test=test.take(torch.arange(min(len(test), 96))),
+        sites=_sites(model, layers, 6),
+        n_features=n_features or 4,
+        steps=40,
+        batch=16,
+        lr=0.02,
+        notes=[
+            f"prompt: {TEMPLATE.format(names[0])!r}",
+            f"it tells the continent of {len(names)} countries; {len(held_out)} of them are kept for the test: "
+            + ", ".join(names[i] for i in held_out),
+            *_example(tokenizer, test),
+        ],
+    )
+
+
+def _load(source: str) -> tuple[nn.Module, Any, str | None]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(source).expanduser()
+    gguf = path.suffix == ".gguf"
+    name, options = (str(path.parent), {"gguf_file": path.name}) if gguf else (source, {})
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"cannot load the language model {source!r}: {str(error).splitlines()[0]}") from error
+    return model.eval().requires_grad_(False), tokenizer, getattr(model.config, "_commit_hash", None)
+
+
+def _sites(model: nn.Module, layers: list[int] | None, count: int) -> list[Site]:
+    """The residual stream after the given blocks, or after ``count`` of them from first to last."""
+    n_layers = Anatomy(model).n_layers
+    if layers is None:
+        layers = sorted({round(i * (n_layers - 1) / max(count - 1, 1)) for i in range(count)})
+    sites = [Site("resid.post", layer) for layer in layers]
+    for site in sites:
+        Anatomy(model).place(site)
+    return sites
+
+
+@torch.no_grad()
+def _known(model: nn.Module, tokenizer: Any) -> tuple[list[str], Tensor, Tensor]:
+    """The countries that the model answers rightly, their prompts ``(n, t)`` and the first tokens of the answers.
+
+    Prompts of another length than most are left out, so that no batch needs padding.
+    """
+    prompts = {}
+    for continent, countries in COUNTRIES.items():
+        for country in countries.split():
+            text = TEMPLATE.format(country)
+            ids = tokenizer(text).input_ids
+            prompts[country] = ids, tokenizer(f"{text} {continent}").input_ids[len(ids)]
+    length, _ = Counter(len(ids) for ids, _ in prompts.values()).most_common(1)[0]
+    names = [name for name, (ids, _) in prompts.items() if len(ids) == length]
+    ids = torch.tensor([prompts[name][0] for name in names])
+    answers = torch.tensor([prompts[name][1] for name in names])
+    said = torch.cat([model(input_ids=chunk).logits[:, -1].argmax(-1) for chunk in ids.split(32)])
+    right = (said == answers).nonzero().squeeze(-1)
+    return [names[i] for i in right.tolist()], ids[right], answers[right]
+
+
+def _pairs(ids: Tensor, answers: Tensor, rows: list[int], seed: int) -> Pairs:
+    """Every two of these countries on different continents, in random order."""
+    pool = torch.tensor(rows)
+    base, source = torch.cartesian_prod(pool, pool).unbind(-1)
+    differ = (answers[base] != answers[source]).nonzero().squeeze(-1)
+    differ = differ[torch.randperm(len(differ), generator=torch.Generator().manual_seed(seed + 1))]
+    base, source = base[differ], source[differ]
+    return Pairs({"input_ids": ids[base]}, {"input_ids": ids[source]}, answers[source])
+
+
+def _example(tokenizer: Any, pairs: Pairs) -> list[str]:
+    if not len(pairs):
+        return []
+    base, source = (tokenizer.decode(side["input_ids"][0]) for side in (pairs.base, pairs.source))
+    return [
+        f"a pair: base {base!r}, source {source!r}, answer after the interchange {tokenizer.decode(pairs.label[:1])!r}"
+    ]

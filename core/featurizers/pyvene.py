@@ -1,0 +1,189 @@
+"""The pyvene adapter: intervention classes whose arithmetic is the featurizer's own.
+
+`Featurizer.get_interchange_intervention` and its two siblings return classes that pyvene accepts wherever it
+takes an intervention type. pyvene is imported here and nowhere else; it is an extra.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import weakref
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from featurizers.artefact import build
+from featurizers.errors import MissingDependencyError, UsageError
+from featurizers.featurizer import Featurizer
+from featurizers.gates import SigmoidGate
+from featurizers.indices import Indices
+from featurizers.plugins import host
+
+try:
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints which of its own extras are missing
+        from pyvene.models.interventions import (
+            CollectIntervention,
+            DistributedRepresentationIntervention,
+            SourcelessIntervention,
+            TrainableIntervention,
+        )
+except ImportError as error:
+    raise MissingDependencyError("a pyvene intervention", "pyvene", "pip install 'featurizers[pyvene]'") from error
+
+
+class _FeatureIntervention(TrainableIntervention):  # type: ignore[misc]  # pyvene has no types
+    """What the three classes share: the featurizer as a child module, and a state dict that names its kind.
+
+    A class that pyvene restores from its own files is not bound to a featurizer; it builds one from the kind and
+    the config in the state dict, which is looked up among the installed plugins.
+    """
+
+    bound: ClassVar[Featurizer[Any] | None] = None
+    featurizer: Featurizer[Any]
+
+    def __init__(self, **kwargs: Any) -> None:
+        # activations of several units arrive as (batch, units, d) whatever pyvene's version
+        super().__init__(**{**kwargs, "keep_last_dim": True})
+        for name in ("embed_dim", "interchange_dim"):
+            # pyvene knows them only for some components; a state dict must not depend on that
+            if name in self._buffers:
+                self.register_buffer(name, self._buffers.pop(name), persistent=False)
+        if self.bound is not None:
+            self._attach(self.bound)
+
+    def _attach(self, featurizer: Featurizer[Any]) -> None:
+        self.featurizer = featurizer
+
+    def get_extra_state(self) -> str:
+        """The kind and the config of the featurizer, as JSON."""
+        record = {"kind": self.featurizer.kind, "id": self.featurizer.id}
+        return json.dumps({**record, "config": self.featurizer.config.model_dump(mode="json")})
+
+    def set_extra_state(self, state: str) -> None:
+        """Build the featurizer that a state dict names, or check that it is the one there."""
+        record = json.loads(state)
+        if "featurizer" in self._modules:
+            if self.featurizer.kind != record["kind"]:
+                raise UsageError(f"the state is of kind {record['kind']!r}, the featurizer {self.featurizer.kind!r}")
+            return
+        featurizer = build(host().featurizer_class(record["kind"]), record["config"])
+        featurizer.id = record["id"]
+        self._attach(featurizer)
+
+    def _indices(self, subspaces: Sequence[Any] | None) -> Indices:
+        """The features that pyvene's ``subspaces`` mean: a list of features, or of partitions, for each example."""
+        if subspaces is None or all(row is None or (len(row) and all(i is None for i in row)) for row in subspaces):
+            return None
+        partition = self.subspace_partition
+        rows = []
+        for row in subspaces:
+            if row is None or any(i is None for i in row):
+                raise UsageError("subspaces are given for some examples of the batch and not for others")
+            rows.append([int(i) for part in row for i in (partition[part] if partition is not None else [part])])
+        return rows[0] if all(row == rows[0] for row in rows) else rows
+
+    def __str__(self) -> str:
+        """The class and the featurizer's id."""
+        return f"{type(self).__name__.partition('_')[0]}(id={self.featurizer.id})"
+
+
+class FeatureInterchangeIntervention(_FeatureIntervention, DistributedRepresentationIntervention):  # type: ignore[misc]
+    """`Featurizer.interchange` as a pyvene intervention."""
+
+    def forward(self, base: Tensor, source: Tensor, subspaces: Sequence[Any] | None = None, **_: Any) -> Tensor:
+        """Base with the features of the source that ``subspaces`` name, all without it."""
+        return self.featurizer.interchange(base, source, self._indices(subspaces))
+
+
+class FeatureCollectIntervention(_FeatureIntervention, SourcelessIntervention, CollectIntervention):  # type: ignore[misc]
+    """`Featurizer.collect` as a pyvene intervention."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.is_source_constant = True  # a trainable intervention unsets it, which is what makes pyvene save it
+
+    def forward(
+        self, base: Tensor, source: Tensor | None = None, subspaces: Sequence[Any] | None = None, **_: Any
+    ) -> Tensor:
+        """The features of base, ``(batch, units, n_features)``, or those that ``subspaces`` name."""
+        return self.featurizer.collect(base, self._indices(subspaces))
+
+
+class FeatureMaskIntervention(_FeatureIntervention, DistributedRepresentationIntervention):  # type: ignore[misc]
+    """`Featurizer.mask` with a trainable gate as a pyvene intervention.
+
+    Attributes:
+        gate: a `featurizers.SigmoidGate`; soft until ``hard`` is set, in training mode or not.
+    """
+
+    gate: SigmoidGate
+
+    def _attach(self, featurizer: Featurizer[Any]) -> None:
+        if featurizer.n_features is None:
+            raise UsageError(f"a mask needs the number of features; create {featurizer.kind!r} with d_in")
+        super()._attach(featurizer)
+        self.gate = SigmoidGate(featurizer.n_features)
+
+    @property
+    def mask(self) -> nn.Parameter:
+        """The gate's logits."""
+        return self.gate.logits
+
+    @property
+    def hard(self) -> bool:
+        """Whether the gate is exactly 0 or 1."""
+        return self.gate.hard
+
+    @hard.setter
+    def hard(self, hard: bool) -> None:
+        self.gate.hard = hard
+
+    def get_temperature(self) -> Tensor:
+        """What the logits are divided by."""
+        return torch.tensor(self.gate.temperature)
+
+    def set_temperature(self, temperature: float | Tensor) -> None:
+        """Set what the logits are divided by."""
+        self.gate.temperature = float(temperature)
+
+    def get_sparsity_loss(self) -> Tensor:
+        """The sum of the soft gates."""
+        return self.gate.sparsity_loss()
+
+    def forward(self, base: Tensor, source: Tensor, subspaces: Sequence[Any] | None = None, **_: Any) -> Tensor:
+        """Base with its features moved towards the source by the gate."""
+        if self._indices(subspaces) is not None:
+            raise UsageError("a mask acts on every feature; set the logits of the gate instead of subspaces")
+        return self.featurizer.mask(base, source, self.gate())
+
+
+_BASES = {
+    base.__name__: base
+    for base in (FeatureInterchangeIntervention, FeatureCollectIntervention, FeatureMaskIntervention)
+}
+_bound: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
+
+
+def bind(base: type, featurizer: Featurizer[Any]) -> type:
+    """The subclass of an intervention class that is bound to a featurizer; the same one each time.
+
+    Its name can be imported from this module: by this process the class itself, by any other its base, which
+    takes the featurizer from the state that pyvene loads.
+    """
+    name = f"{base.__name__}_{id(featurizer):x}"
+    cls = _bound.get(name)
+    if cls is None:  # while the class lives it holds its featurizer, so that no other can have its id
+        cls = type(base)(name, (base,), {"bound": featurizer, "__module__": __name__, "__doc__": base.__doc__})
+        _bound[name] = cls
+    return cls
+
+
+def __getattr__(name: str) -> type:
+    base = _BASES.get(name.rpartition("_")[0])
+    if base is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _bound.get(name, base)

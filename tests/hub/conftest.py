@@ -1,0 +1,23 @@
+"""A Hub for each test, with alice logged in."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from tests.support.hub import LoopbackHub, connect
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    hub = LoopbackHub(tmp_path / "server")
+    connect(monkeypatch, hub.url, tmp_path / "home")
+    yield hub
+    hub.stop()
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """The client's pauses between its attempts take no time."""
+    from huggingface_hub.utils import _http
+
+    monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(_http.time), "sleep": lambda seconds: None}))

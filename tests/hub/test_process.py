@@ -1,0 +1,44 @@
+"""A process of its own, with the Hub in its environment: what is read at import, and the Xet storage."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.hub import ALICE, LoopbackHub
+
+ROUND_TRIP = """
+import featurizers
+from huggingface_hub.utils import is_xet_available
+f = featurizers.create("subspace", d_in=64, n_features=16, seed=1)
+commit = f.push_to_hub("alice/x", subfolder="a").oid
+loaded = featurizers.load("alice/x", subfolder="a", verify=True)
+assert loaded.revision == commit and loaded.basis.equal(f.basis)
+print("xet" if is_xet_available() else "plain")
+"""
+
+
+@pytest.mark.parametrize("xet", [False, True], ids=["plain", "xet"])
+def test_round_trip(tmp_path, xet):
+    if xet:
+        pytest.importorskip("hf_xet")
+    hub = LoopbackHub(tmp_path / "server", xet=xet)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment = {
+        **clean,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": ALICE,
+        "HF_HUB_DISABLE_XET": str(int(not xet)),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", ROUND_TRIP], env=environment, capture_output=True, text=True, check=False
+    )
+    hub.stop()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ("xet" if xet else "plain")
+    assert any("xet-write-token" in request for request in hub.requests()) is xet
+    assert any(request.startswith("PUT /cdn") for request in hub.requests()) is not xet

@@ -1,0 +1,101 @@
+"""A Hub on this machine's loopback, and the real huggingface_hub client pointed at it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import featurizers
+import pytest
+
+from tests.support import hubserver
+
+ALICE, ALICE_READ, BOB = "hf_alice_write", "hf_alice_read", "hf_bob_write"
+
+
+class LoopbackHub(hubserver.Hub):
+    """A Hub with the users alice and bob; what the tests ask of it and do behind the client's back."""
+
+    def repo(self, repo_id: str) -> dict[str, Any]:
+        """The record of a repository."""
+        return self.repos["model", repo_id]
+
+    def head(self, repo_id: str, ref: str = "refs/heads/main") -> str:
+        """The commit that a branch or a pull request stands at."""
+        return self.repo(repo_id)["refs"][ref]
+
+    def titles(self, repo_id: str, ref: str = "refs/heads/main") -> list[str]:
+        """Titles of the commits of a branch, oldest first, without the one that every repository begins with."""
+        commits, titles = self.repo(repo_id)["commits"], []
+        commit = self.head(repo_id, ref)
+        while commit:
+            titles.append(commits[commit]["title"])
+            commit = commits[commit]["parent"]
+        return titles[-2::-1]
+
+    def files(self, repo_id: str, ref: str = "refs/heads/main") -> dict[str, bytes]:
+        """The files of a branch, without ``.gitattributes``."""
+        entries = self.repo(repo_id)["commits"][self.head(repo_id, ref)]["files"]
+        return {
+            name: Path(self.blob(entry["sha256"])).read_bytes()
+            for name, entry in entries.items()
+            if name != ".gitattributes"
+        }
+
+    def put(self, repo_id: str, **changes: bytes | None) -> str:
+        """Commit as someone else would: new contents by file name, None to delete; `_` stands for the dot."""
+        repo = self.repos.get(("model", repo_id)) or self.create("model", repo_id)
+        files = dict(repo["commits"][self.head(repo_id)]["files"])
+        for name, data in changes.items():
+            path = name.replace("_", ".")
+            files.pop(path, None)
+            if data is not None:
+                files[path] = self.entry(self.put_bytes(data), len(data), path.endswith(".safetensors"), data)
+        return self.commit(repo, "refs/heads/main", files, "someone else", "", "alice", self.head(repo_id))
+
+    def stop(self) -> None:
+        """End the server, and the connections to it that the client keeps."""
+        from huggingface_hub import close_session
+
+        super().stop()
+        close_session()
+
+    def fail(self, match: str, kind: str = "status", times: int = -1, **rule: Any) -> None:
+        """Answer matching requests wrongly, for ever unless told otherwise."""
+        self.faults.append({"match": match, "kind": kind, "times": times, **rule})
+
+    def requests(self) -> list[str]:
+        """Method and path of every request for a model so far, storage included."""
+        paths = [(r["method"], r["path"].partition("?")[0], r["cdn"]) for r in self.log]
+        return [f"{method} {'/cdn' if cdn else ''}{path}" for method, path, cdn in paths if "agent" not in path]
+
+
+def connect(monkeypatch: pytest.MonkeyPatch, url: str, home: Path, token: str | None = ALICE) -> None:
+    """Point huggingface_hub at a Hub, with an empty cache and one user's token, whether or not it is imported yet."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+
+
+def subspace(seed: int = 0, d_in: int = 8, n_features: int = 3) -> featurizers.Featurizer[Any]:
+    """A featurizer whose artefact is small."""
+    return featurizers.create("subspace", d_in=d_in, n_features=n_features, seed=seed)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    """Replace the one place of a text file that reads so."""
+    text = path.read_text(encoding="utf-8")
+    assert len(re.findall(re.escape(old), text)) == 1, f"{old!r} is not in {path.name} exactly once"
+    path.write_text(text.replace(old, new), encoding="utf-8")
