@@ -1,4 +1,4 @@
-"""Artefacts on disk: ``config.json``, ``model.safetensors`` and ``README.md`` in a folder, written whole or not at all."""
+"""Artefacts on disk: a folder of three files, written whole or not at all."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -31,7 +32,9 @@ def intervene(
     Every forward pass of the model inside the context is edited, one of ``generate`` included: operations with
     positions act on the prompt, those with ``positions=None`` on every token of every pass, except that an
     operation with a source acts on the prompt only, where its source has tokens. Several operations at one site
-    act in their order. The hooks are removed when the context ends, however it ends; no other hook is touched.
+    act in their order. The source of an operation is read when the context is entered, from the model without the
+    operations of any context around it. The hooks are removed when the context ends, however it ends; no other hook
+    is touched.
 
     Args:
         model: a decoder of `transformers`, or any module that `Anatomy` understands.
@@ -60,16 +63,12 @@ def intervene(
         True
     """
     anatomy = Anatomy(model)
-    plan = [
-        (key, anatomy.place(key), (todo,) if isinstance(todo, Operation) else tuple(todo))
-        for key, todo in operations.items()
-    ]
-    _check_plan(plan)
+    plan = [(key, anatomy.place(key), _as_operations(key, todo)) for key, todo in operations.items()]
     sources = _read_sources(model, plan)
     collected: dict[SiteT, Tensor] = {}
     with ExitStack() as hooks:
-        watch = _PassWatch(anatomy.decoder)
-        hooks.callback(watch.handle.remove)
+        watch = _PassWatch(model, anatomy.decoder)
+        hooks.callback(watch.stop)
         for key, place, todo in plan:
             edit = functools.partial(_carry_out_all, key, todo, watch, sources, collected)
             hooks.callback(_hook(place, edit).remove)
@@ -123,8 +122,8 @@ def collect(
         return hidden
 
     with ExitStack() as hooks, torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-        watch = _PassWatch(anatomy.decoder)
-        hooks.callback(watch.handle.remove)
+        watch = _PassWatch(model, anatomy.decoder)
+        hooks.callback(watch.stop)
         for key, place in places.items():
             hooks.callback(_hook(place, functools.partial(keep, key, watch)).remove)
         cacheless = {"use_cache": False} if _takes(model.forward, "use_cache") else {}
@@ -139,16 +138,45 @@ class _Finished(BaseException):
     """Ends a forward pass whose rest nobody needs; not an Exception, so that no model handles it."""
 
 
-class _PassWatch:
-    """Notes, before each forward pass of the decoder, where in the sequence it is and what is padding."""
+_paused: ContextVar[bool] = ContextVar("featurizers_paused", default=False)
+"""Whether the operations of `intervene` rest, because the source of another is being read."""
 
-    def __init__(self, decoder: nn.Module) -> None:
+
+class _PassWatch:
+    """Notes, before each forward pass of the decoder, where in the sequence it is and what is padding.
+
+    Without a cache every pass of ``generate`` begins at the first token, as a new prompt does; so ``generate`` itself
+    is watched too, by an attribute of the instance that is taken away again.
+    """
+
+    def __init__(self, model: nn.Module, decoder: nn.Module) -> None:
+        self._paused = _paused.get()  # the watch of a source's own pass is not
         self.current = Pass(0, True, None)
         self._seen_prompt = False
+        self._prompt_columns: int | None = None
         self._signature = inspect.signature(decoder.forward)
-        self.handle = decoder.register_forward_pre_hook(self._note, with_kwargs=True)
+        self._exit = ExitStack()
+        self._exit.callback(decoder.register_forward_pre_hook(self._note, with_kwargs=True).remove)
+        if callable(generate := getattr(model, "generate", None)):
+            self._exit.callback(_restore, model, "generate", vars(model).get("generate"))
+            vars(model)["generate"] = functools.partial(self._generate, generate)
+
+    def stop(self) -> None:
+        """Leave the model as it was."""
+        self._exit.close()
+
+    def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        names = ("inputs", "input_ids", "inputs_embeds")
+        prompt = args[0] if args else next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
+        before, self._prompt_columns = self._prompt_columns, prompt.shape[1] if isinstance(prompt, Tensor) else None
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            self._prompt_columns = before
 
     def _note(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _paused.get() and not self._paused:
+            return
         given = self._signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
         mask: Any = given.get("attention_mask")
@@ -156,14 +184,30 @@ class _PassWatch:
         start = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
         self._seen_prompt |= start == 0
         flat = isinstance(mask, Tensor) and mask.dim() == 2
-        self.current = Pass(start, self._seen_prompt, mask if flat else None, opaque_mask=mask is not None and not flat)
+        self.current = Pass(
+            start,
+            self._seen_prompt,
+            mask if flat else None,
+            opaque_mask=mask is not None and not flat,
+            prompt_columns=self._prompt_columns,
+        )
 
 
-def _check_plan(plan: Sequence[tuple[Any, Place, tuple[Operation, ...]]]) -> None:
-    for key, _, todo in plan:
-        for operation in todo:
-            if not isinstance(operation, Operation):
-                raise UsageError(f"{key}: expected an operation such as Interchange(...), got {operation!r}")
+def _restore(model: nn.Module, name: str, value: object) -> None:
+    if value is None:
+        del vars(model)[name]
+    else:
+        vars(model)[name] = value
+
+
+def _as_operations(key: object, todo: object) -> tuple[Operation, ...]:
+    operations = tuple(todo) if isinstance(todo, Sequence) else (todo,)
+    for operation in operations:
+        if not isinstance(operation, Operation):
+            raise UsageError(
+                f"{key}: expected an operation such as Interchange(...), or a list of them, got {operation!r}"
+            )
+    return operations
 
 
 def _read_sources(
@@ -171,7 +215,7 @@ def _read_sources(
 ) -> dict[tuple[SiteT, Operation], Tensor]:
     """Activations for each operation with a source; each distinct inputs and positions cost one forward pass."""
     sources: dict[tuple[SiteT, Operation], Tensor] = {}
-    runs: dict[tuple[int, int], tuple[Inputs, Positions, list[tuple[SiteT, Operation]]]] = {}
+    runs: dict[tuple[int, str], tuple[Inputs, Positions, list[tuple[SiteT, Operation]]]] = {}
     for key, _, todo in plan:
         for operation in todo:
             if not isinstance(operation, SourcedOperation):
@@ -180,11 +224,16 @@ def _read_sources(
                 sources[key, operation] = operation.source
             else:
                 where = _source_positions(operation)
-                run = runs.setdefault((id(operation.source), id(where)), (operation.source, where, []))
+                name = repr(where.tolist() if isinstance(where, Tensor) else where)
+                run = runs.setdefault((id(operation.source), name), (operation.source, where, []))
                 run[2].append((key, operation))
-    for inputs, where, wanted in runs.values():
-        found = collect(model, inputs, [key for key, _ in wanted], positions=where)
-        sources.update({(key, operation): found[key] for key, operation in wanted})
+    token = _paused.set(True)
+    try:
+        for inputs, where, wanted in runs.values():
+            found = collect(model, inputs, [key for key, _ in wanted], positions=where)
+            sources.update({(key, operation): found[key] for key, operation in wanted})
+    finally:
+        _paused.reset(token)
     return sources
 
 
@@ -201,6 +250,8 @@ def _carry_out_all(
     hidden: Tensor,
 ) -> Tensor:
     """``hidden`` after all operations of a site in one forward pass."""
+    if _paused.get():
+        return hidden
     for operation in todo:
         hidden = _carry_out(operation, hidden, watch.current, sources.get((key, operation)), collected, key)
     return hidden
@@ -222,7 +273,7 @@ def _carry_out(
                 "run the whole prompt inside the context"
             )
         return hidden
-    chosen = columns(operation.positions, hidden, current)
+    chosen = columns(operation.positions, hidden, current, prompt_only=source is not None)
     base = _gather(hidden, chosen)
     if isinstance(operation, Collect):
         kept = operation.apply(base, None)
@@ -246,6 +297,8 @@ def _fit(source: Tensor, base: Tensor, key: object) -> Tensor:
     if source.dim() == 2 and base.shape[1] == 1:
         source = source.unsqueeze(1)
     try:
+        if source.dim() == 2 and source.shape[0] != 1:
+            raise RuntimeError("its rows may be examples or positions")
         return source.to(base.device).expand_as(base)
     except RuntimeError as error:
         raise ShapeError(

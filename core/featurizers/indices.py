@@ -67,8 +67,8 @@ def select(indices: Indices, n_features: int, device: torch.device | str | None 
     if indices is None:
         return Selection()
     if isinstance(indices, slice):
-        return Selection(columns=torch.arange(n_features, device=device)[indices])
-    if isinstance(indices, Sequence) and indices and isinstance(indices[0], Sequence):
+        return Selection(columns=torch.tensor(range(n_features)[indices], dtype=torch.long, device=device))
+    if isinstance(indices, Sequence) and any(isinstance(row, Sequence | Tensor) for row in indices):
         return Selection(mask=_rows(cast("Sequence[Sequence[int]]", indices), n_features).to(device))
     given = _tensor(indices, device)
     if given.dtype == torch.bool:
@@ -114,7 +114,9 @@ def _checked(columns: Tensor, n_features: int) -> Tensor:
 def _rows(rows: Sequence[Sequence[int]], n_features: int) -> Tensor:
     mask = torch.zeros(len(rows), n_features, dtype=torch.bool)
     for i, row in enumerate(rows):
-        columns = _tensor(list(row), None)
+        if not isinstance(row, Sequence | Tensor) or isinstance(row, str):
+            raise FeatureIndexError(f"the indices of example {i} must be a list of integers, not {row!r}")
+        columns = _tensor(row, None)
         if columns.dtype == torch.bool or columns.dim() != 1:
             raise FeatureIndexError(f"the indices of example {i} must be a list of integers, not {row!r}")
         mask[i, _checked(columns, n_features)] = True

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from featurizers.errors import PositionError
+from featurizers.errors import PositionError, ShapeError
 from featurizers.operations import Positions
 
 
@@ -19,6 +19,7 @@ class Pass:
         start: how many tokens are cached already: 0 for a prompt, more while generating.
         seen_prompt: whether this pass, or one before it in the same context, began at the first token.
         attention_mask: ``(batch, total)``, 1 for a token and 0 for padding; None where nothing is padded.
+        prompt_columns: how many columns the prompt has, while ``generate`` runs.
         opaque_mask: whether the model was given a mask in a form that does not show the padding.
     """
 
@@ -26,20 +27,45 @@ class Pass:
     seen_prompt: bool
     attention_mask: Tensor | None
     opaque_mask: bool = False
+    prompt_columns: int | None = None
 
 
-def columns(positions: Positions, hidden: Tensor, current: Pass) -> Tensor | None:
+def columns(positions: Positions, hidden: Tensor, current: Pass, *, prompt_only: bool = False) -> Tensor | None:
     """Columns ``(batch, n)`` of ``hidden`` ``(batch, sequence, d)`` that hold these positions of the prompt.
 
-    None means that all of ``hidden`` is meant. Call it for the pass over the prompt only.
+    None means that all of ``hidden`` is meant. Call it for passes that compute the prompt only.
+
+    Args:
+        positions: as an operation names them.
+        hidden: activations of the pass.
+        current: the pass.
+        prompt_only: whether no positions mean those of the prompt, where the pass computes generated tokens as well.
 
     Raises:
-        PositionError: a prompt is too short for a position, or the padding is unknown.
+        PositionError: a prompt is too short for a position, is computed in parts, or its padding is unknown.
+        ShapeError: positions are given for activations that are not ``(batch, sequence, d)``.
     """
-    if positions is None:
+    length = hidden.shape[1] if current.prompt_columns is None else current.prompt_columns
+    if positions is None and (not prompt_only or length == hidden.shape[1]):
         return None
-    batch, length = hidden.shape[:2]
-    wanted = torch.as_tensor(positions, device=hidden.device)
+    if hidden.dim() != 3:
+        raise ShapeError(
+            f"the site has activations {tuple(hidden.shape)}, not (batch, sequence, width): it has no positions"
+        )
+    if length > hidden.shape[1]:
+        raise PositionError(
+            f"the prompt of {length} tokens is computed {hidden.shape[1]} at a time, so that its end is not known; "
+            "generate without prefill_chunk_size"
+        )
+    batch = hidden.shape[0]
+    if positions is None:
+        return torch.arange(length, device=hidden.device).expand(batch, -1)
+    try:
+        wanted = torch.as_tensor(positions, device=hidden.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PositionError(
+            f"positions must be a list of integers or one such list of equal length an example, not {positions!r}"
+        ) from error
     if wanted.is_floating_point() or wanted.dtype == torch.bool or wanted.dim() not in (1, 2):
         raise PositionError(f"positions must be a list of integers or one such list an example, not {positions!r}")
     if wanted.dim() == 2 and wanted.shape[0] != batch:

@@ -61,6 +61,8 @@ class Site:
 
     def __post_init__(self) -> None:
         """Refuse a site that does not say which place it is."""
+        if self.kind != "module" and (self.module is not None or self.side is not None):
+            raise SiteError(f"{self.kind!r} is found by its name; a module and a side belong to kind 'module'")
         if self.kind in BLOCK_KINDS:
             wrong = not _is_count(self.layer) or (self.head is not None and self.kind != "attn.z")
             if wrong or (self.head is not None and not _is_count(self.head)):
@@ -69,7 +71,8 @@ class Site:
             if self.layer is not None or self.head is not None:
                 raise SiteError(f"{self.kind!r} has no layer and no head")
         elif self.kind == "module":
-            if not self.module or self.side not in ("input", "output"):
+            numbered = self.layer is not None or self.head is not None
+            if numbered or not self.module or self.side not in ("input", "output"):
                 raise SiteError("a module site is written 'module:PATH:input' or 'module:PATH:output'")
         else:
             known = ", ".join([*BLOCK_KINDS, *MODEL_KINDS, "module"])
@@ -102,12 +105,14 @@ class Site:
         """
         if isinstance(text, Site):
             return text
-        kind, _, rest = text.partition(":")
+        if not isinstance(text, str):
+            raise SiteError(f"a site is a Site or a string such as 'resid.post:8', not {text!r}")
+        kind, colon, rest = text.partition(":")
         if kind == "module":
             module, _, side = rest.rpartition(":")
             return cls("module", module=module, side=side)  # type: ignore[arg-type]  # checked above
-        numbers = rest.split(":") if rest else []
-        if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+        numbers = rest.split(":") if colon else []
+        if len(numbers) > 2 or not all(number.isascii() and number.isdecimal() for number in numbers):
             raise SiteError(f"cannot read the site {text!r}; write 'resid.post:8', 'attn.z:8:3' or 'embed'")
         layer, head = [*map(int, numbers), None, None][:2]
         return cls(kind, layer, head)

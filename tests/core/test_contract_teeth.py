@@ -85,9 +85,7 @@ def flip_the_sign_of_the_inverse(patch):
 
 def change_the_base_in_place(patch):
     original = SubspaceFeaturizer.apply_edit
-    patch(
-        SubspaceFeaturizer, "apply_edit", lambda self, b, *a: b.copy_(original(self, b.clone(), *a)).clone()
-    )
+    patch(SubspaceFeaturizer, "apply_edit", lambda self, b, *a: b.copy_(original(self, b.clone(), *a)).clone())
 
 
 def hand_the_base_back(patch):
@@ -182,16 +180,12 @@ def lose_the_site(patch):
     from featurizers import artefact
 
     original = artefact.SiteRecord.site
-    patch(
-        artefact.SiteRecord, "site", lambda self: featurizers.Site(original(self).kind, original(self).layer)
-    )
+    patch(artefact.SiteRecord, "site", lambda self: featurizers.Site(original(self).kind, original(self).layer))
 
 
 def mix_the_examples(patch):
     original = SubspaceFeaturizer.encode
-    patch(
-        SubspaceFeaturizer, "encode", lambda self, x, c=None: original(self, x - x.mean(0, keepdim=True), c)
-    )
+    patch(SubspaceFeaturizer, "encode", lambda self, x, c=None: original(self, x - x.mean(0, keepdim=True), c))
 
 
 def hook_the_wrong_position(patch):

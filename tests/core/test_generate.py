@@ -147,7 +147,6 @@ def test_the_cache_makes_no_difference_to_an_interchange_at_positions_from_the_s
         assert_same(generate(model, use_cache=False), generate(model, use_cache=True))
 
 
-@pytest.mark.xfail(strict=True, reason="without a cache each pass is taken for a new prompt, so -1 moves along")
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_the_cache_makes_no_difference_to_positions_from_the_end(architecture):
     model = tiny_model(architecture)
@@ -155,7 +154,6 @@ def test_the_cache_makes_no_difference_to_positions_from_the_end(architecture):
         assert_same(generate(model, use_cache=False), generate(model, use_cache=True))
 
 
-@pytest.mark.xfail(strict=True, raises=ShapeError, reason="without a cache each pass is taken for a new prompt")
 def test_the_cache_makes_no_difference_to_an_interchange_of_the_whole_prompt():
     model = tiny_model("llama")
     with intervene(model, {SITE: Interchange(identity(), source=SOURCE)}):
@@ -294,3 +292,23 @@ def test_a_static_cache_takes_edits_of_every_token():
     model = tiny_model("llama")
     with intervene(model, {SITE: Steer(identity(), delta=1.0)}):
         assert_same(generate(model, cache_implementation="static"), generate(model))
+
+
+@pytest.mark.parametrize("positions", [[-1], None])
+def test_a_prompt_computed_in_chunks_is_refused_where_its_end_matters(positions):
+    model = tiny_model("llama")
+    swap = Interchange(identity(), source=SOURCE, positions=positions)
+    with intervene(model, {SITE: swap}), pytest.raises(PositionError, match="prefill_chunk_size"):
+        generate(model, prefill_chunk_size=4)
+    with intervene(model, {SITE: Steer(identity(), delta=1.0)}):
+        assert_same(generate(model, prefill_chunk_size=4), generate(model))
+
+
+def test_generate_is_the_models_own_again_after_the_context():
+    model = tiny_model("llama")
+    with intervene(model, {SITE: Steer(identity(), delta=1.0)}):
+        assert "generate" in vars(model)
+        with intervene(model, {SITE: Steer(identity(), delta=1.0)}):
+            generate(model)
+        assert "generate" in vars(model)
+    assert "generate" not in vars(model)

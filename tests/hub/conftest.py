@@ -1,5 +1,6 @@
 """A Hub for each test, with alice logged in."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,8 @@ def hub(tmp_path, monkeypatch):
 @pytest.fixture
 def hasty(monkeypatch):
     """The client's pauses between its attempts take no time."""
+    from huggingface_hub import file_download
     from huggingface_hub.utils import _http
 
-    monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(_http.time), "sleep": lambda seconds: None}))
+    for module in (_http, file_download):
+        monkeypatch.setattr(module, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))

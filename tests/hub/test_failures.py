@@ -119,8 +119,6 @@ UPLOADS = {
 }
 
 
-
-
 def _check(hub: LoopbackHub, case: Failure) -> None:
     case.cause(hub)
     with pytest.raises(FeaturizerError, match=case.words) as caught:

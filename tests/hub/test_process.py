@@ -10,12 +10,12 @@ from tests.support.hub import ALICE, LoopbackHub
 
 ROUND_TRIP = """
 import featurizers
-from huggingface_hub.utils import is_xet_available
+from huggingface_hub import constants
 f = featurizers.create("subspace", d_in=64, n_features=16, seed=1)
 commit = f.push_to_hub("alice/x", subfolder="a").oid
 loaded = featurizers.load("alice/x", subfolder="a", verify=True)
 assert loaded.revision == commit and loaded.basis.equal(f.basis)
-print("xet" if is_xet_available() else "plain")
+print("plain" if constants.HF_HUB_DISABLE_XET else "xet")
 """
 
 

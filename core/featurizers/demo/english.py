@@ -21,13 +21,14 @@ COUNTRIES = {
         "Mozambique Namibia Niger Nigeria Rwanda Senegal Somalia Sudan Tanzania Tunisia Uganda Zambia Zimbabwe"
     ),
     "Asia": (
-        "Afghanistan Bangladesh Bhutan Cambodia China India Indonesia Iran Iraq Japan Jordan Kazakhstan Korea Kuwait Laos "
-        "Lebanon Malaysia Mongolia Myanmar Nepal Oman Pakistan Philippines Qatar Singapore Syria Taiwan Thailand Vietnam"
+        "Afghanistan Bangladesh Bhutan Cambodia China India Indonesia Iran Iraq Japan Jordan Kazakhstan Korea Kuwait "
+        "Laos Lebanon Malaysia Mongolia Myanmar Nepal Oman Pakistan Philippines Qatar Singapore Syria Taiwan "
+        "Thailand Vietnam"
     ),
     "Europe": (
-        "Albania Austria Belgium Bulgaria Croatia Denmark England Estonia Finland France Germany Greece Hungary Iceland "
-        "Ireland Italy Latvia Lithuania Luxembourg Malta Netherlands Norway Poland Portugal Romania Serbia Slovakia "
-        "Slovenia Spain Sweden Switzerland Ukraine"
+        "Albania Austria Belgium Bulgaria Croatia Denmark England Estonia Finland France Germany Greece Hungary "
+        "Iceland Ireland Italy Latvia Lithuania Luxembourg Malta Netherlands Norway Poland Portugal Romania Serbia "
+        "Slovakia Slovenia Spain Sweden Switzerland Ukraine"
     ),
     "South America": "Argentina Bolivia Brazil Chile Colombia Ecuador Guyana Paraguay Peru Suriname Uruguay Venezuela",
 }
@@ -46,7 +47,7 @@ def make_task(source: str, seed: int, n_features: int | None, layers: list[int] 
     """
     model, tokenizer, revision = _load(source)
     names, ids, answers = _known(model, tokenizer)
-    if len(names) < FEWEST or len(answers.unique()) < 2:
+    if len(names) < FEWEST or len(set(answers.tolist())) < 2:
         raise FeaturizerError(
             f"{source} completes {TEMPLATE.format('…')!r} rightly for {len(names)} countries only; the demo needs a "
             f"model that knows {FEWEST} of at least two continents"
@@ -117,7 +118,7 @@ def _known(model: nn.Module, tokenizer: Any) -> tuple[list[str], Tensor, Tensor]
     names = [name for name, (ids, _) in prompts.items() if len(ids) == length]
     ids = torch.tensor([prompts[name][0] for name in names])
     answers = torch.tensor([prompts[name][1] for name in names])
-    said = torch.cat([model(input_ids=chunk).logits[:, -1].argmax(-1) for chunk in ids.split(32)])
+    said = torch.cat([model(input_ids=chunk).logits[:, -1].argmax(-1) for chunk in torch.split(ids, 32)])
     right = (said == answers).nonzero().squeeze(-1)
     return [names[i] for i in right.tolist()], ids[right], answers[right]
 

@@ -114,7 +114,7 @@ def work(task: Task) -> int:
 
 
 def fit_subspace(task: Task, site: Site, sources: Tensor, seed: int, tick: Callable[[], None]) -> Featurizer[Any]:
-    """Distributed alignment search (arXiv:2303.02536): the subspace whose interchange gives the counterfactual answer."""
+    """The subspace whose interchange gives the counterfactual answer (distributed alignment, arXiv:2303.02536)."""
     featurizer = featurizers.create("subspace", d_in=sources.shape[-1], n_features=task.n_features, seed=seed)
     optimizer = torch.optim.Adam(featurizer.parameters(), lr=task.lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=task.steps)
@@ -139,7 +139,7 @@ def interchange_accuracy(
     if sources is None:
         sources = _sources(model, pairs, [site])[site]
     hits = 0
-    for rows in torch.arange(len(pairs)).split(64):
+    for rows in torch.split(torch.arange(len(pairs)), 64):
         chunk = pairs.take(rows)
         logits = interchanged_logits(model, chunk, site, featurizer, sources[rows])
         hits += int((logits.argmax(-1) == chunk.label).sum())
@@ -163,7 +163,7 @@ def _both(task: Task) -> list[tuple[str, Pairs]]:
 def _sources(model: nn.Module, pairs: Pairs, sites: list[Site]) -> dict[Site, Tensor]:
     """Activations of the source prompts at the position of the interchange, ``(n, 1, d)`` for each site."""
     parts = []
-    for rows in torch.arange(len(pairs)).split(64):
+    for rows in torch.split(torch.arange(len(pairs)), 64):
         inputs = {name: t[rows] for name, t in pairs.source.items()}
         parts.append(featurizers.collect(model, inputs, sites, positions=POSITIONS))
     return {site: torch.cat([part[site] for part in parts]) for site in sites}

@@ -56,9 +56,9 @@ def make_task(seed: int, n_features: int | None) -> Task:
         batch=128,
         lr=0.03,
         notes=[
-            f"it answers {accuracy:.1%} of the {len(prompts)} prompts rightly; {held_out} of them are kept for the test",
-            f"it was taught to keep the variable on one random direction of {PLANTED}, with {share:.0%} of the variance "
-            "there; the search is told neither",
+            f"it answers {accuracy:.1%} of the {len(prompts)} prompts rightly; {held_out} are kept for the test",
+            f"it was taught to keep the variable on one random direction of {PLANTED}, with {share:.0%} of the "
+            "variance there; the search is told neither",
         ],
         planted=(PLANTED, planted),
     )

@@ -1,0 +1,164 @@
+"""A run's table on the terminal, as JSON, and in docs/benchmarks.md.
+
+``python benchmarks/report.py FILE...`` writes the tables of JSON files into the document.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+from timing import Row, Settings
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
+
+
+class Machine(BaseModel):
+    """What the numbers were measured on, in words."""
+
+    device: str
+    cpu: str
+    cores: int
+    threads: int
+    versions: dict[str, str]
+
+    @classmethod
+    def here(cls, settings: Settings) -> Machine:
+        """This machine."""
+        gpu = torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else None
+        names = ("featurizers", "torch", "pyvene", "transformers")
+        return cls(
+            device=gpu or "CPU",
+            cpu=_cpu(),
+            cores=os.cpu_count() or 0,
+            threads=torch.get_num_threads(),
+            versions={"python": platform.python_version(), **{name: _version(name) for name in names}},
+        )
+
+    def __str__(self) -> str:
+        """One sentence."""
+        cpu = f"{self.cpu}, {self.cores} cores, {self.threads} torch thread{'s' * (self.threads != 1)}"
+        what = cpu if self.device == "CPU" else f"{self.device} beside {cpu}"
+        return f"{what}; {', '.join(f'{name} {number}' for name, number in self.versions.items())}"
+
+
+class Report(BaseModel):
+    """A run.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``: which table of the document it fills.
+        load: the machine's load average over a minute, before and after.
+    """
+
+    device: str
+    dtype: str
+    quick: bool
+    pairs: int
+    machine: Machine
+    load: tuple[float, float]
+    rows: list[Row]
+
+    def print(self, console: Console | None = None) -> None:
+        """The table on the terminal, the checks, and what was skipped."""
+        console = console or Console()
+        table = Table(title=str(self.machine), title_justify="left", title_style="dim")
+        for name in ("name", "ours", "peer", "ratio", "spread", "CPU time", "required", ""):
+            table.add_column(name, justify="left" if name in ("name", "") else "right", no_wrap=True)
+        for row in self.rows:
+            if row.skipped is None:
+                table.add_row(row.name, *_numbers(row), {True: "met", False: "[red]missed", None: ""}[row.met])
+            else:
+                table.add_row(row.name, *["–"] * 5, _required(row), "skipped")
+        console.print(table)
+        for row in self.rows:
+            if row.skipped is None:
+                console.print(f"[dim]{row.name}: {row.what}, against {row.peer}. {row.checked}", highlight=False)
+            else:
+                console.print(f"{row.name} skipped: {row.skipped}", highlight=False)
+        console.print(f"load average {self.load[0]:.1f} before, {self.load[1]:.1f} after", highlight=False)
+
+    def markdown(self) -> str:
+        """The table of the document."""
+        lines = [
+            f"{self.machine}. Activations in {self.dtype}. Other programs ran beside it: load average "
+            f"{self.load[0]:.1f} before the run and {self.load[1]:.1f} after.",
+            "",
+            "| name | ours, and the peer | ours | peer | ratio | spread | of CPU time | required |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for row in self.rows:
+            if row.skipped is None:
+                ours, theirs, ratio, spread, cpu, required = _numbers(row)
+                cells = (f"{row.what}; *{row.peer}*", ours, theirs, f"**{ratio}**", spread, cpu, required)
+            else:
+                cells = (f"skipped: {row.skipped}", *["–"] * 5, _required(row))
+            lines.append(f"| `{row.name}` | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+
+def write_document(report: Report, path: Path = DOCUMENT) -> None:
+    """Put the table of a run between its device's markers in the document.
+
+    Raises:
+        ValueError: the run was a quick one, or the document has no such markers.
+    """
+    if report.quick:
+        raise ValueError("a quick run is not for the document")
+    start, end = f"<!-- results: {report.device} -->", f"<!-- end of results: {report.device} -->"
+    text = path.read_text()
+    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"{path.name} has no markers {start!r} and {end!r}")
+    path.write_text(pattern.sub(lambda _: f"{start}\n{report.markdown()}\n{end}", text))
+
+
+def _numbers(row: Row) -> tuple[str, str, str, str, str, str]:
+    spread = "–" if row.unit == "bytes" else f"{_times(row.spread[0])} – {_times(row.spread[1])}"
+    cpu = "–" if row.cpu_ratio is None else _times(row.cpu_ratio)
+    return _amount(row.ours, row.unit), _amount(row.theirs, row.unit), _times(row.ratio), spread, cpu, _required(row)
+
+
+def _required(row: Row) -> str:
+    if row.required is None:
+        return "–"
+    return f"{'≥' if row.sense == 'at least' else '≤'} {row.required:g}×"
+
+
+def _times(ratio: float) -> str:
+    digits = 0 if ratio >= 100 else 1 if ratio >= 10 else 2 if ratio >= 2 else 3
+    return f"{ratio:,.{digits}f}×"
+
+
+def _amount(value: float, unit: str) -> str:
+    steps = ((1, "s"), (1e-3, "ms"), (1e-6, "µs")) if unit == "s" else ((2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+    size, name = next((step for step in steps if value >= step[0]), steps[-1])
+    return f"{value / size:.3g} {name}" if value / size < 1000 else f"{value / size:.0f} {name}"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        if names:
+            return str(names[0])
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    for file in sys.argv[1:]:
+        write_document(Report.model_validate_json(Path(file).read_text()))

@@ -1,0 +1,91 @@
+"""The benchmarks, side by side with their peers: ``python benchmarks/run.py``; see docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import artefacts
+import collecting
+import das
+import hooks
+import report
+import swapping
+import timing
+import torch
+import typer
+from rich.console import Console
+
+BENCHMARKS = {
+    benchmark.name: benchmark
+    for theme in (das, artefacts, collecting, swapping, hooks)
+    for benchmark in theme.BENCHMARKS
+}
+
+
+class Dtype(StrEnum):
+    """Dtypes of activations."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def main(
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="Of activations and models; bases stay in float32.")] = Dtype.float32,
+    only: Annotated[list[str] | None, typer.Option(help="Names, or beginnings of names; may be repeated.")] = None,
+    quick: Annotated[bool, typer.Option(help="Small sizes, to see that everything runs.")] = False,
+    pairs: Annotated[int, typer.Option(help="Samples of each side.", min=2)] = 15,
+    threads: Annotated[int, typer.Option(help="Of torch on the CPU; more than one needs an idle machine.", min=1)] = 1,
+    json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
+    docs: Annotated[bool, typer.Option(help="Write the table into docs/benchmarks.md.")] = False,
+) -> None:
+    """Compare the library with its peers, one pair of samples after the other."""
+    console = Console()
+    console.width = max(console.width, 120)  # the table's lines must not be cut where there is no terminal
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        console.print("skipped: torch sees no CUDA device")
+        raise typer.Exit
+    if docs and (quick or only):
+        raise typer.BadParameter("the document takes a full run", param_hint="--docs")
+    chosen = [b for name, b in BENCHMARKS.items() if not only or name.startswith(tuple(only))]
+    if not chosen:
+        raise typer.BadParameter(f"choose from {', '.join(BENCHMARKS)}", param_hint="--only")
+    torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore", module=r"(pyvene|transformers)\..*")
+    settings = timing.Settings(
+        torch.device(device),
+        getattr(torch, dtype.value),
+        quick,
+        pairs=min(pairs, 3) if quick else pairs,
+        sample=0.01 if quick else 0.05,
+    )
+    before = os.getloadavg()[0]
+    rows = []
+    for benchmark in chosen:
+        row = timing.run(benchmark, settings)
+        console.print(f"{row.name}: {row.skipped or f'{row.ratio:.3g}'}", style="dim", highlight=False)
+        rows.append(row)
+    result = report.Report(
+        device=settings.device.type,
+        dtype=dtype.value,
+        quick=quick,
+        pairs=settings.pairs,
+        machine=report.Machine.here(settings),
+        load=(before, os.getloadavg()[0]),
+        rows=rows,
+    )
+    result.print(console)
+    if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        json.write_text(result.model_dump_json(indent=2) + "\n")
+    if docs:
+        report.write_document(result)
+
+
+if __name__ == "__main__":
+    typer.run(main)
