@@ -1,4 +1,8 @@
-"""How a DAS training step grows with its sizes: ``python benchmarks/plots.py`` draws docs/benchmarks-growth.png."""
+"""How a DAS training step grows with its sizes: ``python benchmarks/plots.py`` draws docs/benchmarks-growth.png.
+
+In CPU seconds, which are those of a clock where one thread has a core to itself: a curve has no second side, beside
+which a busy machine would cancel.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ PICTURE = HERE.parent / "docs" / "benchmarks-growth.png"
 
 
 class Point(BaseModel):
-    """Seconds of one step at one size; None where the peer would have taken too long."""
+    """CPU seconds of one step at one size; None where the peer would have taken too long."""
 
     d_in: int
     n_features: int
@@ -44,7 +48,7 @@ def main(
     json: Annotated[Path, typer.Option(help="Where the numbers are kept.")] = HERE / "results" / "growth.json",
     draw_only: Annotated[bool, typer.Option(help="Draw the numbers that are there, and measure nothing.")] = False,
     quick: Annotated[bool, typer.Option(help="Three small sizes, and no files.")] = False,
-    limit: Annotated[float, typer.Option(help="The peer's curve ends after a step of so many seconds.")] = 15.0,
+    limit: Annotated[float, typer.Option(help="The peer's curve ends after a step of so many CPU seconds.")] = 10.0,
     threads: Annotated[int, typer.Option(help="Of torch.", min=1)] = 1,
 ) -> None:
     """Measure both curves, write them down and draw them."""
@@ -75,7 +79,7 @@ def _curve(sizes: list[tuple[int, int]], settings: timing.Settings, limit: float
         point = Point(
             d_in=d_in,
             n_features=n_features,
-            ours=timing.seconds(das.training_step(ours, ours.interchange, settings, d_in), settings),
+            ours=timing.cpu_seconds(das.training_step(ours, ours.interchange, settings, d_in), settings),
             theirs=None,
         )
         before = [p.theirs for p in points]
@@ -93,7 +97,7 @@ def _their_step(settings: timing.Settings, d_in: int, n_features: int) -> float 
     except timing.Skipped:
         return None
     step = das.training_step(theirs, theirs.interchange, settings, d_in)
-    return timing.seconds(step, settings, samples=3)
+    return timing.cpu_seconds(step, settings, samples=3)
 
 
 def draw(growth: Growth, path: Path) -> None:
@@ -101,8 +105,9 @@ def draw(growth: Growth, path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     _panel(axes[0], growth.by_count, "n_features", f"features k, at width d = {WIDTH}")
     _panel(axes[1], growth.by_width, "d_in", f"width d, at k = {COUNT} features")
-    axes[0].set_ylabel("seconds for a DAS training step")
+    axes[0].set_ylabel("CPU seconds of a DAS training step")
     axes[0].legend(frameon=False)
+    path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=100, metadata={"Software": None})
     pyplot.close(figure)
 

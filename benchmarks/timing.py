@@ -174,10 +174,10 @@ def run(benchmark: Benchmark, settings: Settings) -> Row:
     return row
 
 
-def seconds(call: Callable[[], object], settings: Settings, samples: int = 7) -> float:
-    """Median wall time of one call, after a warm-up; of one sample where it is slow. For curves of one side alone."""
+def cpu_seconds(call: Callable[[], object], settings: Settings, samples: int = 7) -> float:
+    """Median CPU time of one call, after a warm-up; of one sample where it is slow. For curves of one side alone."""
     calls = _calibrate(call, settings)
-    return statistics.median(wall for wall, _ in _samples(call, calls, samples if calls else 1, settings))
+    return statistics.median(cpu for _, cpu in _samples(call, calls, samples if calls else 1, settings))
 
 
 def _time(case: Case, row: Row, settings: Settings) -> None:

@@ -130,13 +130,13 @@ def _pairs(ids: Tensor, answers: Tensor, rows: list[int], seed: int) -> Pairs:
     differ = (answers[base] != answers[source]).nonzero().squeeze(-1)
     differ = differ[torch.randperm(len(differ), generator=torch.Generator().manual_seed(seed + 1))]
     base, source = base[differ], source[differ]
-    return Pairs({"input_ids": ids[base]}, {"input_ids": ids[source]}, answers[source])
+    return Pairs(ids[base], ids[source], answers[source])
 
 
 def _example(tokenizer: Any, pairs: Pairs) -> list[str]:
     if not len(pairs):
         return []
-    base, source = (tokenizer.decode(side["input_ids"][0]) for side in (pairs.base, pairs.source))
+    base, source = (tokenizer.decode(side[0]) for side in (pairs.base, pairs.source))
     return [
         f"a pair: base {base!r}, source {source!r}, answer after the interchange {tokenizer.decode(pairs.label[:1])!r}"
     ]

@@ -23,13 +23,13 @@ class Pairs:
     """Counterfactual pairs: base prompts, source prompts, and the answers once the variable is the source's.
 
     Attributes:
-        base: inputs of the model, ``(n, t)`` each.
+        base: token ids ``(n, t)``.
         source: likewise.
         label: token ``(n,)`` that the model should answer after the interchange.
     """
 
-    base: dict[str, Tensor]
-    source: dict[str, Tensor]
+    base: Tensor
+    source: Tensor
     label: Tensor
 
     def __len__(self) -> int:
@@ -38,8 +38,7 @@ class Pairs:
 
     def take(self, rows: Tensor) -> Pairs:
         """Some of the pairs."""
-        base, source = ({name: t[rows] for name, t in side.items()} for side in (self.base, self.source))
-        return Pairs(base, source, self.label[rows])
+        return Pairs(self.base[rows], self.source[rows], self.label[rows])
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def interchanged_logits(
     """Next-token logits ``(n, vocabulary)`` of the base prompts with the source's features at a site."""
     swap = Interchange(featurizer, source=sources, positions=POSITIONS)
     with featurizers.intervene(model, {site: swap}):
-        logits: Tensor = model(**pairs.base, use_cache=False).logits[:, -1]
+        logits: Tensor = model(input_ids=pairs.base, use_cache=False).logits[:, -1]
     return logits
 
 
@@ -162,8 +161,10 @@ def _both(task: Task) -> list[tuple[str, Pairs]]:
 
 def _sources(model: nn.Module, pairs: Pairs, sites: list[Site]) -> dict[Site, Tensor]:
     """Activations of the source prompts at the position of the interchange, ``(n, 1, d)`` for each site."""
-    parts = []
-    for rows in torch.split(torch.arange(len(pairs)), 64):
-        inputs = {name: t[rows] for name, t in pairs.source.items()}
-        parts.append(featurizers.collect(model, inputs, sites, positions=POSITIONS))
-    return {site: torch.cat([part[site] for part in parts]) for site in sites}
+    # a prompt is the source of many pairs, and is run once
+    prompts, which = torch.unique(pairs.source, dim=0, return_inverse=True)
+    parts = [
+        featurizers.collect(model, {"input_ids": chunk}, sites, positions=POSITIONS)
+        for chunk in torch.split(prompts, 64)
+    ]
+    return {site: torch.cat([part[site] for part in parts])[which] for site in sites}

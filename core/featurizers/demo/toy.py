@@ -85,7 +85,7 @@ def _pairs(prompts: Tensor, count: int, generator: torch.Generator) -> Pairs:
     pools = [prompts[_variable(prompts) == value] for value in (0, 1)]
     draws = [pool[torch.randint(len(pool), (count,), generator=generator)] for pool in pools]
     source = torch.where(_variable(base).bool().unsqueeze(-1), draws[0], draws[1])
-    return Pairs({"input_ids": base}, {"input_ids": source}, _answer(base, _variable(source)))
+    return Pairs(base, source, _answer(base, _variable(source)))
 
 
 def _share(activations: Tensor, planted: Featurizer[Any]) -> Tensor:

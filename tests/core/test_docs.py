@@ -1,0 +1,224 @@
+"""The documentation: its examples run, its tables are the code's, its links lead somewhere."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import featurizers
+import pytest
+import torch
+from featurizers import errors, hookspecs
+from featurizers.sites import BLOCK_KINDS, MODEL_KINDS
+from featurizers.testing import FeaturizerContract
+
+ROOT = Path(__file__).parents[2]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *DOCS, *sorted((ROOT / "plugins").glob("*/README.md"))]
+TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+BLOCK = re.compile(r"^(<!-- not run: .+? -->\n)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CONSOLE = re.compile(r"^```console\n\$ featurizers (.+?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+by_name = {"ids": lambda path: str(path.relative_to(ROOT))}
+
+
+def blocks(path: Path) -> list[str]:
+    """The Python blocks of a page that are to be run, with blank lines before them, so that errors name its lines."""
+    text = path.read_text(encoding="utf-8")
+    return ["\n" * text.count("\n", 0, m.start(2)) + m[2] for m in BLOCK.finditer(text) if not m[1]]
+
+
+def section(page: str, title: str) -> str:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert found, f"docs/{page} has no section {title!r}"
+    return found[1]
+
+
+def first_column(text: str) -> list[str]:
+    return re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
+
+
+# ---------------------------------------------------------------------- examples
+
+
+@pytest.fixture
+def names_of_the_readmes_first_example(tmp_path, monkeypatch):
+    """A model, two prompts, and an artefact that ``owner/name`` stands for."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    f = featurizers.create("subspace", d_in=16, n_features=2)
+    f.site = featurizers.Site("resid.post", 1)
+    folder, load = f.save_pretrained(tmp_path / "owner-name"), featurizers.load
+    monkeypatch.setattr(
+        featurizers, "load", lambda source, **o: load(folder if source == "owner/name" else source, **o)
+    )
+    config = GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=20, bos_token_id=None, eos_token_id=None)
+    prompt, other_prompt = ({"input_ids": torch.randint(0, 20, (1, 4))} for _ in range(2))
+    return {"model": GPT2LMHeadModel(config).eval(), "prompt": prompt, "other_prompt": other_prompt}
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if path.name != "demo.md" and blocks(path)], **by_name)
+def test_examples_run(path, tmp_path, monkeypatch, request):
+    workplace = tmp_path / "cwd"
+    workplace.mkdir()
+    monkeypatch.chdir(workplace)
+    if "pyvene" in path.name:
+        pytest.importorskip("pyvene")
+    namespace = {"__name__": "an_example"}
+    if path == ROOT / "README.md":
+        namespace.update(request.getfixturevalue("names_of_the_readmes_first_example"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for block in blocks(path):
+            exec(compile(block, str(path), "exec"), namespace)
+
+
+def test_the_pages_have_the_examples_that_are_run():
+    assert len(blocks(ROOT / "README.md")) == 2
+    for page, least in {
+        "interventions.md": 7,
+        "pyvene.md": 5,
+        "featurizers.md": 3,
+        "plugins.md": 2,
+        "cli.md": 1,
+    }.items():
+        assert len(blocks(ROOT / "docs" / page)) >= least
+    every = [block for path in PAGES for block in re.findall("^```python$", path.read_text(), re.MULTILINE)]
+    matched = [m for path in PAGES for m in BLOCK.finditer(path.read_text())]
+    assert len(every) == len(matched), "a Python block is not closed"
+
+
+def test_console_examples_print_what_they_show(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    page = ROOT / "docs" / "cli.md"
+    exec("\n".join(blocks(page)), {})
+    examples = CONSOLE.findall(page.read_text(encoding="utf-8"))
+    assert len(examples) >= 9
+    for command, shown in examples:
+        arguments = [sys.executable, "-m", "featurizers", *shlex.split(command)]
+        done = subprocess.run(arguments, capture_output=True, encoding="utf-8", check=False)
+        assert _comparable(done.stdout + done.stderr) == _comparable(shown), command
+
+
+def _comparable(output: str) -> str:
+    """Without the digits of a checksum, which depend on the machine, nor spaces at the ends of lines."""
+    output = re.sub(r"\b[0-9a-f]{5,}\b", lambda m: "#" * len(m[0]), output)
+    return "\n".join(line.rstrip() for line in output.rstrip().splitlines())
+
+
+# ---------------------------------------------------------------------- the README's commands
+
+
+def test_ci_runs_the_readmes_own_test_command():
+    script = (ROOT / ".ci" / "run").read_text()
+    pattern = re.search(r"grep -m1 -E '(.+)' README\.md", script)
+    assert pattern
+    assert 'bash -euo pipefail -c "$command"' in script
+    readme = (ROOT / "README.md").read_text().splitlines()
+    lines = [line for line in readme if re.search(pattern[1], line)]
+    assert len(lines) == 1
+    assert lines[0].endswith("&& .venv/bin/pytest")
+    demo = [line for line in readme if line.startswith("python3 -m venv") and line.endswith("featurizers demo")]
+    assert len(demo) == 1
+    set_up = lines[0].removesuffix(" && .venv/bin/pytest")
+    assert demo[0] == f"{set_up} && .venv/bin/featurizers demo"
+    assert set_up in (ROOT / "CONTRIBUTING.md").read_text().splitlines()
+
+
+# ---------------------------------------------------------------------- tables against code
+
+
+def test_the_table_of_hooks_is_that_of_the_code():
+    hooks = {
+        f"{name}({', '.join(inspect.signature(hook).parameters)})"
+        for name, hook in vars(hookspecs).items()
+        if inspect.isfunction(hook) and hook.__module__ == hookspecs.__name__
+    }
+    assert hooks
+    assert set(first_column(section("plugins.md", "Hooks"))) == hooks
+
+
+def test_the_table_of_errors_is_that_of_the_code():
+    classes = {
+        name
+        for name, value in vars(errors).items()
+        if inspect.isclass(value) and issubclass(value, errors.FeaturizerError) and value is not errors.FeaturizerError
+    }
+    assert set(first_column(section("design.md", "Errors"))) == classes
+
+
+def test_the_table_of_sites_is_that_of_the_code():
+    assert set(first_column(section("interventions.md", "Sites"))) == {*BLOCK_KINDS, *MODEL_KINDS, "module"}
+
+
+def test_every_architecture_of_the_tests_is_named():
+    from tests.support.models import ARCHITECTURES
+
+    said = re.sub(r"[^a-z0-9]", "", section("interventions.md", "Architectures").lower().replace("2 and 3", "2 3"))
+    short = {"gpt_neox_sequential": "sequential", "qwen3": "qwen23", "gemma3": "gemma23"}
+    missing = [name for name in ARCHITECTURES if short.get(name, name).replace("_", "") not in said]
+    assert not missing
+
+
+def test_every_file_of_the_core_is_listed_once():
+    core = ROOT / "core" / "featurizers"
+    listed = first_column(section("design.md", "The files, in reading order"))
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {str(path.relative_to(core)) for path in core.rglob("*.py")}
+
+
+def test_every_key_of_the_format_is_described():
+    from featurizers.manifest import Entry, Index, Manifest, SiteRecord
+
+    text = (ROOT / "docs" / "format.md").read_text()
+    for record in (Manifest, SiteRecord, Index, Entry):
+        for key in record.model_fields:
+            assert f"`{key}`" in text, key
+
+
+def test_the_shortest_plugin_is_shown_as_it_is():
+    text = (ROOT / "docs" / "plugins.md").read_text()
+    folder = ROOT / "tests" / "examples" / "featurizers-scale"
+    for name, language in (("pyproject.toml", "toml"), ("featurizers_scale.py", "python")):
+        assert f"```{language}\n{(folder / name).read_text().rstrip()}\n```" in text
+
+
+def test_the_conformance_suite_is_described_with_its_fixtures():
+    text = section("plugins.md", "The conformance suite")
+    assert all(f"def {name}(self)" in text for name in ("featurizer", "activations"))
+    assert str(FeaturizerContract.tolerance).replace("1e-05", "1e-5") in text
+
+
+def test_every_public_name_is_in_the_documentation():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in DOCS)
+    assert [name for name in featurizers.__all__ if not re.search(rf"\b{name}\b", text)] == []
+
+
+# ---------------------------------------------------------------------- links
+
+
+@pytest.mark.parametrize("path", TEXTS, **by_name)
+def test_relative_links_lead_somewhere(path):
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
+
+
+def test_the_index_lists_every_page():
+    index = (ROOT / "docs" / "index.md").read_text()
+    assert set(re.findall(r"\]\((.+?)\)", index)) >= {path.name for path in DOCS} - {"index.md"}
