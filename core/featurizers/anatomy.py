@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -65,9 +66,6 @@ class Anatomy:
         model: a decoder of `transformers`, with or without its language-model head, or a module that a plugin's
             ``featurizers_anatomy`` hook knows.
 
-    Raises:
-        SiteError: the blocks cannot be found.
-
     Example:
         >>> from transformers import GPT2Config, GPT2Model
         >>> Anatomy(GPT2Model(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=5))).place("attn.z:1:0").path
@@ -77,9 +75,28 @@ class Anatomy:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._config = _text_config(model)
-        self.blocks = self._find_blocks()
-        self.layers = model.get_submodule(self.blocks.layers)
-        self.decoder = model.get_submodule(self.blocks.decoder)
+
+    @functools.cached_property
+    def blocks(self) -> Blocks:
+        """Where the model keeps its blocks.
+
+        Raises:
+            SiteError: they cannot be found.
+        """
+        return self._find_blocks()
+
+    @property
+    def layers(self) -> nn.Module:
+        """The list of blocks."""
+        return self.model.get_submodule(self.blocks.layers)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The module that owns the blocks and is called with the attention mask; the model if none are found."""
+        try:
+            return self.model.get_submodule(self.blocks.decoder)
+        except SiteError:  # module sites need no blocks
+            return self.model
 
     @property
     def n_layers(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -192,7 +193,7 @@ def _entry(featurizer: Featurizer[Any]) -> Entry:
 def _distributions(featurizer: Featurizer[Any]) -> dict[str, str]:
     """Name and version of the core and of each distribution whose class takes part."""
     roots = {type(module).__module__.partition(".")[0] for module in featurizer.modules()}
-    names = {name for root in roots for name in packages_distributions().get(root, []) if root != "torch"}
+    names = {name for root in roots for name in _owners().get(root, []) if root != "torch"}
     versions = {}
     for name in sorted({*names, "featurizers"}):
         try:
@@ -200,6 +201,12 @@ def _distributions(featurizer: Featurizer[Any]) -> dict[str, str]:
         except PackageNotFoundError:  # a class of the program itself belongs to no distribution
             continue
     return versions
+
+
+@functools.cache
+def _owners() -> Mapping[str, list[str]]:
+    """The distributions that each top-level package comes from; reading them all takes a while."""
+    return packages_distributions()
 
 
 @contextmanager

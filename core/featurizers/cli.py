@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from featurizers.errors import ArtefactError, FeaturizerError, SourceError
+from featurizers.errors import ArtefactError, FeaturizerError, HubNotFoundError, SourceError
 from featurizers.manifest import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, Index, Manifest
 
 app = typer.Typer(
@@ -129,12 +130,14 @@ def pull(
         part = Remote(parsed, "/".join(filter(None, (subfolder, name))) or None)
         folder = part.weights(commit)
         part.file(CONFIG_NAME, commit)
+        with contextlib.suppress(HubNotFoundError):  # a card is no part of what is loaded
+            part.file(CARD_NAME, commit)
         if out is not None:
             _copy(folder, out / name, (CONFIG_NAME, WEIGHTS_NAME))
     if out is not None and isinstance(record, Index):
         _copy(root, out, (CONFIG_NAME,))
     result = {"folder": str(out or root), "revision": commit, "artefacts": len(names)}
-    _print_json(result) if as_json else print(f"{result['folder']} (revision {commit}, {len(names)} artefacts)")
+    _print_json(result) if as_json else print(f"{result['folder']} (revision {commit}, artefacts: {len(names)})")
 
 
 @app.command()

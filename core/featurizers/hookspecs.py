@@ -33,4 +33,7 @@ def featurizers_register(register: Callable[[type[Featurizer[Any]]], None]) -> N
 
 @hookspec(firstresult=True)
 def featurizers_anatomy(model: nn.Module) -> Blocks | None:
-    """Where a model keeps its blocks, for a model that generic detection gets wrong; ``None`` for any other."""
+    """Where a model keeps its blocks, for a model that generic detection gets wrong; ``None`` for any other.
+
+    Asked of the plugins that are loaded already, before the generic detection, and of all others after it has failed.
+    """

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from featurizers.errors import ManifestError, SiteError
 from featurizers.plugins import KIND
@@ -19,7 +19,14 @@ LIBRARY_NAME: Final = "featurizers"
 FORMAT_VERSION: Final = 1
 MAX_CONFIG_BYTES: Final = 1_000_000
 
-Name = Annotated[str, Field(min_length=1, max_length=256)]
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it holds characters that cannot be printed")
+    return text
+
+
+Name = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_printable)]
 FeatureSetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Subfolder = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$", max_length=512)
@@ -92,7 +99,7 @@ class Entry(_Record):
 
     kind: Name
     id: Name
-    site: str | None = None
+    site: Name | None = None
 
 
 class Index(_Record):

@@ -71,6 +71,8 @@ class Site:
             if self.layer is not None or self.head is not None:
                 raise SiteError(f"{self.kind!r} has no layer and no head")
         elif self.kind == "module":
+            if self.module and not self.module.isprintable():
+                raise SiteError(f"the path of a module is printable, not {self.module!r}")
             numbered = self.layer is not None or self.head is not None
             if numbered or not self.module or self.side not in ("input", "output"):
                 raise SiteError("a module site is written 'module:PATH:input' or 'module:PATH:output'")

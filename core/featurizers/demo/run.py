@@ -43,6 +43,9 @@ def run(
         FeaturizerError: the model cannot be used, or does not do the task.
     """
     _need_packages()
+    wanted = _layers(layers)
+    if model is None and wanted is not None:
+        raise UsageError("layers are chosen with --model; the embedded task searches all of its own")
     start = time.perf_counter()
     console = Console(quiet=quiet)
     if model is None:
@@ -54,7 +57,7 @@ def run(
         from featurizers.demo.english import make_task as make_english_task
 
         console.print(f"Loading {model} and looking for prompts that it completes rightly …")
-        task = make_english_task(model, seed, features, _layers(layers))
+        task = make_english_task(model, seed, features, wanted)
     for note in task.notes:
         console.print(f"  {note}", highlight=False)
 
@@ -102,7 +105,7 @@ def _overlap_with_planted(task: Task, rows: list[Row]) -> float | None:
     site, planted = task.planted
     found = next(row.found for row in rows if row.site == site)
     direction = planted.inverse_featurize(torch.ones(1), None)
-    return float(found.collect(direction).norm())
+    return float(found.collect(direction).detach().norm())
 
 
 def _save(task: Task, rows: list[Row], best: Row, seed: int, out: Path) -> Path:
