@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import featurizers
 import torch
+from featurizers.indices import Indices
 from peers import pyvene
 from timing import Benchmark, Case, Settings, same
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 BATCH = 32
 
 
-def _case(settings: Settings, form: Callable[[Tensor], object], named: str, *, use_fast: bool = False) -> Case:
+def _case(settings: Settings, form: Callable[[Tensor], Indices], named: str, *, use_fast: bool = False) -> Case:
     """``form`` turns the sorted indices into what our interchange is given."""
     n_features = settings.size(16384, 256)
     chosen = torch.randperm(n_features, generator=torch.Generator().manual_seed(0))[: n_features // 2]

@@ -180,9 +180,9 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
         """
         self.check_width(x)
         selection = select(indices, self._count(x), x.device)
-        if selection.mask is not None:
+        if selection.differs_by_example:
             raise UsageError("collect takes the same indices for every example; collect all and index the result")
-        features = self.encode(x, selection.columns)
+        features = self.encode(x, selection.as_columns())
         return features.clone() if features is x else features
 
     @final
@@ -227,17 +227,19 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
         self.check_width(base)
         count = self._count(base)
         selection = select(indices, count, base.device)
-        columns = selection.columns
+        columns = selection.as_columns() if values else selection.columns
         if columns is not None and columns.numel() == 0:
             return base.clone()
-        gather = columns is not None and (values or 4 * columns.numel() <= count)
-        features = self.encode(base, columns if gather else None)
-        edited = change(features, columns if gather else None)
-        if not gather and not selection.is_everything:
+        if columns is not None and not values and 4 * columns.numel() > count:
+            columns = None
+        features = self.encode(base, columns)
+        edited = change(features, columns)
+        everything = columns is not None or selection.is_everything
+        if not everything:
             edited = torch.where(selection.mask_for(features), edited, features)
-        result = self.apply_edit(base, features, edited, columns if gather else None)
-        # a closed form may hand back one of its inputs, as the identity's does
-        return result.clone() if result is base or result is edited else result
+        result = self.apply_edit(base, features, edited, columns)
+        # a closed form may hand back what it was given, as the identity's does, and that may be the caller's
+        return result.clone() if result is base or (everything and result is edited) else result
 
     # ------------------------------------------------------------------ derivatives
 

@@ -22,7 +22,7 @@ class Selection:
 
     Attributes:
         columns: int64 ``(k,)``, in the order given, the same for every example.
-        mask: bool ``(batch, n_features)``, one row an example.
+        mask: bool ``(n_features,)``, or ``(batch, n_features)`` with one row an example.
     """
 
     columns: Tensor | None = None
@@ -33,19 +33,23 @@ class Selection:
         """Whether every feature is selected."""
         return self.columns is None and self.mask is None
 
-    def columns_mask(self, n_features: int) -> Tensor:
-        """The selection as booleans: ``(n_features,)``, or ``(batch, n_features)`` if it differs by example."""
-        if self.mask is not None:
-            return self.mask
-        if self.columns is None:
-            return torch.ones(n_features, dtype=torch.bool)
-        mask = torch.zeros(n_features, dtype=torch.bool, device=self.columns.device)
-        mask[self.columns] = True
-        return mask
+    @property
+    def differs_by_example(self) -> bool:
+        """Whether each example has its own features."""
+        return self.mask is not None and self.mask.dim() == 2
+
+    def as_columns(self) -> Tensor | None:
+        """The columns, those of a shared mask in ascending order; None for everything or if they differ."""
+        if self.mask is not None and self.mask.dim() == 1:
+            return self.mask.nonzero().squeeze(-1)
+        return self.columns
 
     def mask_for(self, x: Tensor) -> Tensor:
         """The selection as booleans that broadcast against features ``(batch, …, n_features)``."""
-        mask = self.columns_mask(x.shape[-1])
+        mask = self.mask
+        if mask is None:
+            mask = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
+            mask[slice(None) if self.columns is None else self.columns] = True
         if mask.dim() == 1:
             return mask
         if x.dim() < 2 or mask.shape[0] != x.shape[0]:
@@ -77,7 +81,7 @@ def select(indices: Indices, n_features: int, device: torch.device | str | None 
                 f"a boolean mask of shape {tuple(given.shape)} does not fit {n_features} features; "
                 f"give ({n_features},) or (batch, {n_features})"
             )
-        return Selection(columns=given.nonzero().squeeze(-1)) if given.dim() == 1 else Selection(mask=given)
+        return Selection(mask=given)
     if given.dim() == 2:
         return Selection(mask=_rows(given.tolist(), n_features).to(device))
     return Selection(columns=_checked(given, n_features))

@@ -21,7 +21,7 @@ def chosen(selection: Selection, batch: int = 1, n: int = N) -> list[list[int]]:
     """The features that a selection means for each example, in ascending order."""
     if selection.is_everything:
         return [list(range(n))] * batch
-    mask = selection.columns_mask(n)
+    mask = selection.mask_for(torch.zeros(batch, n))
     assert mask.dtype == torch.bool
     return [[i for i, on in enumerate(row) if on] for row in mask.expand(batch, n).tolist()]
 
@@ -58,7 +58,8 @@ def test_a_tensor_of_two_axes_is_a_row_for_each_example(numbers):
 @given(flags, st.booleans())
 def test_booleans_mean_where_they_are_true(wanted, as_list):
     selection = select(wanted if as_list else torch.tensor(wanted), N)
-    assert selection.columns.tolist() == [i for i, on in enumerate(wanted) if on]
+    assert selection.as_columns().tolist() == [i for i, on in enumerate(wanted) if on]
+    assert chosen(selection) == [[i for i, on in enumerate(wanted) if on]]
 
 
 @given(st.lists(flags, min_size=1, max_size=4))
@@ -87,7 +88,7 @@ def test_none_is_every_feature_and_an_empty_list_is_none():
     for nothing in ([], (), slice(0, 0), torch.zeros(0, dtype=torch.long), torch.zeros(N, dtype=torch.bool)):
         selection = select(nothing, N)
         assert not selection.is_everything
-        assert selection.columns.tolist() == []
+        assert selection.as_columns().tolist() == []
     assert chosen(select([[], []], N), 2) == [[], []]
     assert chosen(select(torch.zeros(2, 0, dtype=torch.long), N), 2) == [[], []]
 

@@ -399,6 +399,23 @@ def test_faulty_stages(composition, damage):
     _check(composition, FAULTY_STAGES[damage])
 
 
+# ---------------------------------------------------------------------- what a kind promises of its tensors
+
+
+def test_a_basis_that_is_not_orthonormal(folder):
+    _basis(lambda basis: 1.1 * basis)(folder)
+    with pytest.raises(FeaturizerError, match="not orthonormal"):
+        featurizers.load(folder)
+
+
+def test_a_deviation_that_is_not_positive(tmp_path):
+    stages = featurizers.create("standardize", d_in=8) >> subspace()
+    folder = stages.save_pretrained(tmp_path / "a")
+    _tensors(lambda tensors: tensors["stages.0.std"].zero_())(folder)
+    with pytest.raises(FeaturizerError, match="standard deviation is not positive"):
+        featurizers.load(folder)
+
+
 # ---------------------------------------------------------------------- the records themselves
 
 

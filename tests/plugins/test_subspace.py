@@ -165,6 +165,16 @@ class TestStiefel:
         u, _, vh = torch.linalg.svd(w, full_matrices=False)
         torch.testing.assert_close(stiefel.polar(w), u @ vh)
 
+    def test_the_retraction_gives_the_polar_factor_and_leaves_what_is_orthonormal(self):
+        w = normal(200, 16) / 14
+        expected = stiefel.polar(w)
+        stiefel.retract_(w)
+        torch.testing.assert_close(w, expected, rtol=1e-5, atol=1e-6)
+        assert off_orthonormal(w) < 5e-6
+        before = w.clone()
+        stiefel.retract_(w)
+        assert torch.equal(w, before)
+
     def test_gradients_equal_finite_differences(self):
         w = normal(7, 3, dtype=torch.float64).requires_grad_()
         assert torch.autograd.gradcheck(stiefel.polar, (w,), check_forward_ad=True)
@@ -229,17 +239,19 @@ class TestTraining:
     def test_the_retraction_runs_once_a_step_however_often_the_basis_is_used(self, monkeypatch):
         f = featurizers.create("subspace", d_in=16, n_features=3)
         calls = []
-        original = stiefel.polar
-        monkeypatch.setattr(stiefel, "polar", lambda w: (calls.append(1), original(w))[1])
+        original = stiefel.retract_
+        monkeypatch.setattr(stiefel, "retract_", lambda w: (calls.append(1), original(w))[1])
         base, source = normal(4, 16), normal(4, 16, seed=1)
         optimizer = torch.optim.SGD(f.parameters(), lr=0.5)
+        f.encode(base)
+        assert len(calls) == 1
         for step in range(3):
             optimizer.zero_grad()
             for _ in range(5):
                 f.interchange(base, source).sum().backward()
             optimizer.step()
             f.encode(base)
-            assert len(calls) == step + 1
+            assert len(calls) == step + 2
 
     def test_gradients_accumulate_over_several_backward_passes(self):
         f = featurizers.create("subspace", d_in=16, n_features=3)

@@ -12,14 +12,26 @@ from torch import Tensor
 def deviation(w: Float[Tensor, "d k"]) -> float:
     """How far W is from orthonormal: the largest element of ``|WᵀW - I|``. Cost O(d k²)."""
     w = w.detach().to(_working_dtype(w))
-    gram = w.mT @ w
-    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-    return float(gram.abs().amax())
+    return _from_identity(w.mT @ w)
 
 
 def tolerance(dtype: torch.dtype) -> float:
     """The deviation that storing an orthonormal matrix in a dtype may cause."""
     return max(1e-5, torch.finfo(dtype).eps)
+
+
+@torch.no_grad()
+def retract_(w: Float[Tensor, "d k"]) -> None:
+    """Replace W, in place, by its polar factor, unless it is orthonormal to the precision of its dtype.
+
+    The same matrix as `polar` gives, without its gradient and its last polish. Cost O(d k²).
+    """
+    x = w.to(_working_dtype(w))
+    gram = x.mT @ x
+    if _from_identity(gram) > tolerance(w.dtype):
+        values, vectors = torch.linalg.eigh(gram.double())
+        root = (vectors * values.clamp_min(torch.finfo(x.dtype).tiny).rsqrt()) @ vectors.mT
+        w.copy_(x @ root.to(x.dtype))
 
 
 def polar(w: Float[Tensor, "*n d k"]) -> Float[Tensor, "*n d k"]:
@@ -40,6 +52,10 @@ def tangent(q: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
     """
     same: Tensor = _Tangent.apply(q)  # type: ignore[no-untyped-call]
     return same
+
+
+def _from_identity(gram: Tensor) -> float:
+    return float((gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().amax())
 
 
 def _working_dtype(w: Tensor) -> torch.dtype:

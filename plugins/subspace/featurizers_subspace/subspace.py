@@ -166,7 +166,7 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
             return stiefel.polar(w)
         state = (id(w), w._version, w.requires_grad and torch.is_grad_enabled(), w.dtype, w.device)
         if self._orthonormal is None or self._orthonormal[0] != state:
-            self._retract(w)
+            stiefel.retract_(w)
             state = (state[0], w._version, *state[2:])
             self._orthonormal = state, stiefel.tangent(w) if state[2] else w.detach()
         return self._orthonormal[1]
@@ -214,15 +214,9 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
 
     # ------------------------------------------------------------------ keeping the basis orthonormal
 
-    def _retract(self, w: Tensor) -> None:
-        """Put the parameter back onto the manifold, in place, unless it is there to the precision of its dtype."""
-        with torch.no_grad():
-            if stiefel.deviation(w) > stiefel.tolerance(w.dtype):
-                w.copy_(stiefel.polar(w))
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if not self.basis.is_meta:
-            self._retract(self.basis)
+            stiefel.retract_(self.basis)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SubspaceFeaturizer:
