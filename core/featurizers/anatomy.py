@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -184,9 +184,8 @@ class Anatomy:
         count = getattr(self._config, "num_hidden_layers", None)
         found = [
             name
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.ModuleList)
-            and len(module) == count
+            for name, module in _lists(self.model)
+            if len(module) == count
             and len({type(block) for block in module}) == 1
             and _first_child(module[0], (*ATTENTION, *MLP))
         ]
@@ -210,6 +209,15 @@ class Anatomy:
 
 
 _HELP = "Name the module itself, as in 'module:PATH:output', or write a plugin with the hook featurizers_anatomy."
+
+
+def _lists(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    """The outermost module lists, which is where blocks are; walking through every block takes a while."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield _join(path, name), child
+        else:
+            yield from _lists(child, _join(path, name))
 
 
 def first_tensor(output: Any) -> Tensor:

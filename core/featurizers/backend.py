@@ -64,10 +64,10 @@ def intervene(
     """
     anatomy = Anatomy(model)
     plan = [(key, anatomy.place(key), _as_operations(key, todo)) for key, todo in operations.items()]
-    sources = _read_sources(model, plan)
+    sources = _read_sources(anatomy, plan)
     collected: dict[SiteT, Tensor] = {}
     with ExitStack() as hooks:
-        watch = _PassWatch(model, anatomy.decoder)
+        watch = _PassWatch(anatomy)
         hooks.callback(watch.stop)
         for key, place, todo in plan:
             edit = functools.partial(_carry_out_all, key, todo, watch, sources, collected)
@@ -108,7 +108,13 @@ def collect(
     if isinstance(sites, str | Site):
         raise UsageError(f"sites is a list of sites: [{str(sites)!r}]")
     featurizers = dict(sites) if isinstance(sites, Mapping) else dict.fromkeys(sites)
-    anatomy = Anatomy(model)
+    with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+        return _collect(Anatomy(model), inputs, featurizers, positions)
+
+
+def _collect(
+    anatomy: Anatomy, inputs: Inputs, featurizers: Mapping[SiteT, Featurizer[Any] | None], positions: Positions
+) -> dict[SiteT, Tensor]:
     places = {key: anatomy.place(key) for key in featurizers}
     found: dict[SiteT, Tensor] = {}
 
@@ -121,14 +127,14 @@ def collect(
             raise _Finished
         return hidden
 
-    with ExitStack() as hooks, torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-        watch = _PassWatch(model, anatomy.decoder)
+    with ExitStack() as hooks:
+        watch = _PassWatch(anatomy)
         hooks.callback(watch.stop)
         for key, place in places.items():
             hooks.callback(_hook(place, functools.partial(keep, key, watch)).remove)
-        cacheless = {"use_cache": False} if _takes(model.forward, "use_cache") else {}
+        cacheless = {"use_cache": False} if _takes_use_cache(anatomy.model) else {}
         with suppress(_Finished):
-            model(**{**cacheless, **inputs})
+            anatomy.model(**{**cacheless, **inputs})
     if missing := [str(key) for key in places if key not in found]:
         raise UsageError(f"the model ran without passing through {', '.join(missing)}")
     return found
@@ -149,12 +155,13 @@ class _PassWatch:
     is watched too, by an attribute of the instance that is taken away again.
     """
 
-    def __init__(self, model: nn.Module, decoder: nn.Module) -> None:
+    def __init__(self, anatomy: Anatomy) -> None:
+        model, decoder = anatomy.model, anatomy.decoder
         self._paused = _paused.get()  # the watch of a source's own pass is not
         self.current = Pass(0, True, None)
         self._seen_prompt = False
         self._prompt_columns: int | None = None
-        self._signature = inspect.signature(decoder.forward)
+        self._signature = _signature(type(decoder).forward)
         self._exit = ExitStack()
         self._exit.callback(decoder.register_forward_pre_hook(self._note, with_kwargs=True).remove)
         if callable(generate := getattr(model, "generate", None)):
@@ -174,10 +181,10 @@ class _PassWatch:
         finally:
             self._prompt_columns = before
 
-    def _note(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _note(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _paused.get() and not self._paused:
             return
-        given = self._signature.bind_partial(*args, **kwargs).arguments
+        given = self._signature.bind_partial(decoder, *args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
         mask: Any = given.get("attention_mask")
         cache: Any = given.get("past_key_values")
@@ -210,8 +217,9 @@ def _as_operations(key: object, todo: object) -> tuple[Operation, ...]:
     return operations
 
 
+@torch.no_grad()
 def _read_sources(
-    model: nn.Module, plan: Sequence[tuple[SiteT, Place, tuple[Operation, ...]]]
+    anatomy: Anatomy, plan: Sequence[tuple[SiteT, Place, tuple[Operation, ...]]]
 ) -> dict[tuple[SiteT, Operation], Tensor]:
     """Activations for each operation with a source; each distinct inputs and positions cost one forward pass."""
     sources: dict[tuple[SiteT, Operation], Tensor] = {}
@@ -230,7 +238,7 @@ def _read_sources(
     token = _paused.set(True)
     try:
         for inputs, where, wanted in runs.values():
-            found = collect(model, inputs, [key for key, _ in wanted], positions=where)
+            found = _collect(anatomy, inputs, dict.fromkeys(key for key, _ in wanted), where)
             sources.update({(key, operation): found[key] for key, operation in wanted})
     finally:
         _paused.reset(token)
@@ -338,6 +346,11 @@ def _hook(place: Place, edit: Callable[[Tensor], Tensor]) -> RemovableHandle:
     return place.module.register_forward_pre_hook(on_input, with_kwargs=True)
 
 
-def _takes(function: Callable[..., Any], name: str) -> bool:
-    parameters = inspect.signature(function).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+@functools.cache
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
+def _takes_use_cache(model: nn.Module) -> bool:
+    parameters = _signature(type(model).forward).parameters
+    return "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -74,26 +74,26 @@ def select(indices: Indices, n_features: int, device: torch.device | str | None 
         return Selection(columns=torch.tensor(range(n_features)[indices], dtype=torch.long, device=device))
     if isinstance(indices, Sequence) and any(isinstance(row, Sequence | Tensor) for row in indices):
         return Selection(mask=_rows(cast("Sequence[Sequence[int]]", indices), n_features).to(device))
-    given = _tensor(indices, device)
+    given = _tensor(indices)  # lists are checked before they are moved, which saves a GPU from waiting
     if given.dtype == torch.bool:
         if given.shape[-1:] != (n_features,) or given.dim() > 2:
             raise FeatureIndexError(
                 f"a boolean mask of shape {tuple(given.shape)} does not fit {n_features} features; "
                 f"give ({n_features},) or (batch, {n_features})"
             )
-        return Selection(mask=given)
+        return Selection(mask=given.to(device))
     if given.dim() == 2:
         return Selection(mask=_rows(given.tolist(), n_features).to(device))
-    return Selection(columns=_checked(given, n_features))
+    return Selection(columns=_checked(given, n_features).to(device))
 
 
-def _tensor(indices: Sequence[int] | Sequence[Sequence[int]] | Tensor, device: torch.device | str | None) -> Tensor:
+def _tensor(indices: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> Tensor:
     try:
-        given = torch.as_tensor(indices, device=device)
+        given = torch.as_tensor(indices)
     except (TypeError, ValueError, RuntimeError) as error:
         raise FeatureIndexError(f"indices must be integers, not {indices!r}") from error
     if given.numel() == 0 and not isinstance(indices, Tensor):
-        return torch.zeros(0, dtype=torch.long, device=device)
+        return torch.zeros(0, dtype=torch.long)
     if given.is_floating_point() or given.is_complex() or given.dim() not in (1, 2):
         raise FeatureIndexError(
             f"indices must be a list of integers, a list of such lists, or a boolean mask; got a tensor of "
@@ -118,9 +118,12 @@ def _checked(columns: Tensor, n_features: int) -> Tensor:
 def _rows(rows: Sequence[Sequence[int]], n_features: int) -> Tensor:
     mask = torch.zeros(len(rows), n_features, dtype=torch.bool)
     for i, row in enumerate(rows):
+        if i and type(row) is list and row == rows[i - 1]:
+            mask[i] = mask[i - 1]  # lists of thousands of numbers are mostly one list, repeated
+            continue
         if not isinstance(row, Sequence | Tensor) or isinstance(row, str):
             raise FeatureIndexError(f"the indices of example {i} must be a list of integers, not {row!r}")
-        columns = _tensor(row, None)
+        columns = _tensor(row)
         if columns.dtype == torch.bool or columns.dim() != 1:
             raise FeatureIndexError(f"the indices of example {i} must be a list of integers, not {row!r}")
         mask[i, _checked(columns, n_features)] = True

@@ -218,14 +218,23 @@ def test_heads_are_refused_where_their_number_is_unknown():
 
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(SiteError, match=r"Linear: no list of \? blocks was found.*featurizers_anatomy"):
-        Anatomy(nn.Linear(2, 2))
+        Anatomy(nn.Linear(2, 2)).place("resid.post:0")
+
+
+def test_a_model_without_blocks_still_has_its_modules():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    f = featurizers.create("identity", d_in=2)
+    x = torch.ones(3, 2)
+    plain = model(x)
+    with featurizers.intervene(model, {"module:1:output": featurizers.Steer(f, delta=1.0)}):
+        assert torch.equal(model(x), plain + 1)
 
 
 def test_two_lists_that_could_be_the_blocks_are_refused():
     model = fresh_model("llama")
     model.model.others = nn.ModuleList(fresh_model("llama").model.layers)
     with pytest.raises(SiteError, match=r"several lists look like its blocks: model\.layers, model\.others"):
-        Anatomy(model)
+        _ = Anatomy(model).blocks
 
 
 def test_the_blocks_beside_the_token_embedding_are_those_of_the_words():
@@ -300,7 +309,7 @@ def toy_plugin():
 
 def test_a_model_of_another_library_is_refused_without_a_plugin():
     with pytest.raises(SiteError, match="Toy: no list of"):
-        Anatomy(Toy())
+        Anatomy(Toy()).place("resid.post:0")
 
 
 @pytest.mark.usefixtures("toy_plugin")

@@ -73,7 +73,7 @@ class _Polar(torch.autograd.Function):
         sizes = values.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
         q = x @ ((vectors / sizes.unsqueeze(-2)) @ vectors.mT)
         # one Newton-Schulz step squares what rounding left of the deviation
-        q = 1.5 * q - 0.5 * (q @ (q.mT @ q))
+        q = q @ (1.5 * torch.eye(q.shape[-1], dtype=q.dtype, device=q.device) - 0.5 * (q.mT @ q))
         return q.to(w.dtype), vectors, sizes
 
     @staticmethod
@@ -134,4 +134,4 @@ class _Tangent(torch.autograd.Function):
         q = ctx.q.to(_working_dtype(ctx.q))
         g = grad.to(q.dtype)
         along = q.mT @ g
-        return (g - 0.5 * (q @ (along + along.mT))).to(grad.dtype)
+        return torch.addmm(g, q, along + along.mT, alpha=-0.5).to(grad.dtype)
