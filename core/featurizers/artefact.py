@@ -15,7 +15,15 @@ import torch
 from pydantic import ValidationError
 
 from featurizers import card, weights
-from featurizers.errors import ArtefactError, ConfigError, ManifestError, UsageError, WeightsError
+from featurizers.errors import (
+    ArtefactError,
+    ConfigError,
+    FeaturizerError,
+    ManifestError,
+    PluginError,
+    UsageError,
+    WeightsError,
+)
 from featurizers.featurizer import Featurizer
 from featurizers.manifest import (
     CARD_NAME,
@@ -45,10 +53,10 @@ def save(featurizer: Featurizer[Any], folder: str | Path) -> Path:
         ArtefactError: the folder holds something else than an artefact.
         ManifestError: the metadata is not JSON, or a name is not allowed.
     """
-    target = Path(folder).expanduser()
+    target = _target(folder)
     with _replacing(target) as new:
         _write(featurizer, new, source=f"./{target.name}")
-    return target
+    return Path(folder).expanduser()
 
 
 def save_collection(featurizers: Mapping[str, Featurizer[Any]], folder: str | Path) -> Path:
@@ -64,7 +72,7 @@ def save_collection(featurizers: Mapping[str, Featurizer[Any]], folder: str | Pa
     """
     if not featurizers:
         raise UsageError("a collection holds at least one featurizer")
-    target = Path(folder).expanduser()
+    target = _target(folder)
     try:
         index = Index(artefacts={name: _entry(f) for name, f in featurizers.items()})
     except ValidationError as error:
@@ -75,7 +83,7 @@ def save_collection(featurizers: Mapping[str, Featurizer[Any]], folder: str | Pa
             _write(featurizer, new / name, source=f"./{target.name}/{name}")
         (new / CONFIG_NAME).write_bytes(dump(index))
         card.write_collection(index, new / CARD_NAME, source=f"./{target.name}")
-    return target
+    return Path(folder).expanduser()
 
 
 def read_folder(
@@ -102,13 +110,20 @@ def read_folder(
         ManifestError: the kind refuses the config.
         WeightsError: the weights are damaged or do not fit the config.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UsageError(f"dtype is a floating-point torch.dtype such as torch.float16, not {dtype!r}")
     cls = host().featurizer_class(manifest.kind)
     config = _config(cls, manifest, where)
     path = folder / WEIGHTS_NAME
     if not path.exists():
         raise WeightsError(where, f"{WEIGHTS_NAME} is missing; other weight formats are not read")
-    with torch.device("meta"):
-        featurizer = cls(config)
+    try:
+        with torch.device("meta"):
+            featurizer = cls(config)
+    except PluginError:
+        raise
+    except FeaturizerError as error:
+        raise ManifestError(where, f"the kind {manifest.kind!r} refuses its config: {error}") from error
     expected = featurizer.state_dict()
     weights.check_header(weights.read_header(path, where), expected, manifest.features, where)
     if verify:
@@ -125,7 +140,10 @@ def read_folder(
     featurizer.metadata = manifest.metadata
     featurizer.eval()
     featurizer.to(device=device, dtype=dtype)
-    featurizer.check()
+    try:
+        featurizer.check()
+    except FeaturizerError as error:
+        raise WeightsError(where, f"{WEIGHTS_NAME}: {error}") from error
     return featurizer
 
 
@@ -161,6 +179,14 @@ def build(cls: type[Featurizer[Any]], config: Mapping[str, Any]) -> Featurizer[A
     return cls(checked)
 
 
+def _target(folder: str | Path) -> Path:
+    """The folder itself, behind links and dots, because it is replaced as a whole."""
+    try:
+        return Path(folder).expanduser().resolve()
+    except (OSError, RuntimeError) as error:
+        raise ArtefactError(str(folder), f"it is not the name of a folder: {error}") from error
+
+
 def _on_meta(featurizer: Featurizer[Any]) -> bool:
     return any(t.is_meta for t in (*featurizer.parameters(), *featurizer.buffers()))
 
@@ -168,7 +194,7 @@ def _on_meta(featurizer: Featurizer[Any]) -> bool:
 def _write(featurizer: Featurizer[Any], folder: Path, source: str) -> None:
     """Write the three files into a folder that is nobody's yet."""
     sets = {f"{SET_PREFIX}{name}": tensor for name, tensor in featurizer.feature_sets.items()}
-    digest = weights.write_tensors({**featurizer.state_dict(), **sets}, folder / WEIGHTS_NAME)
+    digest = weights.write_tensors({**featurizer.state_dict(), **sets}, folder / WEIGHTS_NAME, source)
     try:
         manifest = Manifest(
             kind=featurizer.kind,
@@ -181,7 +207,7 @@ def _write(featurizer: Featurizer[Any], folder: Path, source: str) -> None:
             metadata=featurizer.metadata,
         )
     except ValidationError as error:
-        raise ManifestError(str(folder), explain(error)) from error
+        raise ManifestError(source, explain(error)) from error
     (folder / CONFIG_NAME).write_bytes(dump(manifest))
     card.write(manifest, folder / CARD_NAME, source=source)
 

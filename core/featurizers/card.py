@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from featurizers.errors import ArtefactError
 from featurizers.manifest import Index, Manifest
 
 START, END = "<!-- featurizers: start -->", "<!-- featurizers: end -->"
@@ -107,7 +108,10 @@ def _tags(*kinds: str, model: str | None = None, license_name: object = UNKNOWN_
 
 def _renew(path: Path, tags: str, body: str) -> None:
     """Put our block in place of the old one; keep the front matter and the prose that are there."""
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    try:
+        old = path.read_text(encoding="utf-8") if path.exists() else ""
+    except UnicodeDecodeError as error:
+        raise ArtefactError(str(path), "it is not UTF-8 text; convert it or move it away") from error
     if START in old and END in old:
         before, _, rest = old.partition(START)
         text = before + body + rest.partition(END)[2]

@@ -51,13 +51,14 @@ class Composition(Featurizer[CompositionConfig]):
     Config: ClassVar[type[BaseModel]] = CompositionConfig
 
     def __init__(self, config: CompositionConfig) -> None:
+        from featurizers.artefact import build
+
         super().__init__(config)
         stages = []
         for stage in config.stages:
             if stage.kind == self.kind:
                 raise ConfigError("a stage of a composition is not a composition itself; list its stages")
-            cls = host().featurizer_class(stage.kind)
-            stages.append(cls(cls.Config.model_validate(stage.config)))
+            stages.append(build(host().featurizer_class(stage.kind), stage.config))
             stages[-1].id = stage.id
         self._set_stages(stages)
 

@@ -20,6 +20,7 @@ from featurizers.errors import (
     HubNotFoundError,
     HubOfflineError,
     ManifestError,
+    UsageError,
 )
 from featurizers.manifest import (
     CARD_NAME,
@@ -82,6 +83,8 @@ class Remote:
         from featurizers import __version__
 
         with translated(str(self)):
+            if commit is None:
+                self._ask(name)
             return Path(
                 hf_hub_download(
                     self.source.repo_id,
@@ -97,6 +100,27 @@ class Remote:
                     etag_timeout=TIMEOUT,
                 )
             )
+
+    def _ask(self, name: str) -> None:
+        """Fail at once where `hf_hub_download` would go on asking a dead Hub for 23 seconds, a hanging one for minutes.
+
+        A file in the cache is not asked for twice: the client falls back on it by itself.
+        """
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+        from featurizers import __version__
+
+        path = f"{self.subfolder}/{name}" if self.subfolder else name
+        cached = try_to_load_from_cache(self.source.repo_id, path, self.cache_dir, self.source.revision)
+        if self.local_files_only or self.force_download or isinstance(cached, str):
+            return
+        get_hf_file_metadata(
+            hf_hub_url(self.source.repo_id, path, revision=self.source.revision),
+            token=self.token,
+            timeout=TIMEOUT,
+            library_name=LIBRARY_NAME,
+            library_version=__version__,
+        )
 
     def config(self) -> tuple[Manifest | Index, str]:
         """The ``config.json``, and the commit that everything else is then read at."""
@@ -145,25 +169,33 @@ def push(
         HubError: the Hub refused.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     from featurizers import __version__
 
     local, record = read_local(Path(folder), None)
-    if subfolder and isinstance(record, Index):
+    if subfolder and isinstance(record, Manifest):
+        _with_entry(None, subfolder, record, repo_id)  # refuses a name that no index can hold
+    elif subfolder:
         raise ManifestError(str(local), "a collection is pushed to the root of a repository, not to a subfolder")
+    if branch and create_pr:
+        raise UsageError("a pull request is opened against the default branch; leave out branch or create_pr")
     api = HfApi(token=token, library_name=LIBRARY_NAME, library_version=__version__)
     with translated(repo_id):
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if branch and not create_pr:
+        try:
+            api.model_info(repo_id, timeout=TIMEOUT)  # a Hub that hangs is found out here; create_repo has no timeout
+        except RepositoryNotFoundError:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+        if branch:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
-        parent = api.model_info(repo_id, revision=branch if not create_pr else None, timeout=TIMEOUT).sha
+        parent = api.model_info(repo_id, revision=branch, timeout=TIMEOUT).sha
         with tempfile.TemporaryDirectory() as staging:
             operations = _operations(api, repo_id, parent, local, record, subfolder, Path(staging))
             return api.create_commit(
                 repo_id,
                 operations,
                 commit_message=commit_message or f"Upload {subfolder or 'featurizer'} with featurizers",
-                revision=branch if not create_pr else None,
+                revision=branch,
                 create_pr=create_pr,
                 parent_commit=parent,
             )
@@ -191,7 +223,12 @@ def translated(where: str) -> Iterator[None]:
 def _translate(error: Exception, where: str) -> FeaturizerError:
     from huggingface_hub import errors as hub
 
-    cause = error.__cause__ if isinstance(error, ValueError) and isinstance(error.__cause__, Exception) else error
+    cause = error
+    while isinstance(cause.__cause__, Exception) and (
+        type(cause) is ValueError  # a forced download that failed
+        or (isinstance(cause, hub.LocalEntryNotFoundError) and hasattr(cause.__cause__, "response"))
+    ):
+        cause = cause.__cause__
     status = getattr(getattr(cause, "response", None), "status_code", None)
     if isinstance(cause, hub.GatedRepoError):
         return HubAccessError(where, "the repository is gated; ask for access on its page and log in: hf auth login")
@@ -201,6 +238,8 @@ def _translate(error: Exception, where: str) -> FeaturizerError:
         )
     if isinstance(cause, hub.RevisionNotFoundError):
         return HubNotFoundError(where, "the repository has no such branch, tag or commit")
+    if any(base.__name__ == "TransportError" for base in type(cause).__mro__):  # of the client's own HTTP library
+        return HubOfflineError(where, f"the Hub cannot be reached: {type(cause).__name__}: {_line(cause)}")
     if isinstance(cause, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled):
         return HubOfflineError(
             where,

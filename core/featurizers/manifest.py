@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NoReturn
 
@@ -20,6 +21,15 @@ FORMAT_VERSION: Final = 1
 MAX_CONFIG_BYTES: Final = 1_000_000
 
 
+RESERVED: Final = {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME}
+
+
+def _not_a_file(subfolder: str) -> str:
+    if RESERVED.intersection(subfolder.split("/")):
+        raise ValueError(f"{', '.join(sorted(RESERVED))} are files")
+    return subfolder
+
+
 def _printable(text: str) -> str:
     if not text.isprintable():
         raise ValueError("it holds characters that cannot be printed")
@@ -27,9 +37,12 @@ def _printable(text: str) -> str:
 
 
 Name = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_printable)]
+FormatVersion = Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)]
 FeatureSetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Subfolder = Annotated[
-    str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$", max_length=512)
+    str,
+    Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$", max_length=512),
+    AfterValidator(_not_a_file),
 ]
 
 
@@ -76,7 +89,7 @@ class Manifest(_Record):
     """
 
     library_name: Literal["featurizers"] = "featurizers"
-    format_version: Literal[1] = 1
+    format_version: FormatVersion = FORMAT_VERSION
     kind: Annotated[str, Field(max_length=128)]
     id: Name
     config: dict[str, Any]
@@ -110,7 +123,7 @@ class Index(_Record):
     """
 
     library_name: Literal["featurizers"] = "featurizers"
-    format_version: Literal[1] = 1
+    format_version: FormatVersion = FORMAT_VERSION
     artefacts: dict[Subfolder, Entry]
 
 
@@ -138,8 +151,12 @@ def read_local(folder: Path, subfolder: str | None) -> tuple[Path, Manifest | In
     Raises:
         ManifestError: there is none.
     """
-    folder = folder.expanduser() / (subfolder or "")
-    if not (folder / CONFIG_NAME).exists():
+    try:
+        folder = folder.expanduser() / (subfolder or "")
+        there = (folder / CONFIG_NAME).exists()
+    except (OSError, RuntimeError, ValueError):  # a name that no folder can have
+        there = False
+    if not there:
         raise ManifestError(str(folder), f"there is no {CONFIG_NAME}; give the folder that save_pretrained wrote")
     return folder, read(folder / CONFIG_NAME, str(folder))
 
@@ -149,7 +166,12 @@ def parse(raw: bytes, where: str) -> Manifest | Index:
     if len(raw) > MAX_CONFIG_BYTES:
         raise ManifestError(where, f"{CONFIG_NAME} is larger than {MAX_CONFIG_BYTES} bytes")
     try:
-        data = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        data = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+        )
     except (ValueError, RecursionError) as error:
         raise ManifestError(where, f"{CONFIG_NAME} is not valid JSON: {error}") from error
     if not isinstance(data, dict) or data.get("library_name") != LIBRARY_NAME:
@@ -178,13 +200,15 @@ def dump(record: Manifest | Index) -> bytes:
     """The bytes of a ``config.json``.
 
     Raises:
-        ManifestError: its free metadata is not JSON.
+        ManifestError: its free metadata is not JSON, or is too large to be read again.
     """
     try:
-        text = json.dumps(record.model_dump(), indent=2, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
+        raw = (json.dumps(record.model_dump(), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError, RecursionError) as error:
         raise ManifestError("metadata", f"cannot be written as JSON: {error}") from error
-    return (text + "\n").encode()
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise ManifestError("metadata", f"{CONFIG_NAME} would be larger than {MAX_CONFIG_BYTES} bytes")
+    return raw
 
 
 def explain(error: ValidationError) -> str:
@@ -206,6 +230,12 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(data) != len(pairs):
         raise ValueError("a key is repeated")
     return data
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number} is too large a number")
+    return value
 
 
 def _no_constant(name: str) -> NoReturn:

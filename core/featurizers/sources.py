@@ -90,14 +90,21 @@ def _parse(source: str | Path) -> Source:
         return FolderSource(Path(source))
     if source.startswith("hub:"):
         return _hub(source.removeprefix("hub:"), source)
-    if match := CATALOGUE.fullmatch(source):
+    if (match := CATALOGUE.fullmatch(source)) and not match[2].startswith("//"):
         return CatalogueSource(match[1], match[2])
     parsed = _hub(source, source)
-    if Path(parsed.repo_id).exists():
+    if _is_here(parsed.repo_id):
         raise SourceError(
             f"{source!r} may be a repository or the folder of that name here; write 'hub:{source}' or './{source}'"
         )
     return parsed
+
+
+def _is_here(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # longer than a name can be
+        return False
 
 
 def _hub(text: str, source: str) -> HubSource:

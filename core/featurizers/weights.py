@@ -47,13 +47,13 @@ def read_header(path: Path, where: str) -> dict[str, Spec]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         specs = {name: Spec(DTYPES[t["dtype"]], tuple(t["shape"])) for name, t in header.items()}
-        end = max((t["data_offsets"][1] for t in header.values()), default=0)
+        end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
     except OSError as error:
         raise WeightsError(where, f"{WEIGHTS_NAME} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise WeightsError(where, f"{WEIGHTS_NAME} has a damaged header: {type(error).__name__}: {error}") from error
-    if size != 8 + length + end:
-        raise WeightsError(where, f"{WEIGHTS_NAME} has {size} bytes, its header promises {8 + length + end}")
+    if size != end:
+        raise WeightsError(where, f"{WEIGHTS_NAME} has {size} bytes, its header promises {end}")
     return specs
 
 
@@ -100,23 +100,35 @@ def read_tensors(path: Path, device: torch.device | str | None, where: str) -> d
         tensors = load_file(path, device=str(device) if device is not None else "cpu")
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(where, f"{WEIGHTS_NAME} cannot be read: {error}") from error
-    for name, tensor in tensors.items():
-        # a sum is finite only if every element is; it may overflow, so that only then each is looked at
-        if tensor.is_floating_point() and not tensor.float().sum().isfinite() and not tensor.isfinite().all():
-            raise WeightsError(where, f"tensor {name!r} holds NaN or infinity")
+    _check_finite(tensors, where)
     return tensors
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> str:
-    """Write tensors, with the mode that the umask gives, and return the file's sha256."""
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, where: str) -> str:
+    """Write tensors, with the mode that the umask gives, and return the file's sha256.
+
+    Raises:
+        WeightsError: one could not be read again: it has a dtype that no artefact holds, or holds NaN or infinity.
+    """
     from safetensors.torch import save_file
 
+    for name, tensor in tensors.items():
+        if (dtype := str(tensor.dtype).removeprefix("torch.")) not in DTYPES.values():
+            raise WeightsError(where, f"tensor {name!r} is {dtype}; an artefact holds {', '.join(DTYPES.values())}")
+    _check_finite(tensors, where)
     path.touch()
     mode = path.stat().st_mode  # save_file leaves 0600 whatever the umask
     # safetensors refuses views and shared storage
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
     path.chmod(mode)
     return sha256(path)
+
+
+def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    for name, tensor in tensors.items():
+        # a sum is finite only if every element is; it may overflow, so that only then each is looked at
+        if tensor.is_floating_point() and not tensor.float().sum().isfinite() and not tensor.isfinite().all():
+            raise WeightsError(where, f"tensor {name!r} holds NaN or infinity")
 
 
 def sha256(path: Path) -> str:

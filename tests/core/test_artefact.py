@@ -100,7 +100,7 @@ def test_the_site_and_where_it_was_found(tmp_path, site):
 
 def test_the_id_and_the_ids_of_stages(tmp_path):
     f, g = subspace(), featurizers.create("identity")
-    f.id, g.id = "gender 性", 'a "b" | <c>\n---'
+    f.id, g.id = "gender 性", 'a "b" | <c> ---'
     both = f >> g
     loaded = featurizers.load(both.save_pretrained(tmp_path / "a"))
     assert loaded.id == both.id
@@ -169,7 +169,6 @@ def test_load_to_a_device(tmp_path):
     same(f, loaded.cpu())
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="torch's own error")
 @pytest.mark.parametrize("dtype", [torch.int8, "float16"])
 def test_a_dtype_that_is_none(tmp_path, dtype):
     with pytest.raises(UsageError, match="dtype"):
@@ -258,7 +257,6 @@ def test_a_readme_that_was_there_first_is_kept(tmp_path):
     assert text.count("featurizers.load(") == 1
 
 
-@pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="the card must be UTF-8")
 def test_a_readme_in_another_encoding(tmp_path):
     folder = subspace().save_pretrained(tmp_path / "a")
     (folder / "README.md").write_bytes("Prosa für alle".encode("latin-1"))
@@ -356,7 +354,6 @@ def test_relative_folders(tmp_path, monkeypatch):
     same(subspace(), featurizers.load("./a/b"))
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="'.' and a link cannot be renamed as a folder can")
 @pytest.mark.parametrize("form", [".", "../link"])
 def test_other_names_of_a_folder(tmp_path, monkeypatch, form):
     folder = subspace(seed=1).save_pretrained(tmp_path / "a")
@@ -397,18 +394,15 @@ def test_modes_follow_the_umask(tmp_path, umask, file, folder):
         ("id", ""),
         ("id", None),
         ("id", "x" * 257),
+        ("id", "two\nlines"),
+        ("id", "\x1b[2J\u202e"),
         ("feature_sets", {"a b": torch.zeros(1)}),
         ("feature_sets", {"": torch.zeros(1)}),
         ("feature_sets", {"../a": torch.zeros(1)}),
-        *(
-            pytest.param(name, value, marks=pytest.mark.xfail(strict=True, reason=reason), id=reason)
-            for name, value, reason in [
-                ("metadata", {"x": "\ud800"}, "text that is not Unicode is torn off late"),
-                ("metadata", {"x": "y" * 1_000_000}, "a config too large to be read is written"),
-                ("feature_sets", {"a": torch.zeros(1, dtype=torch.complex64)}, "a dtype that is not read is written"),
-                ("feature_sets", {"a": torch.tensor([float("nan")])}, "NaN is written, and refused when read"),
-            ]
-        ),
+        pytest.param("metadata", {"x": "\ud800"}, id="text that is not Unicode"),
+        pytest.param("metadata", {"x": "y" * 1_000_000}, id="a config too large to be read"),
+        pytest.param("feature_sets", {"a": torch.zeros(1, dtype=torch.complex64)}, id="a dtype that is not read"),
+        pytest.param("feature_sets", {"a": torch.tensor([float("nan")])}, id="NaN"),
     ],
 )
 def test_what_no_artefact_can_hold(tmp_path, attribute, value):
@@ -474,10 +468,23 @@ def test_a_collection_that_fails_leaves_the_old_one(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../a", "/a", "a/", "a//b", "a/../b", ".git", "a/.b", "a\\b", "a b", "a\n"]
-    + [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, raises=OSError, reason="the root's own file"))
-        for name in ("config.json", "README.md", "README.md/a")
+    [
+        "",
+        ".",
+        "..",
+        "../a",
+        "/a",
+        "a/",
+        "a//b",
+        "a/../b",
+        ".git",
+        "a/.b",
+        "a\\b",
+        "a b",
+        "a\n",
+        "config.json",
+        "README.md",
+        "README.md/a",
     ],
 )
 def test_names_that_no_subfolder_may_have(tmp_path, name):

@@ -226,7 +226,7 @@ MUTANTS = {
     ("sound", "fault"), [pytest.param(s, f, id=f.__name__) for s, faults in MUTANTS.items() for f in faults]
 )
 def test_a_fault_is_caught(sound, fault, activations, tmp_path, monkeypatch):
-    fault(lambda owner, name, value: monkeypatch.setattr(owner, name, value))
+    fault(monkeypatch.setattr)
     assert next(broken_laws(sound, activations, tmp_path), None)
 
 

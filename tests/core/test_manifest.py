@@ -217,7 +217,7 @@ CONFIG = {
     "infinity": Damage(_literal('"d_in": 8', '"d_in": -Infinity'), ManifestError, "-Infinity is not a JSON number"),
     "NaN in metadata": Damage(_literal('"metadata": {}', '"metadata": {"x": NaN}'), ManifestError, "NaN is not a JSON"),
     "number of many digits": Damage(_literal('"d_in": 8', f'"d_in": {"9" * 5000}'), ManifestError, "config"),
-    "large float": Damage(_literal('"d_in": 8', '"d_in": 1e999'), ManifestError, "'d_in': .*integer"),
+    "large float": Damage(_literal('"d_in": 8', '"d_in": 1e999'), ManifestError, "1e999 is too large"),
     "boolean size": Damage(_size(d_in=True), ManifestError, "'subspace' refuses its config: 'd_in': .*, got True"),
     "fraction": Damage(_size(d_in=8.0), ManifestError, "'d_in': .* integer, got 8.0"),
     "text size": Damage(_size(d_in="8"), ManifestError, "'d_in': .* integer, got '8'"),
@@ -231,9 +231,9 @@ CONFIG = {
     "missing option": Damage(_change(lambda data: data["config"].pop("d_in")), ManifestError, "'d_in': Field required"),
     "config not an object": Damage(_field("config", []), ManifestError, "config.json: 'config': .* dictionary"),
     "version 2": Damage(_field("format_version", 2), ManifestError, "format_version 2.*pip install -U featurizers"),
-    "version '1'": Damage(_field("format_version", "1"), ManifestError, "'format_version': Input should be 1, got '1'"),
-    "version 0": Damage(_field("format_version", 0), ManifestError, "'format_version': Input should be 1, got 0"),
-    "version null": Damage(_field("format_version", None), ManifestError, "'format_version': Input should be 1"),
+    "version '1'": Damage(_field("format_version", "1"), ManifestError, "'format_version': .*integer, got '1'"),
+    "version 0": Damage(_field("format_version", 0), ManifestError, "'format_version': .* equal to 1, got 0"),
+    "version null": Damage(_field("format_version", None), ManifestError, "'format_version': .*integer"),
     "kind os.system": Damage(_field("kind", "os.system"), UnknownKindError, "'os'.*the package of its author"),
     "kind torch.nn:Linear": Damage(_field("kind", "torch.nn:Linear"), ManifestError, "'kind': .*never an import path"),
     "kind with a path": Damage(_field("kind", "../subspace"), ManifestError, "'kind': .*never an import path"),
@@ -266,26 +266,13 @@ CONFIG = {
     "a collection and an artefact": Damage(_field("artefacts", {}), ManifestError, "Extra inputs are not permitted"),
 }
 
-# Not yet as they should be.
-FAULTY = {
-    "offset of text": (
-        Damage(_header({"basis": _tensor(offsets=[0, "96"])}), WeightsError, "damaged header"),
-        "the end of the data is added outside the try",
-    ),
-    "offset null": (
-        Damage(_header({"basis": _tensor(offsets=[0, None])}), WeightsError, "damaged header"),
-        "the end of the data is added outside the try",
-    ),
-    "not orthonormal": (
-        Damage(_basis(torch.ones_like), WeightsError, "orthonormal"),
-        "what the kind finds wrong does not name the folder",
-    ),
-    "version true": (Damage(_field("format_version", True), ManifestError, "'format_version'"), "true is taken for 1"),
-    "version 1.0": (Damage(_field("format_version", 1.0), ManifestError, "'format_version'"), "1.0 is taken for 1"),
-    "infinite metadata": (
-        Damage(_literal('"metadata": {}', '"metadata": {"x": 1e999}'), ManifestError, "1e999"),
-        "1e999 is read, and cannot be written again",
-    ),
+OTHERS = {
+    "offset of text": Damage(_header({"basis": _tensor(offsets=[0, "96"])}), WeightsError, "damaged header"),
+    "offset null": Damage(_header({"basis": _tensor(offsets=[0, None])}), WeightsError, "damaged header"),
+    "not orthonormal": Damage(_basis(torch.ones_like), WeightsError, "orthonormal"),
+    "version true": Damage(_field("format_version", True), ManifestError, "'format_version'"),
+    "version 1.0": Damage(_field("format_version", 1.0), ManifestError, "'format_version'"),
+    "infinite metadata": Damage(_literal('"metadata": {}', '"metadata": {"x": 1e999}'), ManifestError, "1e999"),
 }
 
 
@@ -322,16 +309,10 @@ def test_config(folder, damage):
     _check(folder, CONFIG[damage])
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        pytest.param(damage, id=name, marks=pytest.mark.xfail(strict=True, reason=why))
-        for name, (damage, why) in FAULTY.items()
-    ],
-)
-def test_faulty(folder, damage):
-    damage.spoil(folder)
-    _check(folder, damage)
+@pytest.mark.parametrize("damage", OTHERS)
+def test_what_only_looks_right(folder, damage):
+    OTHERS[damage].spoil(folder)
+    _check(folder, OTHERS[damage])
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -392,7 +373,6 @@ def test_stages(composition, damage):
     _check(composition, STAGES[damage])
 
 
-@pytest.mark.xfail(strict=True, reason="what the kind's constructor raises is passed on as it is")
 @pytest.mark.parametrize("damage", FAULTY_STAGES)
 def test_faulty_stages(composition, damage):
     FAULTY_STAGES[damage].spoil(composition)

@@ -150,7 +150,6 @@ def test_an_upload_that_fails_changes_nothing(filled, case):
     assert filled.head("alice/x") == before
 
 
-@pytest.mark.xfail(strict=True, reason="the subfolder is looked at after the repository was created")
 @pytest.mark.parametrize("subfolder", ["../a", "/a", ".git"])
 def test_a_subfolder_that_no_index_could_hold_is_refused_first(hub, subfolder):
     with pytest.raises(ManifestError, match=subfolder):
@@ -158,14 +157,12 @@ def test_a_subfolder_that_no_index_could_hold_is_refused_first(hub, subfolder):
     assert hub.requests() == []
 
 
-@pytest.mark.xfail(strict=True, reason="403 for an uncached file is told as a Hub that cannot be reached")
 def test_a_repository_that_the_hub_has_disabled_is_not_called_offline(filled):
     filled.repo("alice/x")["disabled"] = True
     with pytest.raises(HubAccessError, match="alice/x"):
         featurizers.load("alice/x")
 
 
-@pytest.mark.xfail(strict=True, reason="the client's own reason is not told")
 def test_a_hub_that_answers_500_is_told(filled):
     filled.fail("/resolve/", status=500)
     with pytest.raises(HubError, match="500"):

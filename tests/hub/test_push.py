@@ -69,7 +69,6 @@ def test_a_pull_request_leaves_main(hub, token):
     assert featurizers.load("alice/x", revision="refs/pr/1").basis.equal(subspace(seed=2).basis)
 
 
-@pytest.mark.xfail(strict=True, reason="create_pr lets the branch go unsaid")
 def test_a_pull_request_from_a_branch_is_refused(hub):
     with pytest.raises(featurizers.errors.UsageError, match="branch"):
         subspace().push_to_hub("alice/x", branch="next", create_pr=True)

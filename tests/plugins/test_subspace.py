@@ -328,8 +328,7 @@ class TestTraining:
             return torch.func.functional_call(f, {"basis": w}, (x,))[0].pow(3).sum()
 
         stacked = torch.func.vmap(torch.func.grad(loss))(ws)
-        for w, g in zip(ws, stacked, strict=True):
-            w = w.clone().requires_grad_()
+        for w, g in zip(ws.clone().requires_grad_().unbind(), stacked, strict=True):
             torch.testing.assert_close(torch.autograd.grad(loss(w), w)[0], g, rtol=1e-4, atol=1e-4)
         direction = normal(16, 3, seed=3)
         _, slope = torch.func.jvp(loss, (ws[0],), (direction,))
