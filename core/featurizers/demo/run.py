@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -48,18 +49,19 @@ def run(
         raise UsageError("layers are chosen with --model; the embedded task searches all of its own")
     start = time.perf_counter()
     console = Console(quiet=quiet)
+    say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     if model is None:
         from featurizers.demo.toy import make_task
 
-        console.print("Training a tiny transformer to answer by whether its first number is below its second …")
+        say("Training a tiny transformer to answer by whether its first number is below its second …")
         task = make_task(seed, features)
     else:
         from featurizers.demo.english import make_task as make_english_task
 
-        console.print(f"Loading {model} and looking for prompts that it completes rightly …")
+        say(f"Loading {model} and looking for prompts that it completes rightly …")
         task = make_english_task(model, seed, features, wanted)
     for note in task.notes:
-        console.print(f"  {note}", highlight=False)
+        say(f"  {note}")
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -69,7 +71,7 @@ def run(
     console.print(report.table(task.title, rows, best))
     overlap = _overlap_with_planted(task, rows)
     if overlap is not None:
-        console.print(f"Cosine between the direction found and the planted one: {overlap:.2f}", highlight=False)
+        say(f"Cosine between the direction found and the planted one: {overlap:.2f}")
 
     out.mkdir(parents=True, exist_ok=True)
     picture = out / "accuracy.png"
@@ -77,13 +79,11 @@ def run(
     folder = _save(task, rows, best, seed, out)
     loaded = featurizers.load(folder.resolve(), verify=True)
     again = interchange_accuracy(task.model, task.test, best.site, loaded)
-    console.print(f"Picture:  {picture}", highlight=False)
-    console.print(
-        f"Artefact: {folder} (loaded back: {again:.1%} at {loaded.site}, saved: {best.accuracy['subspace']:.1%})"
-    )
-    console.print(f"Load it:  featurizers.load({str(folder.resolve())!r})", highlight=False, soft_wrap=True)
+    say(f"Picture:  {picture}")
+    say(f"Artefact: {folder} (loaded back: {again:.1%} at {loaded.site}, saved: {best.accuracy['subspace']:.1%})")
+    say(f"Load it:  featurizers.load({str(folder.resolve())!r})")
     seconds = time.perf_counter() - start
-    console.print(f"Done in {seconds:.0f} s.", highlight=False)
+    say(f"Done in {seconds:.0f} s.")
     return {
         "task": task.title,
         "notes": task.notes,

@@ -402,8 +402,8 @@ class FeaturizerContract:
         __tracebackhide__ = True
         assert found.shape == expected.shape
         if found.numel():
-            scale = max(float(expected.abs().amax()), 1.0)
-            worst = float((found - expected).abs().amax())
+            scale = max(float(expected.detach().abs().amax()), 1.0)
+            worst = float((found - expected).detach().abs().amax())
             assert worst <= self.tolerance * scale, f"off by {worst:.3g} at a scale of {scale:.3g}"
 
     def _behaves_the_same(self, one: Featurizer[Any], other: Featurizer[Any], activations: Tensor) -> None:

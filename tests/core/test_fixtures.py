@@ -1,0 +1,40 @@
+"""What earlier releases wrote is read for ever."""
+
+from pathlib import Path
+
+import featurizers
+import pytest
+import torch
+
+FORMATS = sorted((Path(__file__).parents[1] / "fixtures").glob("format-*"))
+X = torch.linspace(-1, 1, 24).reshape(4, 6).sin()
+
+
+def test_every_format_version_has_a_fixture():
+    from featurizers.manifest import FORMAT_VERSION
+
+    assert [folder.name for folder in FORMATS] == [f"format-{n}" for n in range(1, FORMAT_VERSION + 1)]
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [(folder, name) for folder in FORMATS for name in featurizers.list_artefacts(folder)],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_an_old_artefact_gives_the_features_it_gave(folder, name):
+    f = featurizers.load(folder, subfolder=name, verify=True)
+    lines = (folder / name / "features.txt").read_text().splitlines()
+    expected = torch.tensor([[float(number) for number in line.split()] for line in lines])
+    features, error = f.featurize(X)
+    torch.testing.assert_close(features.float(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(f.inverse_featurize(features, error).float(), X, rtol=1e-5, atol=1e-5)
+
+
+def test_what_was_recorded_is_there():
+    f = featurizers.load(FORMATS[0], subfolder="subspace")
+    assert f.id == "a subspace"
+    assert vars(f.site) == vars(
+        featurizers.Site("attn.z", 3, head=1).at(position=(-1, 0), model="owner/model", model_revision="v1")
+    )
+    assert f.feature_sets["chosen"].tolist() == [1]
+    assert f.metadata == {"accuracy": 0.5, "nested": {"list": [1, None, "é"]}}
