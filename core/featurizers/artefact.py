@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
@@ -77,7 +77,7 @@ def save_collection(featurizers: Mapping[str, Featurizer[Any]], folder: str | Pa
         index = Index(artefacts={name: _entry(f) for name, f in featurizers.items()})
     except ValidationError as error:
         raise ManifestError(str(target), explain(error)) from error
-    with _replacing(target) as new:
+    with _replacing(target, featurizers) as new:
         for name, featurizer in featurizers.items():
             (new / name).mkdir(parents=True, exist_ok=True)
             _write(featurizer, new / name, source=f"./{target.name}/{name}")
@@ -236,8 +236,13 @@ def _owners() -> Mapping[str, list[str]]:
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A new folder that becomes ``target`` when the block ends well, and is removed when it does not."""
+def _replacing(target: Path, parts: Iterable[str] = ()) -> Iterator[Path]:
+    """A new folder that becomes ``target`` when the block ends well, and is removed when it does not.
+
+    Args:
+        target: the folder to write or to replace.
+        parts: subfolders of the artefacts that it will have.
+    """
     if target.exists():
         _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -245,7 +250,7 @@ def _replacing(target: Path) -> Iterator[Path]:
     new.mkdir()
     try:
         if target.exists():
-            _keep(target, new)
+            _keep(target, new, {".", *parts})
         yield new
         if not target.exists():
             new.rename(target)
@@ -268,16 +273,14 @@ def _check_replaceable(target: Path) -> None:
         read(target / CONFIG_NAME, str(target))  # refuses a config.json of another library
 
 
-def _keep(old: Path, new: Path) -> None:
-    """Copy what is not ours from the old folder: other files, and the README, whose prose is kept."""
+def _keep(old: Path, new: Path, renewed: set[str]) -> None:
+    """Copy what is not ours from the old folder: other files, and the READMEs that will be renewed."""
     record = read(old / CONFIG_NAME, str(old)) if (old / CONFIG_NAME).exists() else None
-    ours = {CONFIG_NAME, WEIGHTS_NAME}
-    if isinstance(record, Index):
-        ours |= {name.partition("/")[0] for name in record.artefacts}
-    for item in old.iterdir():
-        if item.name in ours:
-            continue
-        if item.is_dir():
-            shutil.copytree(item, new / item.name, symlinks=True)
-        else:
-            shutil.copy2(item, new / item.name, follow_symlinks=False)
+    parts = {".", *(record.artefacts if isinstance(record, Index) else ())}
+
+    def ours(folder: str, names: list[str]) -> set[str]:
+        here = Path(folder).relative_to(old).as_posix()
+        files = {CONFIG_NAME, WEIGHTS_NAME} if here in renewed else {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME}
+        return files.intersection(names) if here in parts else set()
+
+    shutil.copytree(old, new, symlinks=True, ignore=ours, dirs_exist_ok=True)

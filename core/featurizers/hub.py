@@ -175,7 +175,7 @@ def push(
 
     local, record = read_local(Path(folder), None)
     if subfolder and isinstance(record, Manifest):
-        _with_entry(None, subfolder, record, repo_id)  # refuses a name that no index can hold
+        _as_entry(subfolder, record, repo_id)  # refuses a name that no index can hold
     elif subfolder:
         raise ManifestError(str(local), "a collection is pushed to the root of a repository, not to a subfolder")
     if branch and create_pr:
@@ -273,44 +273,44 @@ def _operations(
     """What one commit adds: our files, the cards, and the index of a repository with subfolders."""
     from huggingface_hub import CommitOperationAdd
 
-    added: dict[str, Path] = {}
-    parts: dict[str, Manifest | Index] = {"": record}
-    if isinstance(record, Index):
-        for name in record.artefacts:
-            parts[name] = read(local / name / CONFIG_NAME, str(local / name))
-    for name, part in parts.items():
-        place = "/".join(filter(None, (subfolder, name)))
-        for file in (CONFIG_NAME, *([WEIGHTS_NAME] if isinstance(part, Manifest) else [])):
-            if not (local / name / file).exists():
-                raise ArtefactError(str(local / name), f"{file} is missing")
-            added["/".join(filter(None, (place, file)))] = local / name / file
-        added["/".join(filter(None, (place, CARD_NAME)))] = _card(
-            api, repo_id, parent, local / name / CARD_NAME, part, place, staging
-        )
     root = _remote_root(api, repo_id, parent)
-    if isinstance(root, Index) != (bool(subfolder) or isinstance(record, Index)) and root is not None:
+    if root is not None and isinstance(root, Index) != (bool(subfolder) or isinstance(record, Index)):
         raise ManifestError(
             repo_id,
             "its root holds an artefact; push to another repository, or without subfolder"
             if isinstance(root, Manifest)
             else "its root is the index of a collection; give a subfolder",
         )
-    if subfolder and isinstance(record, Manifest):
-        index = _with_entry(root if isinstance(root, Index) else None, subfolder, record, repo_id)
+    entries = dict(root.artefacts) if isinstance(root, Index) else {}
+    parts: dict[str, tuple[Manifest | Index, Path]] = {}
+    if isinstance(record, Manifest):
+        parts[subfolder or ""] = record, local
+        entries |= _as_entry(subfolder, record, repo_id) if subfolder else {}
+    else:
+        parts = {name: (read(local / name / CONFIG_NAME, str(local / name)), local / name) for name in record.artefacts}
+        entries |= record.artefacts
+    added: dict[str, Path] = {}
+    for place, (part, folder) in parts.items():
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (folder / name).exists():
+                raise ArtefactError(str(folder), f"{name} is missing")
+            added[f"{place}/{name}".lstrip("/")] = folder / name
+        added[f"{place}/{CARD_NAME}".lstrip("/")] = _card(api, repo_id, parent, folder, part, place, staging)
+    if entries:
+        index = Index(artefacts=dict(sorted(entries.items())))
         (staging / CONFIG_NAME).write_bytes(dump(index))
         added[CONFIG_NAME] = staging / CONFIG_NAME
-        added[CARD_NAME] = _card(api, repo_id, parent, None, index, "", staging)
+        added[CARD_NAME] = _card(api, repo_id, parent, local if isinstance(record, Index) else None, index, "", staging)
     return [CommitOperationAdd(place, str(path)) for place, path in added.items()]
 
 
-def _with_entry(index: Index | None, subfolder: str, manifest: Manifest, where: str) -> Index:
+def _as_entry(subfolder: str, manifest: Manifest, where: str) -> dict[str, Entry]:
+    """What an index says of one artefact."""
     from pydantic import ValidationError
 
-    entries = {name: entry.model_dump() for name, entry in (index.artefacts if index else {}).items()}
     site = None if manifest.site is None else str(manifest.site.site())
-    entries[subfolder] = Entry(kind=manifest.kind, id=manifest.id, site=site).model_dump()
     try:
-        return Index.model_validate({"artefacts": dict(sorted(entries.items()))})
+        return Index(artefacts={subfolder: Entry(kind=manifest.kind, id=manifest.id, site=site)}).artefacts
     except ValidationError as error:
         raise ManifestError(where, explain(error)) from error
 
@@ -345,7 +345,7 @@ def _card(
     target = staging / place / CARD_NAME
     target.parent.mkdir(parents=True, exist_ok=True)
     theirs = _remote_file(api, repo_id, commit, f"{place}/{CARD_NAME}".lstrip("/"))
-    before = theirs or local
+    before = theirs or (local and local / CARD_NAME)
     if before is not None and before.exists():
         shutil.copyfile(before, target)
     if isinstance(record, Index):

@@ -98,7 +98,7 @@ def read_tensors(path: Path, device: torch.device | str | None, where: str) -> d
 
     try:
         tensors = load_file(path, device=str(device) if device is not None else "cpu")
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # the last for a device that is not there
         raise WeightsError(where, f"{WEIGHTS_NAME} cannot be read: {error}") from error
     _check_finite(tensors, where)
     return tensors

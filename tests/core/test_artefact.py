@@ -513,3 +513,12 @@ def test_an_artefact_may_be_moved_and_its_card_changed(tmp_path):
     same(subspace(), featurizers.load(tmp_path / "b", verify=True))
     (tmp_path / "b" / "README.md").unlink()
     same(subspace(), featurizers.load(tmp_path / "b", verify=True))
+
+
+def test_replacing_a_collection_keeps_other_files_in_its_parts(tmp_path):
+    folder = featurizers.save_collection({"a": subspace(), "b": subspace()}, tmp_path / "all")
+    (folder / "a" / "plot.png").write_bytes(b"mine")
+    featurizers.save_collection({"a": subspace(seed=2)}, folder)
+    assert (folder / "a" / "plot.png").read_bytes() == b"mine"
+    assert list(featurizers.list_artefacts(folder)) == ["a"]
+    assert not (folder / "b" / "model.safetensors").exists()

@@ -205,3 +205,10 @@ def test_what_is_pushed_is_what_was_saved(hub):
     assert vars(loaded.site) == vars(f.site)
     assert loaded.feature_sets["best"].equal(f.feature_sets["best"])
     assert json.loads(hub.files("alice/x")["config.json"])["features"] == ["best"]
+
+
+def test_pushing_another_collection_keeps_what_the_first_listed(hub, tmp_path):
+    for name in ("a", "b"):
+        featurizers.push(featurizers.save_collection({name: subspace()}, tmp_path / name), "alice/x")
+    assert list(featurizers.list_artefacts("alice/x")) == ["a", "b"]
+    assert featurizers.load("alice/x", subfolder="a").kind == "subspace"
