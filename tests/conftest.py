@@ -1,5 +1,20 @@
-"""Settings of every test: one thread, because the tensors are tiny and the processes are many."""
+"""Settings of every test: one thread, for the tensors are tiny; and the shapes in signatures are checked at run time."""
 
+import pytest
 import torch
+from beartype import beartype
+from jaxtyping import jaxtyped
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shapes_are_checked():
+    """Calls of the methods that a kind gives fail if a tensor does not have the shape that its signature names."""
+    from featurizers.composition import Composition
+    from featurizers_identity import IdentityFeaturizer
+    from featurizers_subspace import StandardizeFeaturizer, SubspaceFeaturizer
+
+    for cls in (Composition, IdentityFeaturizer, StandardizeFeaturizer, SubspaceFeaturizer):
+        for name in ("featurize", "inverse_featurize", "encode", "apply_edit"):
+            setattr(cls, name, jaxtyped(typechecker=beartype)(getattr(cls, name)))

@@ -343,3 +343,11 @@ class TestTraining:
         f.encode(x).sum().backward()
         assert off_orthonormal(f.orthonormal_basis().detach()) < 1e-5
         assert f.basis.grad is not None
+
+
+def test_the_shapes_in_signatures_are_checked_while_testing():
+    import jaxtyping
+
+    f = featurizers.create("subspace", d_in=8, n_features=3)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        f.apply_edit(torch.zeros(4, 8), torch.zeros(4, 3), torch.zeros(4, 2))
