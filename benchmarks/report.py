@@ -88,7 +88,7 @@ class Report(BaseModel):
     def markdown(self) -> str:
         """The table of the document."""
         lines = [
-            f"{self.machine}. Activations in {self.dtype}. Other programs ran beside it: load average "
+            f"{self.machine}. Activations in {self.dtype}. Load average "
             f"{self.load[0]:.1f} before the run and {self.load[1]:.1f} after.",
             "",
             "| name | ours, and the peer | ours | peer | ratio | spread | of CPU time | required |",

@@ -1,4 +1,4 @@
-"""Settings of every test: one thread, for the tensors are tiny; and the shapes in signatures are checked at run time."""
+"""Settings of every test: one thread, for the tensors are tiny; shapes in signatures are checked at run time."""
 
 import pytest
 import torch
