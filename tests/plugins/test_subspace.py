@@ -279,6 +279,17 @@ class TestTraining:
         with torch.no_grad():
             assert not f.encode(x).requires_grad
 
+    def test_a_new_parameter_is_never_taken_for_the_old_one(self):
+        f = featurizers.create("subspace", d_in=16, n_features=3).requires_grad_(False)
+        x = normal(4, 16)
+        for seed in range(50):
+            f.basis = torch.nn.Parameter(torch.linalg.qr(normal(16, 3, seed=seed))[0], requires_grad=False)
+            assert torch.equal(f.encode(x), x @ f.basis)
+        f.basis.data = torch.linalg.qr(normal(16, 3, seed=99))[0]
+        assert torch.equal(f.encode(x), x @ f.basis)
+        f.basis.data.copy_(torch.linalg.qr(normal(16, 3, seed=98))[0])
+        assert torch.equal(f.encode(x), x @ f.basis)
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_trains_beside_a_model_of_low_precision(self, dtype):
         f = featurizers.create("subspace", d_in=16, n_features=3)

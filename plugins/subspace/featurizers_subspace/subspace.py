@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, final
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, final
 
 import torch
 from featurizers import Error, Featurizer, hookimpl
@@ -38,6 +38,14 @@ class SubspaceConfig(BaseModel):
         return self
 
 
+class _Cached(NamedTuple):
+    """The basis as it was computed from one state of the parameter, to be used until that changes."""
+
+    parameter: nn.Parameter
+    state: tuple[int, int, bool]  # version, address, and whether a gradient is wanted
+    basis: Tensor
+
+
 @final
 class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
     """Coordinates in an orthonormal basis Q of a subspace: f = Qᵀx, error = x - Qf.
@@ -48,7 +56,8 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
     The basis is the only parameter, ``basis (d_in, n_features)``, and stays orthonormal while it is trained: a
     gradient is that along the Stiefel manifold, and the first use after an optimizer step puts the parameter back
     onto the manifold by the polar decomposition, in fp32 at least. Any optimizer and any weight decay will do.
-    Features have the dtype of the basis; keep it in fp32 beside a model in bf16 or fp16.
+    Features have the dtype of the basis; keep it in fp32 beside a model in bf16 or fp16. Set the basis by hand under
+    ``torch.no_grad()``: torch does not count changes through ``.data``, so that the basis would stay as you left it.
 
     Cost: O(d k) an activation; O(d k²) time and O(d k) memory an optimizer step, however often the basis is used.
 
@@ -67,7 +76,7 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
         super().__init__(config)
         self.d_in, self.n_features = config.d_in, config.n_features
         self.basis = nn.Parameter(_random_basis(config))
-        self._orthonormal: tuple[tuple[object, ...], Tensor] | None = None
+        self._orthonormal: _Cached | None = None
 
     # ------------------------------------------------------------------ constructors
 
@@ -164,12 +173,13 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
         w = self.basis
         if type(w) is not nn.Parameter or torch._C._are_functorch_transforms_active():
             return stiefel.polar(w)
-        state = (id(w), w._version, w.requires_grad and torch.is_grad_enabled(), w.dtype, w.device)
-        if self._orthonormal is None or self._orthonormal[0] != state:
+        learning = w.requires_grad and torch.is_grad_enabled()
+        cached = self._orthonormal
+        if cached is None or cached.parameter is not w or cached.state != (w._version, w.data_ptr(), learning):
             stiefel.retract_(w)
-            state = (state[0], w._version, *state[2:])
-            self._orthonormal = state, stiefel.tangent(w) if state[2] else w.detach()
-        return self._orthonormal[1]
+            basis = stiefel.tangent(w) if learning else w.detach()
+            cached = self._orthonormal = _Cached(w, (w._version, w.data_ptr(), learning), basis)
+        return cached.basis
 
     def featurize(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Float[Tensor, "*batch n_features"], Error]:
         """Coordinates in the subspace, and the part of x outside it."""
