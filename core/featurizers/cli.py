@@ -7,15 +7,18 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from featurizers.errors import ArtefactError, FeaturizerError, HubNotFoundError, SourceError
 from featurizers.manifest import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, Index, Manifest
+
+if TYPE_CHECKING:
+    from featurizers.hub import Remote
 
 app = typer.Typer(
     name="featurizers",
@@ -130,10 +133,11 @@ def pull(
         part = Remote(parsed, "/".join(filter(None, (subfolder, name))) or None)
         folder = part.weights(commit)
         part.file(CONFIG_NAME, commit)
-        with contextlib.suppress(HubNotFoundError):  # a card is no part of what is loaded
-            part.file(CARD_NAME, commit)
+        _card(part, commit)
         if out is not None:
             _copy(folder, out / name, (CONFIG_NAME, WEIGHTS_NAME))
+    if isinstance(record, Index):
+        _card(remote, commit)
     if out is not None and isinstance(record, Index):
         _copy(root, out, (CONFIG_NAME,))
     result = {"folder": str(out or root), "revision": commit, "artefacts": len(names)}
@@ -214,6 +218,12 @@ def _entries(artefacts: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"subfolder": name, **entry.model_dump()} for name, entry in artefacts.items()]
 
 
+def _card(remote: Remote, commit: str) -> None:
+    """Download the card, which is no part of what is loaded and may be missing."""
+    with contextlib.suppress(HubNotFoundError):
+        remote.file(CARD_NAME, commit)
+
+
 def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in (*names, CARD_NAME):
@@ -226,7 +236,7 @@ def _show(rows: list[dict[str, Any]], as_json: bool, columns: list[str]) -> None
         _print_json(rows)
         return
     shown = [column for column in columns if column != "error" or any(row["error"] for row in rows)]
-    table = Table(*shown)
+    table = Table(*(Column(column, overflow="fold") for column in shown))
     for row in rows:
         table.add_row(*(escape("" if row[column] is None else str(row[column])) for column in shown))
     Console().print(table)

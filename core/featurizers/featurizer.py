@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from featurizers.errors import ShapeError, UsageError
-from featurizers.indices import Indices, Selection, select
+from featurizers.indices import Indices, select
 from featurizers.sites import Site
 
 if TYPE_CHECKING:
@@ -70,7 +70,6 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
         self.metadata: dict[str, Any] = {}
 
     # ------------------------------------------------------------------ what a kind gives
-
     @abstractmethod
     def featurize(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Float[Tensor, "*batch n_features"], Error]:
         """Features of x, and the error term that the inverse needs."""
@@ -121,7 +120,6 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
         """
 
     # ------------------------------------------------------------------ operations, final
-
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Float[Tensor, "*batch n_features"], Error]:
         """The same as `featurize`."""
         return self.featurize(x)
@@ -242,7 +240,6 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
         return result.clone() if result is base or (everything and result is edited) else result
 
     # ------------------------------------------------------------------ derivatives
-
     @final
     def encode_jvp(
         self, x: Float[Tensor, "*batch d_in"], tangent: Float[Tensor, "*batch d_in"]
@@ -317,7 +314,6 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
         return self.apply_edit(x, features, tapped if changed is None else changed)
 
     # ------------------------------------------------------------------ composition, pyvene, artefacts
-
     @final
     def __rshift__(self, other: Featurizer[Any]) -> Featurizer[Any]:
         """``a >> b``: the features of a, featurized by b."""
@@ -328,23 +324,23 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
     @final
     def get_interchange_intervention(self) -> type:
         """A pyvene intervention class that interchanges through this featurizer; needs pyvene."""
-        from featurizers.pyvene import FeatureInterchangeIntervention, bind
+        from featurizers import pyvene
 
-        return bind(FeatureInterchangeIntervention, self)
+        return pyvene.bind(pyvene.FeatureInterchangeIntervention, self)
 
     @final
     def get_collect_intervention(self) -> type:
         """A pyvene intervention class that collects this featurizer's features; needs pyvene."""
-        from featurizers.pyvene import FeatureCollectIntervention, bind
+        from featurizers import pyvene
 
-        return bind(FeatureCollectIntervention, self)
+        return pyvene.bind(pyvene.FeatureCollectIntervention, self)
 
     @final
     def get_mask_intervention(self) -> type:
         """A pyvene intervention class with a trainable gate on each feature; needs pyvene."""
-        from featurizers.pyvene import FeatureMaskIntervention, bind
+        from featurizers import pyvene
 
-        return bind(FeatureMaskIntervention, self)
+        return pyvene.bind(pyvene.FeatureMaskIntervention, self)
 
     @final
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -376,7 +372,6 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
         return push_featurizer(self, repo_id, **options)
 
     # ------------------------------------------------------------------ helpers for kinds
-
     @final
     def check_width(self, x: Tensor) -> None:
         """Raise `ShapeError` unless the last axis of x has ``d_in`` elements and x is floating point."""
@@ -404,6 +399,3 @@ def _values(value: float | Tensor, features: Tensor) -> Tensor:
         raise ShapeError(
             f"values of shape {tuple(given.shape)} do not fit the selected features {tuple(features.shape)}"
         ) from error
-
-
-__all__ = ["Error", "Featurizer", "Indices", "Selection"]
