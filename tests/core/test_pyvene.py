@@ -237,3 +237,45 @@ def test_importing_the_adapter_prints_nothing():
         [sys.executable, "-c", "import featurizers.pyvene"], capture_output=True, text=True, check=True
     )
     assert done.stdout == ""
+
+
+class TestAgainstPyvenesOwn:
+    """The same feature spaces as pyvene builds them, with the same weights."""
+
+    def test_a_subspace_is_pyvenes_low_rank_rotation(self, subspace):
+        theirs = pyvene.LowRankRotatedSpaceIntervention(embed_dim=WIDTH, low_rank_dimension=6)
+        theirs.rotate_layer.weight = subspace.basis.detach().clone()
+        base, source = torch.randn(5, WIDTH), torch.randn(5, WIDTH)
+        torch.testing.assert_close(subspace.interchange(base, source), theirs(base, source), rtol=1e-5, atol=1e-5)
+        some = theirs(base, source, [[1, 4]] * 5)
+        torch.testing.assert_close(subspace.interchange(base, source, [1, 4]), some, rtol=1e-5, atol=1e-5)
+
+    def test_the_whole_rotation_is_pyvenes_rotation(self):
+        f = featurizers.create("subspace", d_in=WIDTH, n_features=WIDTH)
+        theirs = pyvene.RotatedSpaceIntervention(embed_dim=WIDTH)
+        theirs.rotate_layer.weight = f.basis.detach().clone()
+        base, source = torch.randn(5, WIDTH), torch.randn(5, WIDTH)
+        # pyvene's interchange_dim is a prefix of the rotated space
+        theirs.set_interchange_dim(7)
+        found = f.interchange(base, source, list(range(7)))
+        torch.testing.assert_close(found, theirs(base.clone(), source), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("architecture", BY_NAME)
+    def test_the_identity_is_pyvenes_vanilla_intervention(self, architecture):
+        theirs = swapped(intervenable(architecture, pyvene.VanillaIntervention), [3])
+        options = {"source": {"input_ids": SOURCE}, "positions": [3]}
+        ours = featurizers.Interchange(featurizers.create("identity", d_in=WIDTH), **options)
+        assert torch.equal(native(architecture, ours), theirs)
+
+    @pytest.mark.parametrize("architecture", BY_NAME)
+    def test_a_mask_is_pyvenes_sigmoid_mask(self, architecture):
+        built = intervenable(architecture, pyvene.SigmoidMaskIntervention)
+        (mask,) = built.interventions.values()
+        mask.mask.data = torch.linspace(-3, 3, WIDTH)
+        mask.set_temperature(torch.tensor(0.7))
+        theirs = swapped(built, [3])
+        gate = featurizers.SigmoidGate(WIDTH, temperature=0.7)
+        gate.logits.data = torch.linspace(-3, 3, WIDTH)
+        identity = featurizers.create("identity", d_in=WIDTH)
+        ours = featurizers.Mask(identity, source={"input_ids": SOURCE}, positions=[3], gate=gate)
+        torch.testing.assert_close(native(architecture, ours), theirs, rtol=1e-4, atol=1e-4)
