@@ -117,3 +117,14 @@ def test_the_command_prints_json_and_nothing_else(language_model, tmp_path):
     command = [sys.executable, "-m", "featurizers", "demo", "--model", language_model, "--out", tmp_path, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["artefact"] == str(tmp_path / "artefact")
+
+
+def test_the_examples_show_the_answer_follow_the_source(toy):
+    lines = toy[0]["examples"]
+    assert len(lines) == 3
+    for line in lines:
+        base, before, after, source = line.split("'")[1::2]
+        below = [int(a) < int(b) for a, b, _ in (prompt.split() for prompt in (base, source))]
+        letter = base.split()[2]
+        answers = {True: f"{letter} if below", False: f"{letter} if not"}
+        assert [before, after] == [answers[value] for value in below]

@@ -72,8 +72,8 @@ def make_task(source: str, seed: int, n_features: int | None, layers: list[int] 
             f"prompt: {TEMPLATE.format(names[0])!r}",
             f"it tells the continent of {len(names)} countries; {len(held_out)} of them are kept for the test: "
             + ", ".join(names[i] for i in held_out),
-            *_example(tokenizer, test),
         ],
+        spell=tokenizer.decode,
     )
 
 
@@ -131,12 +131,3 @@ def _pairs(ids: Tensor, answers: Tensor, rows: list[int], seed: int) -> Pairs:
     differ = differ[torch.randperm(len(differ), generator=torch.Generator().manual_seed(seed + 1))]
     base, source = base[differ], source[differ]
     return Pairs(ids[base], ids[source], answers[source])
-
-
-def _example(tokenizer: Any, pairs: Pairs) -> list[str]:
-    if not len(pairs):
-        return []
-    base, source = (tokenizer.decode(side[0]) for side in (pairs.base, pairs.source))
-    return [
-        f"a pair: base {base!r}, source {source!r}, answer after the interchange {tokenizer.decode(pairs.label[:1])!r}"
-    ]

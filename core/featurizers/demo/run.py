@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import featurizers
 from featurizers.demo import report
-from featurizers.demo.search import POSITIONS, Row, Task, interchange_accuracy, sweep, work
+from featurizers.demo.search import POSITIONS, Row, Task, examples, interchange_accuracy, sweep, work
 from featurizers.errors import MissingDependencyError, UsageError
 
 
@@ -69,6 +69,9 @@ def run(
         rows = sweep(task, seed, lambda: progress.advance(bar))
     best = max(rows, key=lambda row: row.accuracy["subspace"])
     console.print(report.table(task.title, rows, best))
+    shown = examples(task, best.site, best.found)
+    for line in shown:
+        say(f"  {line}")
     overlap = _overlap_with_planted(task, rows)
     if overlap is not None:
         say(f"Cosine between the direction found and the planted one: {overlap:.2f}")
@@ -90,6 +93,7 @@ def run(
         "n_features": task.n_features,
         "accuracy": {str(row.site): row.accuracy for row in rows},
         "best": str(best.site),
+        "examples": shown,
         "cosine_with_planted": overlap,
         "loaded_accuracy": again,
         "artefact": str(folder),

@@ -58,6 +58,7 @@ class Task:
         batch: pairs a step.
         lr: largest learning rate.
         notes: what was found out while the task was made.
+        spell: writes token ids for people.
         planted: where the variable is known to be, and on which direction, if the model was made for it.
     """
 
@@ -73,6 +74,7 @@ class Task:
     batch: int
     lr: float
     notes: list[str]
+    spell: Callable[[Tensor], str]
     planted: tuple[Site, Featurizer[Any]] | None = None
 
 
@@ -153,6 +155,20 @@ def interchanged_logits(
     with featurizers.intervene(model, {site: swap}):
         logits: Tensor = model(input_ids=pairs.base, use_cache=False).logits[:, -1]
     return logits
+
+
+@torch.no_grad()
+def examples(task: Task, site: Site, featurizer: Featurizer[Any], count: int = 3) -> list[str]:
+    """What the model answers to some held-out base prompts, before and after the interchange."""
+    pairs = task.test.take(torch.arange(min(count, len(task.test))))
+    sources = _sources(task.model, pairs, [site])[site]
+    before = task.model(input_ids=pairs.base, use_cache=False).logits[:, -1].argmax(-1)
+    after = interchanged_logits(task.model, pairs, site, featurizer, sources).argmax(-1)
+    return [
+        f"{task.spell(base)!r} is answered {task.spell(old)!r}, and {task.spell(new)!r} with the features of "
+        f"{task.spell(source)!r}"
+        for base, source, old, new in zip(pairs.base, pairs.source, before, after, strict=True)
+    ]
 
 
 def _both(task: Task) -> list[tuple[str, Pairs]]:

@@ -60,6 +60,7 @@ def make_task(seed: int, n_features: int | None) -> Task:
             f"it was taught to keep the variable on one random direction of {PLANTED}, with {share:.0%} of the "
             "variance there; the search is told neither",
         ],
+        spell=_spell,
         planted=(PLANTED, planted),
     )
 
@@ -69,6 +70,16 @@ def _prompts() -> Tensor:
     axes = [torch.arange(NUMBERS), torch.arange(NUMBERS), torch.arange(NUMBERS, ANSWERS)]
     prompts = torch.cartesian_prod(*axes)
     return prompts[prompts[:, 0] != prompts[:, 1]]
+
+
+def _spell(tokens: Tensor) -> str:
+    """``3 7 c`` for a prompt; for an answer ``c if below`` or ``c if not``."""
+    words = []
+    for token in tokens.reshape(-1).tolist():
+        letter = "abcdefgh"[(token - NUMBERS) % LETTERS]
+        answer = f"{letter} if {'below' if token >= ANSWERS + LETTERS else 'not'}"
+        words.append(str(token) if token < NUMBERS else letter if token < ANSWERS else answer)
+    return " ".join(words)
 
 
 def _variable(prompts: Tensor) -> Tensor:
