@@ -39,8 +39,6 @@ from featurizers.manifest import (
 )
 from featurizers.plugins import host
 
-SET_PREFIX = "features."
-
 
 def save(featurizer: Featurizer[Any], folder: str | Path) -> Path:
     """Write a featurizer as an artefact and return its folder.
@@ -129,7 +127,7 @@ def read_folder(
     if verify:
         verify_weights(path, manifest, where)
     tensors = weights.read_tensors(path, device, where)
-    sets = {name: tensors.pop(f"{SET_PREFIX}{name}") for name in manifest.features}
+    sets = {name: tensors.pop(f"{weights.SET_PREFIX}{name}") for name in manifest.features}
     featurizer.load_state_dict(tensors, assign=True)
     if _on_meta(featurizer):  # the kind computes tensors that it does not store
         featurizer = cls(config)
@@ -193,7 +191,7 @@ def _on_meta(featurizer: Featurizer[Any]) -> bool:
 
 def _write(featurizer: Featurizer[Any], folder: Path, source: str) -> None:
     """Write the three files into a folder that is nobody's yet."""
-    sets = {f"{SET_PREFIX}{name}": tensor for name, tensor in featurizer.feature_sets.items()}
+    sets = {f"{weights.SET_PREFIX}{name}": tensor for name, tensor in featurizer.feature_sets.items()}
     digest = weights.write_tensors({**featurizer.state_dict(), **sets}, folder / WEIGHTS_NAME, source)
     try:
         manifest = Manifest(

@@ -162,7 +162,7 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
         def blend(features: Tensor, columns: Tensor | None) -> Tensor:
             if gate.shape[-1:] != features.shape[-1:]:
                 raise ShapeError(f"the gate has shape {tuple(gate.shape)}, but there are {features.shape[-1]} features")
-            target = self.encode(source, columns).expand_as(features)
+            target = self.encode(source, columns).to(features.dtype).expand_as(features)
             # lerp is exact at 0, at 1 and where both ends are equal
             return torch.lerp(features, target, gate.to(features.dtype).expand_as(features))
 

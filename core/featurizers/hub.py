@@ -308,9 +308,8 @@ def _as_entry(subfolder: str, manifest: Manifest, where: str) -> dict[str, Entry
     """What an index says of one artefact."""
     from pydantic import ValidationError
 
-    site = None if manifest.site is None else str(manifest.site.site())
     try:
-        return Index(artefacts={subfolder: Entry(kind=manifest.kind, id=manifest.id, site=site)}).artefacts
+        return Index(artefacts={subfolder: manifest.entry()}).artefacts
     except ValidationError as error:
         raise ManifestError(where, explain(error)) from error
 

@@ -118,8 +118,7 @@ def list_artefacts(
     record = manifest_of(source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     if isinstance(record, Index):
         return dict(record.artefacts)
-    site = None if record.site is None else str(record.site.site())
-    return {"": Entry(kind=record.kind, id=record.id, site=site)}
+    return {"": record.entry()}
 
 
 def manifest_of(

@@ -74,6 +74,14 @@ class SiteRecord(_Record):
         return Site(**{**fields, "position": None if self.position is None else tuple(self.position)})
 
 
+class Entry(_Record):
+    """One artefact in an `Index`."""
+
+    kind: Name
+    id: Name
+    site: Name | None = None
+
+
 class Manifest(_Record):
     """The ``config.json`` of one artefact, format version 1.
 
@@ -106,13 +114,9 @@ class Manifest(_Record):
             raise ValueError("a kind is lower-case words joined by '-', never an import path")
         return kind
 
-
-class Entry(_Record):
-    """One artefact in an `Index`."""
-
-    kind: Name
-    id: Name
-    site: Name | None = None
+    def entry(self) -> Entry:
+        """What an index says of this artefact."""
+        return Entry(kind=self.kind, id=self.id, site=None if self.site is None else str(self.site.site()))
 
 
 class Index(_Record):

@@ -143,7 +143,7 @@ class Ablate(Operation):
         """Base with its features set."""
         value = self.value
         if isinstance(value, str):
-            value = self.featurizer.collect(base, self.indices).mean(dim=(0, 1))
+            value = self.featurizer.collect(base, self.indices).flatten(0, -2).mean(dim=0)
         return self.featurizer.ablate(base, self.indices, value)
 
 

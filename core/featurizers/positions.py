@@ -45,13 +45,13 @@ def columns(positions: Positions, hidden: Tensor, current: Pass, *, prompt_only:
         PositionError: a prompt is too short for a position, is computed in parts, or its padding is unknown.
         ShapeError: positions are given for activations that are not ``(batch, sequence, d)``.
     """
-    length = hidden.shape[1] if current.prompt_columns is None else current.prompt_columns
-    if positions is None and (not prompt_only or length == hidden.shape[1]):
+    if positions is None and (not prompt_only or current.prompt_columns in (None, *hidden.shape[1:2])):
         return None
     if hidden.dim() != 3:
         raise ShapeError(
             f"the site has activations {tuple(hidden.shape)}, not (batch, sequence, width): it has no positions"
         )
+    length = hidden.shape[1] if current.prompt_columns is None else current.prompt_columns
     if length > hidden.shape[1]:
         raise PositionError(
             f"the prompt of {length} tokens is computed {hidden.shape[1]} at a time, so that its end is not known; "

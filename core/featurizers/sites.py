@@ -126,8 +126,13 @@ class Site:
         model: str | None = None,
         model_revision: str | None = None,
     ) -> Site:
-        """The same place, with where it was found."""
-        return replace(self, position=position, model=model, model_revision=model_revision)
+        """The same place, with where it was found; what is not given stays as it was."""
+        return replace(
+            self,
+            position=self.position if position is None else position,
+            model=self.model if model is None else model,
+            model_revision=self.model_revision if model_revision is None else model_revision,
+        )
 
 
 def _is_count(number: object) -> bool:

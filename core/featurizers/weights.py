@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_HEADER_BYTES: Final = 10_000_000
+SET_PREFIX: Final = "features."
+"""What the names of stored feature sets begin with."""
 
 FLOATS: Final = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 OTHERS: Final = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
@@ -67,7 +69,7 @@ def check_header(
     Raises:
         WeightsError: tensors are missing, unknown, or of another shape or dtype.
     """
-    stored_sets = {f"features.{name}" for name in feature_sets}
+    stored_sets = {f"{SET_PREFIX}{name}" for name in feature_sets}
     missing = (set(expected) | stored_sets) - set(found)
     unknown = set(found) - set(expected) - stored_sets
     if missing or unknown:

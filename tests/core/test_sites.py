@@ -355,3 +355,26 @@ class TestAnAnatomyOfAPlugin:
         model.body.steps[1].thinking = nn.ReLU()
         with pytest.raises(SiteError, match=r"Toy has no module 'body\.steps\.1\.thinking\.2'"):
             Anatomy(model).place("mlp.act:1")
+
+
+def test_where_a_site_was_found_is_added_and_not_forgotten():
+    site = Site("resid.post", 1).at(position=(-1,)).at(model="owner/model").at(model_revision="v1")
+    assert (site.position, site.model, site.model_revision) == ((-1,), "owner/model", "v1")
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (4, 5, 6, 2)])
+def test_activations_of_other_axes_are_ablated_to_the_mean_of_each_feature(shape):
+    model, f = nn.Sequential(nn.Identity()), featurizers.create("identity", d_in=2)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with featurizers.intervene(model, {"module:0:output": Ablate(f, value="mean")}):
+        torch.testing.assert_close(model(x), x.flatten(0, -2).mean(0).expand(shape))
+
+
+def test_a_vector_is_edited_whole_and_has_no_positions():
+    model, f = nn.Sequential(nn.Identity()), featurizers.create("identity", d_in=2)
+    swap = featurizers.Interchange(f, source=torch.ones(2))
+    with featurizers.intervene(model, {"module:0:output": swap}):
+        assert torch.equal(model(torch.zeros(2)), torch.ones(2))
+    swap = featurizers.Interchange(f, source=torch.ones(2), positions=[0])
+    with featurizers.intervene(model, {"module:0:output": swap}), pytest.raises(featurizers.errors.ShapeError):
+        model(torch.zeros(2))

@@ -36,3 +36,15 @@ def test_both_directions_are_exact():
     assert error is None
     assert torch.equal(features, x)
     assert torch.equal(f.inverse_featurize(features, error), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_source_may_have_another_dtype_than_the_base(dtype):
+    f = featurizers.create("identity", d_in=6)
+    base, source = torch.zeros(3, 6, dtype=dtype), torch.arange(6.0).expand(3, 6)
+    expected = torch.arange(6.0).to(dtype).expand(3, 6)
+    assert torch.equal(f.mask(base, source, torch.ones(6)), expected)
+    for indices in (None, [0], [1, 2, 3], [[0], [], [5]]):
+        found = f.interchange(base, source, indices)
+        assert found.dtype == dtype
+        assert torch.equal(found, f.interchange(base, expected, indices))
