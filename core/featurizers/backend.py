@@ -188,6 +188,7 @@ class _PassWatch:
         given = {**given, **given.get("kwargs", {})}
         mask: Any = given.get("attention_mask")
         cache: Any = given.get("past_key_values")
+        cache = given.get("cache") if cache is None else cache  # the name since transformers 5.24
         start = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
         self._seen_prompt |= start == 0
         flat = isinstance(mask, Tensor) and mask.dim() == 2
