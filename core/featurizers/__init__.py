@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from featurizers.artefact import save_collection as save_collection
     from featurizers.backend import collect as collect
     from featurizers.backend import intervene as intervene
-    from featurizers.featurizer import Error as Error
+    from featurizers.derivatives import Error as Error
+    from featurizers.dictionary import DictionaryFeaturizer as DictionaryFeaturizer
     from featurizers.featurizer import Featurizer as Featurizer
     from featurizers.gates import SigmoidGate as SigmoidGate
     from featurizers.hookspecs import hookimpl as hookimpl
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from featurizers.operations import Interchange as Interchange
     from featurizers.operations import Mask as Mask
     from featurizers.operations import Steer as Steer
+    from featurizers.rules import activation_rule as activation_rule
     from featurizers.sites import Site as Site
 
 __version__ = "0.1.0"
@@ -45,13 +47,15 @@ _HOME = {
     "Ablate": "operations",
     "Anatomy": "anatomy",
     "Collect": "operations",
-    "Error": "featurizer",
+    "DictionaryFeaturizer": "dictionary",
+    "Error": "derivatives",
     "Featurizer": "featurizer",
     "Interchange": "operations",
     "Mask": "operations",
     "SigmoidGate": "gates",
     "Site": "sites",
     "Steer": "operations",
+    "activation_rule": "rules",
     "collect": "backend",
     "create": "loading",
     "hookimpl": "hookspecs",

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from featurizers import card, weights
 from featurizers.errors import (
@@ -25,6 +26,7 @@ from featurizers.errors import (
     WeightsError,
 )
 from featurizers.featurizer import Featurizer
+from featurizers.indices import Indices, select
 from featurizers.manifest import (
     CARD_NAME,
     CONFIG_NAME,
@@ -92,6 +94,7 @@ def read_folder(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     verify: bool = False,
+    indices: Indices = None,
 ) -> Featurizer[Any]:
     """The featurizer of an artefact whose ``config.json`` was read.
 
@@ -102,14 +105,16 @@ def read_folder(
         device: where to put the tensors.
         dtype: floating-point dtype to convert them to; as stored if None.
         verify: whether to compare the sha256 of the weights with that in the config.
+        indices: which features to read, None for all.
 
     Raises:
+        UsageError: the kind is loaded whole.
+        FeatureIndexError: a feature that the artefact does not have.
         PluginError: no installed plugin reads this kind.
         ManifestError: the kind refuses the config.
         WeightsError: the weights are damaged or do not fit the config.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise UsageError(f"dtype is a floating-point torch.dtype such as torch.float16, not {dtype!r}")
+    check_dtype(dtype)
     cls = host().featurizer_class(manifest.kind)
     config = _config(cls, manifest, where)
     path = folder / WEIGHTS_NAME
@@ -122,11 +127,17 @@ def read_folder(
         raise
     except FeaturizerError as error:
         raise ManifestError(where, f"the kind {manifest.kind!r} refuses its config: {error}") from error
-    expected = featurizer.state_dict()
-    weights.check_header(weights.read_header(path, where), expected, manifest.features, where)
+    weights.check_header(weights.read_header(path, where), featurizer.state_dict(), manifest.features, where)
     if verify:
         verify_weights(path, manifest, where)
-    tensors = weights.read_tensors(path, device, where)
+    rows: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
+    if indices is not None and (columns := select(indices, featurizer.n_features or 0).as_columns()) is not None:
+        config, names, added = cls.sliced(config, columns)
+        rows = dict.fromkeys(names, columns)
+        with torch.device("meta"):
+            featurizer = cls(config)
+    tensors = {**weights.read_tensors(path, device, where, rows), **added}
     sets = {name: tensors.pop(f"{weights.SET_PREFIX}{name}") for name in manifest.features}
     featurizer.load_state_dict(tensors, assign=True)
     if _on_meta(featurizer):  # the kind computes tensors that it does not store
@@ -143,6 +154,12 @@ def read_folder(
     except FeaturizerError as error:
         raise WeightsError(where, f"{WEIGHTS_NAME}: {error}") from error
     return featurizer
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise `UsageError` unless it is a floating-point dtype or None."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UsageError(f"dtype is a floating-point torch.dtype such as torch.float16, not {dtype!r}")
 
 
 def verify_weights(path: Path, manifest: Manifest, where: str) -> None:

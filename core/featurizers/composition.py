@@ -8,8 +8,9 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from featurizers.derivatives import Error
 from featurizers.errors import ConfigError, ShapeError
-from featurizers.featurizer import Error, Featurizer
+from featurizers.featurizer import Featurizer
 from featurizers.hookspecs import hookimpl
 from featurizers.plugins import host
 

@@ -126,8 +126,16 @@ class ManifestError(ArtefactError, ValueError):
     """A ``config.json`` that does not describe an artefact this version can read."""
 
 
+class NotOursError(ManifestError):
+    """A ``config.json`` that another library wrote."""
+
+
 class WeightsError(ArtefactError, ValueError):
     """A ``model.safetensors`` that is damaged or disagrees with the ``config.json`` beside it."""
+
+
+class ConversionError(ArtefactError, ValueError):
+    """A featurizer whose map the format that was asked for cannot hold."""
 
 
 class HubError(ArtefactError):
@@ -135,7 +143,13 @@ class HubError(ArtefactError):
 
 
 class HubNotFoundError(HubError, LookupError):
-    """A repository, revision or file that does not exist, or that this token may not see."""
+    """A repository, revision or file that does not exist, or that this token may not see.
+
+    Attributes:
+        is_file: whether it is the file alone that is not there.
+    """
+
+    is_file = False
 
 
 class HubAccessError(HubError, PermissionError):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeAlias, TypeVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar, final
 
 import torch
 from jaxtyping import Float
 from pydantic import BaseModel
-from torch import Tensor, nn
+from torch import Tensor
 
+from featurizers.derivatives import Derivatives, Error
 from featurizers.errors import ShapeError, UsageError
-from featurizers.indices import Indices, select
+from featurizers.indices import Indices, Selection, select
 from featurizers.sites import Site
 
 if TYPE_CHECKING:
@@ -21,15 +22,12 @@ if TYPE_CHECKING:
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
-Error: TypeAlias = "Tensor | tuple[Any, ...] | None"
-"""What `Featurizer.inverse_featurize` needs beside the features: opaque to callers."""
 
-
-class Featurizer(nn.Module, ABC, Generic[ConfigT]):
+class Featurizer(Derivatives, Generic[ConfigT]):
     """Maps activations into a feature space and back: x → (features, error) → x̂.
 
     A kind gives `featurize` and `inverse_featurize`; everything else follows from them. It may give the closed
-    forms `encode` and `apply_edit` too, where they are cheaper than the defaults. Laws, which
+    forms `encode`, `apply_edit` and `blend` too, where they are cheaper than the defaults. Laws, which
     `featurizers.testing.FeaturizerContract` checks for every kind:
 
     - ``inverse_featurize(*featurize(x)) == x`` to rounding. For a lossless kind the error is None or zero.
@@ -51,6 +49,7 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
         revision: commit that it was loaded from, if any.
         feature_sets: named indices (int64) or masks (any other dtype) that belong to it; saved with it.
         metadata: anything that JSON can hold; saved with it.
+        special_tokens: ids of tokens whose activations `featurizers.intervene` leaves as they are.
     """
 
     kind: ClassVar[str]
@@ -68,6 +67,7 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
         self.revision: str | None = None
         self.feature_sets: dict[str, Tensor] = {}
         self.metadata: dict[str, Any] = {}
+        self.special_tokens: tuple[int, ...] = ()
 
     # ------------------------------------------------------------------ what a kind gives
     @abstractmethod
@@ -113,6 +113,67 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
         change = self.inverse_featurize(edited, error) - self.inverse_featurize(features, error)
         return (base + change).to(base.dtype)
 
+    def blend(
+        self, base: Float[Tensor, "*batch d_in"], source: Float[Tensor, "*#batch d_in"], gate: Tensor | None
+    ) -> Float[Tensor, "*batch d_in"]:
+        """``base`` with its features moved towards those of ``source``: an interchange or a mask of many features.
+
+        The default encodes both and applies the edit. A kind replaces it where most features are zero.
+
+        Args:
+            base: the activations to edit.
+            source: those to take features from.
+            gate: None to take every feature; booleans, which to take; or how far to move each, 0 to 1. Its shape
+                broadcasts against the features.
+        """
+        features = self.encode(base)
+        target = self.encode(source).to(features.dtype).expand_as(features)
+        if gate is None:
+            edited = target
+        elif gate.dtype == torch.bool:
+            edited = torch.where(gate, target, features)
+        else:  # lerp is exact at 0, at 1 and where both ends are equal
+            edited = torch.lerp(features, target, gate.to(features.dtype).expand_as(features))
+        result = self.apply_edit(base, features, edited)
+        # a closed form may hand back what it was given, as the identity's does, and that may be the caller's
+        return result.clone() if result is base or (gate is None and result is edited) else result
+
+    def flatten(self, x: Tensor) -> Float[Tensor, "*batch d_in"]:
+        """X with its activations on the last axis; a kind replaces it to take another layout, such as heads apart.
+
+        Raises:
+            ShapeError: x does not have width ``d_in``.
+        """
+        self.check_width(x)
+        return x
+
+    def select(self, indices: Indices, x: Tensor) -> Selection:
+        """What ``indices`` mean among the features of x; a kind whose features have numbers of their own replaces it.
+
+        Raises:
+            FeatureIndexError: a feature is not there.
+        """
+        return select(indices, self._count(x), x.device)
+
+    @classmethod
+    def sliced(cls, config: ConfigT, columns: Tensor) -> tuple[ConfigT, set[str], dict[str, Tensor]]:
+        """How to load some features alone: what a kind whose features are rows of its tensors replaces.
+
+        Args:
+            config: of the whole.
+            columns: int64 ``(k,)``, which features.
+
+        Returns:
+            The config of the part, the names of the tensors of which the rows ``columns`` are read, and tensors that
+            the part has beside.
+
+        Raises:
+            UsageError: the kind is loaded whole.
+        """
+        raise UsageError(
+            f"a featurizer of kind {cls.kind!r} is loaded whole; give the indices to the operation instead"
+        )
+
     def check(self) -> None:
         """Raise a `FeaturizerError` if the tensors do not have the property that the kind promises.
 
@@ -140,8 +201,19 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
             ShapeError: base or source does not have width ``d_in``, or they do not broadcast.
             FeatureIndexError: indices that this featurizer does not have.
         """
-        self.check_width(source)
-        return self._edit(base, indices, lambda features, columns: self.encode(source, columns).expand_as(features))
+        shape, base, source = base.shape, self.flatten(base), self.flatten(source)
+        selection = self.select(indices, base)
+        columns = selection.columns
+        if columns is None or 4 * columns.numel() > self._count(
+            base
+        ):  # many are masked, which is faster than gathering
+            gate = None if selection.is_everything else selection.mask_for(base, self._count(base))
+            return self.blend(base, source, gate).reshape(shape)
+        if columns.numel() == 0:
+            return base.clone().reshape(shape)
+        features = self.encode(base, columns)
+        target = self.encode(source, columns).to(features.dtype).expand_as(features)
+        return self._applied(base, features, target, columns).reshape(shape)
 
     @final
     def mask(
@@ -157,16 +229,10 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
         Raises:
             ShapeError: base, source or gate has another width.
         """
-        self.check_width(source)
-
-        def blend(features: Tensor, columns: Tensor | None) -> Tensor:
-            if gate.shape[-1:] != features.shape[-1:]:
-                raise ShapeError(f"the gate has shape {tuple(gate.shape)}, but there are {features.shape[-1]} features")
-            target = self.encode(source, columns).to(features.dtype).expand_as(features)
-            # lerp is exact at 0, at 1 and where both ends are equal
-            return torch.lerp(features, target, gate.to(features.dtype).expand_as(features))
-
-        return self._edit(base, None, blend)
+        shape, base, source = base.shape, self.flatten(base), self.flatten(source)
+        if gate.shape[-1:] != (self._count(base),):
+            raise ShapeError(f"the gate has shape {tuple(gate.shape)}, but there are {self._count(base)} features")
+        return self.blend(base, source, gate if gate.is_floating_point() else gate.to(base.dtype)).reshape(shape)
 
     @final
     def collect(self, x: Float[Tensor, "*batch d_in"], indices: Indices = None) -> Float[Tensor, "*batch k"]:
@@ -176,8 +242,8 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
             ShapeError: x does not have width ``d_in``.
             FeatureIndexError: indices out of range, or different ones for each example, which make no tensor.
         """
-        self.check_width(x)
-        selection = select(indices, self._count(x), x.device)
+        x = self.flatten(x)
+        selection = self.select(indices, x)
         if selection.differs_by_example:
             raise UsageError("collect takes the same indices for every example; collect all and index the result")
         features = self.encode(x, selection.as_columns())
@@ -195,7 +261,7 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
                 differ by example); in units of the features.
             indices: which features.
         """
-        return self._edit(base, indices, lambda features, _: features + _values(delta, features), values=True)
+        return self._edit(base, indices, lambda features: features + _values(delta, features))
 
     @final
     def ablate(
@@ -208,72 +274,27 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
             indices: which features.
             value: a number, or a tensor whose last axis follows ``indices`` as in `steer`.
         """
-        return self._edit(base, indices, lambda features, _: _values(value, features), values=True)
+        return self._edit(base, indices, lambda features: _values(value, features))
 
-    def _edit(
-        self,
-        base: Tensor,
-        indices: Indices,
-        change: Callable[[Tensor, Tensor | None], Tensor],
-        values: bool = False,
-    ) -> Tensor:
-        """Apply ``change(features, columns)`` to the chosen features of base.
-
-        Few features are gathered, so that their number is what an edit costs; many are masked, which is faster
-        than gathering them unless the change brings values that follow the indices.
-        """
-        self.check_width(base)
-        count = self._count(base)
-        selection = select(indices, count, base.device)
-        columns = selection.as_columns() if values else selection.columns
+    def _edit(self, base: Tensor, indices: Indices, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply a change, which may bring values that follow the indices, to the chosen features of base."""
+        shape, base = base.shape, self.flatten(base)
+        selection = self.select(indices, base)
+        columns = selection.as_columns()
         if columns is not None and columns.numel() == 0:
-            return base.clone()
-        if columns is not None and not values and 4 * columns.numel() > count:
-            columns = None
+            return base.clone().reshape(shape)
         features = self.encode(base, columns)
-        edited = change(features, columns)
-        everything = columns is not None or selection.is_everything
-        if not everything:
-            edited = torch.where(selection.mask_for(features), edited, features)
+        edited = change(features)
+        if selection.differs_by_example:
+            edited = torch.where(selection.mask_for(features, self._count(base)), edited, features)
+        return self._applied(base, features, edited, columns).reshape(shape)
+
+    def _applied(self, base: Tensor, features: Tensor, edited: Tensor, columns: Tensor | None) -> Tensor:
+        """`apply_edit`, whose closed form may hand back what it was given, as the identity's does."""
         result = self.apply_edit(base, features, edited, columns)
-        # a closed form may hand back what it was given, as the identity's does, and that may be the caller's
-        return result.clone() if result is base or (everything and result is edited) else result
+        return result.clone() if result is base or result is edited else result
 
-    # ------------------------------------------------------------------ derivatives
-    @final
-    def encode_jvp(
-        self, x: Float[Tensor, "*batch d_in"], tangent: Float[Tensor, "*batch d_in"]
-    ) -> Float[Tensor, "*batch n_features"]:
-        """How the features change as x moves along ``tangent``."""
-        return torch.func.jvp(self.encode, (x,), (tangent,))[1]  # type: ignore[no-any-return]
-
-    @final
-    def encode_vjp(
-        self, x: Float[Tensor, "*batch d_in"], cotangent: Float[Tensor, "*batch n_features"]
-    ) -> Float[Tensor, "*batch d_in"]:
-        """The gradient in x of ``(features * cotangent).sum()``."""
-        return torch.func.vjp(self.encode, x)[1](cotangent)[0]  # type: ignore[no-any-return]
-
-    @final
-    def decode_jvp(
-        self,
-        features: Float[Tensor, "*batch n_features"],
-        error: Error,
-        tangent: Float[Tensor, "*batch n_features"],
-    ) -> Float[Tensor, "*batch d_in"]:
-        """How the activations change as the features move along ``tangent``, the error term held."""
-        return torch.func.jvp(lambda f: self.inverse_featurize(f, error), (features,), (tangent,))[1]  # type: ignore[no-any-return]
-
-    @final
-    def decode_vjp(
-        self,
-        features: Float[Tensor, "*batch n_features"],
-        error: Error,
-        cotangent: Float[Tensor, "*batch d_in"],
-    ) -> Float[Tensor, "*batch n_features"]:
-        """The gradient in the features of ``(x̂ * cotangent).sum()``, the error term held."""
-        return torch.func.vjp(lambda f: self.inverse_featurize(f, error), features)[1](cotangent)[0]  # type: ignore[no-any-return]
-
+    # ------------------------------------------------------------------ splicing
     @final
     def splice(
         self,
@@ -305,13 +326,13 @@ class Featurizer(nn.Module, ABC, Generic[ConfigT]):
         """
         if error_grad not in ("live", "stop"):
             raise UsageError(f"error_grad must be 'live' or 'stop', not {error_grad!r}")
-        self.check_width(x)
+        shape, x = x.shape, self.flatten(x)
         features = self.encode(x)
         tapped = features.clone()
         changed = tap(tapped)
         if error_grad == "stop":
             x, features = x.detach(), features.detach()
-        return self.apply_edit(x, features, tapped if changed is None else changed)
+        return self.apply_edit(x, features, tapped if changed is None else changed).reshape(shape)
 
     # ------------------------------------------------------------------ composition, pyvene, artefacts
     @final

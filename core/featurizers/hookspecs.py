@@ -8,6 +8,7 @@ A plugin is a distribution with an entry point in the group ``featurizers`` whos
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from featurizers.anatomy import Blocks
     from featurizers.featurizer import Featurizer
+    from featurizers.foreign import Foreign
+    from featurizers.rules import Rule
 
 PROJECT = "featurizers"
 """Name of the entry-point group and of the pluggy project."""
@@ -36,4 +39,37 @@ def featurizers_anatomy(model: nn.Module) -> Blocks | None:
     """Where a model keeps its blocks, for a model that generic detection gets wrong; ``None`` for any other.
 
     Asked of the plugins that are loaded already, before the generic detection, and of all others after it has failed.
+    """
+
+
+@hookspec
+def featurizers_rules(register: Callable[[Rule], None]) -> None:
+    """Register the activation rules of this plugin: ``register(rule)`` for each; see `featurizers.activation_rule`.
+
+    Called once, when the plugin is loaded. A rule is named as a kind is: the plugin's name, or that, a dot and a word.
+    """
+
+
+@hookspec(firstresult=True)
+def featurizers_read(source: Foreign) -> Featurizer[Any] | None:
+    """The featurizer in a folder or a repository that another library wrote; ``None`` if the format is not this one.
+
+    Asked of every plugin when what is loaded has no ``config.json`` of ours. It reads data and runs none of it.
+    """
+
+
+@hookspec(firstresult=True)
+def featurizers_resolve(reference: str, repository: Callable[..., Foreign]) -> Featurizer[Any] | None:
+    """The featurizer of an entry of this plugin's catalogue: of ``reference`` in ``plugin:reference``.
+
+    Asked of the plugin that is named. ``repository(repo_id, subfolder=None, revision=None)`` opens one of the Hub.
+    """
+
+
+@hookspec(firstresult=True)
+def featurizers_write(featurizer: Featurizer[Any], folder: Path) -> list[str] | None:
+    """Write a featurizer into an empty folder in this plugin's own format, and say what could not be kept.
+
+    Asked of the plugin that is named, by ``featurizers convert --to``. One sentence for each thing that is lost; it
+    raises `featurizers.errors.ConversionError` if the format cannot hold the map itself.
     """

@@ -122,6 +122,28 @@ class Remote:
             library_version=__version__,
         )
 
+    def names(self) -> tuple[tuple[str, ...], str]:
+        """The files below the subfolder, as they are called from there, and the commit that they are listed at.
+
+        Raises:
+            HubError: they cannot be listed; without the network nothing is, whatever is cached.
+        """
+        from huggingface_hub import HfApi
+
+        from featurizers import __version__
+
+        if self.local_files_only:
+            raise HubOfflineError(
+                str(self),
+                "the files of a repository of another library are listed by the Hub; download it and load the folder",
+            )
+        with translated(str(self)):
+            api = HfApi(token=self.token, library_name=LIBRARY_NAME, library_version=__version__)
+            info = api.model_info(self.source.repo_id, revision=self.source.revision, timeout=TIMEOUT)
+        prefix = f"{self.subfolder}/" if self.subfolder else ""
+        names = [s.rfilename.removeprefix(prefix) for s in info.siblings or () if s.rfilename.startswith(prefix)]
+        return tuple(sorted(names)), str(info.sha)
+
     def config(self) -> tuple[Manifest | Index, str]:
         """The ``config.json``, and the commit that everything else is then read at."""
         path = self.file(CONFIG_NAME)
@@ -246,7 +268,9 @@ def _translate(error: Exception, where: str) -> FeaturizerError:
             f"the Hub cannot be reached or may not be asked, and the file is not cached: {_line(cause)}",
         )
     if isinstance(cause, hub.EntryNotFoundError):
-        return HubNotFoundError(where, f"a file is not in the repository: {_line(cause)}")
+        missing = HubNotFoundError(where, f"a file is not in the repository: {_line(cause)}")
+        missing.is_file = True
+        return missing
     if status == 412:
         return HubConflictError(where, "someone else pushed meanwhile; nothing was changed, so try again")
     if status in (401, 403):

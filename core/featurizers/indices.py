@@ -44,11 +44,11 @@ class Selection:
             return self.mask.nonzero().squeeze(-1)
         return self.columns
 
-    def mask_for(self, x: Tensor) -> Tensor:
-        """The selection as booleans that broadcast against features ``(batch, …, n_features)``."""
+    def mask_for(self, x: Tensor, n_features: int) -> Tensor:
+        """The selection as booleans that broadcast against the features of x ``(batch, …, any)``."""
         mask = self.mask
         if mask is None:
-            mask = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
+            mask = torch.zeros(n_features, dtype=torch.bool, device=x.device)
             mask[slice(None) if self.columns is None else self.columns] = True
         if mask.dim() == 1:
             return mask
@@ -85,6 +85,37 @@ def select(indices: Indices, n_features: int, device: torch.device | str | None 
     if given.dim() == 2:
         return Selection(mask=_rows(given.tolist(), n_features).to(device))
     return Selection(columns=_checked(given, n_features).to(device))
+
+
+def positions_of(indices: Indices, numbers: Tensor, whole: int) -> Indices:
+    """The columns of a slice that hold the features with these numbers.
+
+    Args:
+        indices: in any form but a `Selection`; a boolean mask may be of the slice or of the whole.
+        numbers: of the features that the slice holds, ``(k,)``.
+        whole: how many features there are in all.
+
+    Raises:
+        FeatureIndexError: a feature is not in the slice.
+    """
+    if isinstance(indices, slice):
+        wanted = range(whole)[indices]
+        return [column for column, number in enumerate(numbers.tolist()) if number in wanted]
+    if indices is None or isinstance(indices, Selection):
+        return indices
+    if isinstance(indices, Sequence) and any(isinstance(row, Sequence | Tensor) for row in indices):
+        return [cast("Sequence[int]", positions_of(row, numbers, whole)) for row in indices]  # type: ignore[arg-type]
+    given = _tensor(indices)
+    if given.dtype == torch.bool:
+        return given[..., numbers.to(given.device)] if given.shape[-1] == whole else given
+    if given.dim() == 2:
+        return [cast("Sequence[int]", positions_of(row, numbers, whole)) for row in given]
+    column_of = {number: column for column, number in enumerate(numbers.tolist())}
+    if missing := [number for number in given.tolist() if number not in column_of]:
+        raise FeatureIndexError(
+            f"feature {missing[0]} is not among the {len(numbers)} of {whole} that were loaded; load it too"
+        )
+    return [column_of[number] for number in given.tolist()]
 
 
 def _tensor(indices: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> Tensor:

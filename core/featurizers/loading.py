@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featurizers.errors import ManifestError, PluginError, UsageError
+from featurizers.errors import HubNotFoundError, ManifestError, NotOursError, PluginError, UsageError
 from featurizers.manifest import Entry, Index, Manifest, read_local
 from featurizers.plugins import host
 from featurizers.sources import CatalogueSource, FolderSource, HubSource, parse_source
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from featurizers.featurizer import Featurizer
+    from featurizers.foreign import Foreign
+    from featurizers.indices import Indices
 
 
 def load(
@@ -28,16 +31,18 @@ def load(
     local_files_only: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    indices: Indices = None,
     verify: bool = False,
 ) -> Featurizer[Any]:
-    """The featurizer that a folder or a repository holds, ready to use.
+    """The featurizer that a folder, a repository or a plugin's catalogue holds, ready to use.
 
     Nothing in an artefact is run: its kind is looked up among the installed plugins, its config is validated by
-    that kind, and its weights are safetensors whose shapes are compared with the config before they are read.
+    that kind, and its weights are safetensors whose shapes are compared with the config before they are read. What
+    another library wrote is read by the plugin that knows its format, as data too.
 
     Args:
         source: ``"owner/name"``, ``"owner/name@revision"`` or ``"hub:owner/name"`` on the Hugging Face Hub;
-            ``"./folder"``, ``"local:folder"`` or a `Path`.
+            ``"./folder"``, ``"local:folder"`` or a `Path`; ``"plugin:reference"`` in a plugin's own catalogue.
         kind: refuse any other kind.
         subfolder: which artefact of a collection.
         revision: branch, tag or commit; ``revision`` of the result is the commit it resolved to.
@@ -47,9 +52,12 @@ def load(
         local_files_only: use the cache alone.
         device: where to put the tensors.
         dtype: floating-point dtype to convert them to; as stored if None.
+        indices: read these features alone, of a kind whose features are rows of its tensors, such as a dictionary;
+            they keep their numbers.
         verify: compare the sha256 of the weights with that in the config.
 
     Raises:
+        FeatureIndexError: a feature that there is not.
         SourceError: the source is in none of these forms, or could be two things.
         ManifestError, WeightsError: the artefact is damaged, inconsistent or of another library.
         HubError: the Hub refused or did not answer.
@@ -62,28 +70,115 @@ def load(
         >>> featurizers.load("local:" + folder).n_features
         2
     """
-    from featurizers.artefact import read_folder
+    from featurizers import artefact
+    from featurizers.foreign import of_folder, of_repository
+    from featurizers.hub import Remote
 
+    artefact.check_dtype(dtype)
     parsed = parse_source(source, revision)
-    commit = None
+    hub_options = (token, cache_dir, force_download, local_files_only)
+    if isinstance(parsed, CatalogueSource):
+        featurizer = _of_catalogue(parsed, indices, hub_options)
+        return _placed(featurizer, kind, str(parsed), verify, device, dtype)
+    commit: str | None = None
     if isinstance(parsed, FolderSource):
+        if other := _foreign_folder(parsed.path, subfolder):
+            return _of_foreign(of_folder(other, _wanted(indices)), kind, verify, device, dtype)
         folder, record = read_local(parsed.path, subfolder)
         where = str(folder)
         manifest = _one(record, where, kind)
-    elif isinstance(parsed, HubSource):
-        from featurizers.hub import Remote
-
-        remote = Remote(parsed, subfolder, token, cache_dir, force_download, local_files_only)
-        record, commit = remote.config()
+    else:
+        remote = Remote(parsed, subfolder, *hub_options)
+        try:
+            record, commit = remote.config()
+        except (HubNotFoundError, NotOursError) as error:
+            if isinstance(error, HubNotFoundError) and not error.is_file:
+                raise
+            foreign = of_repository(remote, _wanted(indices))
+            if not foreign.names:
+                raise
+            return _of_foreign(foreign, kind, verify, device, dtype)
         where = str(remote)
         manifest = _one(record, where, kind)
         host().featurizer_class(manifest.kind)  # before the download of what could not be read
         folder = remote.weights(commit)
-    else:
-        raise _no_catalogue(parsed)
-    featurizer = read_folder(folder, manifest, where=where, device=device, dtype=dtype, verify=verify)
+    featurizer = artefact.read_folder(
+        folder, manifest, where=where, device=device, dtype=dtype, verify=verify, indices=indices
+    )
     featurizer.revision = commit
     return featurizer
+
+
+def _foreign_folder(path: Path, subfolder: str | None) -> Path | None:
+    """The folder, if it is one without a ``config.json`` of ours and with other files."""
+    from featurizers.manifest import CONFIG_NAME, read
+
+    try:
+        folder = path.expanduser() / (subfolder or "")
+        if not folder.is_dir() or not any(folder.iterdir()):
+            return None
+        if (folder / CONFIG_NAME).exists():
+            read(folder / CONFIG_NAME, str(folder))
+            return None
+    except NotOursError:
+        return folder
+    except (OSError, RuntimeError, ValueError):  # said better where our own artefact is read
+        return None
+    return folder
+
+
+def _of_foreign(
+    source: Foreign, kind: str | None, verify: bool, device: torch.device | str | None, dtype: torch.dtype | None
+) -> Featurizer[Any]:
+    from featurizers.foreign import read
+
+    return _placed(read(source), kind, source.where, verify, device, dtype)
+
+
+def _of_catalogue(source: CatalogueSource, indices: Indices, hub_options: tuple[Any, ...]) -> Featurizer[Any]:
+    from featurizers.foreign import checked, of_repository
+    from featurizers.hub import Remote
+
+    opened = []
+
+    def repository(repo_id: str, subfolder: str | None = None, revision: str | None = None) -> Foreign:
+        foreign = of_repository(Remote(HubSource(repo_id, revision), subfolder, *hub_options), _wanted(indices))
+        opened.append(foreign)
+        return foreign
+
+    found = host().ask("featurizers_resolve", source.plugin, reference=source.reference, repository=repository)
+    if found is None:
+        raise PluginError(f"the plugin {source.plugin!r} has no catalogue, so that {str(source)!r} names nothing")
+    return checked(found, opened[-1]) if opened else found
+
+
+def _placed(
+    featurizer: Featurizer[Any],
+    kind: str | None,
+    where: str,
+    verify: bool,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> Featurizer[Any]:
+    if kind not in (None, featurizer.kind):
+        raise UsageError(f"{where} holds a featurizer of kind {featurizer.kind!r}, not {kind!r}")
+    if verify:
+        raise UsageError(f"{where} was written by another library, and holds no checksum to verify; leave out verify")
+    return featurizer.to(device=device, dtype=dtype)
+
+
+def _wanted(indices: Indices) -> Tensor | None:
+    """The features to read of a file whose number of features is not known yet."""
+    from featurizers.indices import select
+
+    if indices is None:
+        return None
+    if isinstance(indices, slice):
+        raise UsageError("give the features to load as a list of numbers")
+    columns = select(indices, 2**31).as_columns()
+    if columns is None or not columns.numel():
+        raise UsageError("give the features to load as a list of numbers, the same for every example")
+    return columns
 
 
 def create(kind: str, **config: Any) -> Featurizer[Any]:
@@ -138,7 +233,8 @@ def manifest_of(
         from featurizers.hub import Remote
 
         return Remote(parsed, subfolder, token, cache_dir, local_files_only=local_files_only).config()[0]
-    raise _no_catalogue(parsed)
+    host().load(parsed.plugin)
+    raise PluginError(f"{str(parsed)!r} is an entry of a catalogue, which has no config.json of ours; load it")
 
 
 def _one(record: Manifest | Index, where: str, kind: str | None) -> Manifest:
@@ -149,8 +245,3 @@ def _one(record: Manifest | Index, where: str, kind: str | None) -> Manifest:
     if kind is not None and record.kind != kind:
         raise UsageError(f"{where} holds a featurizer of kind {record.kind!r}, not {kind!r}")
     return record
-
-
-def _no_catalogue(source: CatalogueSource) -> PluginError:
-    host().load(source.plugin)
-    return PluginError(f"the plugin {source.plugin!r} has no catalogue, so that {str(source)!r} names nothing")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal, NoReturn
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from featurizers.errors import ManifestError, SiteError
+from featurizers.errors import ManifestError, NotOursError, SiteError
 from featurizers.plugins import KIND
 from featurizers.sites import Side, Site
 
@@ -167,19 +167,9 @@ def read_local(folder: Path, subfolder: str | None) -> tuple[Path, Manifest | In
 
 def parse(raw: bytes, where: str) -> Manifest | Index:
     """As `read`, from the bytes of the file."""
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise ManifestError(where, f"{CONFIG_NAME} is larger than {MAX_CONFIG_BYTES} bytes")
-    try:
-        data = json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=_no_duplicates,
-            parse_constant=_no_constant,
-            parse_float=_finite,
-        )
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(where, f"{CONFIG_NAME} is not valid JSON: {error}") from error
+    data = parse_json(raw, where, CONFIG_NAME)
     if not isinstance(data, dict) or data.get("library_name") != LIBRARY_NAME:
-        raise ManifestError(
+        raise NotOursError(
             where, f'{CONFIG_NAME} was not written by featurizers: it lacks "library_name": "{LIBRARY_NAME}"'
         )
     version = data.get("format_version")
@@ -198,6 +188,25 @@ def parse(raw: bytes, where: str) -> Manifest | Index:
     except SiteError as error:
         raise ManifestError(where, f"{CONFIG_NAME}: {error}") from error
     return record
+
+
+def parse_json(raw: bytes, where: str, name: str) -> Any:
+    """What strict JSON says: no repeated key, no NaN or infinity, no more than ``MAX_CONFIG_BYTES``.
+
+    Raises:
+        ManifestError: it is not that.
+    """
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise ManifestError(where, f"{name} is larger than {MAX_CONFIG_BYTES} bytes")
+    try:
+        return json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+        )
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(where, f"{name} is not valid JSON: {error}") from error
 
 
 def dump(record: Manifest | Index) -> bytes:

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from featurizers.errors import PluginConflictError, PluginError, PluginLoadError, UnknownKindError
+from featurizers.errors import ConfigError, PluginConflictError, PluginError, PluginLoadError, UnknownKindError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -21,13 +21,20 @@ if TYPE_CHECKING:
 
     from featurizers.anatomy import Blocks
     from featurizers.featurizer import Featurizer
+    from featurizers.rules import Rule
 
 GROUP = "featurizers"
+RULES = "dictionary"
+"""The plugin of the core that registers the activation rules without a prefix."""
 KIND = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*(\.[a-z0-9]+(-[a-z0-9]+)*)?")
 
 # A pip command is printed only for what this project publishes itself, never for a name that a file gives.
 FIRST_PARTY = {
+    "autoencoder": "featurizers-autoencoder",
+    "dictionary-learning": "featurizers-dictionary-learning",
     "identity": "featurizers-identity",
+    "sae-lens": "featurizers-sae-lens",
+    "sparsify": "featurizers-sparsify",
     "standardize": "featurizers-subspace",
     "subspace": "featurizers-subspace",
 }
@@ -66,6 +73,7 @@ class PluginHost:
         self._manager.add_hookspecs(hookspecs)
         self._entries: dict[str, list[EntryPoint]] = {}
         self._classes: dict[str, type[Featurizer[Any]]] = {}
+        self._rules: dict[str, Rule] = {}
         self._failures: dict[str, PluginLoadError] = {}
         seen = set()
         for entry in entry_points(group=GROUP):
@@ -130,8 +138,17 @@ class PluginHost:
                 raise PluginError(f"it registers the kind {kind!r} twice")
             classes[kind] = cls
 
+        rules: dict[str, Rule] = {}
+
+        def register_rule(rule: Rule) -> None:
+            if (title := _checked_rule(name, rule)) in rules:
+                raise PluginError(f"it registers the rule {title!r} twice")
+            rules[title] = rule
+
         self._manager.subset_hook_caller("featurizers_register", others)(register=register)
+        self._manager.subset_hook_caller("featurizers_rules", others)(register=register_rule)
         self._classes.update(classes)
+        self._rules.update(rules)
 
     def featurizer_class(self, kind: str) -> type[Featurizer[Any]]:
         """The class that is registered for a kind; imports the plugin that owns it and no other.
@@ -149,7 +166,41 @@ class PluginHost:
         try:
             return self._classes[kind]
         except KeyError:
-            raise UnknownKindError(kind, {*self._entries, *self._classes}, _hint(kind)) from None
+            hint = (
+                f"The plugin {kind!r} reads and writes files of its own format; use load."
+                if self.is_loaded(kind)
+                else ""
+            )
+            raise UnknownKindError(kind, self._classes, hint or _hint(kind)) from None
+
+    def rule(self, name: str) -> Rule:
+        """The activation rule of a name; imports the plugin that owns it and no other.
+
+        Raises:
+            ConfigError: no installed plugin registers it.
+            PluginError: the plugin that owns it cannot be used.
+        """
+        self.load(RULES)
+        if name not in self._rules and KIND.fullmatch(name) and (owner := name.partition(".")[0]) in self._entries:
+            self.load(owner)
+        if name not in self._rules:
+            raise ConfigError(
+                f"no installed plugin has the activation rule {name!r}; known rules: {', '.join(sorted(self._rules))}"
+            )
+        return self._rules[name]
+
+    def ask(self, hook: str, plugin: str | None = None, **arguments: Any) -> Any:
+        """What a plugin answers to a hook, or the first of all plugins that answers.
+
+        Raises:
+            PluginError: the plugin cannot be used.
+        """
+        if plugin is None:
+            self.load_all()
+            return getattr(self._manager.hook, hook)(**arguments)
+        self.load(plugin)
+        others = [module for name, module in self._manager.list_name_plugin() if name != plugin]
+        return self._manager.subset_hook_caller(hook, others)(**arguments)
 
     def anatomy(self, model: nn.Module) -> Blocks | None:
         """What the ``featurizers_anatomy`` hooks of the plugins loaded so far say of a model."""
@@ -210,3 +261,13 @@ def _checked_kind(plugin: str, cls: Any) -> str:
     if not (config.model_config.get("strict") and config.model_config.get("extra") == "forbid"):
         raise PluginError(f'{cls.__name__}.Config needs model_config = ConfigDict(strict=True, extra="forbid")')
     return kind
+
+
+def _checked_rule(plugin: str, rule: Any) -> str:
+    from featurizers.rules import Rule
+
+    if not isinstance(rule, Rule):
+        raise PluginError(f"it registers {rule!r}, which is not made by featurizers.activation_rule")
+    if plugin != RULES and not (KIND.fullmatch(rule.name) and rule.name.partition(".")[0] == plugin):
+        raise PluginError(f"its rule is named {rule.name!r}; it must be {plugin!r} or start with '{plugin}.'")
+    return rule.name

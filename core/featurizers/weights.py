@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from featurizers.errors import WeightsError
 from featurizers.manifest import WEIGHTS_NAME
@@ -34,7 +34,7 @@ class Spec:
     shape: tuple[int, ...]
 
 
-def read_header(path: Path, where: str) -> dict[str, Spec]:
+def read_header(path: Path, where: str, file_name: str = WEIGHTS_NAME) -> dict[str, Spec]:
     """Names, dtypes and shapes of the tensors in a safetensors file; reads no tensor.
 
     Raises:
@@ -45,17 +45,17 @@ def read_header(path: Path, where: str) -> dict[str, Spec]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                raise WeightsError(where, f"{WEIGHTS_NAME} ({size} bytes) is not a whole safetensors file")
+                raise WeightsError(where, f"{file_name} ({size} bytes) is not a whole safetensors file")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         specs = {name: Spec(DTYPES[t["dtype"]], tuple(t["shape"])) for name, t in header.items()}
         end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
     except OSError as error:
-        raise WeightsError(where, f"{WEIGHTS_NAME} cannot be read: {error.strerror or error}") from error
+        raise WeightsError(where, f"{file_name} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise WeightsError(where, f"{WEIGHTS_NAME} has a damaged header: {type(error).__name__}: {error}") from error
+        raise WeightsError(where, f"{file_name} has a damaged header: {type(error).__name__}: {error}") from error
     if size != end:
-        raise WeightsError(where, f"{WEIGHTS_NAME} has {size} bytes, its header promises {end}")
+        raise WeightsError(where, f"{file_name} has {size} bytes, its header promises {end}")
     return specs
 
 
@@ -89,21 +89,54 @@ def check_header(
             raise WeightsError(where, f"tensor {name!r} is {spec.dtype}, but its config implies {implied}")
 
 
-def read_tensors(path: Path, device: torch.device | str | None, where: str) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path,
+    device: torch.device | str | None,
+    where: str,
+    rows: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """The tensors of a file whose header was checked.
+
+    Args:
+        path: of the file.
+        device: where to put them.
+        where: what to call the artefact in an error.
+        rows: int64 ``(k,)`` for each tensor of which only these rows are wanted; no others are read.
 
     Raises:
         WeightsError: they cannot be read, or one holds NaN or infinity.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
+    rows = rows or {}
     try:
-        tensors = load_file(path, device=str(device) if device is not None else "cpu")
+        with safe_open(path, framework="pt", device=str(device) if device is not None else "cpu") as file:
+            tensors = {
+                name: file.get_tensor(name) if name not in rows else take_rows(file.get_slice(name), rows[name])
+                for name in file.keys()  # noqa: SIM118  # it is no mapping
+            }
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # the last for a device that is not there
         raise WeightsError(where, f"{WEIGHTS_NAME} cannot be read: {error}") from error
-    _check_finite(tensors, where)
+    check_finite(tensors, where)
     return tensors
+
+
+def take_rows(stored: Any, rows: Tensor) -> Tensor:
+    """Some rows of a tensor in a file, which are all that is read of it; neighbours in one piece.
+
+    Args:
+        stored: a slice of safetensors.
+        rows: int64 ``(k,)``, in the order wanted.
+    """
+    import torch
+
+    wanted = rows.tolist()
+    starts = [i for i in range(len(wanted)) if i == 0 or wanted[i] != wanted[i - 1] + 1]
+    pieces = [
+        stored[wanted[start] : wanted[end - 1] + 1].clone()
+        for start, end in zip(starts, [*starts[1:], len(wanted)], strict=True)
+    ]
+    return torch.cat(pieces)
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, where: str) -> str:
@@ -117,7 +150,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, where: str) -> str:
     for name, tensor in tensors.items():
         if (dtype := str(tensor.dtype).removeprefix("torch.")) not in DTYPES.values():
             raise WeightsError(where, f"tensor {name!r} is {dtype}; an artefact holds {', '.join(DTYPES.values())}")
-    _check_finite(tensors, where)
+    check_finite(tensors, where)
     path.touch()
     mode = path.stat().st_mode  # save_file leaves 0600 whatever the umask
     # safetensors refuses views and shared storage
@@ -126,7 +159,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, where: str) -> str:
     return sha256(path)
 
 
-def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise `WeightsError` if a tensor holds NaN or infinity."""
     for name, tensor in tensors.items():
         # a sum is finite only if every element is; it may overflow, so that only then each is looked at
         if tensor.is_floating_point() and not tensor.float().sum().isfinite() and not tensor.isfinite().all():

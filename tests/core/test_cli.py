@@ -182,7 +182,7 @@ ERRORS = {
     "an empty folder": (["list", "./empty"], "there is no config.json"),
     "no such subfolder": (["info", "./many", "--subfolder", "none"], "there is no config.json"),
     "a revision of a folder": (["info", "./one", "--revision", "v1"], "has no revision 'v1'"),
-    "no catalogue": (["info", "identity:x"], "the plugin 'identity' has no catalogue"),
+    "no catalogue": (["info", "identity:x"], "'identity:x' is an entry of a catalogue"),
     "not JSON": (["verify", "./broken"], "not valid JSON"),
     "pull of a folder": (["pull", "./many"], "not a repository of the Hub"),
     "push of nothing": (["push", "empty", "owner/name"], "there is no config.json"),

@@ -64,12 +64,17 @@ DOWNLOADS = {
     "no such revision": Failure(_none, _load("alice/x@v9"), HubNotFoundError, "alice/x@v9: .*no such branch"),
     "no such commit": Failure(_none, _load(revision="0" * 40), HubNotFoundError, "no such branch, tag or commit"),
     "no such subfolder": Failure(_none, _load(subfolder="z"), HubNotFoundError, "alice/x/z: .*config.json"),
-    "no config": Failure(lambda hub: hub.put("alice/x", config_json=None), _load(), HubNotFoundError, "config.json"),
+    "no config": Failure(
+        lambda hub: hub.put("alice/x", config_json=None), _load(), ManifestError, "no config.json of featur"
+    ),
     "no weights": Failure(
         lambda hub: hub.put("alice/x", model_safetensors=None), _load(), HubNotFoundError, "model.safetensors"
     ),
     "config of another library": Failure(
-        lambda hub: hub.put("alice/x", config_json=b'{"model_type": "gpt2"}'), _load(), ManifestError, "alice/x: config"
+        lambda hub: hub.put("alice/x", config_json=b'{"model_type": "gpt2"}'),
+        _load(),
+        ManifestError,
+        "no installed plugin",
     ),
     "weights of another shape": Failure(
         lambda hub: hub.put("alice/x", config_json=hub.files("alice/x")["config.json"].replace(b": 8", b": 9")),

@@ -13,8 +13,9 @@ from torch import Tensor
 
 import featurizers
 from featurizers.artefact import build
+from featurizers.derivatives import Error
 from featurizers.errors import ConfigError, FeatureIndexError, ShapeError
-from featurizers.featurizer import Error, Featurizer
+from featurizers.featurizer import Featurizer
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 

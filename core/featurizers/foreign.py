@@ -1,0 +1,215 @@
+"""Files that other libraries wrote, as a plugin's reader sees them: names, JSON and tensors, and no code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featurizers.errors import FeaturizerError, ManifestError, WeightsError
+from featurizers.manifest import MAX_CONFIG_BYTES, parse_json
+from featurizers.weights import Spec, check_finite, read_header, take_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from featurizers.featurizer import Featurizer
+    from featurizers.hub import Remote
+
+MAX_TREE = 50_000
+"""How many files of a folder are listed at most."""
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file of another library.
+
+    Attributes:
+        path: of the file.
+        where: what to call its folder in an error.
+        specs: what its header says of each tensor.
+    """
+
+    path: Path
+    where: str
+    specs: Mapping[str, Spec]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor."""
+        return {name: spec.shape for name, spec in self.specs.items()}
+
+    def read(self, name: str, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+        """One tensor, or some of its rows or columns; mapped from the file where it is whole.
+
+        Args:
+            name: of the tensor.
+            rows: int64 ``(k,)``; no other rows are read.
+            columns: int64 ``(k,)``, of a tensor of two axes; the whole is read, a block of rows at a time, and the
+                columns are kept.
+
+        Raises:
+            WeightsError: there is no such tensor, it cannot be read, or it holds NaN or infinity.
+        """
+        import torch
+        from safetensors import SafetensorError, safe_open
+
+        if name not in self.specs:
+            raise WeightsError(self.where, f"{self.path.name} lacks the tensor {name!r}; it has {sorted(self.specs)!r}")
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                if rows is not None:
+                    tensor = take_rows(file.get_slice(name), rows)
+                elif columns is not None:
+                    stored, step = file.get_slice(name), 256
+                    count = self.specs[name].shape[0]
+                    tensor = torch.cat([stored[start : start + step][:, columns] for start in range(0, count, step)])
+                else:
+                    tensor = file.get_tensor(name)
+        except (SafetensorError, OSError, ValueError, RuntimeError, IndexError) as error:
+            raise WeightsError(self.where, f"{self.path.name}: {name!r} cannot be read: {error}") from error
+        check_finite({name: tensor}, self.where)
+        return tensor
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A folder, or a folder of a repository at one commit, that has no ``config.json`` of ours.
+
+    Attributes:
+        where: what to call it in an error.
+        names: its files, ``/`` between folders.
+        indices: int64 ``(k,)``, which features are wanted; None for all.
+        revision: the commit of a repository.
+        fetch: the local path of a file.
+    """
+
+    where: str
+    names: tuple[str, ...]
+    fetch: Callable[[str], Path] = field(repr=False)
+    indices: Tensor | None = None
+    revision: str | None = None
+
+    def path(self, name: str) -> Path:
+        """The local path of a file, which is downloaded if need be.
+
+        Raises:
+            ManifestError: there is no such file.
+            HubError: it cannot be had.
+        """
+        if name not in self.names:
+            raise ManifestError(self.where, f"there is no file {name!r}")
+        return self.fetch(name)
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON object, read as strictly as our own.
+
+        Raises:
+            ManifestError: it is too large, not JSON, or no object.
+        """
+        path = self.path(name)
+        try:
+            with path.open("rb") as file:
+                raw = file.read(MAX_CONFIG_BYTES + 1)
+        except OSError as error:
+            raise ManifestError(self.where, f"{name} cannot be read: {error.strerror or error}") from error
+        data = parse_json(raw, self.where, name)
+        if not isinstance(data, dict):
+            raise ManifestError(self.where, f"{name} holds a {type(data).__name__}, not an object")
+        return data
+
+    def safetensors(self, name: str) -> TensorFile:
+        """A file of tensors, of which only the header is read.
+
+        Raises:
+            WeightsError: it is not a whole safetensors file.
+        """
+        path = self.path(name)
+        return TensorFile(path, self.where, read_header(path, self.where, name))
+
+    def torch(self, name: str) -> Any:
+        """What ``torch.save`` wrote: tensors, numbers, strings, lists and dicts, and nothing else.
+
+        The tensors are mapped from the file, on the CPU, whatever device they were saved on.
+
+        Raises:
+            WeightsError: it is not such a file, or it holds objects of other classes.
+        """
+        import pickle
+
+        import torch
+
+        path = self.path(name)
+        try:
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # of the format before 1.6, which cannot be mapped
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise WeightsError(
+                self.where, f"{name} holds more than tensors, and nothing of it is run: {reason[:200]!r}"
+            ) from error
+        except (OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise WeightsError(self.where, f"{name} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def of_folder(folder: Path, indices: Tensor | None) -> Foreign:
+    """A folder of this machine."""
+    names: list[str] = []
+    for place in sorted(folder.rglob("*")):
+        if len(names) >= MAX_TREE:
+            raise ManifestError(str(folder), f"it holds more than {MAX_TREE} files; name the folder of one featurizer")
+        if place.is_file():
+            names.append(place.relative_to(folder).as_posix())
+    return Foreign(str(folder), tuple(names), folder.joinpath, indices)
+
+
+def of_repository(remote: Remote, indices: Tensor | None) -> Foreign:
+    """A repository, or a folder of it, at the commit that its revision stands at now."""
+    names, commit = remote.names()
+
+    def fetch(name: str) -> Path:
+        return remote.file(name, commit)
+
+    return Foreign(str(remote), names, fetch, indices, commit)
+
+
+def read(source: Foreign, plugin: str | None = None) -> Featurizer[Any]:
+    """The featurizer that the first plugin which knows the format finds.
+
+    Raises:
+        ManifestError: none knows it.
+        FeaturizerError: it is damaged, or not a featurizer of one site.
+    """
+    from featurizers.plugins import host
+
+    found = host().ask("featurizers_read", plugin, source=source)
+    if found is None:
+        readers = [info.name for info in host().plugins() if info.state == "loaded"]
+        raise ManifestError(
+            source.where,
+            "there is no config.json of featurizers, and no installed plugin knows the format of "
+            f"{', '.join(map(repr, source.names[:5])) or 'an empty folder'}"
+            f"{', …' if len(source.names) > 5 else ''}; plugins asked: {', '.join(readers)}. "
+            "Name the folder of one featurizer with subfolder=, or install the plugin of the format",
+        )
+    return checked(found, source)
+
+
+def checked(found: Any, source: Foreign) -> Featurizer[Any]:
+    """What a plugin made of a source, with the commit it came from, once it is known to be sound."""
+    from featurizers.errors import PluginError
+    from featurizers.featurizer import Featurizer
+
+    if not isinstance(found, Featurizer):
+        raise PluginError(f"{source.where}: a plugin read a {type(found).__name__}, which is no Featurizer")
+    if source.indices is not None and found.n_features != len(source.indices):
+        raise PluginError(f"{source.where}: the plugin of this format did not take the {len(source.indices)} features")
+    found.revision = source.revision
+    try:
+        found.check()
+    except FeaturizerError as error:
+        raise WeightsError(source.where, str(error)) from error
+    return found.eval()
