@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from featurizers.artefact import save_collection as save_collection
     from featurizers.backend import collect as collect
     from featurizers.backend import intervene as intervene
+    from featurizers.converting import convert as convert
     from featurizers.derivatives import Error as Error
     from featurizers.dictionary import DictionaryFeaturizer as DictionaryFeaturizer
     from featurizers.featurizer import Featurizer as Featurizer
@@ -57,6 +58,7 @@ _HOME = {
     "Steer": "operations",
     "activation_rule": "rules",
     "collect": "backend",
+    "convert": "converting",
     "create": "loading",
     "hookimpl": "hookspecs",
     "intervene": "backend",

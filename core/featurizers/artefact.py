@@ -132,7 +132,13 @@ def read_folder(
         verify_weights(path, manifest, where)
     rows: dict[str, Tensor] = {}
     added: dict[str, Tensor] = {}
-    if indices is not None and (columns := select(indices, featurizer.n_features or 0).as_columns()) is not None:
+    if indices is not None:
+        cls.sliced(
+            config, torch.zeros(1, dtype=torch.long)
+        )  # refuses what is loaded whole, before the indices are read
+        columns = select(indices, featurizer.n_features or 0).as_columns()
+        if columns is None or not columns.numel():
+            raise UsageError("give the features to load as a list of numbers, the same for every example")
         config, names, added = cls.sliced(config, columns)
         rows = dict.fromkeys(names, columns)
         with torch.device("meta"):

@@ -17,7 +17,7 @@ from featurizers.anatomy import Anatomy, Place, first_tensor
 from featurizers.errors import PositionError, ShapeError, UsageError
 from featurizers.featurizer import Featurizer
 from featurizers.operations import Collect, Inputs, Operation, Positions, SourcedOperation
-from featurizers.positions import Pass, columns
+from featurizers.positions import Pass, are_tokens, columns
 from featurizers.sites import Site
 
 SiteT = TypeVar("SiteT", Site, str)
@@ -198,6 +198,7 @@ class _PassWatch:
             mask if flat else None,
             opaque_mask=mask is not None and not flat,
             prompt_columns=self._prompt_columns,
+            tokens=given.get("input_ids"),
         )
 
 
@@ -289,6 +290,8 @@ def _carry_out(
         collected[key] = torch.cat([collected[key], kept], dim=1) if current.start and key in collected else kept
         return hidden
     edited = operation.apply(base, None if source is None else _fit(source, base, key))
+    if special := operation.featurizer.special_tokens:
+        edited = torch.where(are_tokens(special, hidden, chosen, current), base, edited)
     if chosen is None:
         return edited
     rows = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(-1)

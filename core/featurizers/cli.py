@@ -193,6 +193,30 @@ def verify(
 
 
 @app.command()
+def convert(
+    source: SourceArgument,
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    to: Annotated[
+        str, typer.Option(help="featurizers, or the plugin whose format to write, such as sae-lens.")
+    ] = "featurizers",
+    subfolder: Subfolder = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Write what any format holds in another one, and say what cannot be kept."""
+    from featurizers.converting import convert as write
+    from featurizers.loading import load
+
+    featurizer = load(source, subfolder=subfolder, revision=revision)
+    lost = write(featurizer, out, to)
+    if as_json:
+        _print_json({"folder": str(out), "kind": featurizer.kind, "format": to, "lost": lost})
+        return
+    print(f"{out} ({featurizer.kind} with {featurizer.n_features} features, in the format of {to})")
+    print("\n".join(f"not kept: {sentence}" for sentence in lost) or "nothing is lost")
+
+
+@app.command()
 def demo(
     model: Annotated[
         str | None,

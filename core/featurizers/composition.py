@@ -87,6 +87,7 @@ class Composition(Featurizer[CompositionConfig]):
         self.n_features = width
         self.id = " >> ".join(stage.id for stage in stages)
         self.site = stages[0].site
+        self.special_tokens = tuple(token for stage in stages for token in stage.special_tokens)
 
     def _stages(self) -> list[Featurizer[Any]]:
         return list(self.stages)  # type: ignore[arg-type]  # a ModuleList does not know its elements
@@ -124,12 +125,27 @@ class Composition(Featurizer[CompositionConfig]):
         columns: Tensor | None = None,
     ) -> Float[Tensor, "*batch d_in"]:
         """The edit of the last stage's features, as an edit of the features before it, and so to the first."""
-        stages = self._stages()
-        inputs = [base]
-        for stage in stages[:-1]:
+        inputs = self._inputs(base)
+        return self._undo(inputs, self._stages()[-1].apply_edit(inputs[-1], features, edited, columns))
+
+    def blend(
+        self, base: Float[Tensor, "*batch d_in"], source: Float[Tensor, "*#batch d_in"], gate: Tensor | None
+    ) -> Float[Tensor, "*batch d_in"]:
+        """The blend of the last stage, as an edit of the features before it, and so to the first."""
+        inputs = self._inputs(base)
+        return self._undo(inputs, self._stages()[-1].blend(inputs[-1], self._inputs(source)[-1], gate))
+
+    def _inputs(self, x: Tensor) -> list[Tensor]:
+        """What each stage takes."""
+        inputs = [x]
+        for stage in self._stages()[:-1]:
             inputs.append(stage.encode(inputs[-1]))
-        edited = stages[-1].apply_edit(inputs[-1], features, edited, columns)
-        for stage, x, produced in zip(reversed(stages[:-1]), reversed(inputs[:-1]), reversed(inputs[1:]), strict=True):
+        return inputs
+
+    def _undo(self, inputs: list[Tensor], edited: Tensor) -> Tensor:
+        """The input of the first stage, once that of the last is edited."""
+        stages = self._stages()[:-1]
+        for stage, x, produced in zip(reversed(stages), reversed(inputs[:-1]), reversed(inputs[1:]), strict=True):
             edited = stage.apply_edit(x, produced, edited)
         return edited
 

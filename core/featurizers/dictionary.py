@@ -209,7 +209,8 @@ class DictionaryFeaturizer(Featurizer[DictionaryConfig]):
         elif self.config.units == "decoder-norm":
             active = active._replace(values=active.values * self._scale(active.columns))
         values, indices = active.padded(len(rows))
-        return SparseFeatures(values.reshape(*x.shape[:-1], -1), indices.reshape(*x.shape[:-1], -1))
+        shape = (*x.shape[:-1], values.shape[-1])
+        return SparseFeatures(values.reshape(shape), indices.reshape(shape))
 
     def decode_sparse(self, features: SparseFeatures) -> Float[Tensor, "*batch d_in"]:
         """The same as `decode`, of features as `encode_sparse` gives them, in O(k d_in) a token."""

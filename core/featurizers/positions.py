@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ class Pass:
         attention_mask: ``(batch, total)``, 1 for a token and 0 for padding; None where nothing is padded.
         prompt_columns: how many columns the prompt has, while ``generate`` runs.
         opaque_mask: whether the model was given a mask in a form that does not show the padding.
+        tokens: ids ``(batch, sequence)`` of what this pass computes; None where the model was given embeddings.
     """
 
     start: int
@@ -28,6 +30,7 @@ class Pass:
     attention_mask: Tensor | None
     opaque_mask: bool = False
     prompt_columns: int | None = None
+    tokens: Tensor | None = None
 
 
 def columns(positions: Positions, hidden: Tensor, current: Pass, *, prompt_only: bool = False) -> Tensor | None:
@@ -91,3 +94,20 @@ def columns(positions: Positions, hidden: Tensor, current: Pass, *, prompt_only:
     # tokens keep their order and come before the padding's columns in a stable sort
     order = torch.argsort((~mask).int(), dim=-1, stable=True)
     return order.gather(-1, from_start)
+
+
+def are_tokens(ids: Sequence[int], hidden: Tensor, chosen: Tensor | None, current: Pass) -> Tensor:
+    """Which of the chosen columns of ``hidden`` hold one of these tokens: booleans ``(batch, n, 1)``.
+
+    Raises:
+        PositionError: the model was not given token ids, or the site has no positions.
+    """
+    tokens = current.tokens
+    if tokens is None or tokens.shape != hidden.shape[:2]:
+        raise PositionError(
+            "the featurizer leaves special tokens alone, and the tokens of these activations are not known: give the "
+            "model input_ids, and choose a site with an axis of positions"
+        )
+    tokens = tokens.to(hidden.device)
+    chosen_tokens = tokens if chosen is None else tokens.gather(1, chosen)
+    return torch.isin(chosen_tokens, torch.tensor(ids, device=hidden.device)).unsqueeze(-1)

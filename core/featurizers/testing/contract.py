@@ -335,8 +335,9 @@ class FeaturizerContract:
         base, source = activations[:4], activations[4:8]
         identity = featurizers.create("identity")
         for composed in (identity >> featurizer, featurizer >> identity):
-            assert torch.equal(composed.interchange(base, source), featurizer.interchange(base, source))
-            assert torch.equal(composed.collect(base), featurizer.collect(base))
+            # closed forms of the two may round differently
+            self._close(composed.interchange(base, source), featurizer.interchange(base, source))
+            self._close(composed.collect(base), featurizer.collect(base))
             features, error = composed.featurize(base)
             self._close(composed.inverse_featurize(features, error), base)
 
@@ -394,8 +395,10 @@ class FeaturizerContract:
                 logits = model(base).logits
             if name == "collect":
                 assert torch.equal(before[1][0], collected["resid.post:0"])
-            else:
-                assert torch.equal(after.logits, logits), name
+            elif name == "interchange":
+                assert torch.equal(after.logits, logits)
+            else:  # the gate of one is trained and that of the other is not, which may round differently
+                self._close(after.logits, logits)
 
     # ------------------------------------------------------------------ helpers
 
