@@ -11,6 +11,7 @@ from typing import Annotated
 import artefacts
 import collecting
 import das
+import dictionaries
 import hooks
 import report
 import swapping
@@ -21,7 +22,7 @@ from rich.console import Console
 
 BENCHMARKS = {
     benchmark.name: benchmark
-    for theme in (das, artefacts, collecting, swapping, hooks)
+    for theme in (das, artefacts, collecting, swapping, dictionaries, hooks)
     for benchmark in theme.BENCHMARKS
 }
 

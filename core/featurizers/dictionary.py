@@ -22,6 +22,9 @@ from featurizers.rules import BUILT_IN
 from featurizers.sparse import Active, SparseFeatures
 from featurizers.units import convert
 
+SMALL = 2**24
+"""Multiplications of an encoding, n d_in n_features, below which looking for the zeros costs more than they do."""
+
 CHUNK = 4096
 """Features encoded at a time where only those that fire are kept: their pre-activations stay in the cache."""
 
@@ -214,12 +217,8 @@ class DictionaryFeaturizer(Featurizer[DictionaryConfig]):
 
     def decode_sparse(self, features: SparseFeatures) -> Float[Tensor, "*batch d_in"]:
         """The same as `decode`, of features as `encode_sparse` gives them, in O(k d_in) a token."""
-        values, indices = features
-        rows, k = values.shape[:-1].numel(), values.shape[-1]
-        values = self._raw(values, indices)
-        token = torch.arange(rows, device=values.device).repeat_interleave(k)
-        active = Active(token, indices.reshape(-1), values.reshape(-1))
-        return sparse.times_rows(active, self.W_dec, rows).reshape(*values.shape[:-1], self.d_in) + self.b_dec
+        values = self._raw(features.values, features.indices)
+        return sparse.times_rows_of_each(values, features.indices, self.W_dec) + self.b_dec
 
     # ------------------------------------------------------------------ edits
     def apply_edit(
@@ -241,7 +240,7 @@ class DictionaryFeaturizer(Featurizer[DictionaryConfig]):
         gate: Tensor | None,
     ) -> Float[Tensor, "*batch d_in"]:
         """``base`` moved towards the features of ``source``: only what fires in either is decoded."""
-        if not self._can_skip_zeros():
+        if not self._can_skip_zeros() or base.numel() * self.n_features < SMALL:
             return super().blend(base, source, gate)
         flat, other = (self.flatten(t).to(self.W_enc.dtype) for t in (base, source))
         other = other.expand_as(flat)
@@ -254,7 +253,11 @@ class DictionaryFeaturizer(Featurizer[DictionaryConfig]):
             after = target
         else:
             chosen = gate[columns] if gate.dim() == 1 else gate.expand(*flat.shape[:-1], f).reshape(n, f)[rows, columns]
-            after = torch.where(chosen, target, before) if gate.dtype == torch.bool else _lerp(before, target, chosen)
+            after = (
+                torch.where(chosen, target, before)
+                if gate.dtype == torch.bool
+                else before.lerp(target, chosen.to(before.dtype))
+            )
         change = sparse.times_rows(Active(rows, columns, after - before), self.W_dec, n)
         return self._add(base, change.reshape(flat.shape))
 
@@ -388,7 +391,8 @@ class DictionaryFeaturizer(Featurizer[DictionaryConfig]):
         differentiable = torch.is_grad_enabled() and (features.requires_grad or self.W_dec.requires_grad)
         if not differentiable and not torch._C._are_functorch_transforms_active():
             rows = features.reshape(-1, self.n_features)
-            if 0 < int(rows.count_nonzero()) <= sparse.DENSE * rows.numel():
+            few = rows.numel() * self.d_in >= SMALL and int(rows.count_nonzero()) <= sparse.DENSE * rows.numel()
+            if few:
                 change = sparse.times_rows(sparse.nonzero(rows), self.W_dec, len(rows))
                 return change.reshape(*features.shape[:-1], self.d_in)
         return features @ self.W_dec
@@ -437,10 +441,6 @@ class DictionaryFeaturizer(Featurizer[DictionaryConfig]):
         values = sparse.pre_activations(z, values, rows, columns, self.W_enc)
         options = {} if self.rule.select is not None else self.config.rule_options
         return Active(rows, columns, self.rule.function(values, **self._tensors(columns), **options))
-
-
-def _lerp(before: Tensor, after: Tensor, gate: Tensor) -> Tensor:
-    return torch.lerp(before, after, gate.to(before.dtype))
 
 
 @hookimpl

@@ -64,6 +64,18 @@ def times_rows(active: Active, weight: Tensor, n: int) -> Tensor:
     )
 
 
+def times_rows_of_each(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    """The same of k features of each token, ``(*batch, k)``: ``(*batch, d)``, in O(k d) a token."""
+    shape = (*values.shape[:-1], weight.shape[-1])
+    if not values.numel():
+        return weight.new_zeros(shape)
+    k = values.shape[-1]
+    bags = functional.embedding_bag(
+        indices.reshape(-1, k), weight.detach(), mode="sum", per_sample_weights=values.reshape(-1, k).to(weight.dtype)
+    )
+    return bags.reshape(shape)
+
+
 class _PreActivations(torch.autograd.Function):
     """Pre-activations at some coordinates, computed already, as a function of the tokens ``(n, d)``."""
 

@@ -28,6 +28,12 @@ VARIANTS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_small(monkeypatch):
+    """The dictionaries here are tiny, and shall take the roads of large ones."""
+    monkeypatch.setattr("featurizers.dictionary.SMALL", 0)
+
+
 def batch(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(*shape, 8, generator=torch.Generator().manual_seed(seed))
 

@@ -1,0 +1,243 @@
+"""Dictionaries beside SAELens: the same weights, the same activations, the same results."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from featurizers import DictionaryFeaturizer
+from timing import Benchmark, Case, Settings, Skipped, same
+from torch import Tensor
+
+WIDTH, TOKENS, ACTIVE = 2304, 256, 64
+
+
+def sae_lens() -> Any:
+    """The module `sae_lens`.
+
+    Raises:
+        Skipped: it is not installed.
+    """
+    try:
+        return importlib.import_module("sae_lens")
+    except ImportError as error:
+        raise Skipped(f"the peer, sae_lens, cannot be imported: {error}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _weights(settings: Settings, n_features: int) -> dict[str, Tensor]:
+    """Random weights, and thresholds above which about 64 features of a token fire."""
+    g = torch.Generator().manual_seed(0)
+    d = settings.size(WIDTH, 64)
+    w_enc = torch.randn(n_features, d, generator=g) / math.sqrt(d)
+    share = settings.size(ACTIVE, 8) / n_features
+    level = float(torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - share)))
+    tensors = {
+        "W_enc": w_enc,
+        "b_enc": torch.zeros(n_features),
+        "W_dec": torch.nn.functional.normalize(w_enc, dim=-1),
+        "b_dec": torch.zeros(d),
+        "threshold": torch.full((n_features,), level),
+    }
+    return {name: tensor.to(settings.device, settings.dtype) for name, tensor in tensors.items()}
+
+
+def _pair(settings: Settings, n_features: int, architecture: str) -> tuple[DictionaryFeaturizer, Any]:
+    """The same dictionary here and in SAELens."""
+    peer = sae_lens()
+    t = dict(_weights(settings, n_features))
+    f, d = t["W_enc"].shape
+    options: dict[str, Any] = {}
+    if architecture != "jumprelu":
+        t.pop("threshold")
+    if architecture == "gated":
+        level = _weights(settings, n_features)["threshold"]
+        t |= {"b_gate": -level, "r_mag": torch.zeros_like(level), "b_mag": -level}
+        t.pop("b_enc")
+    if architecture == "topk":
+        options["rule_options"] = {"k": settings.size(ACTIVE, 8)}
+    ours = DictionaryFeaturizer.from_tensors(**t, rule=architecture, **options)
+    saes = importlib.import_module("sae_lens.registry")
+    cls, config = saes.get_sae_class(architecture)
+    with torch.device("meta"):
+        theirs = cls(
+            config(
+                d_in=d,
+                d_sae=f,
+                dtype=str(settings.dtype).removeprefix("torch."),
+                device=str(settings.device),
+                apply_b_dec_to_input=False,
+                normalize_activations="none",
+                **({"k": settings.size(ACTIVE, 8)} if architecture == "topk" else {}),
+            )
+        )
+    assert peer
+    theirs.load_state_dict({n: v.T.contiguous() if n == "W_enc" else v for n, v in t.items()}, assign=True)
+    return ours, theirs.requires_grad_(False)
+
+
+class SaeLensFeaturizer:
+    """A featurizer over SAELens, as it is written by hand today: the error, and two decodings of an interchange."""
+
+    def __init__(self, sae: Any) -> None:
+        self.sae = sae
+
+    def featurize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.sae.encode(x)
+        return features, x - self.sae.decode(features)
+
+    def inverse_featurize(self, features: Tensor, error: Tensor) -> Tensor:
+        return self.sae.decode(features) + error
+
+    def interchange(self, base: Tensor, source: Tensor, indices: Tensor | None) -> Tensor:
+        features, error = self.featurize(base)
+        others, _ = self.featurize(source)
+        if indices is None:
+            features = others
+        else:
+            features[..., indices] = others[..., indices]
+        return self.inverse_featurize(features, error)
+
+    def mask(self, base: Tensor, source: Tensor, gate: Tensor) -> Tensor:
+        features, error = self.featurize(base)
+        others, _ = self.featurize(source)
+        return self.inverse_featurize((1 - gate) * features + gate * others, error)
+
+
+def _tokens(settings: Settings, seed: int) -> Tensor:
+    return settings.randn(settings.size(TOKENS, 16), settings.size(WIDTH, 64), seed=seed)
+
+
+def _interchange(settings: Settings, n_features: int, k: int | None) -> Case:
+    n_features = settings.size(n_features, 1024)
+    ours, sae = _pair(settings, n_features, "jumprelu")
+    theirs = SaeLensFeaturizer(sae)
+    base, source = _tokens(settings, 1), _tokens(settings, 2)
+    indices = None
+    if k is not None:
+        indices = torch.randperm(n_features, generator=torch.Generator().manual_seed(0))[:k].to(settings.device)
+    what = "all features" if k is None else f"{k} features"
+
+    @torch.no_grad()
+    def here() -> Tensor:
+        return ours.interchange(base, source, indices)
+
+    @torch.no_grad()
+    def there() -> Tensor:
+        return theirs.interchange(base, source, indices)
+
+    return Case(
+        f"interchange of {what} of a JumpReLU dictionary, {ACTIVE} of {n_features} active",
+        "a featurizer over sae_lens",
+        here,
+        there,
+        lambda: same(here(), there(), _tolerance(settings), "activations"),
+    )
+
+
+def _tolerance(settings: Settings) -> float:
+    return 1e-4 if settings.dtype == torch.float32 else 0.1
+
+
+def mask_step(settings: Settings) -> Case:
+    """One step of training a mask: forward and backward to its logits."""
+    n_features = settings.size(65536, 1024)
+    ours, sae = _pair(settings, n_features, "topk")
+    theirs = SaeLensFeaturizer(sae)
+    base, source, cotangent = (_tokens(settings, seed) for seed in (1, 2, 3))
+    logits = settings.randn(n_features, seed=4).requires_grad_()
+
+    def step(mask: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        loss = (mask(base, source, torch.sigmoid(logits)) * cotangent).sum()
+        return torch.autograd.grad(loss, logits)[0]
+
+    def here() -> Tensor:
+        return step(ours.mask)
+
+    def there() -> Tensor:
+        return step(theirs.mask)
+
+    return Case(
+        f"a training step of a mask, top {ACTIVE} of {n_features}, forward and backward",
+        "a featurizer over sae_lens",
+        here,
+        there,
+        lambda: same(here(), there(), _tolerance(settings), "gradients"),
+    )
+
+
+def decode(settings: Settings) -> Case:
+    """Decoding the features that fire."""
+    n_features = settings.size(65536, 1024)
+    ours, sae = _pair(settings, n_features, "topk")
+    with torch.no_grad():
+        features = ours.encode_sparse(_tokens(settings, 1))
+        dense = sae.encode(_tokens(settings, 1))
+
+    @torch.no_grad()
+    def here() -> Tensor:
+        return ours.decode_sparse(features)
+
+    @torch.no_grad()
+    def there() -> Tensor:
+        return sae.decode(dense)
+
+    return Case(
+        f"decode {ACTIVE} of {n_features} features",
+        "sae_lens decode",
+        here,
+        there,
+        lambda: same(here(), there(), _tolerance(settings), "activations"),
+    )
+
+
+def decode_dense(settings: Settings) -> Case:
+    """The same of a dense tensor, in which the zeros have to be found first."""
+    case = decode(settings)
+    ours, sae = _pair(settings, settings.size(65536, 1024), "topk")
+    with torch.no_grad():
+        dense = sae.encode(_tokens(settings, 1))
+
+    @torch.no_grad()
+    def here() -> Tensor:
+        return ours.decode(dense)
+
+    return Case(f"{case.what}, given as a dense tensor", case.peer, here, case.theirs, case.check)
+
+
+def gated(settings: Settings) -> Case:
+    """One matrix product instead of two and a scaled copy of the weights."""
+    n_features = settings.size(16384, 1024)
+    ours, sae = _pair(settings, n_features, "gated")
+    x = _tokens(settings, 1)
+
+    @torch.no_grad()
+    def here() -> Tensor:
+        return ours.encode(x)
+
+    @torch.no_grad()
+    def there() -> Tensor:
+        return sae.encode(x)
+
+    return Case(
+        f"encode with {n_features} gated features",
+        "sae_lens encode",
+        here,
+        there,
+        lambda: same(here(), there(), _tolerance(settings), "features"),
+    )
+
+
+BENCHMARKS = (
+    Benchmark("dictionary-32-of-65536", functools.partial(_interchange, n_features=65536, k=32), required=500),
+    Benchmark("dictionary-full", functools.partial(_interchange, n_features=65536, k=None), required=2.2),
+    Benchmark("dictionary-mask-step", mask_step, required=2.3),
+    Benchmark("dictionary-decode", decode, required=60),
+    Benchmark("dictionary-decode-dense", decode_dense),
+    Benchmark("dictionary-32-of-16384", functools.partial(_interchange, n_features=16384, k=32), required=100),
+    Benchmark("dictionary-gated", gated, required=2),
+)
