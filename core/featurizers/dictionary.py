@@ -349,7 +349,8 @@ class DictionaryFeaturizer(Featurizer[DictionaryConfig]):
     def flatten(self, x: Tensor) -> Tensor:
         """Heads side by side, where there are heads."""
         heads = self.config.n_heads
-        if heads and x.shape[-2:] == (heads, self.d_in // heads):
+        apart = x.dim() > 1 and x.shape[-1] != self.d_in and x.shape[-2:].numel() == self.d_in
+        if heads is not None and apart and heads in (0, x.shape[-2]):
             x = x.flatten(-2)
         self.check_width(x)
         return x

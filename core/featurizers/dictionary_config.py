@@ -25,8 +25,8 @@ class DictionaryConfig(BaseModel):
         pre_bias: whether the decoder's bias is taken off before encoding.
         normalize: what is done to each token's activations before, and undone after decoding.
         input_scale: the factor of ``normalize="scale"``.
-        n_heads: number of heads whose outputs, side by side, are the activations; then ``(*batch, n_heads, d_head)``
-            is taken too.
+        n_heads: number of heads whose outputs, side by side, are the activations, 0 for any number; then
+            ``(*batch, n_heads, d_head)`` is taken too.
         units: what the features are measured in: ``raw``, as the encoder gives them; ``decoder-norm``, multiplied by
             the norms of their decoder rows; ``folded``, the same with the norms moved into the weights.
         special_tokens: ids of tokens that interventions leave alone, such as that which begins a sequence.
@@ -41,7 +41,7 @@ class DictionaryConfig(BaseModel):
     pre_bias: bool = False
     normalize: Normalization = "none"
     input_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    n_heads: Annotated[int, Field(gt=0, le=2**16)] | None = None
+    n_heads: Annotated[int, Field(ge=0, le=2**16)] | None = None
     units: Units = "raw"
     special_tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=10_000)] = []
     slice_of: Annotated[int, Field(gt=0, le=2**31)] | None = None
@@ -67,7 +67,7 @@ def checked_rule(config: DictionaryConfig) -> Rule:
         raise ConfigError("one coordinate has no standard deviation; layer-norm needs d_in of 2 at least")
     if config.normalize != "scale" and config.input_scale != 1:
         raise ConfigError(f"input_scale belongs to normalize='scale', not to {config.normalize!r}")
-    if config.n_heads is not None and config.d_in % config.n_heads:
+    if config.n_heads and config.d_in % config.n_heads:
         raise ConfigError(f"a width of {config.d_in} does not make {config.n_heads} equal heads")
     if config.slice_of is not None and (config.slice_of < config.n_features or not rule.elementwise):
         raise ConfigError(f"{config.n_features} features are no slice of {config.slice_of} with rule {config.rule!r}")

@@ -1,0 +1,40 @@
+"""Sparse autoencoders of SAELens, and the formats that its catalogue names, as featurizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from featurizers import Featurizer, hookimpl
+from featurizers.foreign import Foreign
+
+from featurizers_sae_lens import catalogue, formats, writing
+from featurizers_sae_lens.matching_pursuit import MatchingPursuitConfig, MatchingPursuitFeaturizer
+from featurizers_sae_lens.wrapping import wrap
+
+__all__ = ["MatchingPursuitConfig", "MatchingPursuitFeaturizer", "wrap"]
+
+
+@hookimpl
+def featurizers_register(register: Any) -> None:
+    """Register the kind ``sae-lens.matching-pursuit``; all other architectures are of the kind ``dictionary``."""
+    register(MatchingPursuitFeaturizer)
+
+
+@hookimpl
+def featurizers_read(source: Foreign) -> Featurizer[Any] | None:
+    """The featurizer in a folder of SAELens, or of a release that its catalogue names."""
+    return formats.read(source)
+
+
+@hookimpl
+def featurizers_resolve(reference: str, repository: Callable[..., Foreign]) -> Featurizer[Any] | None:
+    """The featurizer of ``release/id`` in SAELens' catalogue."""
+    return catalogue.resolve(reference, repository)
+
+
+@hookimpl
+def featurizers_write(featurizer: Featurizer[Any], folder: Path) -> list[str] | None:
+    """Write ``cfg.json`` and ``sae_weights.safetensors``."""
+    return writing.write(featurizer, folder)

@@ -1,0 +1,187 @@
+"""From SAELens' configuration and tensors to a featurizer: every reader of this plugin ends here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from featurizers import DictionaryFeaturizer, Featurizer
+from featurizers.errors import FeaturizerError, ManifestError, WeightsError
+from torch import Tensor
+
+from featurizers_sae_lens.matching_pursuit import MatchingPursuitConfig, MatchingPursuitFeaturizer
+from featurizers_sae_lens.sites import site_of
+
+RULES = {"standard": "relu", "gated": "gated", "topk": "topk", "abstopk": "abstopk", "jumprelu": "jumprelu"}
+VECTORS = {"relu": (), "jumprelu": ("threshold",), "topk": (), "abstopk": (), "gated": ("b_gate", "r_mag", "b_mag")}
+"""The tensors of each rule beside the weights and biases."""
+NORMALIZATIONS = {
+    "none": "none",
+    "expected_average_only_in": "none",
+    "covariance_whitening": "none",
+    "layer_norm": "layer-norm",
+    "constant_norm_rescale": "constant-norm",
+}
+FOLDED = ("expected_average_only_in", "covariance_whitening")
+"""Normalisations that SAELens applies while training only, and expects to be in the weights afterwards."""
+
+OTHER_SITES = {
+    "transcoder": "a transcoder reads one site and writes another",
+    "skip_transcoder": "a transcoder reads one site and writes another",
+    "jumprelu_transcoder": "a transcoder reads one site and writes another",
+    "jumprelu_skip_transcoder": "a transcoder reads one site and writes another",
+    "temporal": "a temporal autoencoder predicts each token from those before it, so that no token has features alone",
+    "crosscoder": "a crosscoder reads and writes several layers at once",
+    "clt": "a cross-layer transcoder reads one site and writes those of all later layers",
+}
+"""What is not a featurizer of one site, and why."""
+
+
+def refuse_other_sites(architecture: object, where: str) -> None:
+    """Raise `ManifestError` if an architecture is no featurizer of one site, or unknown."""
+    if isinstance(architecture, str) and architecture in OTHER_SITES:
+        raise ManifestError(
+            where, f"the architecture {architecture!r} is no featurizer of one site: {OTHER_SITES[architecture]}"
+        )
+    if architecture not in (*RULES, "matching_pursuit"):
+        raise ManifestError(
+            where,
+            f"the architecture {architecture!r} is not known; known are {', '.join([*RULES, 'matching_pursuit'])}",
+        )
+
+
+def number(cfg: dict[str, Any], name: str, where: str, kinds: type | tuple[type, ...] = int) -> Any:
+    """A number of a configuration.
+
+    Raises:
+        ManifestError: it is missing or no such number.
+    """
+    value = cfg.get(name)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise ManifestError(where, f"{name!r} must be a number, got {value!r}")
+    return value
+
+
+def assemble(
+    cfg: dict[str, Any],
+    tensors: dict[str, Tensor],
+    where: str,
+    *,
+    numbers: Tensor | None = None,
+    n_features: int | None = None,
+    input_scale: float | None = None,
+) -> Featurizer[Any]:
+    """The featurizer of a configuration and its tensors.
+
+    Args:
+        cfg: in SAELens' words, version 6; what has no meaning here is kept as metadata.
+        tensors: SAELens' names; ``W_enc`` and ``W_dec`` with a feature a row.
+        where: what to call the source in an error.
+        numbers: of the features, if they are a slice.
+        n_features: of the whole dictionary, if they are a slice.
+        input_scale: the factor that the activations were multiplied with in training; it is folded into the weights,
+            as SAELens does.
+
+    Raises:
+        ManifestError: an architecture, a normalisation or a number that cannot be honoured.
+        WeightsError: the tensors do not fit it.
+    """
+    architecture = cfg.get("architecture", "standard")
+    refuse_other_sites(architecture, where)
+    normalize = cfg.get("normalize_activations") or "none"
+    if normalize not in NORMALIZATIONS:
+        raise ManifestError(where, f"normalize_activations is {normalize!r}; known are {', '.join(NORMALIZATIONS)}")
+    reshape = cfg.get("reshape_activations") or "none"
+    if reshape not in ("none", "hook_z"):
+        raise ManifestError(where, f"reshape_activations is {reshape!r}; known are none, hook_z")
+    if not isinstance(pre_bias := cfg.get("apply_b_dec_to_input", True), bool):
+        raise ManifestError(where, f"apply_b_dec_to_input is {pre_bias!r}; it must be true or false")
+    metadata: dict[str, Any] = cfg.get("metadata") or {}
+    tensors = dict(tensors)
+    if input_scale is not None:
+        tensors["W_dec"], tensors["b_dec"] = tensors["W_dec"] / input_scale, tensors["b_dec"] / input_scale
+        if "W_enc" in tensors:
+            tensors["W_enc"] = tensors["W_enc"] * input_scale
+    special = metadata.get("exclude_special_tokens")
+    common: dict[str, Any] = {
+        "pre_bias": pre_bias,
+        "normalize": NORMALIZATIONS[normalize],
+        "n_heads": 0 if reshape == "hook_z" else None,
+        "special_tokens": special if isinstance(special, list) else [],
+    }
+    try:
+        if architecture == "matching_pursuit":
+            featurizer: Featurizer[Any] = _matching_pursuit(cfg, tensors, common, where, input_scale or 1.0)
+        else:
+            featurizer = _dictionary(cfg, tensors, RULES[architecture], common, where, numbers, n_features)
+    except ManifestError:
+        raise
+    except FeaturizerError as error:
+        raise WeightsError(where, str(error)) from error
+    featurizer.site = site_of(metadata.get("hook_name"), metadata.get("model_name"))
+    featurizer.id = str(metadata.get("neuronpedia_id") or metadata.get("hook_name") or architecture)
+    featurizer.metadata = {"sae_lens": cfg}
+    if input_scale is not None:
+        featurizer.metadata["folded_input_scale"] = input_scale
+    elif normalize in FOLDED:
+        featurizer.metadata["note"] = f"{normalize} is taken to be in the weights already, as SAELens takes it"
+    return featurizer
+
+
+def _dictionary(
+    cfg: dict[str, Any],
+    tensors: dict[str, Tensor],
+    rule: str,
+    common: dict[str, Any],
+    where: str,
+    numbers: Tensor | None,
+    n_features: int | None,
+) -> DictionaryFeaturizer:
+    wanted = {"W_enc", "W_dec", "b_dec", *([] if rule == "gated" else ["b_enc"]), *VECTORS[rule]}
+    if wrong := sorted(wanted ^ tensors.keys()):
+        raise WeightsError(
+            where, f"the architecture {cfg.get('architecture')!r} has the tensors {sorted(wanted)!r}; off: {wrong!r}"
+        )
+    if rule in ("topk", "abstopk"):
+        common["rule_options"] = {"k": number(cfg, "k", where)}
+        if cfg.get("rescale_acts_by_decoder_norm", False):  # exact in the weights, and the features are SAELens' own
+            tensors = fold_decoder_norms(tensors)
+    if numbers is not None and rule in ("topk", "abstopk"):
+        raise WeightsError(where, f"the rule {rule!r} compares all features of a token; load it whole")
+    given: dict[str, Any] = {**tensors, **common}
+    return DictionaryFeaturizer.from_tensors(**given, rule=rule, numbers=numbers, slice_of=n_features)
+
+
+def fold_decoder_norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same autoencoder with decoder rows of length 1, whose norms multiply the encoder instead."""
+    norm = tensors["W_dec"].norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    return {
+        **tensors,
+        "W_enc": tensors["W_enc"] * norm,
+        "b_enc": tensors["b_enc"] * norm[:, 0],
+        "W_dec": tensors["W_dec"] / norm,
+    }
+
+
+def _matching_pursuit(
+    cfg: dict[str, Any], tensors: dict[str, Tensor], common: dict[str, Any], where: str, scale: float
+) -> MatchingPursuitFeaturizer:
+    if wrong := sorted({"W_dec", "b_dec"} ^ tensors.keys()):
+        raise WeightsError(where, f"matching pursuit has the tensors 'W_dec' and 'b_dec' alone; off: {wrong!r}")
+    limit = cfg.get("max_iterations")
+    config = MatchingPursuitConfig(
+        d_in=tensors["W_dec"].shape[1],
+        n_features=tensors["W_dec"].shape[0],
+        residual_threshold=float(number({"residual_threshold": 1e-2, **cfg}, "residual_threshold", where, (int, float)))
+        / scale,
+        max_iterations=None if limit is None else number(cfg, "max_iterations", where),
+        stop_on_duplicate_support=bool(cfg.get("stop_on_duplicate_support", True)),
+        **common,
+    )
+    with torch.device("meta"):
+        featurizer = MatchingPursuitFeaturizer(config)
+    state = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    if state["b_dec"].shape != featurizer.b_dec.shape:
+        raise WeightsError(where, f"b_dec has shape {tuple(state['b_dec'].shape)}, it must be ({config.d_in},)")
+    featurizer.load_state_dict(state, assign=True)
+    return featurizer

@@ -1,0 +1,73 @@
+"""The words of ``cfg.json`` before SAELens 6, in those of version 6."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from featurizers.errors import ManifestError
+
+MATHS = {
+    "architecture",
+    "d_in",
+    "d_sae",
+    "dtype",
+    "device",
+    "apply_b_dec_to_input",
+    "normalize_activations",
+    "reshape_activations",
+    "k",
+    "rescale_acts_by_decoder_norm",
+    "residual_threshold",
+    "max_iterations",
+    "stop_on_duplicate_support",
+    "d_out",
+    "metadata",
+}
+"""The keys of version 6; every other is unknown there, and metadata before."""
+OVERRIDDEN = ("hook_name", "model_name", "dataset_path", "neuronpedia_id", "model_from_pretrained_kwargs")
+"""Metadata that a catalogue puts beside the map."""
+RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
+
+
+def modern(cfg: dict[str, Any], where: str) -> dict[str, Any]:
+    """A configuration of any version in the words of version 6.
+
+    Raises:
+        ManifestError: it has a key, an activation or a factor that is not known.
+    """
+    if "metadata" in cfg or ("architecture" in cfg and not cfg.keys() - MATHS):
+        metadata = cfg.get("metadata")
+        if metadata is not None and not isinstance(metadata, dict):
+            raise ManifestError(where, f"metadata is {metadata!r}, not an object")
+        # what a catalogue overrides beside the map itself is metadata
+        other = {key: cfg[key] for key in OVERRIDDEN if key in cfg}
+        if unknown := sorted(cfg.keys() - MATHS - other.keys() - _other_architectures(cfg)):
+            raise ManifestError(where, f"cfg.json has unknown keys {unknown!r}; they might change the map, so upgrade")
+        return {
+            **{key: value for key, value in cfg.items() if key not in other},
+            "metadata": {**(metadata or {}), **other},
+        }
+    old = {RENAMED.get(key, key): value for key, value in cfg.items()}
+    new = {key: value for key, value in old.items() if key in MATHS}
+    new.setdefault("architecture", "standard")
+    activation = old.get("activation_fn", "relu")
+    options = old.get("activation_fn_kwargs") or {}
+    if activation == "topk":
+        if not isinstance(options, dict) or "k" not in options:
+            raise ManifestError(where, "activation_fn is 'topk', and activation_fn_kwargs says no k")
+        new |= {"architecture": "topk", "k": options["k"]}
+    elif activation != "relu":
+        raise ManifestError(where, f"activation_fn is {activation!r}; known are relu and topk")
+    if old.get("finetuning_scaling_factor"):
+        raise ManifestError(where, "finetuning_scaling_factor is set; SAELens 6 no longer applies it, nor is it here")
+    if isinstance(normalize := new.get("normalize_activations"), bool):
+        new["normalize_activations"] = "expected_average_only_in" if normalize else "none"
+    if "hook_z" in str(old.get("hook_name", "")):
+        new.setdefault("reshape_activations", "hook_z")
+    new["metadata"] = {key: value for key, value in old.items() if key not in new}
+    return new
+
+
+def _other_architectures(cfg: dict[str, Any]) -> set[str]:
+    """All keys of an architecture that is refused for a better reason."""
+    return set(cfg) if "transcoder" in str(cfg.get("architecture")) or cfg.get("architecture") == "temporal" else set()

@@ -1,0 +1,49 @@
+"""`wrap`: a live SAE of SAELens as a featurizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from featurizers import Featurizer
+from featurizers.errors import UsageError
+from torch import nn
+
+from featurizers_sae_lens.assembly import assemble, fold_decoder_norms, refuse_other_sites
+from featurizers_sae_lens.legacy import MATHS
+
+TRAINED_AS = {"batchtopk": "jumprelu", "matryoshka_batchtopk": "jumprelu"}
+"""Architectures of training, and what SAELens saves them as."""
+
+
+def wrap(sae: Any) -> Featurizer[Any]:
+    """The featurizer of a `sae_lens.SAE` or `sae_lens.TrainingSAE`, with its weights at this moment.
+
+    The decoder and the biases are shared; the encoder is copied into rows. The SAE itself is not called: what SAELens
+    keeps on the module between ``encode`` and ``decode`` is in the error term here.
+
+    Raises:
+        UsageError: it is not an SAE of SAELens.
+        ManifestError: it is no featurizer of one site, such as a transcoder.
+    """
+    config: Any = getattr(sae, "cfg", None)
+    if not isinstance(sae, nn.Module) or not hasattr(config, "to_dict") or not hasattr(config, "architecture"):
+        raise UsageError(f"wrap takes a sae_lens.SAE, not a {type(sae).__name__}")
+    architecture = config.architecture()
+    where = f"{type(sae).__name__} ({architecture})"
+    cfg = {key: value for key, value in config.to_dict().items() if key in MATHS}
+    cfg["architecture"] = TRAINED_AS.get(architecture, architecture)
+    refuse_other_sites(cfg["architecture"], where)
+    state = {name: tensor.detach() for name, tensor in sae.state_dict().items()}
+    if architecture in TRAINED_AS:
+        state["threshold"] = state.pop("topk_threshold").to(state["W_dec"].dtype).expand(len(state["W_dec"]))
+    if "log_threshold" in state:
+        state["threshold"] = state.pop("log_threshold").exp()
+    if "W_enc" in state:
+        state["W_enc"] = state["W_enc"].T
+    if architecture in TRAINED_AS and getattr(config, "rescale_acts_by_decoder_norm", False):
+        state = fold_decoder_norms(state)
+    if cfg["architecture"] == "matching_pursuit":
+        state.pop("W_enc", None)
+    known = {"W_enc", "b_enc", "W_dec", "b_dec", "threshold", "b_gate", "r_mag", "b_mag"}
+    featurizer = assemble(cfg, {name: tensor for name, tensor in state.items() if name in known}, where)
+    return featurizer.eval()

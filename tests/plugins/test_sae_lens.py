@@ -1,0 +1,364 @@
+"""The sae-lens plugin beside SAELens itself: every architecture, folders both ways, live objects, refusals."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import featurizers
+import pytest
+import torch
+from featurizers.errors import ConversionError, FeatureIndexError, ManifestError, UsageError, WeightsError
+from featurizers.testing import FeaturizerContract
+from featurizers_sae_lens import MatchingPursuitFeaturizer, wrap
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+D, F = 16, 64
+ONE_SITE = ("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit")
+OTHER = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder", "temporal")
+NORMALIZATIONS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm")
+
+
+@pytest.fixture(scope="module")
+def sae_lens() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("sae_lens")
+
+
+def make(architecture: str, *, seed: int = 0, **options: Any) -> Any:
+    """A random SAE of SAELens, no parameter of which is zero."""
+    from sae_lens.registry import get_sae_class
+
+    cls, config = get_sae_class(architecture)
+    extra: dict[str, Any] = {"k": 7} if "topk" in architecture else {}
+    extra |= {"d_out": D} if "transcoder" in architecture else {}
+    pre_bias = {"apply_b_dec_to_input": "transcoder" not in architecture}
+    sae = cls(config(**{"d_in": D, "d_sae": F, **pre_bias, **extra, **options}))
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=g) * (0.3 if parameter.dim() < 2 else 1))
+            if name == "W_dec" and architecture == "matching_pursuit":
+                parameter.copy_(torch.nn.functional.normalize(parameter, dim=-1))
+    return sae.eval()
+
+
+def batch(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, D, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
+
+
+def theirs(sae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and reconstruction; decoding consumes what encoding left on the module."""
+    features = sae.encode(x)
+    return features, sae.decode(features)
+
+
+def same(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
+    __tracebackhide__ = True
+    assert found.shape == expected.shape
+    scale = float(expected.abs().max())
+    assert scale > 0
+    assert float((found - expected).abs().max()) <= tolerance * scale, float((found - expected).abs().max()) / scale
+
+
+def variants() -> list[Any]:
+    cases = []
+    for architecture in ONE_SITE:
+        for normalize in NORMALIZATIONS:
+            for pre_bias in (True, False):
+                cases.append((architecture, {"normalize_activations": normalize, "apply_b_dec_to_input": pre_bias}))
+    cases += [(a, {"rescale_acts_by_decoder_norm": True}) for a in ("topk", "abstopk")]
+    cases += [("matching_pursuit", {"max_iterations": 3, "residual_threshold": 0.0})]
+    cases += [("matching_pursuit", {"stop_on_duplicate_support": False, "residual_threshold": 1.0})]
+    return [pytest.param(a, o, id=f"{a}-{'-'.join(map(str, o.values()))}") for a, o in cases]
+
+
+@pytest.mark.parametrize(("architecture", "options"), variants())
+def test_everything_is_what_saelens_computes(sae_lens, architecture, options):
+    sae = make(architecture, **options)
+    f = wrap(sae)
+    x, source = batch(5, 3), batch(5, 3, seed=2)
+    features, error = f.featurize(x)
+    expected, x_hat = theirs(sae, x)
+    same(features, expected)
+    residual = error[0] if isinstance(error, tuple) else error
+    same(x - residual, x_hat, 2e-6)
+    same(f.inverse_featurize(features, error), x, 2e-6)
+
+    others, _ = theirs(sae, source)
+    mixed = expected.clone()
+    mixed[..., [3, 9, 40]] = others[..., [3, 9, 40]]
+    sae.encode(x)  # decoding uses the statistics of what was encoded last
+    swapped = sae.decode(mixed) + (x - x_hat)
+    same(f.interchange(x, source, [3, 9, 40]), swapped, 3e-6)
+    assert not torch.equal(expected[..., [3, 9, 40]], others[..., [3, 9, 40]])
+    sae.encode(x)
+    same(f.interchange(x, source), sae.decode(others) + (x - x_hat), 3e-6)
+    assert torch.equal(f.interchange(x, x.clone()), x)
+
+
+@pytest.mark.parametrize(("architecture", "options"), variants())
+def test_gradients_are_those_of_saelens(sae_lens, architecture, options):
+    sae = make(architecture, **options).requires_grad_(False)
+    f = wrap(sae)
+    cotangent = batch(4, seed=3)
+    grads = []
+    for run in (lambda x: sae.decode(sae.encode(x)), lambda x: x - _residual(f.featurize(x)[1])):
+        x = batch(4).requires_grad_()
+        (run(x) * cotangent).sum().backward()
+        grads.append(x.grad)
+    same(grads[1], grads[0], 1e-5)
+    weights = torch.linspace(-1, 1, F)
+    grads = []
+    for run in (sae.encode, f.encode):
+        x = batch(4).requires_grad_()
+        (run(x) * weights).sum().backward()
+        grads.append(x.grad)
+    same(grads[1], grads[0], 1e-5)
+
+
+def _residual(error: Any) -> Tensor:
+    return error[0] if isinstance(error, tuple) else error
+
+
+@pytest.mark.parametrize(("architecture", "options"), variants())
+def test_folders_go_both_ways(sae_lens, architecture, options, tmp_path):
+    sae = make(architecture, **options)
+    x = batch(6)
+    expected, x_hat = theirs(sae, x)
+    sae.cfg.metadata.hook_name = "blocks.3.hook_resid_post"
+    sae.cfg.metadata.model_name = "gpt2-small"
+    sae.save_model(tmp_path / "theirs")
+    f = featurizers.load(tmp_path / "theirs")
+    same(f.encode(x), expected)
+    assert f.site == featurizers.Site("resid.post", 3)
+    assert f.site.model == "openai-community/gpt2"
+
+    lost = featurizers.convert(f, tmp_path / "back", "sae-lens")
+    assert lost == (["The metadata 'note' are not kept."] if "note" in f.metadata else [])
+    again = sae_lens.SAE.load_from_disk(str(tmp_path / "back"))
+    features, decoded = theirs(again, x)
+    same(features, expected)
+    same(decoded, x_hat, 2e-6)
+    assert again.cfg.metadata.hook_name == "blocks.3.hook_resid_post"
+    ours = featurizers.load(f.save_pretrained(tmp_path / "ours"))
+    assert torch.equal(ours.encode(x), f.encode(x))
+
+
+def test_hook_z_takes_heads_apart_and_side_by_side(sae_lens):
+    sae = make("standard", reshape_activations="hook_z")
+    f = wrap(sae)
+    apart = batch(3, 5).unflatten(-1, (4, 4))
+    expected, x_hat = theirs(sae, apart)
+    features, error = f.featurize(apart)
+    same(features, expected)
+    same(apart - error, x_hat)
+    same(f.encode(apart.flatten(-2)), expected)
+    assert f.interchange(apart, batch(3, 5, seed=2)).shape == apart.shape
+
+
+def test_training_classes_are_what_saelens_saves(sae_lens, tmp_path):
+    from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+    x = batch(9)
+    for architecture, (cls, config) in SAE_TRAINING_CLASS_REGISTRY.items():
+        options = {"k": 7} if "topk" in architecture else {}
+        options |= {"matryoshka_widths": [16, F]} if architecture.startswith("matryoshka") else {}
+        sae = cls(config(d_in=D, d_sae=F, **options))
+        with torch.no_grad():
+            for name, parameter in sae.named_parameters():
+                if parameter.dim() < 2 and "threshold" not in name:
+                    parameter.uniform_(-0.3, 0.3)
+                elif name == "W_enc":
+                    parameter.mul_(10)
+            if "batchtopk" in architecture:
+                sae.topk_threshold.fill_(0.21)
+        sae.save_inference_model(tmp_path / architecture)
+        saved = sae_lens.SAE.load_from_disk(str(tmp_path / architecture))
+        expected, _ = theirs(saved, x)
+        same(wrap(sae).encode(x), expected)
+        assert (expected > 0).any(), architecture
+        same(featurizers.load(tmp_path / architecture).encode(x), expected)
+
+
+@pytest.mark.parametrize("architecture", OTHER)
+def test_what_is_no_featurizer_of_one_site_is_refused(sae_lens, architecture, tmp_path):
+    options = {"n_heads": 2, "bottleneck_factor": 2} if architecture == "temporal" else {}
+    sae = make(architecture, **options)
+    with pytest.raises(ManifestError, match=f"'{architecture}' is no featurizer of one site: a "):
+        wrap(sae)
+    sae.save_model(tmp_path / "it")
+    with pytest.raises(ManifestError, match=f"'{architecture}' is no featurizer of one site: a "):
+        featurizers.load(tmp_path / "it")
+
+
+def test_every_architecture_of_the_registry_is_decided(sae_lens):
+    from sae_lens.registry import SAE_CLASS_REGISTRY
+
+    assert set(SAE_CLASS_REGISTRY) == {*ONE_SITE, *OTHER}
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
+def test_a_slice_is_those_rows(sae_lens, architecture, tmp_path):
+    sae = make(architecture)
+    sae.save_model(tmp_path / "it")
+    whole, part = featurizers.load(tmp_path / "it"), featurizers.load(tmp_path / "it", indices=[40, 3])
+    x, source = batch(4), batch(4, seed=2)
+    same(part.collect(x, [3]), whole.collect(x, [3]))
+    same(part.interchange(x, source), whole.interchange(x, source, [40, 3]))
+    with pytest.raises(FeatureIndexError, match="feature 64 is out of range: there are 64"):
+        featurizers.load(tmp_path / "it", indices=[64])
+
+
+def test_a_slice_of_topk_is_refused(sae_lens, tmp_path):
+    make("topk").save_model(tmp_path / "it")
+    with pytest.raises(WeightsError, match="compares all features"):
+        featurizers.load(tmp_path / "it", indices=[1])
+
+
+class TestMatchingPursuit(FeaturizerContract):
+    tolerance = 3e-5
+
+    @pytest.fixture
+    def featurizer(self):
+        f = featurizers.create("sae-lens.matching-pursuit", d_in=8, n_features=24, max_iterations=5)
+        g = torch.Generator().manual_seed(0)
+        rows = torch.nn.functional.normalize(torch.randn(24, 8, generator=g), dim=-1)
+        rows[0] = torch.nn.functional.normalize(torch.ones(8), dim=-1)
+        f.load_state_dict({"W_dec": rows, "b_dec": torch.randn(8, generator=g) * 0.1})
+        return f
+
+    @pytest.fixture
+    def activations(self):
+        return torch.randn(12, 8, generator=torch.Generator().manual_seed(1)) + torch.linspace(1, 3, 12)[:, None]
+
+
+def test_pursuit_with_long_rows_would_not_end():
+    f = featurizers.create("sae-lens.matching-pursuit", d_in=4, n_features=3)
+    assert isinstance(f, MatchingPursuitFeaturizer)
+    f.W_dec.data += 1.0
+    with pytest.raises(featurizers.errors.ShapeError, match="longer than √2"):
+        f.check()
+
+
+# ---------------------------------------------------------------------- configurations, old and wrong
+
+
+def save(folder: Path, cfg: dict[str, Any], **tensors: Tensor) -> Path:
+    folder.mkdir()
+    g = torch.Generator().manual_seed(0)
+    given = {
+        "W_enc": torch.randn(D, F, generator=g),
+        "b_enc": torch.randn(F, generator=g),
+        "W_dec": torch.randn(F, D, generator=g),
+        "b_dec": torch.randn(D, generator=g),
+    }
+    save_file({**given, **tensors}, folder / "sae_weights.safetensors")
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    return folder
+
+
+OLD = {
+    "relu": {"d_in": D, "d_sae": F, "hook_point": "blocks.2.hook_resid_pre", "activation_fn_str": "relu", "lr": 1e-3},
+    "topk": {
+        "d_in": D,
+        "d_sae": F,
+        "hook_name": "blocks.2.hook_resid_pre",
+        "activation_fn_str": "topk",
+        "activation_fn_kwargs": {"k": 5},
+        "normalize_activations": "layer_norm",
+        "apply_b_dec_to_input": False,
+    },
+    "hook_z": {"d_in": D, "d_sae": F, "hook_name": "blocks.2.attn.hook_z", "normalize_activations": False},
+}
+
+
+@pytest.mark.parametrize("cfg", OLD.values(), ids=OLD)
+def test_configurations_before_version_6(sae_lens, cfg, tmp_path):
+    folder = save(tmp_path / "old", {**cfg, "model_name": "gpt2-small", "dtype": "float32", "device": "cpu"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sae = sae_lens.SAE.load_from_disk(str(folder))
+    f = featurizers.load(folder)
+    x = batch(4)
+    expected, x_hat = theirs(sae, x.unflatten(-1, (4, 4)) if f.config.n_heads == 0 else x)
+    features, error = f.featurize(x)
+    same(features, expected)
+    same(x - _residual(error), x_hat.reshape(x.shape), 2e-6)
+    assert f.site.layer == 2
+
+
+V6 = {"d_in": D, "d_sae": F, "architecture": "standard", "metadata": {}}
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "architecture": ({"architecture": "hydra"}, "the architecture 'hydra' is not known; known are standard"),
+    "architecture of another type": ({"architecture": ["standard"]}, "is not known"),
+    "normalisation": ({"normalize_activations": "batch"}, "normalize_activations is 'batch'; known are none"),
+    "reshaping": ({"reshape_activations": "hook_q"}, "reshape_activations is 'hook_q'"),
+    "unknown key": ({"soft_cap": 3}, r"unknown keys \['soft_cap'\]"),
+    "k missing": ({"architecture": "topk"}, "'k' must be a number, got None"),
+    "k a string": ({"architecture": "topk", "k": "5"}, "'k' must be a number, got '5'"),
+    "k too large": ({"architecture": "topk", "k": 65}, "k is between 1 and the 64 features"),
+    "another width": ({"d_in": 17}, "the configuration says 17"),
+    "another count": ({"d_sae": 65}, "the configuration says 65"),
+    "a flag of another type": ({"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input is 'no'"),
+    "metadata of another type": ({"metadata": []}, r"metadata is \[\], not an object"),
+    "tensors of another architecture": ({"architecture": "jumprelu"}, r"off: \['threshold'\]"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), WRONG.values(), ids=WRONG)
+def test_what_is_not_known_is_named(change, words, tmp_path):
+    folder = save(tmp_path / "it", {**V6, **change})
+    with pytest.raises((ManifestError, WeightsError), match=words) as caught:
+        featurizers.load(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_an_old_activation_or_factor_is_named(tmp_path):
+    old = {"d_in": D, "d_sae": F, "hook_point": "x"}
+    with pytest.raises(ManifestError, match="activation_fn is 'tanh-relu'"):
+        featurizers.load(save(tmp_path / "a", {**old, "activation_fn": "tanh-relu"}))
+    with pytest.raises(ManifestError, match="finetuning_scaling_factor is set"):
+        featurizers.load(save(tmp_path / "b", {**old, "finetuning_scaling_factor": True}))
+    with pytest.raises(WeightsError, match="scaling_factor is not 1"):
+        featurizers.load(save(tmp_path / "c", old, scaling_factor=torch.full((F,), 2.0)))
+    with pytest.raises(WeightsError, match="'W_dec' holds NaN"):
+        featurizers.load(save(tmp_path / "d", old, W_dec=torch.full((F, D), float("nan"))))
+
+
+def test_special_tokens_are_kept(tmp_path):
+    folder = save(tmp_path / "it", {**V6, "metadata": {"exclude_special_tokens": [0, 50256]}})
+    f = featurizers.load(folder)
+    assert f.special_tokens == (0, 50256)
+    featurizers.convert(f, tmp_path / "back", "sae-lens")
+    assert json.loads((tmp_path / "back/cfg.json").read_text())["metadata"]["exclude_special_tokens"] == [0, 50256]
+
+
+def test_what_saelens_cannot_hold_is_said(sae_lens, tmp_path):
+    from tests.support.dictionaries import dictionary
+
+    with pytest.raises(ConversionError, match="no architecture for the rule 'jump'"):
+        featurizers.convert(dictionary("jump"), tmp_path / "jump", "sae-lens")
+    assert not (tmp_path / "jump").exists()
+    with pytest.raises(ConversionError, match="no architecture for the kind 'subspace'"):
+        featurizers.convert(featurizers.create("subspace", d_in=8, n_features=2), tmp_path / "x", "sae-lens")
+    f = dictionary("jumprelu", normalize="scale", input_scale=3.0).in_units("decoder-norm").take([5, 2])
+    f.feature_sets = {"mine": torch.tensor([5])}
+    f.site = featurizers.Site("norm.out").at(position=(-1,))
+    lost = featurizers.convert(f, tmp_path / "it", "sae-lens")
+    for words in ("numbers", "norms of the raw", "factor 3.0", "'mine'", "'norm.out'", "positions"):
+        assert sum(words in sentence for sentence in lost) == 1, (words, lost)
+    x = torch.randn(3, 8)
+    sae = sae_lens.SAE.load_from_disk(str(tmp_path / "it"))
+    same(sae.encode(x), f.encode(x), 1e-5)
+    raw = load_file(tmp_path / "it/sae_weights.safetensors")
+    assert set(raw) == {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"}
+
+
+def test_wrap_takes_saes_only():
+    with pytest.raises(UsageError, match=r"takes a sae_lens\.SAE, not a Linear"):
+        wrap(torch.nn.Linear(2, 2))
