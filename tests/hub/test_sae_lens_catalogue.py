@@ -1,0 +1,319 @@
+"""SAELens' catalogue over a Hub that serves small files under its repositories and names, beside SAELens' loaders."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import warnings
+from typing import Any
+
+import featurizers
+import pytest
+import torch
+from featurizers.errors import HubNotFoundError, ManifestError, SourceError, WeightsError
+from safetensors.torch import save
+
+np = pytest.importorskip("numpy")
+D, F = 16, 64
+
+
+def weights(*extra: str) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,)}
+    return {
+        **{name: torch.randn(shape, generator=g) for name, shape in shapes.items()},
+        **{name: torch.rand(F, generator=g) for name in extra},
+    }
+
+
+def linear(t: dict[str, torch.Tensor], joint: str = ".") -> dict[str, torch.Tensor]:
+    return {
+        f"encoder{joint}weight": t["W_enc"].T.contiguous(),
+        f"encoder{joint}bias": t["b_enc"],
+        f"decoder{joint}weight": t["W_dec"].T.contiguous(),
+        f"decoder{joint}bias": t["b_dec"],
+    }
+
+
+def pickled(data: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(data, stream)
+    return stream.getvalue()
+
+
+def zipped(t: dict[str, torch.Tensor]) -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, **{name: tensor.numpy() for name, tensor in t.items()})
+    return stream.getvalue()
+
+
+def raw(data: Any) -> bytes:
+    return json.dumps(data).encode()
+
+
+def gated() -> dict[str, torch.Tensor]:
+    t = weights("gate_bias", "r_mag", "mag_bias")
+    t.pop("b_enc")
+    g = {name: t[name] for name in ("gate_bias", "r_mag", "mag_bias")}
+    return {"encoder.weight": t["W_enc"].T, "decoder.weight": t["W_dec"].T, "decoder_bias": t["b_dec"], **g}
+
+
+def trainer(kind: str, **more: Any) -> bytes:
+    common = {"dict_class": kind, "activation_dim": D, "dict_size": F, "layer": 12, "lm_name": "google/gemma-2-2b"}
+    return raw({"trainer": {**common, **more}, "buffer": {"ctx_len": 128}})
+
+
+NORMED = {"d_model": D, "d_sae": F, "jump_relu_threshold": 0.3, "dataset_average_activation_norm": {"in": 5.0}}
+V6 = {"d_in": D, "d_sae": F, "architecture": "jumprelu", "dtype": "float32", "device": "cpu", "metadata": {}}
+
+# the release and id, and the files that it needs
+ENTRIES: dict[str, tuple[str, dict[str, bytes]]] = {
+    "sae_lens": (
+        "gpt2-small-res-jb/blocks.8.hook_resid_pre",
+        {
+            "cfg.json": raw({"d_in": D, "d_sae": F, "hook_point": "blocks.8.hook_resid_pre", "dtype": "float32"}),
+            "sae_weights.safetensors": save(weights()),
+        },
+    ),
+    "gemma_2": ("gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_22", {"params.npz": zipped(weights("threshold"))}),
+    "gemma_2 attention": (
+        "gemma-scope-2b-pt-att/layer_12/width_16k/average_l0_22",
+        {"params.npz": zipped(weights("threshold"))},
+    ),
+    "gemma_3": (
+        "gemma-scope-2-4b-pt-res-all/layer_0_width_16k_l0_big",
+        {
+            "config.json": raw(
+                {
+                    "architecture": "jump_relu",
+                    "model_name": "gemma-v3-4b-pt",
+                    "hf_hook_point_in": "model.layers.0.output",
+                }
+            ),
+            "params.safetensors": save({k.replace("W_", "w_"): t for k, t in weights("threshold").items()}),
+        },
+    ),
+    "llama_scope": (
+        "llama_scope_lxr_8x/l5r_8x",
+        {
+            "hyperparams.json": raw({**NORMED, "hook_point_in": "blocks.5.hook_resid_post"}),
+            "checkpoints/final.safetensors": save(linear(weights())),
+        },
+    ),
+    "llama_scope_r1_distill": (
+        "llama_scope_r1_distill/l0r_800m_slimpajama",
+        {
+            "config.json": raw({"d_model": D, "expansion_factor": 4, "hook_point_in": "blocks.0.hook_resid_post"}),
+            "sae_weights.safetensors": save({**linear(weights()), "log_jumprelu_threshold": torch.randn(F)}),
+        },
+    ),
+    "goodfire": ("goodfire-llama-3.1-8b-instruct/layer_19", {"": pickled(linear(weights(), "_linear."))}),
+    "deepseek_r1": (
+        "deepseek-r1-distill-llama-8b-qresearch/blocks.19.hook_resid_post",
+        {"": pickled(linear(weights()))},
+    ),
+    "qwen_scope": (
+        "qwen-scope-3-1.7b-base-w32k-l50/layer3",
+        {"": pickled({**weights(), "W_enc": weights()["W_enc"].T, "W_dec": weights()["W_dec"].T})},
+    ),
+    "connor_rob_hook_z": (
+        "gpt2-small-hook-z-kk/blocks.1.hook_z",
+        {
+            "": pickled(weights()),
+            "_cfg.json": raw({"act_size": D, "dict_size": F, "act_name": "blocks.1.attn.hook_z"}),
+        },
+    ),
+    "dictionary_learning topk": (
+        "sae_bench_gemma-2-2b_topk_width-2pow12_date-1109/blocks.12.hook_resid_post__trainer_0",
+        {
+            "config.json": trainer("AutoEncoderTopK", k=5),
+            "ae.pt": pickled(
+                {
+                    "encoder.weight": weights()["W_enc"].T,
+                    "encoder.bias": weights()["b_enc"],
+                    "decoder.weight": weights()["W_dec"].T,
+                    "b_dec": weights()["b_dec"],
+                    "k": torch.tensor(5),
+                }
+            ),
+        },
+    ),
+    "dictionary_learning gated": (
+        "sae_bench_gemma-2-2b_topk_width-2pow12_date-1109/blocks.12.hook_resid_post__trainer_1",
+        {"config.json": trainer("GatedAutoEncoder"), "ae.pt": pickled(gated())},
+    ),
+    "dictionary_learning batchtopk": (
+        "sae_bench_gemma-2-2b_topk_width-2pow12_date-1109/blocks.12.hook_resid_post__trainer_2",
+        {
+            "config.json": trainer("MatryoshkaBatchTopKSAE", k=5),
+            "ae.pt": pickled({**weights(), "threshold": torch.tensor(0.4), "k": torch.tensor(5)}),
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def sae_lens() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("sae_lens")
+
+
+def entry(sae_lens: Any, reference: str) -> tuple[str, str, str, str]:
+    """Release and id, and the repository and the path that the catalogue gives them."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    release, _, name = reference.partition("/")
+    lookup = get_pretrained_saes_directory()[release]
+    name = name or next(iter(lookup.saes_map))
+    name = name if name in lookup.saes_map else min(lookup.saes_map, key=lambda known: not known.startswith(name[:10]))
+    return release, name, lookup.repo_id, lookup.saes_map[name]
+
+
+def serve(hub: Any, repo_id: str, path: str, files: dict[str, bytes]) -> None:
+    """Put files where the catalogue has them: under the path, or with a suffix to it."""
+    repo = hub.create("model", repo_id)
+    placed = dict(repo["commits"][hub.head(repo_id)]["files"])
+    for name, data in files.items():
+        if name == "":
+            place = path
+        elif name.startswith("_"):
+            place = path.removesuffix(".pt") + name
+        else:
+            place = f"{path}/{name}"
+        placed[place] = hub.entry(hub.put_bytes(data), len(data), place.endswith((".safetensors", ".npz", ".pt")), data)
+    hub.commit(repo, "refs/heads/main", placed, "files", "", "alice", hub.head(repo_id))
+
+
+def _of_these_sizes(release: str) -> Any:
+    """SAELens' own loader, some of which know the sizes of the real weights by heart."""
+    from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS, get_conversion_loader_name
+
+    loader = NAMED_PRETRAINED_SAE_LOADERS[get_conversion_loader_name(release)]
+
+    def converter(cfg_overrides: dict[str, Any] | None = None, **arguments: Any) -> Any:
+        return loader(**arguments, cfg_overrides={**(cfg_overrides or {}), "d_in": D, "d_sae": F})
+
+    return converter
+
+
+@pytest.mark.parametrize(("reference", "files"), ENTRIES.values(), ids=ENTRIES)
+def test_a_release_is_what_saelens_loads(sae_lens, hub, reference, files):
+    release, name, repo_id, path = entry(sae_lens, reference)
+    serve(hub, repo_id, path, files)
+    f = featurizers.load(f"sae-lens:{release}/{name}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sae = sae_lens.SAE.from_pretrained(release, name, device="cpu", converter=_of_these_sizes(release))
+    x = torch.randn(4, 3, D, generator=torch.Generator().manual_seed(1))
+    apart = x.unflatten(-1, (4, 4)) if sae.cfg.reshape_activations == "hook_z" else x
+    expected = sae.encode(apart)
+    x_hat = sae.decode(expected).reshape(x.shape)
+    rough = {"llama_scope": 3e-2}.get(next(k for k, v in ENTRIES.items() if v[0] == reference), 2e-6)  # theirs is bf16
+    features, error = f.featurize(x)
+    found = x - (error[0] if isinstance(error, tuple) else error)
+    assert float(expected.abs().max()) > 0
+    assert float((features - expected).abs().max()) <= rough * float(expected.abs().max())
+    assert float((found - x_hat).abs().max()) <= rough * float(x_hat.abs().max())
+    assert f.id == f"sae-lens:{release}/{name}"
+    assert f.revision == hub.head(repo_id)
+    assert f.metadata["catalogue"]["repo_id"] == repo_id
+    layer = re.search(r"(?:blocks\.|layer_?|\bl)(\d+)", name)
+    assert f.site is not None
+    assert f.site.layer == int(layer[1])
+    if f.config.rule not in ("topk",):
+        part = featurizers.load(f"sae-lens:{release}/{name}", indices=[40, 3])
+        torch.testing.assert_close(part.collect(x, [3]), f.collect(x, [3]))
+
+
+def test_a_repository_of_saelens_needs_no_catalogue(hub):
+    serve(
+        hub,
+        "alice/saes",
+        "blocks.1.hook_resid_post",
+        {"cfg.json": raw(V6), "sae_weights.safetensors": save(weights("threshold"))},
+    )
+    f = featurizers.load("alice/saes", subfolder="blocks.1.hook_resid_post", device="cpu", dtype=torch.float64)
+    assert f.n_features == F
+    assert f.W_enc.dtype == torch.float64
+    assert f.revision == hub.head("alice/saes")
+    pinned = featurizers.load(f"alice/saes@{f.revision}", subfolder="blocks.1.hook_resid_post")
+    assert torch.equal(pinned.W_enc.double(), f.W_enc)
+    with pytest.raises(ManifestError, match=r"no installed plugin knows the format of '\.gitattributes', 'blocks"):
+        featurizers.load("alice/saes")
+
+
+WRONG = {
+    "no release": ("gpt2-small-res-jbb/blocks.8.hook_resid_pre", SourceError, "did you mean 'gpt2-small-res-jb'"),
+    "no id": (
+        "gpt2-small-res-jb/blocks.99.hook_resid_pre",
+        SourceError,
+        "has no 'blocks.99.hook_resid_pre'; did you mean",
+    ),
+    "no id at all": ("gpt2-small-res-jb", SourceError, "write 'sae-lens:gpt2-small-res-jb/"),
+    "a transcoder": (
+        "gemma-scope-2b-pt-transcoders/layer_0/width_16k/average_l0_76",
+        ManifestError,
+        "no featurizer of one",
+    ),
+    "another transcoder": ("mwhanna-qwen3-4b-transcoders/layer_0", ManifestError, "reads one site and writes another"),
+    "a cross-layer transcoder": ("mntss-gemma-2-2b-2.5m-clt-as-per-layer/layer_0", ManifestError, "cross-layer"),
+    "temporal": ("temporal-sae-gemma-2-2b/blocks.12.hook_resid_post", ManifestError, "predicts each token"),
+    "a repository that is away": ("gpt2-small-res-jb/blocks.8.hook_resid_pre", HubNotFoundError, "no such repository"),
+}
+
+
+@pytest.mark.parametrize(("reference", "error", "words"), WRONG.values(), ids=WRONG)
+def test_what_the_catalogue_does_not_give(sae_lens, hub, reference, error, words):
+    with pytest.raises(error, match=words):
+        featurizers.load(f"sae-lens:{reference}")
+
+
+def test_pickled_objects_are_not_run(sae_lens, hub, tmp_path):
+    class Mischief:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "was-here"), "w"))
+
+    release, name, repo_id, path = entry(sae_lens, ENTRIES["goodfire"][0])
+    serve(hub, repo_id, path, {"": pickled({"encoder_linear.weight": Mischief()})})
+    with pytest.raises(WeightsError, match="holds more than tensors, and nothing of it is run"):
+        featurizers.load(f"sae-lens:{release}/{name}")
+    assert not (tmp_path / "was-here").exists()
+
+
+def test_arrays_of_objects_are_not_read(tmp_path):
+    np.savez(tmp_path / "params.npz", W_enc=np.array([{}], dtype=object))
+    with pytest.raises(WeightsError, match=r"params\.npz cannot be read: ValueError"):
+        featurizers.load(tmp_path)
+    (tmp_path / "params.npz").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(WeightsError, match=r"params\.npz"):
+        featurizers.load(tmp_path)
+
+
+def test_openai(tmp_path):
+    """Against the formulas of openai/sparse_autoencoder: the input is layer-normed, and its statistics undo that."""
+    t = weights()
+    state = {
+        "pre_bias": t["b_dec"],
+        "latent_bias": t["b_enc"],
+        "encoder.weight": t["W_enc"].T,
+        "decoder.weight": t["W_dec"].T,
+        "stats_last_nonzero": torch.zeros(F),
+        "activation": "TopK",
+        "activation_state_dict": {"k": 5, "postact_fn": "ReLU"},
+    }
+    torch.save(state, tmp_path / "layer_8.pt")
+    f = featurizers.load(tmp_path)
+    x = torch.randn(4, D, generator=torch.Generator().manual_seed(1))
+    mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+    h = ((x - mean) / (std + 1e-5) - t["b_dec"]) @ t["W_enc"] + t["b_enc"]
+    top = h.topk(5, dim=-1)
+    expected = torch.zeros_like(h).scatter(-1, top.indices, top.values.relu())
+    features, error = f.featurize(x)
+    torch.testing.assert_close(features, expected)
+    torch.testing.assert_close(x - error[0], (expected @ t["W_dec"] + t["b_dec"]) * std + mean)
+    assert f.site == featurizers.Site("resid.post", 8)
+    torch.save({**state, "activation": "Softplus"}, tmp_path / "layer_8.pt")
+    with pytest.raises(ManifestError, match="'Softplus'"):
+        featurizers.load(tmp_path)
