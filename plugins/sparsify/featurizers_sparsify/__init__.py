@@ -1,0 +1,196 @@
+"""Sparse autoencoders of sparsify, read from and written to its folders ``{cfg.json, sae.safetensors}``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from featurizers import DictionaryFeaturizer, Featurizer, Site, hookimpl
+from featurizers.errors import ConversionError, FeaturizerError, ManifestError, SourceError, UsageError, WeightsError
+from featurizers.foreign import Foreign
+from featurizers.weights import write_tensors
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+__all__ = ["SparsifyConfig"]
+
+CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+MODULES = {"mlp": "mlp.out", "self_attn": "attn.out", "attn": "attn.out", "attention": "attn.out"}
+"""Modules of a block whose output is a site, by their names in a hookpoint."""
+BLOCK = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)(?:\.(\w+))?")
+
+
+class SparsifyConfig(BaseModel):
+    """What ``cfg.json`` may say.
+
+    Attributes:
+        d_in: width of the activations.
+        activation: ``topk`` or ``groupmax``.
+        expansion_factor: features for each coordinate, where ``num_latents`` is 0.
+        normalize_decoder: whether decoder rows were kept at length 1 in training; the weights say how they are.
+        num_latents: number of features, 0 for ``d_in * expansion_factor``.
+        k: how many features of a token may fire.
+        multi_topk: a loss of training.
+        skip_connection: whether the input is added to the output through a matrix.
+        transcode: whether another site is predicted.
+        signed: an option of old versions, for features of either sign.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    d_in: int = Field(gt=0, le=2**24)
+    activation: str = "topk"
+    expansion_factor: int = Field(32, gt=0)
+    normalize_decoder: bool = True
+    num_latents: int = Field(0, ge=0)
+    k: int = Field(32, gt=0)
+    multi_topk: bool = False
+    skip_connection: bool = False
+    transcode: bool = False
+    signed: bool = False
+
+
+@hookimpl
+def featurizers_read(source: Foreign) -> Featurizer[Any] | None:
+    """The featurizer in a folder of sparsify, None for any other.
+
+    Raises:
+        ManifestError: the configuration is not known, or is that of a transcoder.
+        WeightsError: the weights do not fit it, or there is no decoder.
+        UsageError: a part is asked for, which topk and groupmax do not allow.
+    """
+    if not {CONFIG, WEIGHTS} <= set(source.names):
+        return None
+    where, raw = source.where, source.json(CONFIG)
+    try:
+        config = SparsifyConfig.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ManifestError(where, f"{CONFIG}: {key!r}: {first['msg']}, got {first['input']!r}") from error
+    _refuse(config, where)
+    if source.indices is not None:
+        raise UsageError(f"{where}: {config.activation} compares all features of a token; load it whole")
+    file = source.safetensors(WEIGHTS)
+    n_features = config.num_latents or config.d_in * config.expansion_factor
+    f, d = n_features, config.d_in
+    expected = {"encoder.weight": (f, d), "encoder.bias": (f,), "W_dec": (f, d), "b_dec": (d,)}
+    if "W_dec" not in file.shapes and "encoder.weight" in file.shapes:
+        raise WeightsError(where, f"{WEIGHTS} holds an encoder alone; without W_dec there is no way back")
+    if "W_skip" in file.shapes:
+        raise ManifestError(where, "it has a skip connection, W_skip, and so is no featurizer of one site")
+    if file.shapes != expected:
+        raise WeightsError(where, f"{WEIGHTS} has {file.shapes!r}, but its config implies {expected!r}")
+    try:
+        featurizer = DictionaryFeaturizer.from_tensors(
+            file.read("encoder.weight"),
+            file.read("W_dec"),
+            file.read("encoder.bias"),
+            file.read("b_dec"),
+            rule=config.activation,
+            rule_options={"k": config.k},
+            pre_bias=True,
+        )
+    except WeightsError:
+        raise
+    except FeaturizerError as error:
+        raise ManifestError(where, str(error)) from error
+    hookpoint = Path(where).name
+    featurizer.site = _site(hookpoint)
+    featurizer.id = hookpoint or "sparsify"
+    featurizer.metadata = {"sparsify": raw}
+    return featurizer
+
+
+def _refuse(config: SparsifyConfig, where: str) -> None:
+    if config.activation not in ("topk", "groupmax"):
+        raise ManifestError(where, f"the activation {config.activation!r} is not known; known are topk, groupmax")
+    if config.transcode:
+        raise ManifestError(where, "it is a transcoder, which reads one site and writes another: not of one site")
+    if config.skip_connection:
+        raise ManifestError(where, "it has a skip connection, and so is no featurizer of one site")
+    if config.signed:
+        raise ManifestError(where, "signed is set, an option of versions before 1.0 that is not known here")
+
+
+def _site(hookpoint: str) -> Site | None:
+    """The site of a hookpoint such as ``layers.10`` or ``layers.10.mlp``: a block's or a module's output."""
+    match = BLOCK.fullmatch(hookpoint)
+    if match is None:
+        return None
+    layer, module = int(match[1]), match[2]
+    if module is None:
+        return Site("resid.post", layer)
+    return Site(MODULES[module], layer) if module in MODULES else None
+
+
+@hookimpl
+def featurizers_resolve(reference: str, repository: Callable[..., Foreign]) -> Featurizer[Any] | None:
+    """The featurizer of ``owner/name/hookpoint``, as in ``sparsify:EleutherAI/sae-llama-3-8b-32x/layers.10``.
+
+    Raises:
+        SourceError: it is not of that form, or the repository has no such hookpoint.
+    """
+    owner, _, rest = reference.partition("/")
+    name, _, hookpoint = rest.partition("/")
+    if not (owner and name):
+        raise SourceError(f"cannot read 'sparsify:{reference}'; write 'sparsify:owner/name/hookpoint'")
+    source = repository(f"{owner}/{name}", hookpoint or None)
+    found = featurizers_read(source)
+    if found is None:
+        known = sorted(
+            {name.rpartition("/")[0] for name in repository(f"{owner}/{name}").names if name.endswith(WEIGHTS)}
+        )
+        raise SourceError(
+            f"{owner}/{name} has no {CONFIG} and {WEIGHTS} at the hookpoint {hookpoint!r}; it has "
+            f"{', '.join(map(repr, known[:10])) or 'none'}{', …' if len(known) > 10 else ''}"
+        )
+    return found
+
+
+@hookimpl
+def featurizers_write(featurizer: Featurizer[Any], folder: Path) -> list[str] | None:
+    """Write a dictionary as sparsify's ``SparseCoder.load_from_disk`` reads it, and say what that cannot hold.
+
+    Raises:
+        ConversionError: it is not topk or groupmax with a pre-bias and no normalisation.
+    """
+    where, lost = str(folder), []
+    if not isinstance(featurizer, DictionaryFeaturizer):
+        raise ConversionError(where, f"sparsify has dictionaries only, not the kind {featurizer.kind!r}")
+    config = featurizer.config
+    if config.rule not in ("topk", "groupmax"):
+        raise ConversionError(where, f"sparsify has the rules topk and groupmax, not {config.rule!r}")
+    if config.normalize != "none":
+        raise ConversionError(where, f"sparsify normalises no activations; this dictionary does: {config.normalize!r}")
+    state = featurizer.state_dict()
+    bias = state["b_enc"]
+    if not config.pre_bias:  # encoding x - b_dec with a bias that puts it back
+        bias = bias + state["W_enc"] @ state["b_dec"]
+        lost.append("The encoder's bias holds what undoes sparsify's pre-bias; features are the same to rounding.")
+    if config.units != "raw":
+        lost.append(f"The features are in raw units, not {config.units!r}.")
+    if config.n_heads is not None:
+        lost.append("The heads are side by side.")
+    if featurizer.special_tokens:
+        lost.append(f"The special tokens {list(featurizer.special_tokens)} are not kept.")
+    if featurizer.site is not None:
+        lost.append(
+            f"The site {str(featurizer.site)!r} is kept by the folder's name alone: name it layers.10.mlp or the like."
+        )
+    if other := sorted(featurizer.metadata.keys() - {"sparsify"}):
+        lost.append(f"The metadata {', '.join(map(repr, other))} are not kept.")
+    tensors = {"encoder.weight": state["W_enc"], "encoder.bias": bias, "W_dec": state["W_dec"], "b_dec": state["b_dec"]}
+    write_tensors(tensors, folder / WEIGHTS, where)
+    norms = state["W_dec"].float().norm(dim=-1)
+    cfg = SparsifyConfig(
+        d_in=config.d_in,
+        activation=config.rule,
+        num_latents=config.n_features,
+        k=int(config.rule_options["k"]),
+        expansion_factor=max(config.n_features // config.d_in, 1),
+        normalize_decoder=bool(((norms - 1).abs() < 1e-3).all()),
+    )
+    (folder / CONFIG).write_text(json.dumps(cfg.model_dump(exclude={"signed"})) + "\n", encoding="utf-8")
+    return lost
