@@ -136,23 +136,32 @@ class Foreign:
         Raises:
             WeightsError: it is not such a file, or it holds objects of other classes.
         """
-        import pickle
+        return load_torch(self.path(name), self.where)
 
-        import torch
 
-        path = self.path(name)
+def load_torch(path: Path, where: str) -> Any:
+    """What ``torch.save`` wrote in a file; see `Foreign.torch`.
+
+    Raises:
+        WeightsError: as there.
+    """
+    import pickle
+
+    import torch
+
+    name = path.name
+    try:
         try:
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:  # of the format before 1.6, which cannot be mapped
-                return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise WeightsError(
-                self.where, f"{name} holds more than tensors, and nothing of it is run: {reason[:200]!r}"
-            ) from error
-        except (OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise WeightsError(self.where, f"{name} cannot be read: {type(error).__name__}: {error}") from error
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # of the format before 1.6, which cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise WeightsError(
+            where, f"{name} holds more than tensors, and nothing of it is run: {reason[:200]!r}"
+        ) from error
+    except (OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise WeightsError(where, f"{name} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def of_folder(folder: Path, indices: Tensor | None) -> Foreign:
