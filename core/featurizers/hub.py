@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,11 +190,6 @@ def push(
         HubConflictError: someone else pushed meanwhile; nothing was changed.
         HubError: the Hub refused.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    from featurizers import __version__
-
     local, record = read_local(Path(folder), None)
     if subfolder and isinstance(record, Manifest):
         _as_entry(subfolder, record, repo_id)  # refuses a name that no index can hold
@@ -202,6 +197,66 @@ def push(
         raise ManifestError(str(local), "a collection is pushed to the root of a repository, not to a subfolder")
     if branch and create_pr:
         raise UsageError("a pull request is opened against the default branch; leave out branch or create_pr")
+    with tempfile.TemporaryDirectory() as staging:
+        return _commit(
+            repo_id,
+            lambda api, parent: _operations(api, repo_id, parent, local, record, subfolder, Path(staging)),
+            title=commit_message or f"Upload {subfolder or 'featurizer'} with featurizers",
+            private=private,
+            branch=branch,
+            create_pr=create_pr,
+            token=token,
+        )
+
+
+def push_files(
+    files: Mapping[str, Path],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    branch: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+) -> CommitInfo:
+    """Upload files of a plugin's own, in one commit; the options are those of `push`.
+
+    Args:
+        files: their local paths by their names in the repository.
+        repo_id: ``owner/name``.
+
+    Raises:
+        HubError: the Hub refused.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    return _commit(
+        repo_id,
+        lambda *_: [CommitOperationAdd(name, str(path)) for name, path in files.items()],
+        title=commit_message or "Upload with featurizers",
+        private=private,
+        branch=branch,
+        create_pr=create_pr,
+        token=token,
+    )
+
+
+def _commit(
+    repo_id: str,
+    operations: Callable[[HfApi, str | None], list[CommitOperationAdd]],
+    *,
+    title: str,
+    private: bool | None,
+    branch: str | None,
+    create_pr: bool,
+    token: str | bool | None,
+) -> CommitInfo:
+    """One commit on a known parent; the repository and the branch are created where they are missing."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    from featurizers import __version__
+
     api = HfApi(token=token, library_name=LIBRARY_NAME, library_version=__version__)
     with translated(repo_id):
         try:
@@ -211,16 +266,14 @@ def push(
         if branch:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         parent = api.model_info(repo_id, revision=branch, timeout=TIMEOUT).sha
-        with tempfile.TemporaryDirectory() as staging:
-            operations = _operations(api, repo_id, parent, local, record, subfolder, Path(staging))
-            return api.create_commit(
-                repo_id,
-                operations,
-                commit_message=commit_message or f"Upload {subfolder or 'featurizer'} with featurizers",
-                revision=branch,
-                create_pr=create_pr,
-                parent_commit=parent,
-            )
+        return api.create_commit(
+            repo_id,
+            operations(api, parent),
+            commit_message=title,
+            revision=branch,
+            create_pr=create_pr,
+            parent_commit=parent,
+        )
 
 
 def push_featurizer(featurizer: Featurizer[Any], repo_id: str, **options: Any) -> CommitInfo:

@@ -35,6 +35,22 @@ except ImportError as error:
     raise MissingDependencyError("a pyvene intervention", "pyvene", "pip install 'featurizers[pyvene]'") from error
 
 
+def indices_of_subspaces(subspaces: Sequence[Any] | None, partition: Sequence[Sequence[int]] | None) -> Indices:
+    """The features that pyvene's ``subspaces`` mean: a list of features, or of partitions, for each example.
+
+    Raises:
+        UsageError: some examples have one and others do not.
+    """
+    if subspaces is None or all(row is None or (len(row) and all(i is None for i in row)) for row in subspaces):
+        return None
+    rows = []
+    for row in subspaces:
+        if row is None or any(i is None for i in row):
+            raise UsageError("subspaces are given for some examples of the batch and not for others")
+        rows.append([int(i) for part in row for i in (partition[part] if partition is not None else [part])])
+    return rows[0] if all(row == rows[0] for row in rows) else rows
+
+
 class _FeatureIntervention(TrainableIntervention):  # type: ignore[misc]  # pyvene has no types
     """What the three classes share: the featurizer as a child module, and a state dict that names its kind.
 
@@ -75,16 +91,7 @@ class _FeatureIntervention(TrainableIntervention):  # type: ignore[misc]  # pyve
         self._attach(featurizer)
 
     def _indices(self, subspaces: Sequence[Any] | None) -> Indices:
-        """The features that pyvene's ``subspaces`` mean: a list of features, or of partitions, for each example."""
-        if subspaces is None or all(row is None or (len(row) and all(i is None for i in row)) for row in subspaces):
-            return None
-        partition = self.subspace_partition
-        rows = []
-        for row in subspaces:
-            if row is None or any(i is None for i in row):
-                raise UsageError("subspaces are given for some examples of the batch and not for others")
-            rows.append([int(i) for part in row for i in (partition[part] if partition is not None else [part])])
-        return rows[0] if all(row == rows[0] for row in rows) else rows
+        return indices_of_subspaces(subspaces, self.subspace_partition)
 
     def __str__(self) -> str:
         """The class and the featurizer's id."""

@@ -1,0 +1,39 @@
+"""Autoencoders in pyvene: interchange in their latent space, with an error term, saved without pickle.
+
+What needs pyvene is imported when it is first used, because pyvene takes seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from featurizers_autoencoder.layers import AutoencoderLayer, AutoencoderLayerBase, JumpReLUAutoencoderLayer
+
+if TYPE_CHECKING:
+    from featurizers_autoencoder.intervenable import (
+        get_intervenable_with_autoencoder,
+        load_intervenable,
+        push_intervenable,
+        save_intervenable,
+    )
+    from featurizers_autoencoder.intervention import AutoencoderIntervention, JumpReLUAutoencoderIntervention
+
+__all__ = [
+    "AutoencoderIntervention",
+    "AutoencoderLayer",
+    "AutoencoderLayerBase",
+    "JumpReLUAutoencoderIntervention",
+    "JumpReLUAutoencoderLayer",
+    "get_intervenable_with_autoencoder",
+    "load_intervenable",
+    "push_intervenable",
+    "save_intervenable",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "intervention" if name.endswith("Intervention") else "intervenable"
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

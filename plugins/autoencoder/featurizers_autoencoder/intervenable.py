@@ -1,0 +1,316 @@
+"""Whole pyvene models with our interventions: made, saved as JSON and safetensors, and loaded to the same logits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import torch
+from featurizers.errors import ArtefactError, FeaturizerError, ManifestError, UsageError, WeightsError
+from featurizers.hub import Remote, push_files
+from featurizers.manifest import MAX_CONFIG_BYTES, explain, parse_json
+from featurizers.sources import FolderSource, HubSource, parse_source
+from featurizers.weights import check_header, read_header, read_tensors, sha256, write_tensors
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from featurizers_autoencoder.intervention import AutoencoderIntervention, JumpReLUAutoencoderIntervention
+from featurizers_autoencoder.layers import SAVED, SizedLayer
+
+CONFIG_NAME: Final = "intervenable.json"
+WEIGHTS_NAME: Final = "intervenable.safetensors"
+INTERVENTIONS: dict[str, type[AutoencoderIntervention]] = {
+    "autoencoder": AutoencoderIntervention,
+    "jumprelu-autoencoder": JumpReLUAutoencoderIntervention,
+}
+"""What a file may call an intervention; nothing else is looked up."""
+
+Count = Annotated[int, Field(gt=0, le=2**31)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class AutoencoderRecord(_Record):
+    """One autoencoder: its class, by our name of it, and its sizes."""
+
+    kind: str
+    input_dim: Count
+    latent_dim: Count
+
+
+class RepresentationRecord(_Record):
+    """One place in the model and what is done there.
+
+    Attributes:
+        intervention: our name of its class.
+        autoencoder: which one of the file; several may share it.
+        interchange_dim: as `AutoencoderIntervention.interchange_dim`.
+    """
+
+    layer: int
+    component: str
+    unit: str
+    max_number_of_units: int
+    intervention: str
+    autoencoder: Annotated[int, Field(ge=0)]
+    interchange_dim: int | list[int] | None = None
+    subspace_partition: list[list[int]] | None = None
+    group_key: str | int | None = None
+    intervention_link_key: str | int | None = None
+
+
+class IntervenableRecord(_Record):
+    """The JSON file, format version 1."""
+
+    library_name: Literal["featurizers"] = "featurizers"
+    format: Literal["intervenable"] = "intervenable"
+    format_version: Annotated[int, Field(ge=1, le=1)] = 1
+    mode: Literal["parallel", "serial"] = "parallel"
+    representations: Annotated[list[RepresentationRecord], Field(min_length=1, max_length=10_000)]
+    autoencoders: Annotated[list[AutoencoderRecord], Field(min_length=1, max_length=10_000)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def get_intervenable_with_autoencoder(
+    model: nn.Module,
+    autoencoder: SizedLayer,
+    interchange_dimensions: int | Sequence[int] | None,
+    layer: int,
+    *,
+    component: str = "block_output",
+    max_number_of_units: int = 1,
+    device: torch.device | str | None = None,
+) -> Any:
+    """A pyvene model that interchanges latents of an autoencoder, trained anywhere, at the output of a block.
+
+    Args:
+        model: a model that pyvene knows.
+        autoencoder: whose weights are copied.
+        interchange_dimensions: which latents; see `AutoencoderIntervention.set_interchange_dim`.
+        layer: of the model, from 0.
+        component: pyvene's name of the place.
+        max_number_of_units: positions of each prompt.
+        device: where to put it all; where the model is if None.
+    """
+    import copy
+
+    import pyvene as pv
+
+    cls = next((c for c in INTERVENTIONS.values() if c.layer is type(autoencoder)), AutoencoderIntervention)
+    intervention = cls(autoencoder=copy.deepcopy(autoencoder))
+    intervention.set_interchange_dim(interchange_dimensions)
+    config = pv.IntervenableConfig(
+        [
+            {
+                "layer": layer,
+                "component": component,
+                "unit": "pos",
+                "max_number_of_units": max_number_of_units,
+                "intervention": intervention,
+            }
+        ]
+    )
+    intervenable = pv.IntervenableModel(config, model)
+    intervenable.set_device(device or next(model.parameters()).device)
+    intervenable.disable_model_gradients()
+    return intervenable
+
+
+def save_intervenable(intervenable: Any, folder: str | Path) -> Path:
+    """Write the interventions of a pyvene model, with their autoencoders and dimensions, into a new folder.
+
+    A save that fails leaves nothing. The model itself is not saved. An autoencoder that several share is stored once.
+
+    Raises:
+        UsageError: an intervention or an autoencoder is not one of this package's own.
+        ArtefactError: the folder is not empty.
+        WeightsError: a tensor holds NaN or infinity.
+    """
+    target = Path(folder).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ArtefactError(str(folder), "it is there already; choose a new or an empty folder")
+    autoencoders: list[SizedLayer] = []
+    records = [
+        _record(key, representation, intervenable.interventions[key], autoencoders)
+        for key, representation in intervenable.representations.items()
+    ]
+    tensors = {
+        f"{i}.{name}": tensor for i, layer in enumerate(autoencoders) for name, tensor in layer.state_dict().items()
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+    new.mkdir()
+    try:
+        digest = write_tensors(tensors, new / WEIGHTS_NAME, str(folder))
+        record = IntervenableRecord(
+            mode=intervenable.mode,
+            representations=records,
+            autoencoders=[
+                AutoencoderRecord(kind=layer.name, input_dim=layer.input_dim, latent_dim=layer.latent_dim)
+                for layer in autoencoders
+            ],
+            sha256=digest,
+        )
+        (new / CONFIG_NAME).write_text(json.dumps(record.model_dump(), indent=2) + "\n", encoding="utf-8")
+        if target.exists():
+            target.rmdir()
+        new.rename(target)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return target
+
+
+def _record(key: str, representation: Any, intervention: Any, autoencoders: list[SizedLayer]) -> RepresentationRecord:
+    name = next((name for name, cls in INTERVENTIONS.items() if type(intervention) is cls), None)
+    if name is None:
+        raise UsageError(
+            f"the intervention {key!r} is a {type(intervention).__name__}; only those of this package are saved: "
+            f"{', '.join(cls.__name__ for cls in INTERVENTIONS.values())}"
+        )
+    layer = intervention.autoencoder
+    if type(layer) not in SAVED.values():
+        raise UsageError(
+            f"the autoencoder of {key!r} is a {type(layer).__name__}, which no file may name. Register it "
+            "as a kind of featurizer, and use its get_interchange_intervention()"
+        )
+    place = next((i for i, known in enumerate(autoencoders) if known is layer), len(autoencoders))
+    if place == len(autoencoders):
+        autoencoders.append(layer)
+    dims = intervention.interchange_dim
+    return RepresentationRecord(
+        layer=representation.layer,
+        component=representation.component,
+        unit=representation.unit,
+        max_number_of_units=int(representation.max_number_of_units),
+        intervention=name,
+        autoencoder=place,
+        interchange_dim=None if dims is None else dims.tolist(),
+        subspace_partition=intervention.subspace_partition,
+        group_key=representation.group_key,
+        intervention_link_key=representation.intervention_link_key,
+    )
+
+
+def load_intervenable(
+    source: str | Path,
+    model: nn.Module,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    device: torch.device | str | None = None,
+) -> Any:
+    """The pyvene model that `save_intervenable` wrote, around a model that the caller gives.
+
+    Args:
+        source: a folder or a repository, as in `featurizers.load`.
+        model: the model it was saved from, or one like it.
+        revision: of a repository.
+        token: of the Hub.
+        cache_dir: where the Hub's files are cached.
+        local_files_only: use the cache alone.
+        device: where to put the interventions; where the model is if None.
+
+    Raises:
+        ManifestError: the JSON is not one of this format.
+        WeightsError: the weights are damaged or do not fit it.
+        HubError: the Hub refused.
+        UsageError: pyvene cannot place an intervention in this model.
+    """
+    import pyvene as pv
+
+    parsed = parse_source(source, revision)
+    if isinstance(parsed, FolderSource):
+        folder, where = parsed.path.expanduser(), str(parsed)
+    elif isinstance(parsed, HubSource):
+        remote = Remote(parsed, None, token, cache_dir, False, local_files_only)
+        folder, where = remote.file(CONFIG_NAME).parent, str(remote)
+        remote.file(WEIGHTS_NAME, folder.name)
+    else:
+        raise UsageError(f"an intervenable is in a folder or a repository, not in {str(parsed)!r}")
+    record = _read(folder, where)
+    device = device or next(model.parameters()).device
+    autoencoders = _autoencoders(folder, record, where, device)
+    representations: list[dict[str, Any]] = []
+    for row in record.representations:
+        intervention = INTERVENTIONS[row.intervention](
+            autoencoder=autoencoders[row.autoencoder], subspace_partition=row.subspace_partition
+        )
+        try:
+            intervention.set_interchange_dim(row.interchange_dim)
+        except FeaturizerError as error:
+            raise ManifestError(where, str(error)) from error
+        fields = row.model_dump(exclude={"intervention", "autoencoder", "interchange_dim"})
+        representations.append({**fields, "intervention": intervention})
+    try:
+        intervenable = pv.IntervenableModel(pv.IntervenableConfig(representations, mode=record.mode), model)
+    except (KeyError, AttributeError, IndexError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"{where}: pyvene cannot place it in a {type(model).__name__}: {type(error).__name__}: {error}"
+        ) from error
+    intervenable.set_device(device)
+    intervenable.disable_model_gradients()
+    return intervenable
+
+
+def _read(folder: Path, where: str) -> IntervenableRecord:
+    try:
+        with (folder / CONFIG_NAME).open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise ManifestError(where, f"{CONFIG_NAME} cannot be read: {error.strerror or error}") from error
+    try:
+        record = IntervenableRecord.model_validate(parse_json(raw, where, CONFIG_NAME))
+    except ValidationError as error:
+        raise ManifestError(where, f"{CONFIG_NAME}: {explain(error)}") from error
+    for row in record.representations:
+        if row.intervention not in INTERVENTIONS:
+            raise ManifestError(
+                where, f"the intervention {row.intervention!r} is not known; known are {', '.join(INTERVENTIONS)}"
+            )
+        if row.autoencoder >= len(record.autoencoders):
+            raise ManifestError(where, f"there is no autoencoder {row.autoencoder}; it has {len(record.autoencoders)}")
+    for layer in record.autoencoders:
+        if layer.kind not in SAVED:
+            raise ManifestError(where, f"the autoencoder {layer.kind!r} is not known; known are {', '.join(SAVED)}")
+    return record
+
+
+def _autoencoders(folder: Path, record: IntervenableRecord, where: str, device: torch.device | str) -> list[SizedLayer]:
+    path = folder / WEIGHTS_NAME
+    if not path.exists():
+        raise WeightsError(where, f"{WEIGHTS_NAME} is missing")
+    with torch.device("meta"):
+        layers = [SAVED[layer.kind](layer.input_dim, layer.latent_dim) for layer in record.autoencoders]
+    expected = {f"{i}.{name}": tensor for i, layer in enumerate(layers) for name, tensor in layer.state_dict().items()}
+    check_header(read_header(path, where, WEIGHTS_NAME), expected, [], where)
+    if (found := sha256(path)) != record.sha256:
+        raise WeightsError(where, f"{WEIGHTS_NAME} has sha256 {found}, but {CONFIG_NAME} says {record.sha256}")
+    tensors: dict[str, Tensor] = read_tensors(path, device, where)
+    for i, layer in enumerate(layers):
+        start = f"{i}."
+        own = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+        layer.load_state_dict(own, assign=True)
+    return layers
+
+
+def push_intervenable(intervenable: Any, repo_id: str, **options: Any) -> Any:
+    """Save an intervenable to a repository in one commit; ``options`` are those of `featurizers.hub.push_files`.
+
+    Raises:
+        UsageError: as `save_intervenable`.
+        HubError: the Hub refused.
+    """
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = save_intervenable(intervenable, Path(scratch) / "intervenable")
+        files = {name: folder / name for name in (CONFIG_NAME, WEIGHTS_NAME)}
+        return push_files(files, repo_id, **options)

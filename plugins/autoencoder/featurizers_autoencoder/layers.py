@@ -1,0 +1,168 @@
+"""Autoencoders as torch modules, under pyvene's names of classes and tensors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Self
+
+import torch
+from featurizers import DictionaryFeaturizer
+from featurizers.errors import UsageError
+from torch import Tensor, nn
+
+
+class AutoencoderLayerBase(nn.Module, ABC):
+    """Any autoencoder of one site: subclass it and give `encode` and `decode`.
+
+    `AutoencoderIntervention` works in the latent space of each. Only the classes here are saved, because a file never
+    names a class to import; make another a kind of featurizer of its own, as docs/plugins.md says.
+    """
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Tensor:
+        """Latents ``(*batch, latent_dim)`` of activations ``(*batch, input_dim)``."""
+
+    @abstractmethod
+    def decode(self, latent: Tensor) -> Tensor:
+        """Activations of latents."""
+
+
+class SizedLayer(AutoencoderLayerBase):
+    """An autoencoder that its two sizes and its tensors say all of, so that it can be saved.
+
+    Attributes:
+        input_dim: width of the activations.
+        latent_dim: number of latents.
+        name: what a file calls the class.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, input_dim: int, latent_dim: int) -> None:
+        super().__init__()
+        self.input_dim, self.latent_dim = int(input_dim), int(latent_dim)
+
+    def forward(self, base: Tensor, return_latent: bool = False) -> Any:
+        """The reconstruction, in the dtype of base; or a dict of it, in the autoencoder's own, and the latents."""
+        latent = self.encode(base)
+        output = self.decode(latent)
+        return {"latent": latent, "output": output} if return_latent else output.to(base.dtype)
+
+    @abstractmethod
+    def as_featurizer(self) -> DictionaryFeaturizer:
+        """The same map as a featurizer, with the weights as they are now."""
+
+    @classmethod
+    @abstractmethod
+    def of_featurizer(cls, featurizer: DictionaryFeaturizer) -> Self:
+        """The autoencoder with the weights of a dictionary, such as one loaded from the Hub.
+
+        Raises:
+            UsageError: the dictionary computes something else.
+        """
+
+
+class AutoencoderLayer(SizedLayer):
+    """One linear layer with ReLU each way: latent = max(W_e (x - b_d) + b_e, 0), x̂ = W_d latent + b_d."""
+
+    name: ClassVar[str] = "autoencoder-layer"
+
+    def __init__(self, input_dim: int, latent_dim: int, **_: Any) -> None:
+        super().__init__(input_dim, latent_dim)
+        self.encoder = nn.Sequential(nn.Linear(self.input_dim, self.latent_dim), nn.ReLU())
+        self.decoder = nn.Sequential(nn.Linear(self.latent_dim, self.input_dim))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latents, in the dtype of the weights."""
+        bias: Any = self.decoder[0].bias
+        return self.encoder(x.to(bias.dtype) - bias)  # type: ignore[no-any-return]
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Activations."""
+        return self.decoder(latent)  # type: ignore[no-any-return]
+
+    def as_featurizer(self) -> DictionaryFeaturizer:
+        """A dictionary of the rule relu with a pre-bias."""
+        encoder: Any = self.encoder[0]
+        decoder: Any = self.decoder[0]
+        return DictionaryFeaturizer.from_tensors(
+            encoder.weight.detach(),
+            decoder.weight.detach().T,
+            encoder.bias.detach(),
+            decoder.bias.detach(),
+            pre_bias=True,
+        )
+
+    @classmethod
+    def of_featurizer(cls, featurizer: DictionaryFeaturizer) -> Self:
+        """As `SizedLayer.of_featurizer`; a dictionary without a pre-bias has it put into the encoder's bias."""
+        state = _plain(featurizer, "relu")
+        self = cls(featurizer.d_in, featurizer.n_features)
+        bias = state["b_enc"]
+        if not featurizer.config.pre_bias:
+            bias = bias + state["W_enc"] @ state["b_dec"]
+        names = {
+            "encoder.0.weight": state["W_enc"],
+            "encoder.0.bias": bias,
+            "decoder.0.weight": state["W_dec"].T,
+            "decoder.0.bias": state["b_dec"],
+        }
+        self.load_state_dict({name: tensor.clone() for name, tensor in names.items()}, assign=True)
+        return self
+
+
+class JumpReLUAutoencoderLayer(SizedLayer):
+    """h = x W_enc + b_enc, latent = h where it exceeds its threshold and zero, x̂ = latent W_dec + b_dec."""
+
+    name: ClassVar[str] = "jumprelu-autoencoder-layer"
+
+    def __init__(self, input_dim: int, latent_dim: int, **_: Any) -> None:
+        super().__init__(input_dim, latent_dim)
+        self.W_enc = nn.Parameter(torch.zeros(self.input_dim, self.latent_dim))
+        self.W_dec = nn.Parameter(torch.zeros(self.latent_dim, self.input_dim))
+        self.threshold = nn.Parameter(torch.zeros(self.latent_dim))
+        self.b_enc = nn.Parameter(torch.zeros(self.latent_dim))
+        self.b_dec = nn.Parameter(torch.zeros(self.input_dim))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latents, in the dtype of the weights."""
+        pre = x.to(self.W_enc.dtype) @ self.W_enc + self.b_enc
+        return torch.relu(pre) * (pre > self.threshold)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Activations."""
+        return latent @ self.W_dec + self.b_dec
+
+    def as_featurizer(self) -> DictionaryFeaturizer:
+        """A dictionary of the rule jumprelu."""
+        weights = (self.W_enc.T, self.W_dec, self.b_enc, self.b_dec)
+        return DictionaryFeaturizer.from_tensors(
+            *(weight.detach() for weight in weights), rule="jumprelu", threshold=self.threshold.detach()
+        )
+
+    @classmethod
+    def of_featurizer(cls, featurizer: DictionaryFeaturizer) -> Self:
+        """As `SizedLayer.of_featurizer`; a pre-bias is put into the encoder's bias."""
+        state = _plain(featurizer, "jumprelu")
+        self = cls(featurizer.d_in, featurizer.n_features)
+        if featurizer.config.pre_bias:
+            state["b_enc"] = state["b_enc"] - state["W_enc"] @ state["b_dec"]
+        state["W_enc"] = state["W_enc"].T
+        self.load_state_dict({name: state[name].clone() for name in self.state_dict()}, assign=True)
+        return self
+
+
+SAVED: dict[str, type[SizedLayer]] = {cls.name: cls for cls in (AutoencoderLayer, JumpReLUAutoencoderLayer)}
+"""The classes that files may name."""
+
+
+def _plain(featurizer: DictionaryFeaturizer, rule: str) -> dict[str, Tensor]:
+    """The state dict of a whole dictionary of one rule, without normalisation and in raw units."""
+    config = featurizer.config
+    if config.rule != rule or config.normalize != "none" or config.slice_of is not None:
+        raise UsageError(
+            f"{featurizer.id!r} has the rule {config.rule!r}, normalize={config.normalize!r} and slice_of="
+            f"{config.slice_of!r}; this layer takes whole dictionaries of the rule {rule!r} without normalisation. "
+            "Use featurizer.get_interchange_intervention() for any other"
+        )
+    return dict(featurizer.in_units("raw").state_dict())
