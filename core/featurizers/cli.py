@@ -58,7 +58,7 @@ def plugins(as_json: Json = False) -> None:
 
 @app.command()
 def kinds(as_json: Json = False) -> None:
-    """List the kinds of featurizer that can be created and loaded here."""
+    """List the kinds that can be created and loaded here, and the formats that can be read, by their plugins' names."""
     from featurizers.plugins import kinds as installed
 
     names = installed()

@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featurizers.errors import ArtefactError, PluginError
+from featurizers.errors import ArtefactError, ConversionError, PluginError
 from featurizers.plugins import host
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ def convert(featurizer: Featurizer[Any], folder: str | Path, to: str = OURS) -> 
         return []
     host().load(to)
     target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-    new.mkdir()
+    scratch = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+    new = scratch / target.name
+    new.mkdir(parents=True)
     try:
         lost = host().ask("featurizers_write", to, featurizer=featurizer, folder=new)
         if lost is None:
@@ -50,8 +51,10 @@ def convert(featurizer: Featurizer[Any], folder: str | Path, to: str = OURS) -> 
         if target.exists():
             target.rmdir()
         new.rename(target)
+    except ConversionError as error:
+        raise ConversionError(str(folder), error.problem) from error
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     return [*lost, *_lost_by_all(featurizer)]
 
 

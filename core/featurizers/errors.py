@@ -115,11 +115,12 @@ class ArtefactError(FeaturizerError):
 
     Attributes:
         where: the folder, or the repository and its revision.
+        problem: what is wrong there.
     """
 
     def __init__(self, where: str, problem: str) -> None:
         super().__init__(f"{where}: {problem}")
-        self.where = where
+        self.where, self.problem = where, problem
 
 
 class ManifestError(ArtefactError, ValueError):

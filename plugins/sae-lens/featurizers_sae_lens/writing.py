@@ -41,8 +41,8 @@ def write(featurizer: Featurizer[Any], folder: Path) -> list[str]:
         metadata.setdefault("model_name", featurizer.site.model)
     if featurizer.special_tokens:
         metadata["exclude_special_tokens"] = list(featurizer.special_tokens)
-    if other := sorted(featurizer.metadata.keys() - {"sae_lens", "catalogue"}):
-        lost.append(f"The metadata {', '.join(map(repr, other))} are not kept.")
+    if other := {key: value for key, value in featurizer.metadata.items() if key not in ("sae_lens", "catalogue")}:
+        metadata["featurizers"] = other  # SAELens keeps what it does not know
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     cfg = {**cfg, "dtype": dtype, "device": "cpu", "metadata": metadata}
     write_tensors(tensors, folder / WEIGHTS, str(folder))

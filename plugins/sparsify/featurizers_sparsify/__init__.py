@@ -175,7 +175,7 @@ def featurizers_write(featurizer: Featurizer[Any], folder: Path) -> list[str] | 
         lost.append("The heads are side by side.")
     if featurizer.special_tokens:
         lost.append(f"The special tokens {list(featurizer.special_tokens)} are not kept.")
-    if featurizer.site is not None:
+    if featurizer.site is not None and _site(folder.name) != featurizer.site:
         lost.append(
             f"The site {str(featurizer.site)!r} is kept by the folder's name alone: name it layers.10.mlp or the like."
         )
