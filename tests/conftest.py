@@ -12,9 +12,10 @@ torch.set_num_threads(1)
 def _shapes_are_checked():
     """Calls of the methods that a kind gives fail if a tensor does not have the shape that its signature names."""
     from featurizers.composition import Composition
+    from featurizers.dictionary import DictionaryFeaturizer
     from featurizers_identity import IdentityFeaturizer
     from featurizers_subspace import StandardizeFeaturizer, SubspaceFeaturizer
 
-    for cls in (Composition, IdentityFeaturizer, StandardizeFeaturizer, SubspaceFeaturizer):
+    for cls in (Composition, DictionaryFeaturizer, IdentityFeaturizer, StandardizeFeaturizer, SubspaceFeaturizer):
         for name in ("featurize", "inverse_featurize", "encode", "apply_edit"):
             setattr(cls, name, jaxtyped(typechecker=beartype)(getattr(cls, name)))

@@ -170,24 +170,22 @@ class DictionaryFeaturizer(Featurizer[DictionaryConfig]):
         return self
 
     # ------------------------------------------------------------------ the map
-    def featurize(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Float[Tensor, "*batch n_features"], Error]:
-        """Features, and the error with the statistics of the normalisation."""
+    def featurize(self, x: Float[Tensor, "..."]) -> tuple[Float[Tensor, "... n_features"], Error]:
+        """Features, and the error with the normalisation's statistics; x is ``(*batch, d_in)``, or has heads apart."""
         flat = self.flatten(x).to(self.W_enc.dtype)
         normal, statistics = self._normalize(flat)
         features = self._encode(normal)
         error = (flat - self._reconstruct(features, statistics)).reshape(x.shape)
         return features, (error, *statistics) if statistics else error
 
-    def inverse_featurize(
-        self, features: Float[Tensor, "*batch n_features"], error: Error
-    ) -> Float[Tensor, "*batch d_in"]:
+    def inverse_featurize(self, features: Float[Tensor, "... n_features"], error: Error) -> Float[Tensor, "..."]:
         """The decoded features, and the error."""
         residual, *statistics = error if isinstance(error, tuple) else (error,)
         if not isinstance(residual, Tensor):
             raise UsageError("inverse_featurize needs the error that featurize gave")
         return self._reconstruct(features, tuple(statistics)).reshape(residual.shape) + residual
 
-    def encode(self, x: Float[Tensor, "*batch d_in"], columns: Tensor | None = None) -> Float[Tensor, "*batch k"]:
+    def encode(self, x: Float[Tensor, "..."], columns: Tensor | None = None) -> Float[Tensor, "... k"]:
         """Features, all or some: a rule that acts on each alone needs the rows of those only."""
         normal, _ = self._normalize(self.flatten(x).to(self.W_enc.dtype))
         if columns is None or self.rule.elementwise:
