@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import torch
+from featurizers import DictionaryFeaturizer
 from featurizers.errors import ArtefactError, FeaturizerError, ManifestError, UsageError, WeightsError
 from featurizers.hub import Remote, push_files
 from featurizers.manifest import MAX_CONFIG_BYTES, explain, parse_json
@@ -19,7 +20,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from featurizers_autoencoder.intervention import AutoencoderIntervention, JumpReLUAutoencoderIntervention
-from featurizers_autoencoder.layers import SAVED, SizedLayer
+from featurizers_autoencoder.layers import (
+    SAVED,
+    AutoencoderLayer,
+    AutoencoderLayerBase,
+    JumpReLUAutoencoderLayer,
+    SizedLayer,
+)
 
 CONFIG_NAME: Final = "intervenable.json"
 WEIGHTS_NAME: Final = "intervenable.safetensors"
@@ -51,12 +58,13 @@ class RepresentationRecord(_Record):
         intervention: our name of its class.
         autoencoder: which one of the file; several may share it.
         interchange_dim: as `AutoencoderIntervention.interchange_dim`.
+        subspace_partition: every latent of each part.
     """
 
-    layer: int
+    layer: Annotated[int, Field(ge=0)] | None
     component: str
-    unit: str
-    max_number_of_units: int
+    unit: Literal["pos", "h", "h.pos"]
+    max_number_of_units: Count
     intervention: str
     autoencoder: Annotated[int, Field(ge=0)]
     interchange_dim: int | list[int] | None = None
@@ -79,7 +87,7 @@ class IntervenableRecord(_Record):
 
 def get_intervenable_with_autoencoder(
     model: nn.Module,
-    autoencoder: SizedLayer,
+    autoencoder: AutoencoderLayerBase | DictionaryFeaturizer,
     interchange_dimensions: int | Sequence[int] | None,
     layer: int,
     *,
@@ -91,19 +99,28 @@ def get_intervenable_with_autoencoder(
 
     Args:
         model: a model that pyvene knows.
-        autoencoder: whose weights are copied.
+        autoencoder: whose weights are copied; a dictionary of the rule relu or jumprelu becomes one.
         interchange_dimensions: which latents; see `AutoencoderIntervention.set_interchange_dim`.
         layer: of the model, from 0.
         component: pyvene's name of the place.
         max_number_of_units: positions of each prompt.
         device: where to put it all; where the model is if None.
+
+    Raises:
+        UsageError: a dictionary is none that an autoencoder layer computes.
+        FeatureIndexError: the dimensions are no latents.
     """
     import copy
 
     import pyvene as pv
 
-    cls = next((c for c in INTERVENTIONS.values() if c.layer is type(autoencoder)), AutoencoderIntervention)
-    intervention = cls(autoencoder=copy.deepcopy(autoencoder))
+    if isinstance(autoencoder, DictionaryFeaturizer):
+        taken = JumpReLUAutoencoderLayer if autoencoder.config.rule == "jumprelu" else AutoencoderLayer
+        own: AutoencoderLayerBase = taken.of_featurizer(autoencoder)
+    else:
+        own = copy.deepcopy(autoencoder)
+    cls = next((c for c in INTERVENTIONS.values() if c.layer is type(own)), AutoencoderIntervention)
+    intervention = cls(autoencoder=own)
     intervention.set_interchange_dim(interchange_dimensions)
     config = pv.IntervenableConfig(
         [
@@ -183,6 +200,8 @@ def _record(key: str, representation: Any, intervention: Any, autoencoders: list
     if place == len(autoencoders):
         autoencoders.append(layer)
     dims = intervention.interchange_dim
+    if representation.unit not in ("pos", "h", "h.pos"):
+        raise UsageError(f"the unit of {key!r} is {representation.unit!r}; only pos, h and h.pos are saved")
     return RepresentationRecord(
         layer=representation.layer,
         component=representation.component,
@@ -240,14 +259,13 @@ def load_intervenable(
     autoencoders = _autoencoders(folder, record, where, device)
     representations: list[dict[str, Any]] = []
     for row in record.representations:
-        intervention = INTERVENTIONS[row.intervention](
-            autoencoder=autoencoders[row.autoencoder], subspace_partition=row.subspace_partition
-        )
+        intervention = INTERVENTIONS[row.intervention](autoencoder=autoencoders[row.autoencoder])
+        intervention.subspace_partition = row.subspace_partition  # pyvene would take a part of two for a range
         try:
             intervention.set_interchange_dim(row.interchange_dim)
         except FeaturizerError as error:
             raise ManifestError(where, str(error)) from error
-        fields = row.model_dump(exclude={"intervention", "autoencoder", "interchange_dim"})
+        fields = row.model_dump(exclude={"intervention", "autoencoder", "interchange_dim", "subspace_partition"})
         representations.append({**fields, "intervention": intervention})
     try:
         intervenable = pv.IntervenableModel(pv.IntervenableConfig(representations, mode=record.mode), model)
@@ -277,6 +295,11 @@ def _read(folder: Path, where: str) -> IntervenableRecord:
             )
         if row.autoencoder >= len(record.autoencoders):
             raise ManifestError(where, f"there is no autoencoder {row.autoencoder}; it has {len(record.autoencoders)}")
+        latents = record.autoencoders[row.autoencoder].latent_dim
+        if outside := [i for part in row.subspace_partition or () for i in part if not 0 <= i < latents]:
+            raise ManifestError(where, f"subspace_partition has {outside[0]}, which is none of the {latents} latents")
+    if len({row.group_key is None for row in record.representations}) > 1:
+        raise ManifestError(where, "some representations have a group_key and others none")
     for layer in record.autoencoders:
         if layer.kind not in SAVED:
             raise ManifestError(where, f"the autoencoder {layer.kind!r} is not known; known are {', '.join(SAVED)}")

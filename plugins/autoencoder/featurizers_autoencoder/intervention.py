@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from featurizers.errors import FeatureIndexError, UsageError
+from featurizers.errors import FeatureIndexError, ShapeError, UsageError
 from featurizers.indices import select
 from featurizers.pyvene import indices_of_subspaces
 from torch import Tensor
 
-from featurizers_autoencoder.layers import AutoencoderLayer, AutoencoderLayerBase, JumpReLUAutoencoderLayer, SizedLayer
+from featurizers_autoencoder.layers import (
+    SAVED,
+    AutoencoderLayer,
+    AutoencoderLayerBase,
+    JumpReLUAutoencoderLayer,
+    SizedLayer,
+)
 
 with contextlib.redirect_stdout(io.StringIO()):  # it prints which of its own extras are missing
     from pyvene.models.interventions import DistributedRepresentationIntervention, TrainableIntervention
@@ -25,6 +32,9 @@ class AutoencoderIntervention(TrainableIntervention, DistributedRepresentationIn
     The difference keeps what the autoencoder does not reconstruct: with no latent changed, base comes back equal in
     every element, whatever its dtype. Positions and units are mapped alone. The gradient reaches the autoencoder, base
     and source.
+
+    The state dict names the autoencoder's class by our name of it, its sizes and the latents, so that what pyvene saves
+    loads again, also where pyvene cannot tell the width of a place.
 
     Attributes:
         autoencoder: the layer.
@@ -38,13 +48,19 @@ class AutoencoderIntervention(TrainableIntervention, DistributedRepresentationIn
     def __init__(self, autoencoder: AutoencoderLayerBase | None = None, **kwargs: Any) -> None:
         """Take an autoencoder, or make one of ``embed_dim`` and ``latent_dim``.
 
+        Built by pyvene without sizes, it waits for the state dict that names them.
+
         Raises:
-            UsageError: neither is given, or ``latent_dim`` is not a positive number.
+            UsageError: neither is given, ``latent_dim`` is not a positive number, or a source is fixed here.
         """
+        if kwargs.get("source_representation") is not None or kwargs.get("hidden_source_representation") is not None:
+            self.set_source_representation(None)
         width, latents = kwargs.get("embed_dim"), kwargs.get("latent_dim")
         units = kwargs.get("max_number_of_units") or 1
         super().__init__(**{**kwargs, "embed_dim": None, "keep_last_dim": True})
         self.interchange_dim = None
+        if autoencoder is None and "component" in kwargs and (width is None or latents is None):
+            return
         if autoencoder is None:
             if width is None or not isinstance(latents, int) or latents < 1:
                 raise UsageError(
@@ -62,16 +78,57 @@ class AutoencoderIntervention(TrainableIntervention, DistributedRepresentationIn
         Raises:
             FeatureIndexError: they are no latents.
         """
-        chosen = None if interchange_dim is None else torch.as_tensor(interchange_dim)
-        if chosen is not None and (chosen.dtype.is_floating_point or chosen.dim() > 1 or (chosen < 0).any()):
-            raise FeatureIndexError(
-                f"interchange_dim is a number of latents or a list of them, not {interchange_dim!r}"
-            )
-        if chosen is not None and isinstance(self.autoencoder, SizedLayer):
-            latents = self.autoencoder.latent_dim
+        chosen = None if interchange_dim is None else _whole_numbers(interchange_dim)
+        if chosen is None or chosen.dim() > 1 or (chosen < 0).any():
+            if interchange_dim is not None:
+                raise FeatureIndexError(
+                    f"interchange_dim is a number of latents or a list of them, not {interchange_dim!r}"
+                )
+        elif isinstance(layer := self._modules.get("autoencoder"), SizedLayer):
+            latents = layer.latent_dim
             if (chosen > latents if chosen.dim() == 0 else chosen >= latents).any():
                 raise FeatureIndexError(f"interchange_dim {interchange_dim!r} is beyond the {latents} latents")
         self.interchange_dim = chosen
+
+    def set_source_representation(self, source_representation: Tensor | None) -> None:
+        """Refuse: pyvene takes a fixed source when the model is called.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            f"{type(self).__name__} has its source from each call; pass source_representations= to the intervenable"
+        )
+
+    def get_extra_state(self) -> str:
+        """The autoencoder by name and sizes, the latents and the partition, as JSON."""
+        layer = self._modules.get("autoencoder")
+        known = isinstance(layer, SizedLayer) and type(layer) is SAVED.get(layer.name)
+        dims = self.interchange_dim
+        record = {
+            "autoencoder": layer.name if known else None,
+            "sizes": [layer.input_dim, layer.latent_dim] if known else None,
+            "interchange_dim": None if dims is None else dims.tolist(),
+            "subspace_partition": self.subspace_partition,
+        }
+        return json.dumps(record)
+
+    def set_extra_state(self, state: str) -> None:
+        """Build the autoencoder that a state dict names, unless there is one, and choose the latents.
+
+        Raises:
+            UsageError: there is none, and the state dict names none of ours.
+            FeatureIndexError: the latents are beyond it.
+        """
+        record = json.loads(state)
+        if "autoencoder" not in self._modules:
+            if record["autoencoder"] not in SAVED:
+                raise UsageError(
+                    f"the state names no autoencoder of ours but {record['autoencoder']!r}; give one as autoencoder="
+                )
+            self.autoencoder = SAVED[record["autoencoder"]](*record["sizes"])
+        self.subspace_partition = record["subspace_partition"]
+        self.set_interchange_dim(record["interchange_dim"])
 
     def forward(self, base: Tensor, source: Tensor, subspaces: Sequence[Any] | None = None, **_: Any) -> Tensor:
         """Base with the chosen latents of the source.
@@ -81,12 +138,26 @@ class AutoencoderIntervention(TrainableIntervention, DistributedRepresentationIn
             source: the same.
             subspaces: pyvene's: latents, or parts of ``subspace_partition``, for each example; they narrow
                 ``interchange_dim``.
+
+        Raises:
+            ShapeError: the activations are not as wide as the autoencoder.
+            UsageError: there is no autoencoder yet.
+            FeatureIndexError: a subspace names no latent.
         """
+        if "autoencoder" not in self._modules:
+            raise UsageError(
+                "there is no autoencoder yet; give latent_dim in the config of a place that pyvene knows, "
+                "or an intervention= made with autoencoder="
+            )
+        if isinstance(self.autoencoder, SizedLayer) and base.shape[-1] != self.autoencoder.input_dim:
+            raise ShapeError(
+                f"the activations have {base.shape[-1]} dimensions, the autoencoder {self.autoencoder.input_dim}"
+            )
         latents = self.autoencoder.encode(base)
         others = self.autoencoder.encode(source)
         edited = torch.where(self._chosen(latents, subspaces), others, latents)
         change = self.autoencoder.decode(edited) - self.autoencoder.decode(latents)
-        return (base.to(change.dtype) + change).to(base.dtype)
+        return (base + change).to(base.dtype)  # in the wider of the two dtypes
 
     def _chosen(self, latents: Tensor, subspaces: Sequence[Any] | None) -> Tensor:
         """Which latents to swap: booleans that broadcast against them."""
@@ -113,3 +184,14 @@ class JumpReLUAutoencoderIntervention(AutoencoderIntervention):
         if kwargs.get("latent_dim") is None:
             kwargs["latent_dim"] = kwargs.get("low_rank_dimension")
         super().__init__(autoencoder, **kwargs)
+
+
+def _whole_numbers(given: Any) -> Tensor | None:
+    """The numbers as an integer tensor; None if they are something else."""
+    if isinstance(given, Sequence) and not len(given):
+        return torch.zeros(0, dtype=torch.long)
+    try:
+        numbers = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):  # no numbers, of unequal lengths, or beyond 64 bits
+        return None
+    return None if numbers.dtype == torch.bool or numbers.is_floating_point() or numbers.is_complex() else numbers
