@@ -230,8 +230,39 @@ def test_an_intervention_without_its_autoencoder_says_so():
     waiting = AutoencoderIntervention(component="block_output", latent_dim=LATENTS, embed_dim=None)
     with pytest.raises(UsageError, match="there is no autoencoder yet; give latent_dim"):
         waiting(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4))
-    record = {"autoencoder": "os.system", "sizes": ["x", 1], "interchange_dim": None, "subspace_partition": None}
     with pytest.raises(UsageError, match=r"no autoencoder of ours but 'os\.system'"):
-        waiting.set_extra_state(json.dumps(record))
+        waiting.set_extra_state(json.dumps({**STATE, "autoencoder": "os.system"}))
     with pytest.raises(UsageError, match="no autoencoder of ours but None"):
-        waiting.set_extra_state(json.dumps({**record, "autoencoder": None}))
+        waiting.set_extra_state(json.dumps({**STATE, "autoencoder": None}))
+
+
+STATE: dict[str, Any] = {
+    "autoencoder": "autoencoder-layer",
+    "sizes": [4, 6],
+    "interchange_dim": [1],
+    "subspace_partition": None,
+}
+DAMAGED = {
+    "not JSON": ("{", "Invalid JSON"),
+    "no object": ("[]", "object"),
+    "no string": (3, "JSON"),
+    "nothing": ("{}", "'autoencoder': Field required"),
+    "an unknown key": (json.dumps({**STATE, "code": "x"}), "'code': Extra inputs"),
+    "a list for a name": (json.dumps({**STATE, "autoencoder": ["a"]}), "'autoencoder'"),
+    "a word for a size": (json.dumps({**STATE, "sizes": ["x", 1]}), "sizes"),
+    "one size": (json.dumps({**STATE, "sizes": [4]}), "sizes"),
+    "a negative size": (json.dumps({**STATE, "sizes": [-1, 6]}), "sizes"),
+    "enormous sizes": (json.dumps({**STATE, "sizes": [2**30, 2**30]}), "cannot be made"),
+    "a word for latents": (json.dumps({**STATE, "interchange_dim": "q"}), "interchange_dim"),
+    "a number for parts": (json.dumps({**STATE, "subspace_partition": 5}), "subspace_partition"),
+}
+
+
+@pytest.mark.parametrize(("state", "words"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_state_is_refused(state, words):
+    waiting = AutoencoderIntervention(component="block_output", latent_dim=LATENTS, embed_dim=None)
+    with pytest.raises(ManifestError, match=words) as caught:
+        waiting.set_extra_state(state)
+    assert "AutoencoderIntervention" in str(caught.value)
+    waiting.set_extra_state(json.dumps(STATE))
+    assert waiting.interchange_dim.tolist() == [1]

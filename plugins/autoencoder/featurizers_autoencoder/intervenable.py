@@ -19,7 +19,7 @@ from featurizers.weights import check_header, read_header, read_tensors, sha256,
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from featurizers_autoencoder.intervention import AutoencoderIntervention, JumpReLUAutoencoderIntervention
+from featurizers_autoencoder.intervention import AutoencoderIntervention, Count, JumpReLUAutoencoderIntervention
 from featurizers_autoencoder.layers import (
     SAVED,
     AutoencoderLayer,
@@ -35,8 +35,6 @@ INTERVENTIONS: dict[str, type[AutoencoderIntervention]] = {
     "jumprelu-autoencoder": JumpReLUAutoencoderIntervention,
 }
 """What a file may call an intervention; nothing else is looked up."""
-
-Count = Annotated[int, Field(gt=0, le=2**31)]
 
 
 class _Record(BaseModel):

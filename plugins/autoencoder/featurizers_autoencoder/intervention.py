@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-from featurizers.errors import FeatureIndexError, ShapeError, UsageError
+from featurizers.errors import FeatureIndexError, ManifestError, ShapeError, UsageError
 from featurizers.indices import select
+from featurizers.manifest import explain
 from featurizers.pyvene import indices_of_subspaces
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from featurizers_autoencoder.layers import (
@@ -24,6 +25,19 @@ from featurizers_autoencoder.layers import (
 
 with contextlib.redirect_stdout(io.StringIO()):  # it prints which of its own extras are missing
     from pyvene.models.interventions import DistributedRepresentationIntervention, TrainableIntervention
+
+Count = Annotated[int, Field(gt=0, le=2**31)]
+
+
+class _State(BaseModel):
+    """What a state dict says of an intervention beside its tensors."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    autoencoder: str | None
+    sizes: Annotated[list[Count], Field(min_length=2, max_length=2)] | None
+    interchange_dim: int | list[int] | None
+    subspace_partition: list[list[Annotated[int, Field(ge=0)]]] | None
 
 
 class AutoencoderIntervention(TrainableIntervention, DistributedRepresentationIntervention):  # type: ignore[misc]
@@ -105,30 +119,39 @@ class AutoencoderIntervention(TrainableIntervention, DistributedRepresentationIn
         layer = self._modules.get("autoencoder")
         known = isinstance(layer, SizedLayer) and type(layer) is SAVED.get(layer.name)
         dims = self.interchange_dim
-        record = {
-            "autoencoder": layer.name if known else None,
-            "sizes": [layer.input_dim, layer.latent_dim] if known else None,
-            "interchange_dim": None if dims is None else dims.tolist(),
-            "subspace_partition": self.subspace_partition,
-        }
-        return json.dumps(record)
+        state = _State(
+            autoencoder=layer.name if known else None,
+            sizes=[layer.input_dim, layer.latent_dim] if known else None,
+            interchange_dim=None if dims is None else dims.tolist(),
+            subspace_partition=self.subspace_partition,
+        )
+        return state.model_dump_json()
 
     def set_extra_state(self, state: str) -> None:
         """Build the autoencoder that a state dict names, unless there is one, and choose the latents.
 
         Raises:
-            UsageError: there is none, and the state dict names none of ours.
+            ManifestError: the state is not of this format, or of sizes that do not fit in memory.
+            UsageError: there is no autoencoder, and the state names none of ours.
             FeatureIndexError: the latents are beyond it.
         """
-        record = json.loads(state)
+        where = f"the state of {type(self).__name__}"
+        try:
+            record = _State.model_validate_json(state)
+        except ValidationError as error:
+            raise ManifestError(where, explain(error)) from error
         if "autoencoder" not in self._modules:
-            if record["autoencoder"] not in SAVED:
+            if record.autoencoder not in SAVED or record.sizes is None:
                 raise UsageError(
-                    f"the state names no autoencoder of ours but {record['autoencoder']!r}; give one as autoencoder="
+                    f"the state names no autoencoder of ours but {record.autoencoder!r}; give one as autoencoder="
                 )
-            self.autoencoder = SAVED[record["autoencoder"]](*record["sizes"])
-        self.subspace_partition = record["subspace_partition"]
-        self.set_interchange_dim(record["interchange_dim"])
+            width, latents = record.sizes
+            try:
+                self.autoencoder = SAVED[record.autoencoder](width, latents)
+            except (RuntimeError, MemoryError) as error:
+                raise ManifestError(where, f"an autoencoder of {width} by {latents} cannot be made: {error}") from error
+        self.subspace_partition = record.subspace_partition
+        self.set_interchange_dim(record.interchange_dim)
 
     def forward(self, base: Tensor, source: Tensor, subspaces: Sequence[Any] | None = None, **_: Any) -> Tensor:
         """Base with the chosen latents of the source.
