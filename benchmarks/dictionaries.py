@@ -5,12 +5,17 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from featurizers import DictionaryFeaturizer
-from timing import Benchmark, Case, Settings, Skipped, same
+from timing import Benchmark, Case, Settings, Sizes, Skipped, same
 from torch import Tensor
 
 WIDTH, TOKENS, ACTIVE = 2304, 256, 64
@@ -232,7 +237,65 @@ def gated(settings: Settings) -> Case:
     )
 
 
+_LOAD = """
+import sys, time, torch
+torch.set_num_threads(1)
+{imports}
+def touched():
+    with open("/proc/self/status") as file:
+        rows = [line.split() for line in file if line.startswith(("RssAnon", "RssFile"))]
+    return sum(int(row[1]) for row in rows) * 1024
+def run(folder):
+    {body}
+small = run({small!r})  # what the first call imports is not counted
+before = touched()
+start = time.perf_counter()
+large = run({folder!r})
+print(touched() - before, time.perf_counter() - start)
+"""
+_OURS = (
+    "import featurizers",
+    "f = featurizers.load(folder, indices=range(0, 1024, 32)); return f, f.encode(torch.randn(1, f.d_in))",
+)
+_THEIRS = (
+    "import warnings; warnings.simplefilter('ignore'); from sae_lens import SAE",
+    "sae = SAE.load_from_disk(folder); return sae, sae.encode(torch.randn(1, sae.cfg.d_in))[..., :1024:32]",
+)
+
+
+def load_rows(settings: Settings) -> Sizes:
+    """Memory that becomes resident while 32 features are loaded and encoded, each side in a process of its own."""
+    sae_lens()
+    n_features = settings.size(65536, 2048)
+    found = []
+    with tempfile.TemporaryDirectory() as name:
+        for size, folder in ((1024, "small"), (n_features, "large")):
+            ours, sae = _pair(settings, size, "jumprelu")
+            ours.save_pretrained(Path(name, f"ours-{folder}"))
+            sae.save_model(str(Path(name, f"theirs-{folder}")))
+        for side, (imports, body) in {"ours": _OURS, "theirs": _THEIRS}.items():
+            places = {folder: str(Path(name, f"{side}-{folder}")) for folder in ("small", "large")}
+            script = _LOAD.format(imports=imports, body=body, small=places["small"], folder=places["large"])
+            runs = [_measure(script) for _ in range(3)]
+            found.append([statistics.median(column) for column in zip(*runs, strict=True)])
+        folders = [str(Path(name, "ours-large"))]
+        size = sum(path.stat().st_size for path in Path(folders[0]).iterdir())
+    return Sizes(
+        f"memory touched: load 32 of {n_features} features of a {size / 1e9:.2f} GB dictionary, encode a token",
+        "sae_lens load_from_disk, and all features encoded",
+        max(int(found[0][0]), 4096),
+        int(found[1][0]),
+        f"in {found[0][1] * 1e3:.0f} ms here, in {found[1][1] * 1e3:.0f} ms there",
+    )
+
+
+def _measure(script: str) -> list[float]:
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return [float(number) for number in done.stdout.split()[-2:]]
+
+
 BENCHMARKS = (
+    Benchmark("dictionary-load-rows", load_rows, required=100),
     Benchmark("dictionary-32-of-65536", functools.partial(_interchange, n_features=65536, k=32), required=500),
     Benchmark("dictionary-full", functools.partial(_interchange, n_features=65536, k=None), required=2.2),
     Benchmark("dictionary-mask-step", mask_step, required=2.3),

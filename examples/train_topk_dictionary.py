@@ -45,12 +45,18 @@ def python_documentation() -> str:
 
 
 def activations(model: Any, ids: Tensor, site: str, batch: int = 8) -> Tensor:
-    """Activations at a site of sequences ``(n, length)`` without their first token: ``(n (length - 1), d)``."""
+    """Activations at a site of sequences ``(n, length)``, without outliers: ``(tokens, d)``.
+
+    Left out are the first token, and the few others whose activations are tens of times longer than the median's
+    (massive activations, Sun et al. 2024, arXiv:2402.17762): they would be most of the variance by themselves.
+    """
     parts = []
     for start in track(range(0, len(ids), batch), "activations", console=console):
         found = featurizers.collect(model, {"input_ids": ids[start : start + batch]}, [site])[site]
-        parts.append(found[:, 1:].flatten(0, 1))  # the first token's activations are an outlier in every model
-    return torch.cat(parts)
+        parts.append(found[:, 1:].flatten(0, 1))
+    x = torch.cat(parts)
+    norms = x.norm(dim=-1)
+    return x[norms < 10 * norms.median()]
 
 
 def train(

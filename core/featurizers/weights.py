@@ -112,9 +112,11 @@ def read_tensors(
     try:
         with safe_open(path, framework="pt", device=str(device) if device is not None else "cpu") as file:
             tensors = {
-                name: file.get_tensor(name) if name not in rows else take_rows(file.get_slice(name), rows[name])
+                name: take_rows(file.get_slice(name), rows[name]) if name in rows else file.get_tensor(name)
                 for name in file.keys()  # noqa: SIM118  # it is no mapping
             }
+        if rows:  # one tensor that is mapped would keep the file's pages
+            tensors = {name: tensor if name in rows else tensor.clone() for name, tensor in tensors.items()}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # the last for a device that is not there
         raise WeightsError(where, f"{WEIGHTS_NAME} cannot be read: {error}") from error
     check_finite(tensors, where)
