@@ -16,6 +16,7 @@ from featurizers.anatomy import Anatomy
 from featurizers.errors import ArtefactError, HubNotFoundError, ManifestError, UsageError, WeightsError
 from featurizers_autoencoder import (
     AutoencoderIntervention,
+    AutoencoderLayer,
     JumpReLUAutoencoderIntervention,
     get_intervenable_with_autoencoder,
     load_intervenable,
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from tests.plugins.test_autoencoder import LATENTS, LAYERS, layer, run
 from tests.support.hub import LoopbackHub, connect
-from tests.support.models import prompts, tiny_model
+from tests.support.models import WIDTH, prompts, tiny_model
 
 BASE, SOURCE = prompts(3, 6), prompts(3, 6, seed=1)
 
@@ -224,6 +225,16 @@ def test_pyvenes_own_save_and_load_give_the_same(kind, dims, tmp_path):
         assert torch.equal(run(again, [1, 4], subspaces), run(built, [1, 4], subspaces))
     (loaded,) = again.interventions.values()
     assert type(loaded.autoencoder) is LAYERS[kind]
+
+
+def test_pyvenes_load_takes_fewer_latents_than_dimensions(tmp_path):
+    intervention = AutoencoderIntervention(autoencoder=AutoencoderLayer(WIDTH, 7))
+    place = {"layer": 1, "component": "block_output", "intervention": intervention, "latent_dim": 7}
+    built = pv.IntervenableModel(pv.IntervenableConfig([place]), tiny_model("gpt2"))
+    built.save(str(tmp_path / "it"))
+    again = pv.IntervenableModel.load(str(tmp_path / "it"), tiny_model("gpt2"))
+    assert torch.equal(run(again, [3]), run(built, [3]))
+    assert next(iter(again.interventions.values())).interchange_dim is None
 
 
 def test_an_intervention_without_its_autoencoder_says_so():

@@ -100,7 +100,8 @@ class AutoencoderIntervention(TrainableIntervention, DistributedRepresentationIn
                 )
         elif isinstance(layer := self._modules.get("autoencoder"), SizedLayer):
             latents = layer.latent_dim
-            if (chosen > latents if chosen.dim() == 0 else chosen >= latents).any():
+            longest = max(latents, layer.input_dim)  # pyvene's load begins with a prefix of the width of the model
+            if (chosen > longest if chosen.dim() == 0 else chosen >= latents).any():
                 raise FeatureIndexError(f"interchange_dim {interchange_dim!r} is beyond the {latents} latents")
         self.interchange_dim = chosen
 
