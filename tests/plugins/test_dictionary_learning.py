@@ -1,115 +1,155 @@
-"""The dictionary-learning plugin beside golden tensors of dictionary_learning itself, and its formulas."""
+"""The classes of the dictionary-learning plugin beside golden tensors of dictionary_learning itself."""
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import sys
 import types
-from pathlib import Path
-from typing import Any
 
-import featurizers
 import featurizers_dictionary_learning as dl
 import pytest
 import torch
-from featurizers.errors import ConfigError, ConversionError, FeatureIndexError, ManifestError, UsageError, WeightsError
-from safetensors.torch import load_file
-from torch import Tensor
+from featurizers.errors import ConfigError, UsageError, WeightsError
 
-from tests.support.dictionaries import RULES, dictionary
+from tests.support.dictionary_learning import NAMES, SEED, D, F, K, close, golden, model
 
-GOLDEN = Path(__file__).parents[1] / "fixtures/dictionary-learning/golden.safetensors"
-LINEAR = ("AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "AutoEncoderTopK", "BatchTopKSAE")
-NAMES = (*LINEAR, "JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE")
-D, F = 16, 64
-
-
-def golden(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The state dict of a class, and what it computed."""
-    found = {n.removeprefix(f"{name}/"): t for n, t in load_file(GOLDEN).items() if n.startswith(f"{name}/")}
-    state = {n.removeprefix("state/"): t for n, t in found.items() if n.startswith("state/")}
-    return state, {n: t for n, t in found.items() if not n.startswith("state/")}
-
-
-def saved(folder: Path, name: str, state: Any = None, **trainer: Any) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(golden(name)[0] if state is None else state, folder / "ae.pt")
-    common = {"dict_class": name, "activation_dim": D, "dict_size": F, "layer": 12, "lm_name": "google/gemma-2-2b"}
-    config = {"trainer": {**common, **trainer}, "buffer": {"ctx_len": 128}}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
-    __tracebackhide__ = True
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
-    assert float(expected.abs().max()) > 0
-
-
-def random_jump() -> dl.JumpAutoEncoder:
-    torch.manual_seed(0)
-    autoencoder = dl.JumpAutoEncoder(D, F)
-    with torch.no_grad():
-        for parameter in autoencoder.parameters():
-            parameter.copy_(torch.randn_like(parameter))
-    return autoencoder
-
-
-# ---------------------------------------------------------------------- the classes
+SCALED = [name for name in NAMES if "scaled" in golden(name)[1]]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_classes_are_those_of_dictionary_learning(name, tmp_path):
     state, expected = golden(name)
-    path = tmp_path / "ae.pt"
-    torch.save(state, path)
-    autoencoder = getattr(dl, name).from_pretrained(str(path), device="cpu")
+    torch.save(state, tmp_path / "ae.pt")
+    autoencoder = getattr(dl, name).from_pretrained(str(tmp_path / "ae.pt"), device="cpu")
     assert {n: t.shape for n, t in autoencoder.state_dict().items()} == {n: t.shape for n, t in state.items()}
-    x = expected["x"]
+    assert (autoencoder.activation_dim, autoencoder.dict_size) == (D, F)
+    x = expected["x"].clone().requires_grad_()
     close(autoencoder.encode(x), expected["features"])
     close(autoencoder(x), expected["x_hat"])
     close(autoencoder.decode(expected["features"]), expected["x_hat"])
+    (autoencoder.encode(x) * torch.linspace(-1, 1, F)).sum().backward()
+    close(x.grad, expected["gradient"], 1e-5)
     x_hat, f = autoencoder(x, output_features=True)
     close(x_hat, expected["x_hat"])
-    if name in ("GatedAutoEncoder", "AutoEncoderNew"):  # of these two forward gives other units than encode
-        close(f, expected["features"] * state["decoder.weight"].norm(dim=0))
-    else:
-        close(f, expected["features"])
-    if "batch_features" in expected:
-        close(autoencoder.encode(x, use_threshold=False), expected["batch_features"])
-        _, active, p = autoencoder.encode(x, return_active=True)
-        assert torch.equal(active, (expected["features"] > 0).any(0))
-        assert (p > 0).sum() > (expected["features"] > 0).sum()
+    close(f, expected["first_features" if name in SEED else "features"])
+    assert all(parameter.requires_grad for parameter in autoencoder.parameters())
 
 
-def test_ghost_mode_gates_and_scales():
-    state, expected = golden("AutoEncoder")
-    autoencoder = dl.AutoEncoder.from_state(state, "here")
-    mask = torch.arange(F) % 3 == 0
+@pytest.mark.parametrize("name", SCALED)
+def test_biases_are_scaled_like_activations(name):
+    _, expected = golden(name)
+    autoencoder = model(name)
+    autoencoder.scale_biases(2.0)
+    close(autoencoder.encode(expected["x"]), expected["scaled"])
+    if "BatchTopK" in name:
+        autoencoder.threshold.fill_(-1.0)
+        autoencoder.scale_biases(2.0)
+        assert float(autoencoder.threshold) == -1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_new_ones_have_the_same_tensors(name):
+    sizes = {"AutoEncoderTopK": [K], "BatchTopKSAE": [K], "MatryoshkaBatchTopKSAE": [K, [16, 16, 32]]}.get(name, [])
+    autoencoder = getattr(dl, name)(D, F, *sizes)
+    assert {n: (t.shape, t.dtype) for n, t in autoencoder.state_dict().items()} == {
+        n: (t.shape, t.dtype) for n, t in golden(name)[0].items()
+    }
+    rows = autoencoder.W_dec if hasattr(autoencoder, "W_dec") else autoencoder.decoder.weight.T
+    close(rows.norm(dim=1), torch.full((F,), 0.1 if name == "AutoEncoderNew" else 1.0))
+    assert autoencoder(torch.randn(2, 3, D)).shape == (2, 3, D)
+
+
+def test_ghost_mode():
+    _, expected = golden("AutoEncoder")
+    autoencoder, mask = model("AutoEncoder"), torch.arange(F) % 3 == 0
     x_hat, x_ghost = autoencoder(expected["x"], ghost_mask=mask)
     close(x_hat, expected["x_hat"])
     close(x_ghost, expected["x_ghost"])
-    close(autoencoder(expected["x"], output_features=True, ghost_mask=mask)[2], expected["features"])
-    autoencoder.scale_biases(2.0)
-    close(autoencoder.encode(expected["x"]), expected["scaled"])
-    state, expected = golden("GatedAutoEncoder")
-    f, gate = dl.GatedAutoEncoder.from_state(state, "here").encode(expected["x"], return_gate=True)
+    x_hat, x_ghost, f = autoencoder(expected["x"], output_features=True, ghost_mask=mask)
+    close(x_hat, expected["x_hat"])
+    close(x_ghost, expected["x_ghost"])
+    close(f, expected["features"])
+
+
+def test_gates():
+    _, expected = golden("GatedAutoEncoder")
+    autoencoder, x = model("GatedAutoEncoder"), expected["x"]
+    f, gate = autoencoder.encode(x, return_gate=True)
     close(f, expected["features"])
     close(gate, expected["gate"])
+    normalized = autoencoder.encode(x, normalize_decoder=True)
+    close(normalized, expected["normalized"])
+    close(autoencoder.decode(normalized, normalize_decoder=True), expected["x_hat"])
+    close(autoencoder(x, output_features=True)[1], expected["normalized"])
+    close(autoencoder(x, output_features=True, normalize_decoder=False)[1], expected["features"])
+    ones = dl.GatedAutoEncoder(D, F, initialization=lambda module: module.r_mag.data.fill_(1.0))
+    assert (ones.r_mag == 1).all()
+    with pytest.raises(UsageError, match="'default' or a function of the module, not 'orthogonal'"):
+        dl.GatedAutoEncoder(D, F, initialization="orthogonal")
 
 
 def test_the_jump_is_an_offset():
-    autoencoder = random_jump()
-    x = torch.randn(6, D)
-    p = torch.relu((x - autoencoder.bias) @ autoencoder.encoder.weight.T + autoencoder.encoder.bias)
-    f, pre_jump = autoencoder.encode(x, output_pre_jump=True)
-    close(pre_jump, p)
-    close(f, torch.where(p > 0, p + autoencoder.jump, torch.zeros(())))
-    x_hat, f2, pre2 = autoencoder(x, output_pre_jump=True)
+    _, expected = golden("JumpAutoEncoder")
+    autoencoder = model("JumpAutoEncoder")
+    f, pre_jump = autoencoder.encode(expected["x"], output_pre_jump=True)
+    close(pre_jump, expected["pre_jump"])
+    close(f, torch.where(pre_jump > 0, pre_jump + autoencoder.jump, torch.zeros(())))
+    x_hat, f2, pre2 = autoencoder(expected["x"], output_pre_jump=True)
     assert torch.equal(f2, f)
     assert torch.equal(pre2, pre_jump)
-    close(x_hat, f @ autoencoder.decoder.weight.T + autoencoder.bias)
-    assert len(autoencoder(x, output_features=True)) == 2
+    close(x_hat, expected["x_hat"])
+
+
+def test_jumprelu_with_and_without_pre_bias():
+    _, expected = golden("JumpReluAutoEncoder")
+    autoencoder = model("JumpReluAutoEncoder")
+    close(autoencoder.encode(expected["x"], output_pre_jump=True)[1], expected["pre_jump"])
+    autoencoder.apply_b_dec_to_input = True
+    close(autoencoder.encode(expected["x"]), expected["pre_biased"])
+    close(autoencoder.as_featurizer().encode(expected["x"]), expected["pre_biased"])
+
+
+def test_top_k_and_its_threshold():
+    _, expected = golden("AutoEncoderTopK")
+    autoencoder, x = model("AutoEncoderTopK"), expected["x"]
+    f, values, indices, p = autoencoder.encode(x, return_topk=True)
+    assert values.shape == indices.shape == (6, K)
+    assert torch.equal(f.gather(-1, indices), values)
+    assert ((f > 0) <= (p > 0)).all()
+    close(autoencoder.encode(x, use_threshold=True), expected["above"])
+
+
+@pytest.mark.parametrize("name", ["BatchTopKSAE", "MatryoshkaBatchTopKSAE"])
+@pytest.mark.parametrize("batch_mode", [False, True])
+def test_three_axes_are_tokens_like_any_other(name, batch_mode):
+    """Upstream silences positions of the sequence instead of features, and counts k a sequence."""
+    _, expected = golden(name)
+    autoencoder, x = model(name), expected["x"]
+    flat, active, p = autoencoder.encode(x, return_active=True, use_threshold=not batch_mode)
+    close(flat, expected["batch_features" if batch_mode else "features"])
+    assert torch.equal(active, (flat > 0).any(0))
+    assert (p > 0).sum() > (flat > 0).sum()
+    apart, active_apart, _ = autoencoder.encode(x.reshape(2, 3, D), return_active=True, use_threshold=not batch_mode)
+    assert torch.equal(apart.reshape(6, F), flat)
+    assert torch.equal(active_apart, active)
+    assert autoencoder.encode(x[0], return_active=True)[1].shape == (F,)
+    if batch_mode:
+        assert (flat > 0).sum() == 6 * K
+
+
+def test_groups_that_are_not_active_are_silent_features():
+    _, expected = golden("MatryoshkaBatchTopKSAE")
+    autoencoder, x = model("MatryoshkaBatchTopKSAE"), expected["x"]
+    autoencoder.active_groups = 1
+    close(autoencoder.encode(x), expected["first_group"])
+    apart = autoencoder.encode(x.reshape(1, 6, D))
+    close(apart[0], expected["first_group"])
+    assert (apart[..., 16:] == 0).all()
+    assert (apart[0, :, :16] > 0).any(-1).all()  # the tokens after the sixteenth feature's number go on too
+    f = autoencoder.as_featurizer()
+    assert (f.n_features, f.numbers.tolist()) == (16, list(range(16)))
+    close(f.encode(x), expected["first_group"][:, :16])
+    close(x - f.featurize(x)[1], autoencoder(x), 1e-5)
 
 
 def test_identity():
@@ -117,8 +157,12 @@ def test_identity():
     x = torch.randn(2, 4)
     assert identity(x) is x
     assert identity(x, output_features=True) == (x, x)
-    assert identity.dict_size == 4
-    assert identity.as_featurizer().kind == "identity"
+    assert identity.decode(identity.encode(x)) is x
+    assert (identity.dict_size, dl.IdentityDict().dict_size) == (4, None)
+    assert dl.IdentityDict(4, dtype=torch.float16)(x).dtype == torch.float16
+    assert dl.IdentityDict.from_pretrained(4, "no file").activation_dim == 4
+    f = identity.as_featurizer()
+    assert (f.kind, f.d_in) == ("identity", 4)
 
 
 def test_units_are_raw_and_the_other_is_offered(tmp_path):
@@ -126,208 +170,152 @@ def test_units_are_raw_and_the_other_is_offered(tmp_path):
     torch.save(state, tmp_path / "ae.pt")
     raw = dl.AutoEncoder.from_pretrained(tmp_path / "ae.pt")
     normalized = dl.AutoEncoder.from_pretrained(tmp_path / "ae.pt", normalize_decoder=True)
-    norms = state["decoder.weight"].norm(dim=0)
-    close(normalized.encode(expected["x"]), expected["features"] * norms, 1e-5)
+    close(normalized.norms(), torch.ones(F))
+    close(normalized.encode(expected["x"]), expected["normalized"], 1e-5)  # what they load unasked
     close(normalized(expected["x"]), expected["x_hat"], 1e-5)
-    close(raw.as_featurizer().in_units("folded").encode(expected["x"]), normalized.encode(expected["x"]), 1e-5)
+    close(raw.encode(expected["x"]), expected["features"])
+    for units in ("folded", "decoder-norm"):
+        close(raw.as_featurizer().in_units(units).encode(expected["x"]), expected["normalized"], 1e-5)
+    before = {n: t.clone() for n, t in normalized.state_dict().items()}
+    normalized.normalize_decoder()
+    assert all(torch.equal(before[n], t) for n, t in normalized.state_dict().items())
+    with torch.no_grad():
+        raw.decoder.weight[:, 3] = 0
+    with pytest.raises(UsageError, match="the decoder column of feature 3 is zero"):
+        raw.normalize_decoder()
+    assert raw.encode(expected["x"]).isfinite().all()
 
 
-@pytest.mark.parametrize("batch_mode", [False, True])
-def test_three_axes_are_tokens_like_any_other(batch_mode):
-    """Upstream silences positions of the sequence instead of features, and counts k a sequence."""
-    state, expected = golden("MatryoshkaBatchTopKSAE")
-    autoencoder = dl.MatryoshkaBatchTopKSAE.from_state(state, "here")
-    for groups in (1, 3):
-        autoencoder.active_groups = groups
-        flat = autoencoder.encode(expected["x"], use_threshold=not batch_mode)
-        apart = autoencoder.encode(expected["x"].reshape(2, 3, D), use_threshold=not batch_mode)
-        assert torch.equal(apart.reshape(6, F), flat)
-        assert (flat[:, : [16, 64][groups > 1]] != 0).any(dim=-1).any()
-        assert (flat[:, [16, 64][groups > 1] :] == 0).all()
-    first = dl.MatryoshkaBatchTopKSAE.from_state(state, "here")
-    first.active_groups = 2
-    f = first.as_featurizer()
-    assert f.n_features == 32
-    close(f.encode(expected["x"]), expected["features"][:, :32])
-
-
-@pytest.mark.parametrize("name", [*NAMES, "JumpAutoEncoder"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_class_and_its_featurizer_are_one_map(name):
-    autoencoder = random_jump() if name == "JumpAutoEncoder" else getattr(dl, name).from_state(golden(name)[0], "here")
-    x, source = torch.randn(2, 6, D, generator=torch.Generator().manual_seed(0))
+    autoencoder = model(name)
+    x, source = torch.randn(2, 2, 3, D, generator=torch.Generator().manual_seed(0))
     f = autoencoder.as_featurizer()
     features, error = f.featurize(x)
     close(features, autoencoder.encode(x))
     x_hat = autoencoder.decode(autoencoder.encode(x))
     close(x - error, x_hat, 1e-5)
     mixed = autoencoder.encode(x)
-    mixed[:, [3, 40]] = autoencoder.encode(source)[:, [3, 40]]
+    mixed[..., [3, 40]] = autoencoder.encode(source)[..., [3, 40]]
     close(f.interchange(x, source, [3, 40]), autoencoder.decode(mixed) + x - x_hat, 1e-5)
     grads = []
-    for encode in (autoencoder.encode, f.encode):
-        leaf = x.clone().requires_grad_()
-        (encode(leaf) * torch.linspace(-1, 1, F)).sum().backward()
-        grads.append(leaf.grad)
-    close(grads[1], grads[0], 1e-5)
+    for encode, decode in ((autoencoder.encode, autoencoder.decode), (f.encode, f.decode)):
+        for through in (lambda z: z * torch.linspace(-1, 1, F), lambda z, decode=decode: decode(z).square()):
+            leaf = x.clone().requires_grad_()
+            through(encode(leaf)).sum().backward()
+            grads.append(leaf.grad)
+    close(grads[2], grads[0], 1e-5)
+    close(grads[3], grads[1], 1e-5)
+    with torch.no_grad():  # training goes on, and the featurizer stays as it was
+        for parameter in autoencoder.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(f.encode(x), features)
+
+
+def test_gradients_of_the_weights_are_those_of_the_formula():
+    autoencoder = model("AutoEncoder")
+    x = torch.randn(5, D, dtype=torch.float64)
+    autoencoder.double()
+    x_hat, f = autoencoder(x, output_features=True)
+    (0.5 * (x_hat - x).square().sum()).backward()
+    e = (x_hat - x).detach()
+    pre = (e @ autoencoder.decoder.weight) * (f > 0)
+    close(autoencoder.decoder.weight.grad, e.T @ f, 1e-9)
+    close(autoencoder.encoder.bias.grad, pre.sum(0), 1e-9)
+    close(autoencoder.encoder.weight.grad, pre.T @ (x - autoencoder.bias), 1e-9)
+    close(autoencoder.bias.grad, (e - pre @ autoencoder.encoder.weight).sum(0), 1e-9)
+
+
+# ---------------------------------------------------------------------- from a file
+
+
+def test_dtypes_and_devices(tmp_path):
+    state, _ = golden("AutoEncoder")
+    path = tmp_path / "ae.pt"
+    torch.save({n: t.half() for n, t in state.items()}, path)
+    assert dl.AutoEncoder.from_pretrained(path).bias.dtype == torch.float32
+    assert dl.AutoEncoder.from_pretrained(path, dtype=None).bias.dtype == torch.float16
+    assert dl.AutoEncoder.from_pretrained(path, "cpu", torch.bfloat16).bias.dtype == torch.bfloat16
+    with pytest.raises(UsageError, match=r"which is a dtype; write dtype=torch\.float16"):
+        dl.AutoEncoder.from_pretrained(path, torch.float16)
+    autoencoder = dl.AutoEncoder.from_pretrained(path, dtype=None)
+    torch.save({n: torch.zeros_like(t) for n, t in state.items()}, path)  # the file is not its memory
+    assert torch.equal(autoencoder.bias, state["bias"].half())
+
+
+def test_what_is_asked_of_a_file_must_be_there(tmp_path):
+    for name in ("AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
+        torch.save(golden(name)[0], tmp_path / f"{name}.pt")
+        assert int(getattr(dl, name).from_pretrained(tmp_path / f"{name}.pt", k=K).k) == K
+        with pytest.raises(UsageError, match="the k there is 5, not 6"):
+            getattr(dl, name).from_pretrained(tmp_path / f"{name}.pt", k=6)
+    with pytest.raises(UsageError, match=r"featurizers\.load\('sae-lens:RELEASE/ID'\)"):
+        dl.JumpReluAutoEncoder.from_pretrained(load_from_sae_lens=True, release="r", sae_id="s")
+    with pytest.raises(UsageError, match=r"no options but dtype and device; got .'release'"):
+        dl.JumpReluAutoEncoder.from_pretrained(tmp_path / "x.pt", release="r")
+    with pytest.raises(WeightsError, match=r"x\.pt cannot be read"):
+        dl.AutoEncoder.from_pretrained(tmp_path / "x.pt")
+    torch.save(golden("JumpReluAutoEncoder")[0], tmp_path / "x.pt")
+    with pytest.raises(WeightsError, match=r"lacks 'encoder\.weight', and has .'W_dec'"):
+        dl.AutoEncoder.from_pretrained(tmp_path / "x.pt")
+    state, _ = golden("AutoEncoder")
+    for wrong, words in (
+        ({**state, "gain": torch.ones(F)}, 'Unexpected key.*"gain"'),
+        ({n: t for n, t in state.items() if n != "bias"}, 'Missing key.*"bias"'),
+        ({**state, "bias": torch.ones(F)}, "size mismatch for bias"),
+        ({**state, "bias": 3.0}, "no state dict of a AutoEncoder"),
+        ([1, 2], "no state dict of a AutoEncoder"),
+    ):
+        with pytest.raises(WeightsError, match=words):
+            dl.AutoEncoder.from_state(wrong, "here")
+    state, _ = golden("MatryoshkaBatchTopKSAE")
+    for wrong, words in (
+        ({"k": torch.tensor(2.5)}, "k is a positive integer, not 2.5"),
+        ({"k": torch.tensor(0)}, "k is a positive integer, not 0"),
+        ({"group_sizes": torch.tensor([16, 16])}, "sum to dict_size 64, got"),
+    ):
+        with pytest.raises(WeightsError, match=words):
+            dl.MatryoshkaBatchTopKSAE.from_state({**state, **wrong}, "here")
+
+
+def test_sizes_are_checked():
+    with pytest.raises(ConfigError, match="sum to dict_size 64"):
+        dl.MatryoshkaBatchTopKSAE(D, F, 3, [1, 2])
+    for k in (0, -1, True, 2.0):
+        with pytest.raises(ConfigError, match="k is a positive integer, not"):
+            dl.BatchTopKSAE(D, F, k)
+
+
+# ---------------------------------------------------------------------- the package's own name
 
 
 def test_an_alias_serves_code_written_for_the_package(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "dictionary_learning"]:
+        monkeypatch.delitem(sys.modules, name)
+    before = set(sys.modules)
+    try:
+        dl.alias()
+        dl.alias()
+        from dictionary_learning import AutoEncoder
+        from dictionary_learning.dictionary import GatedAutoEncoder, IdentityDict, JumpReluAutoEncoder
+        from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
+        from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
+        from dictionary_learning.trainers.top_k import AutoEncoderTopK
+        from dictionary_learning.utils import load_dictionary
+
+        found = (AutoEncoder, GatedAutoEncoder, IdentityDict, JumpReluAutoEncoder, AutoEncoderTopK, BatchTopKSAE)
+        assert all(cls is getattr(dl, cls.__name__) for cls in (*found, MatryoshkaBatchTopKSAE))
+        assert load_dictionary is dl.load_dictionary
+        assert not issubclass(BatchTopKSAE, AutoEncoderTopK)  # code that asks isinstance tells them apart
+        with pytest.raises(ModuleNotFoundError, match=r"dictionary_learning\.buffer"):
+            importlib.import_module("dictionary_learning.buffer")
+        assert importlib.util.find_spec("dictionary_learning.utils")
+    finally:
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] == "dictionary_learning":
+                del sys.modules[name]
     package = types.ModuleType("dictionary_learning")
+    package.__file__ = "/site-packages/dictionary_learning/__init__.py"
     monkeypatch.setitem(sys.modules, "dictionary_learning", package)
-    monkeypatch.setitem(sys.modules, "dictionary_learning.dictionary", dl)
-    from dictionary_learning.dictionary import AutoEncoder
-
-    assert AutoEncoder is dl.AutoEncoder
-
-
-# ---------------------------------------------------------------------- files
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_folder_is_read(name, tmp_path):
-    _, expected = golden(name)
-    f = featurizers.load(saved(tmp_path / "it", name))
-    features, error = f.featurize(expected["x"])
-    close(features, expected["features"])
-    close(expected["x"] - error, expected["x_hat"], 1e-5)
-    assert f.site == featurizers.Site("resid.post", 12)
-    assert f.site.model == "google/gemma-2-2b"
-    assert f.config.units == "raw"
-    again = featurizers.load(f.save_pretrained(tmp_path / "ours"))
-    assert torch.equal(again.encode(expected["x"]), f.encode(expected["x"]))
-    if name != "AutoEncoderTopK":
-        part = featurizers.load(tmp_path / "it", indices=[40, 3])
-        close(part.collect(expected["x"]), expected["features"][:, [40, 3]])
-        with pytest.raises(FeatureIndexError):
-            featurizers.load(tmp_path / "it", indices=[64])
-
-
-def test_the_seeds_own_classes_are_read(tmp_path):
-    jump = random_jump()
-    f = featurizers.load(
-        saved(tmp_path / "jump", "JumpAutoEncoder", jump.state_dict(), submodule_name="mlp_out_layer_12")
-    )
-    x = torch.randn(3, D)
-    close(f.encode(x), jump.encode(x))
-    assert str(f.site) == "mlp.out:12"
-    identity = featurizers.load(saved(tmp_path / "identity", "IdentityDict", {}, activation_dim=None, dict_size=None))
-    assert identity.kind == "identity"
-
-
-def test_a_training_that_broke_off_is_scaled(tmp_path):
-    state, expected = golden("AutoEncoder")
-    f = featurizers.load(saved(tmp_path / "it", "AutoEncoder", {"state_dict": state, "norm_factor": 2.0}))
-    close(f.encode(expected["x"]), expected["scaled"])
-
-
-def test_batchtopk_without_a_threshold_is_relu(tmp_path):
-    state, expected = golden("BatchTopKSAE")
-    f = featurizers.load(saved(tmp_path / "it", "BatchTopKSAE", {**state, "threshold": torch.tensor(-1.0)}))
-    p = (expected["x"] - state["b_dec"]) @ state["encoder.weight"].T + state["encoder.bias"]
-    close(f.encode(expected["x"]), p.relu())
-
-
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("abstopk", "groupmax", "identity")])
-def test_a_dictionary_is_written_for_its_class(rule, tmp_path):
-    f = dictionary(rule, pre_bias=True)
-    f.site = featurizers.Site("resid.post", 3)
-    lost = featurizers.convert(f, tmp_path / "it", "dictionary-learning")
-    assert len(lost) == (1 if rule == "jumprelu" else 0)
-    trainer = json.loads((tmp_path / "it/config.json").read_text())["trainer"]
-    autoencoder = getattr(dl, trainer["dict_class"]).from_pretrained(tmp_path / "it/ae.pt")
-    x = torch.randn(5, 8)
-    features, error = f.featurize(x)
-    close(autoencoder.encode(x), features, 1e-5)
-    close(autoencoder(x), x - error, 1e-5)
-    back = featurizers.load(tmp_path / "it")
-    assert back.site == f.site
-    close(back.encode(x), features, 1e-5)
-
-
-def test_what_is_lost_is_said(tmp_path):
-    f = dictionary("relu", normalize="scale", input_scale=3.0, n_heads=2, special_tokens=[5]).in_units("decoder-norm")
-    f = f.take([7, 2])
-    f.site, f.metadata = featurizers.Site("embed"), {"found": "here"}
-    lost = featurizers.convert(f, tmp_path / "it", "dictionary-learning")
-    for words in ("numbers", "norms", "factor 3.0", "heads", "special tokens [5]", "'embed'", "'found'"):
-        assert sum(words in sentence for sentence in lost) == 1, (words, lost)
-    x = torch.randn(5, 8)
-    close(featurizers.load(tmp_path / "it").encode(x), f.encode(x), 1e-5)
-    for other, words in (
-        (dictionary("groupmax"), "has a pre-bias"),
-        (dictionary("groupmax", pre_bias=True), "no class for the rule 'groupmax'"),
-        (dictionary("relu", normalize="layer-norm"), "does not normalise activations by 'layer-norm'"),
-        (featurizers.create("identity", d_in=3), "not the kind 'identity'"),
-    ):
-        with pytest.raises(ConversionError, match=words):
-            featurizers.convert(other, tmp_path / "no", "dictionary-learning")
-
-
-# ---------------------------------------------------------------------- refusals
-
-
-def test_what_is_not_known_is_named(tmp_path):
-    state, _ = golden("AutoEncoder")
-    cases: dict[str, tuple[Path, str]] = {
-        "class": (
-            saved(tmp_path / "a", "AutoEncoder", dict_class="HyperEncoder"),
-            "the dict_class 'HyperEncoder' is not",
-        ),
-        "crosscoder": (saved(tmp_path / "b", "AutoEncoder", dict_class="CrossCoder"), "several layers at once"),
-        "batch crosscoder": (saved(tmp_path / "c", "AutoEncoder", dict_class="BatchTopKCrossCoder"), "several layers"),
-        "another class's weights": (saved(tmp_path / "d", "GatedAutoEncoder", state), "the state dict of a GatedAuto"),
-        "another width": (saved(tmp_path / "e", "AutoEncoder", activation_dim=17), "activation_dim 16, but config"),
-        "another k": (saved(tmp_path / "f", "BatchTopKSAE", k=6), "has k 5, but config.json says 6"),
-        "not finite": (
-            saved(tmp_path / "g", "AutoEncoder", {**state, "bias": torch.full((D,), torch.inf)}),
-            "'bias' holds NaN or infinity",
-        ),
-        "a list": (saved(tmp_path / "h", "AutoEncoder", [1, 2]), "no state dict of a AutoEncoder"),
-        "a factor of text": (
-            saved(tmp_path / "i", "AutoEncoder", {"state_dict": state, "norm_factor": "2"}),
-            "norm_factor '2'",
-        ),
-    }
-    for name, (folder, words) in cases.items():
-        with pytest.raises((ManifestError, WeightsError), match=words) as caught:
-            featurizers.load(folder)
-        assert str(folder) in str(caught.value), name
-    with pytest.raises(UsageError, match="compares all features"):
-        featurizers.load(saved(tmp_path / "j", "AutoEncoderTopK"), indices=[1])
-    with pytest.raises(ConfigError, match="sum to dict_size 64"):
-        dl.MatryoshkaBatchTopKSAE(D, F, 3, [1, 2])
-    with pytest.raises(ConfigError, match="k is a positive integer, not 0"):
-        dl.BatchTopKSAE(D, F, 0)
-
-
-def test_pickled_objects_are_not_run(tmp_path):
-    class Mischief:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "was-here"), "w"))
-
-    folder = saved(tmp_path / "it", "AutoEncoder", {"encoder.weight": Mischief()})
-    with pytest.raises(WeightsError, match="holds more than tensors, and nothing of it is run"):
-        featurizers.load(folder)
-    with pytest.raises(WeightsError, match="holds more than tensors"):
-        dl.AutoEncoder.from_pretrained(folder / "ae.pt")
-    assert not (tmp_path / "was-here").exists()
-    (folder / "ae.pt").write_bytes(b"<html>log in</html>")
-    with pytest.raises(WeightsError, match=r"ae\.pt"):
-        featurizers.load(folder)
-
-
-def test_a_file_of_another_device_is_read_on_this_one(tmp_path, monkeypatch):
-    """A CUDA tensor in a file names its device; it is read on the CPU whatever it says."""
-    import featurizers.foreign
-
-    seen = {}
-    load = torch.load
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        seen.update(kwargs)
-        return load(*args, **kwargs)
-
-    monkeypatch.setattr(torch, "load", watched)
-    featurizers.load(saved(tmp_path / "it", "AutoEncoder"))
-    assert seen["map_location"] == "cpu"
-    assert seen["weights_only"] is True
+    with pytest.raises(UsageError, match="imported already, from '/site-packages/"):
+        dl.alias()
