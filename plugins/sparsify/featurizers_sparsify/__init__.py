@@ -19,7 +19,9 @@ __all__ = ["SparsifyConfig"]
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 MODULES = {"mlp": "mlp.out", "self_attn": "attn.out", "attn": "attn.out", "attention": "attn.out"}
 """Modules of a block whose output is a site, by their names in a hookpoint."""
-BLOCK = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)(?:\.(\w+))?")
+DECODERS = "model|transformer|gpt_neox|decoder|language_model"
+"""Modules around the blocks that may stand before them; those of an image tower are no sites."""
+BLOCK = re.compile(rf"(?:(?:{DECODERS})\.)*(?:layers|h)\.(\d+)(?:\.(\w+))?")
 
 
 class SparsifyConfig(BaseModel):
@@ -35,7 +37,7 @@ class SparsifyConfig(BaseModel):
         multi_topk: a loss of training.
         skip_connection: whether the input is added to the output through a matrix.
         transcode: whether another site is predicted.
-        signed: an option of old versions, for features of either sign.
+        signed: an option of versions before 1.0: the k largest magnitudes, with their sign.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -88,7 +90,7 @@ def featurizers_read(source: Foreign) -> Featurizer[Any] | None:
             file.read("W_dec"),
             file.read("encoder.bias"),
             file.read("b_dec"),
-            rule=config.activation,
+            rule="abstopk" if config.signed else config.activation,
             rule_options={"k": config.k},
             pre_bias=True,
         )
@@ -96,7 +98,7 @@ def featurizers_read(source: Foreign) -> Featurizer[Any] | None:
         raise
     except FeaturizerError as error:
         raise ManifestError(where, str(error)) from error
-    hookpoint = Path(where).name
+    hookpoint = _hookpoint(where)
     featurizer.site = _site(hookpoint)
     featurizer.id = hookpoint or "sparsify"
     featurizer.metadata = {"sparsify": raw}
@@ -110,8 +112,14 @@ def _refuse(config: SparsifyConfig, where: str) -> None:
         raise ManifestError(where, "it is a transcoder, which reads one site and writes another: not of one site")
     if config.skip_connection:
         raise ManifestError(where, "it has a skip connection, and so is no featurizer of one site")
-    if config.signed:
-        raise ManifestError(where, "signed is set, an option of versions before 1.0 that is not known here")
+    if config.signed and config.activation != "topk":
+        raise ManifestError(where, f"signed belongs to the activation 'topk', not to {config.activation!r}")
+
+
+def _hookpoint(where: str) -> str:
+    """The name of the folder; of its parent where several seeds of a hookpoint have folders ``seed0``, ``seed1``, …"""
+    path = Path(where)
+    return path.parent.name if re.fullmatch(r"seed\d+", path.name) else path.name
 
 
 def _site(hookpoint: str) -> Site | None:
@@ -183,7 +191,7 @@ def featurizers_write(featurizer: Featurizer[Any], folder: Path) -> list[str] | 
         lost.append(f"The metadata {', '.join(map(repr, other))} are not kept.")
     tensors = {"encoder.weight": state["W_enc"], "encoder.bias": bias, "W_dec": state["W_dec"], "b_dec": state["b_dec"]}
     write_tensors(tensors, folder / WEIGHTS, where)
-    norms = state["W_dec"].float().norm(dim=-1)
+    norms, theirs = state["W_dec"].float().norm(dim=-1), featurizer.metadata.get("sparsify")
     cfg = SparsifyConfig(
         d_in=config.d_in,
         activation=config.rule,
@@ -191,6 +199,7 @@ def featurizers_write(featurizer: Featurizer[Any], folder: Path) -> list[str] | 
         k=int(config.rule_options["k"]),
         expansion_factor=max(config.n_features // config.d_in, 1),
         normalize_decoder=bool(((norms - 1).abs() < 1e-3).all()),
+        multi_topk=isinstance(theirs, dict) and theirs.get("multi_topk") is True,
     )
     (folder / CONFIG).write_text(json.dumps(cfg.model_dump(exclude={"signed"})) + "\n", encoding="utf-8")
     return lost
