@@ -101,17 +101,17 @@ def train(
 
 
 @torch.no_grad()
-def measure(f: DictionaryFeaturizer, x: Tensor, k: int) -> dict[str, float]:
-    """What the dictionary explains of held-out activations, beside as many principal components as fire."""
-    centred = x - x.mean(0)
-    total = centred.square().sum()
+def measure(f: DictionaryFeaturizer, x: Tensor, trained_on: Tensor, k: int) -> dict[str, float]:
+    """What the dictionary explains of held-out activations ``(n, d)``, beside k principal components of the others."""
+    mean = trained_on.mean(0)
+    total = (x - x.mean(0)).square().sum()
     fires, left = torch.zeros(f.n_features), 0.0
     for part in x.split(2048):
         features, error = f.featurize(part)
         fires += (features > 0).sum(0)
         left += float(error.square().sum())
-    _, _, components = torch.pca_lowrank(centred, q=k, center=False)
-    rest = centred - centred @ components @ components.T
+    components = torch.linalg.eigh((trained_on - mean).T @ (trained_on - mean)).eigenvectors[:, -k:]
+    rest = (x - mean) - (x - mean) @ components @ components.T
     return {
         "variance_explained": 1 - left / float(total),
         "variance_explained_by_pca_of_rank_k": 1 - float(rest.square().sum() / total),
@@ -138,6 +138,7 @@ def main(
     start, length = time.perf_counter(), 128
     path = Path(model)
     name, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (model, {})
+    hub_id = None if path.exists() else model
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     decoder = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options).eval().requires_grad_(False)
     words = text.read_text(encoding="utf-8") if text else python_documentation()
@@ -146,11 +147,11 @@ def main(
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
     site = f"resid.post:{layer}"
     x = activations(decoder, ids, site)
-    held_out = x[: len(x) // 11]
-    f, losses = train(x[len(held_out) :], features, k, steps, batch, seed)
-    found = measure(f, held_out, k)
-    f.id, f.site = f"topk-{features}-{site}", featurizers.Site.parse(site)
-    f.metadata = {**found, "tokens": x.numel() // x.shape[1], "steps": steps, "license": "apache-2.0"}
+    held_out, rest = x[: len(x) // 11], x[len(x) // 11 :]
+    f, losses = train(rest, features, k, steps, batch, seed)
+    found = measure(f, held_out, rest, k)
+    f.id, f.site = f"topk-{features}-{site}", featurizers.Site.parse(site).at(model=hub_id)
+    f.metadata = {**found, "tokens": len(rest), "tokens_held_out": len(held_out), "steps": steps}
     f.save_pretrained(out)
     table = Table("", "", title=f"{features} features, {k} of a token, at {site}")
     rows = {**found, "unexplained_in_training": losses[-1], "minutes": (time.perf_counter() - start) / 60}
