@@ -34,10 +34,9 @@ def sae_lens() -> Any:
 
 
 @functools.lru_cache(maxsize=1)
-def _weights(settings: Settings, n_features: int) -> dict[str, Tensor]:
+def _weights(settings: Settings, n_features: int, d: int) -> dict[str, Tensor]:
     """Random weights, and thresholds above which about 64 features of a token fire."""
     g = torch.Generator().manual_seed(0)
-    d = settings.size(WIDTH, 64)
     w_enc = torch.randn(n_features, d, generator=g) / math.sqrt(d)
     share = settings.size(ACTIVE, 8) / n_features
     level = float(torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - share)))
@@ -51,16 +50,19 @@ def _weights(settings: Settings, n_features: int) -> dict[str, Tensor]:
     return {name: tensor.to(settings.device, settings.dtype) for name, tensor in tensors.items()}
 
 
-def _pair(settings: Settings, n_features: int, architecture: str) -> tuple[DictionaryFeaturizer, Any]:
+def pair(
+    settings: Settings, n_features: int, architecture: str, d: int | None = None
+) -> tuple[DictionaryFeaturizer, Any]:
     """The same dictionary here and in SAELens."""
     peer = sae_lens()
-    t = dict(_weights(settings, n_features))
+    weights = _weights(settings, n_features, d or settings.size(WIDTH, 64))
+    t = dict(weights)
     f, d = t["W_enc"].shape
     options: dict[str, Any] = {}
     if architecture != "jumprelu":
         t.pop("threshold")
     if architecture == "gated":
-        level = _weights(settings, n_features)["threshold"]
+        level = weights["threshold"]
         t |= {"b_gate": -level, "r_mag": torch.zeros_like(level), "b_mag": -level}
         t.pop("b_enc")
     if architecture == "topk":
@@ -119,7 +121,7 @@ def _tokens(settings: Settings, seed: int) -> Tensor:
 
 def _interchange(settings: Settings, n_features: int, k: int | None) -> Case:
     n_features = settings.size(n_features, 1024)
-    ours, sae = _pair(settings, n_features, "jumprelu")
+    ours, sae = pair(settings, n_features, "jumprelu")
     theirs = SaeLensFeaturizer(sae)
     base, source = _tokens(settings, 1), _tokens(settings, 2)
     indices = None
@@ -151,7 +153,7 @@ def _tolerance(settings: Settings) -> float:
 def mask_step(settings: Settings) -> Case:
     """One step of training a mask: forward and backward to its logits."""
     n_features = settings.size(65536, 1024)
-    ours, sae = _pair(settings, n_features, "topk")
+    ours, sae = pair(settings, n_features, "topk")
     theirs = SaeLensFeaturizer(sae)
     base, source, cotangent = (_tokens(settings, seed) for seed in (1, 2, 3))
     logits = settings.randn(n_features, seed=4).requires_grad_()
@@ -178,7 +180,7 @@ def mask_step(settings: Settings) -> Case:
 def decode(settings: Settings) -> Case:
     """Decoding the features that fire."""
     n_features = settings.size(65536, 1024)
-    ours, sae = _pair(settings, n_features, "topk")
+    ours, sae = pair(settings, n_features, "topk")
     with torch.no_grad():
         features = ours.encode_sparse(_tokens(settings, 1))
         dense = sae.encode(_tokens(settings, 1))
@@ -203,7 +205,7 @@ def decode(settings: Settings) -> Case:
 def decode_dense(settings: Settings) -> Case:
     """The same of a dense tensor, in which the zeros have to be found first."""
     case = decode(settings)
-    ours, sae = _pair(settings, settings.size(65536, 1024), "topk")
+    ours, sae = pair(settings, settings.size(65536, 1024), "topk")
     with torch.no_grad():
         dense = sae.encode(_tokens(settings, 1))
 
@@ -217,7 +219,7 @@ def decode_dense(settings: Settings) -> Case:
 def gated(settings: Settings) -> Case:
     """One matrix product instead of two and a scaled copy of the weights."""
     n_features = settings.size(16384, 1024)
-    ours, sae = _pair(settings, n_features, "gated")
+    ours, sae = pair(settings, n_features, "gated")
     x = _tokens(settings, 1)
 
     @torch.no_grad()
@@ -270,7 +272,7 @@ def load_rows(settings: Settings) -> Sizes:
     found = []
     with tempfile.TemporaryDirectory() as name:
         for size, folder in ((1024, "small"), (n_features, "large")):
-            ours, sae = _pair(settings, size, "jumprelu")
+            ours, sae = pair(settings, size, "jumprelu")
             ours.save_pretrained(Path(name, f"ours-{folder}"))
             sae.save_model(str(Path(name, f"theirs-{folder}")))
         for side, (imports, body) in {"ours": _OURS, "theirs": _THEIRS}.items():

@@ -34,7 +34,7 @@ class Machine(BaseModel):
     def here(cls, settings: Settings) -> Machine:
         """This machine."""
         gpu = torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else None
-        names = ("featurizers", "torch", "pyvene", "transformers")
+        names = ("featurizers", "torch", "pyvene", "sae-lens", "transformers")
         return cls(
             device=gpu or "CPU",
             cpu=_cpu(),
@@ -54,7 +54,8 @@ class Report(BaseModel):
     """A run.
 
     Attributes:
-        device: ``cpu`` or ``cuda``: which table of the document it fills.
+        device: ``cpu`` or ``cuda``.
+        table: which table of the document it fills, that of its device if None.
         load: the machine's load average over a minute, before and after.
     """
 
@@ -65,6 +66,7 @@ class Report(BaseModel):
     machine: Machine
     load: tuple[float, float]
     rows: list[Row]
+    table: str | None = None
 
     def print(self, console: Console | None = None) -> None:
         """The table on the terminal, the checks, and what was skipped."""
@@ -105,14 +107,15 @@ class Report(BaseModel):
 
 
 def write_document(report: Report, path: Path = DOCUMENT) -> None:
-    """Put the table of a run between its device's markers in the document.
+    """Put the table of a run between its markers in the document.
 
     Raises:
         ValueError: the run was a quick one, or the document has no such markers.
     """
     if report.quick:
         raise ValueError("a quick run is not for the document")
-    start, end = f"<!-- results: {report.device} -->", f"<!-- end of results: {report.device} -->"
+    table = report.table or report.device
+    start, end = f"<!-- results: {table} -->", f"<!-- end of results: {table} -->"
     text = path.read_text()
     pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
     if not pattern.search(text):

@@ -44,6 +44,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Of torch on the CPU; more than one needs an idle machine.", min=1)] = 1,
     json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
     docs: Annotated[bool, typer.Option(help="Write the table into docs/benchmarks.md.")] = False,
+    table: Annotated[str | None, typer.Option(help="Which table of it: the device's, or dictionaries.")] = None,
 ) -> None:
     """Compare the library with its peers, one pair of samples after the other."""
     console = Console()
@@ -51,8 +52,8 @@ def main(
     if device.startswith("cuda") and not torch.cuda.is_available():
         console.print("skipped: torch sees no CUDA device")
         raise typer.Exit
-    if docs and (quick or only):
-        raise typer.BadParameter("the document takes a full run", param_hint="--docs")
+    if docs and (quick or (only and table is None)):
+        raise typer.BadParameter("the document takes a full run, or that of a --table", param_hint="--docs")
     chosen = [b for name, b in BENCHMARKS.items() if not only or name.startswith(tuple(only))]
     if not chosen:
         raise typer.BadParameter(f"choose from {', '.join(BENCHMARKS)}", param_hint="--only")
@@ -79,6 +80,7 @@ def main(
         machine=report.Machine.here(settings),
         load=(before, os.getloadavg()[0]),
         rows=rows,
+        table=table,
     )
     result.print(console)
     if json is not None:

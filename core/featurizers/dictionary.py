@@ -261,10 +261,9 @@ class DictionaryFeaturizer(Featurizer[DictionaryConfig]):
 
     def _add(self, base: Tensor, change: Tensor) -> Tensor:
         """``base`` and a change of what is decoded, in the statistics of the base."""
-        x = base.to(self.W_dec.dtype)
-        _, statistics = self._normalize(x)
+        _, statistics = self._normalize(base.to(self.W_dec.dtype))
         change = denormalize(change, self.config.normalize, self.config.input_scale, statistics, offset=False)
-        return (x + change).to(base.dtype)
+        return (base + change).to(base.dtype)  # of two dtypes the wider: no bit of the base is lost
 
     # ------------------------------------------------------------------ slices and units
     def take(self, indices: Sequence[int] | Tensor) -> DictionaryFeaturizer:

@@ -215,13 +215,28 @@ def test_encoding_a_few_features_reads_their_rows_alone():
     assert torch.equal(f.encode(batch(3), chosen), expected)
 
 
-def test_chunks_give_what_the_whole_gives(monkeypatch):
-    f = dictionary("jumprelu", bias=-6.0)
-    base, source = batch(7), batch(7, seed=2)
-    whole = f.interchange(base, source)
+@pytest.mark.parametrize("rule", ["relu", "jumprelu", "jump", "gated"])
+def test_chunks_give_what_the_whole_gives(rule, monkeypatch):
+    f = dictionary(rule, pre_bias=True)
+    x = batch(7)
     monkeypatch.setattr("featurizers.dictionary.CHUNK", 10)
-    torch.testing.assert_close(f.interchange(base, source), whole, rtol=1e-5, atol=1e-6)
+    active = f._active(x, share=1.0)
+    assert active is not None
+    assert (active.rows.diff() >= 0).all(), "they are ordered by token"
+    found = torch.zeros(7, 64).index_put((active.rows, active.columns), active.values)
+    torch.testing.assert_close(found, f.encode(x), rtol=1e-5, atol=1e-5)
+    values, indices = f.encode_sparse(x)
+    torch.testing.assert_close(torch.zeros(7, 64).scatter_add(-1, indices, values), f.encode(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(f.interchange(x, x.clone()), x)
+
+
+@pytest.mark.parametrize("weights_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_no_bit_of_the_base_is_lost_whatever_the_dtypes(dtype, weights_dtype):
+    f = dictionary("relu", bias=-6.0, dtype=weights_dtype)
+    base = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert torch.equal(f.interchange(base, base.clone()), base)
+    assert torch.equal(f.interchange(base, base.clone(), [0, 3]), base)
 
 
 # ---------------------------------------------------------------------- slices
