@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from featurizers import DictionaryFeaturizer, Featurizer
-from featurizers.errors import FeaturizerError, ManifestError, WeightsError
+from featurizers.errors import FeaturizerError, ManifestError, UsageError, WeightsError
+from featurizers.manifest import explain
+from pydantic import ValidationError
 from torch import Tensor
 
 from featurizers_sae_lens.matching_pursuit import MatchingPursuitConfig, MatchingPursuitFeaturizer
@@ -24,6 +27,12 @@ NORMALIZATIONS = {
 }
 FOLDED = ("expected_average_only_in", "covariance_whitening")
 """Normalisations that SAELens applies while training only, and expects to be in the weights afterwards."""
+WHOLE = {
+    "topk": "topk compares all features of a token",
+    "abstopk": "abstopk compares all features of a token",
+    "matching_pursuit": "in matching pursuit each feature depends on those found before",
+}
+"""Architectures of which a part would give other features, and why."""
 
 OTHER_SITES = {
     "transcoder": "a transcoder reads one site and writes another",
@@ -56,9 +65,32 @@ def number(cfg: dict[str, Any], name: str, where: str, kinds: type | tuple[type,
     Raises:
         ManifestError: it is missing or no such number.
     """
-    value = cfg.get(name)
-    if not isinstance(value, kinds) or isinstance(value, bool):
+    value: Any = cfg.get(name)
+    wrong = isinstance(value, bool) or not isinstance(value, kinds)
+    if wrong or not -1e300 < value < 1e300:
         raise ManifestError(where, f"{name!r} must be a number, got {value!r}")
+    return value
+
+
+def positive(cfg: dict[str, Any], name: str, where: str, kinds: type | tuple[type, ...] = int) -> Any:
+    """A number of a configuration that is above zero.
+
+    Raises:
+        ManifestError: it is missing or no such number.
+    """
+    if (value := number(cfg, name, where, kinds)) <= 0:
+        raise ManifestError(where, f"{name!r} must be positive, got {value!r}")
+    return value
+
+
+def flag(cfg: dict[str, Any], name: str, default: bool, where: str) -> bool:
+    """A yes or no of a configuration.
+
+    Raises:
+        ManifestError: it is neither.
+    """
+    if not isinstance(value := cfg.get(name, default), bool):
+        raise ManifestError(where, f"{name} is {value!r}; it must be true or false")
     return value
 
 
@@ -84,27 +116,29 @@ def assemble(
 
     Raises:
         ManifestError: an architecture, a normalisation or a number that cannot be honoured.
+        UsageError: a slice of an autoencoder whose features depend on each other.
         WeightsError: the tensors do not fit it.
     """
     architecture = cfg.get("architecture", "standard")
     refuse_other_sites(architecture, where)
+    if numbers is not None and architecture in WHOLE:
+        raise UsageError(f"{where}: {WHOLE[architecture]}; load it whole, and give the indices to the operation")
     normalize = cfg.get("normalize_activations") or "none"
     if normalize not in NORMALIZATIONS:
         raise ManifestError(where, f"normalize_activations is {normalize!r}; known are {', '.join(NORMALIZATIONS)}")
     reshape = cfg.get("reshape_activations") or "none"
     if reshape not in ("none", "hook_z"):
         raise ManifestError(where, f"reshape_activations is {reshape!r}; known are none, hook_z")
-    if not isinstance(pre_bias := cfg.get("apply_b_dec_to_input", True), bool):
-        raise ManifestError(where, f"apply_b_dec_to_input is {pre_bias!r}; it must be true or false")
     metadata: dict[str, Any] = cfg.get("metadata") or {}
-    tensors = dict(tensors)
+    tensors = _of_one_dtype(tensors, where)
     if input_scale is not None:
+        positive({"the factor of the activations": input_scale}, "the factor of the activations", where, (int, float))
         tensors["W_dec"], tensors["b_dec"] = tensors["W_dec"] / input_scale, tensors["b_dec"] / input_scale
         if "W_enc" in tensors:
             tensors["W_enc"] = tensors["W_enc"] * input_scale
     special = metadata.get("exclude_special_tokens")
     common: dict[str, Any] = {
-        "pre_bias": pre_bias,
+        "pre_bias": flag(cfg, "apply_b_dec_to_input", True, where),
         "normalize": NORMALIZATIONS[normalize],
         "n_heads": 0 if reshape == "hook_z" else None,
         "special_tokens": special if isinstance(special, list) else [],
@@ -116,16 +150,39 @@ def assemble(
             featurizer = _dictionary(cfg, tensors, RULES[architecture], common, where, numbers, n_features)
     except ManifestError:
         raise
+    except ValidationError as error:
+        raise ManifestError(where, explain(error)) from error
     except FeaturizerError as error:
         raise WeightsError(where, str(error)) from error
-    featurizer.site = site_of(metadata.get("hook_name"), metadata.get("model_name"))
+    featurizer.site = site_of(metadata.get("hook_name"), metadata.get("model_name"), metadata.get("hook_head_index"))
     featurizer.id = str(metadata.get("neuronpedia_id") or metadata.get("hook_name") or architecture)
-    featurizer.metadata = {"sae_lens": cfg}
-    if input_scale is not None:
-        featurizer.metadata["folded_input_scale"] = input_scale
-    elif normalize in FOLDED:
-        featurizer.metadata["note"] = f"{normalize} is taken to be in the weights already, as SAELens takes it"
+    own = metadata.get("featurizers")  # what was ours before it was written in this format
+    featurizer.metadata = {**(own if isinstance(own, dict) else {}), "sae_lens": cfg}
+    if notes := _notes(normalize, input_scale, metadata.get("model_from_pretrained_kwargs")):
+        featurizer.metadata["notes"] = notes
     return featurizer
+
+
+def _notes(normalize: str, input_scale: float | None, model_options: Any) -> list[str]:
+    """What to know of the activations that the autoencoder is for."""
+    notes = []
+    if input_scale is not None:
+        notes.append(f"The factor {input_scale} of the activations is in the weights.")
+    elif normalize in FOLDED:
+        notes.append(f"{normalize} is taken to be in the weights already, as SAELens takes it.")
+    if isinstance(model_options, dict) and model_options.get("center_writing_weights"):
+        notes.append("Trained on TransformerLens' model with center_writing_weights: activations have the mean 0.")
+    return notes
+
+
+def _of_one_dtype(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors in the widest of their dtypes, which loses nothing."""
+    if other := sorted(name for name, tensor in tensors.items() if not tensor.is_floating_point()):
+        raise WeightsError(where, f"{other!r} are no floating-point numbers")
+    if not tensors:
+        return {}
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def _dictionary(
@@ -144,10 +201,10 @@ def _dictionary(
         )
     if rule in ("topk", "abstopk"):
         common["rule_options"] = {"k": number(cfg, "k", where)}
-        if cfg.get("rescale_acts_by_decoder_norm", False):  # exact in the weights, and the features are SAELens' own
+        if flag(
+            cfg, "rescale_acts_by_decoder_norm", False, where
+        ):  # exact in the weights, and the features are SAELens' own
             tensors = fold_decoder_norms(tensors)
-    if numbers is not None and rule in ("topk", "abstopk"):
-        raise WeightsError(where, f"the rule {rule!r} compares all features of a token; load it whole")
     given: dict[str, Any] = {**tensors, **common}
     return DictionaryFeaturizer.from_tensors(**given, rule=rule, numbers=numbers, slice_of=n_features)
 
@@ -175,7 +232,7 @@ def _matching_pursuit(
         residual_threshold=float(number({"residual_threshold": 1e-2, **cfg}, "residual_threshold", where, (int, float)))
         / scale,
         max_iterations=None if limit is None else number(cfg, "max_iterations", where),
-        stop_on_duplicate_support=bool(cfg.get("stop_on_duplicate_support", True)),
+        stop_on_duplicate_support=flag(cfg, "stop_on_duplicate_support", True, where),
         **common,
     )
     with torch.device("meta"):

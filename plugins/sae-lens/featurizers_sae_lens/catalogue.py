@@ -13,8 +13,10 @@ from featurizers import Featurizer
 from featurizers.errors import ManifestError, MissingDependencyError, SourceError
 from featurizers.foreign import Foreign
 
-from featurizers_sae_lens import formats
+from featurizers_sae_lens import formats, scopes, torch_files
 from featurizers_sae_lens.assembly import refuse_other_sites
+from featurizers_sae_lens.legacy import MAP, OVERRIDDEN
+from featurizers_sae_lens.sites import site_of
 
 FILE = "pretrained_saes.yaml"
 REFUSED = {
@@ -54,13 +56,19 @@ def resolve(reference: str, repository: Callable[..., Foreign]) -> Featurizer[An
     where = f"sae-lens:{reference}"
     if loader in REFUSED:
         refuse_other_sites(REFUSED[loader], where)
+    if loader == "gemma_3":
+        scopes.refuse_other_places(f"{entry['repo_id']}/{sae['path']}")
     overrides = dict(entry.get("config_overrides") or {})
     overrides |= {"neuronpedia_id": sae["neuronpedia"]} if sae.get("neuronpedia") else {}
+    if unknown := sorted(overrides.keys() - set(OVERRIDDEN) - (MAP if loader in (None, "sae_lens") else set())):
+        raise ManifestError(where, f"the catalogue overrides {unknown!r}, which is not known here; upgrade")
     repo_id, path = entry["repo_id"], str(sae["path"])
     featurizer = _load(loader, repo_id, path, overrides, sae.get("norm_scaling_factor"), repository, where)
     featurizer.id = where
-    if featurizer.site is not None and featurizer.site.model is None and "/" in str(entry.get("model")):
-        featurizer.site = featurizer.site.at(model=entry["model"])
+    if featurizer.site is None or featurizer.site.model is None:
+        words = featurizer.metadata["sae_lens"]["metadata"]
+        named = site_of(words.get("hook_name"), entry.get("model"), words.get("hook_head_index"))
+        featurizer.site = named or featurizer.site
     known = {key: sae[key] for key in ("l0", "variance_explained") if key in sae}
     featurizer.metadata["catalogue"] = {"release": release, "id": name, "repo_id": repo_id, "path": path, **known}
     return featurizer
@@ -78,8 +86,8 @@ def _load(
     if loader in ("connor_rob_hook_z", "goodfire", "deepseek_r1", "qwen_scope"):
         source = repository(repo_id)
         if loader == "connor_rob_hook_z":
-            return formats.hook_z(source, path, overrides)
-        found = formats.one_file(source, path, overrides, f"{repo_id}/{path}")
+            return torch_files.hook_z(source, path, overrides)
+        found = torch_files.one_file(source, path, overrides, f"{repo_id}/{path}")
         if found is None:
             raise ManifestError(where, f"{path} is not of the format {loader!r}")
         return found
@@ -87,12 +95,12 @@ def _load(
     if loader in (None, "sae_lens"):
         return formats.folder(source, overrides, scale)
     if loader in ("llama_scope", "llama_scope_r1_distill"):
-        read = formats.llama_scope if loader == "llama_scope" else formats.llama_scope_r1
+        read = scopes.llama_scope if loader == "llama_scope" else scopes.llama_scope_r1
         return read(source, overrides, scale)
     readers = {
-        "gemma_2": formats.gemma_scope,
-        "gemma_3": formats.gemma_scope_2,
-        "dictionary_learning_1": formats.dictionary_learning,
+        "gemma_2": scopes.gemma_scope,
+        "gemma_3": scopes.gemma_scope_2,
+        "dictionary_learning_1": torch_files.dictionary_learning,
     }
     if loader not in readers:
         raise ManifestError(where, f"the catalogue names the loader {loader!r}, which is not known here; upgrade")

@@ -6,7 +6,7 @@ from typing import Any
 
 from featurizers.errors import ManifestError
 
-MATHS = {
+MAP = {
     "architecture",
     "d_in",
     "d_sae",
@@ -33,22 +33,22 @@ def modern(cfg: dict[str, Any], where: str) -> dict[str, Any]:
     """A configuration of any version in the words of version 6.
 
     Raises:
-        ManifestError: it has a key, an activation or a factor that is not known.
+        ManifestError: it has a key or an activation that is not known.
     """
-    if "metadata" in cfg or ("architecture" in cfg and not cfg.keys() - MATHS):
+    if "metadata" in cfg or ("architecture" in cfg and not cfg.keys() - MAP):
         metadata = cfg.get("metadata")
         if metadata is not None and not isinstance(metadata, dict):
             raise ManifestError(where, f"metadata is {metadata!r}, not an object")
         # what a catalogue overrides beside the map itself is metadata
         other = {key: cfg[key] for key in OVERRIDDEN if key in cfg}
-        if unknown := sorted(cfg.keys() - MATHS - other.keys() - _other_architectures(cfg)):
+        if unknown := sorted(cfg.keys() - MAP - other.keys() - _other_architectures(cfg)):
             raise ManifestError(where, f"cfg.json has unknown keys {unknown!r}; they might change the map, so upgrade")
         return {
             **{key: value for key, value in cfg.items() if key not in other},
             "metadata": {**(metadata or {}), **other},
         }
     old = {RENAMED.get(key, key): value for key, value in cfg.items()}
-    new = {key: value for key, value in old.items() if key in MATHS}
+    new = {key: value for key, value in old.items() if key in MAP}
     new.setdefault("architecture", "standard")
     activation = old.get("activation_fn", "relu")
     options = old.get("activation_fn_kwargs") or {}
@@ -58,8 +58,6 @@ def modern(cfg: dict[str, Any], where: str) -> dict[str, Any]:
         new |= {"architecture": "topk", "k": options["k"]}
     elif activation != "relu":
         raise ManifestError(where, f"activation_fn is {activation!r}; known are relu and topk")
-    if old.get("finetuning_scaling_factor"):
-        raise ManifestError(where, "finetuning_scaling_factor is set; SAELens 6 no longer applies it, nor is it here")
     if isinstance(normalize := new.get("normalize_activations"), bool):
         new["normalize_activations"] = "expected_average_only_in" if normalize else "none"
     if "hook_z" in str(old.get("hook_name", "")):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, final
+from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
 from featurizers import Error, Featurizer
-from featurizers.errors import ShapeError, UsageError
-from featurizers.normalization import Normalization, denormalize, normalize
+from featurizers.errors import ConfigError, ShapeError, UsageError
+from featurizers.normalization import denormalize, normalize
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class MatchingPursuitConfig(BaseModel):
     max_iterations: Annotated[int, Field(gt=0)] | None = None
     stop_on_duplicate_support: bool = True
     pre_bias: bool = True
-    normalize: Normalization = "none"
+    normalize: Literal["none", "layer-norm", "constant-norm"] = "none"
     n_heads: Annotated[int, Field(ge=0, le=2**16)] | None = None
     special_tokens: list[Annotated[int, Field(ge=0)]] = []
 
@@ -60,6 +60,10 @@ class MatchingPursuitFeaturizer(Featurizer[MatchingPursuitConfig]):
 
     def __init__(self, config: MatchingPursuitConfig) -> None:
         super().__init__(config)
+        if config.normalize == "layer-norm" and config.d_in < 2:
+            raise ConfigError("one coordinate has no standard deviation; layer-norm needs d_in of 2 at least")
+        if config.n_heads and config.d_in % config.n_heads:
+            raise ConfigError(f"a width of {config.d_in} does not make {config.n_heads} equal heads")
         self.d_in, self.n_features = config.d_in, config.n_features
         self.special_tokens = tuple(config.special_tokens)
         self.W_dec = nn.Parameter(torch.zeros(config.n_features, config.d_in), requires_grad=False)

@@ -1,4 +1,4 @@
-"""From TransformerLens' names of hooks and models to sites and Hub ids."""
+"""From TransformerLens' names of hooks and models to sites and Hub ids, and back."""
 
 from __future__ import annotations
 
@@ -18,31 +18,52 @@ KINDS = {
     "attn.hook_z": "attn.z",
     "mlp.hook_post": "mlp.act",
 }
+NORMS = {"hook_attn_out": "post_attention_layernorm", "hook_mlp_out": "post_feedforward_layernorm"}
+"""Gemma 2 and 3 normalise what attention and MLP give before it is added to the residual stream, and TransformerLens
+hooks it after that: these hooks are no outputs of the attention and the MLP module."""
+NORMED = re.compile(r"google/gemma-[23]-.+")
+TEXT_ONLY = re.compile(r"google/gemma-(?:2-.+|3-(?:270m|1b).*)")
+"""Models whose blocks are ``model.layers``; those that see as well keep them in ``model.language_model.layers``."""
+NORM_MODULE = re.compile(rf"model\.(?:language_model\.)?layers\.(\d+)\.({'|'.join(NORMS.values())})")
 OWNERS = {"gemma-": "google/", "pythia-": "EleutherAI/", "gpt2": "openai-community/"}
 """Who publishes the models whose names TransformerLens shortens."""
 
 
-def site_of(hook_name: object, model_name: object) -> Site | None:
-    """The site of a hook, with the model's Hub id where that is known; None for hooks that are no site here."""
+def site_of(hook_name: object, model_name: object, head: object = None) -> Site | None:
+    """The site of a hook, with the model's Hub id where that is known; None for hooks that are no site here.
+
+    Args:
+        hook_name: in TransformerLens' words.
+        model_name: in TransformerLens' words, or a Hub id.
+        head: the attention head, if it is of one.
+    """
     if not isinstance(hook_name, str):
         return None
+    model = _hub_id(model_name)
     if hook_name == "hook_embed":
-        site = Site("embed")
-    elif match := HOOK.fullmatch(hook_name):
-        site = Site(KINDS[match[2]], int(match[1]))
-    else:
+        return Site("embed").at(model=model)
+    match = HOOK.fullmatch(hook_name)
+    if match is None:
         return None
-    return site.at(model=_hub_id(model_name))
+    layer, hook = int(match[1]), match[2]
+    if type(head) is int:
+        return Site("attn.z", layer, head).at(model=model) if hook == "attn.hook_z" and head >= 0 else None
+    if hook in NORMS and model is not None and NORMED.fullmatch(model):
+        blocks = "model.layers" if TEXT_ONLY.fullmatch(model) else "model.language_model.layers"
+        return Site("module", module=f"{blocks}.{layer}.{NORMS[hook]}", side="output").at(model=model)
+    return Site(KINDS[hook], layer).at(model=model)
 
 
-def hook_of(site: Site | None) -> str | None:
+def hook_of(site: Site) -> str | None:
     """The hook of a site; None where TransformerLens has none of that place."""
-    if site is None:
-        return None
+    normed = site.model is not None and NORMED.fullmatch(site.model) is not None
+    if site.kind == "module":
+        match = NORM_MODULE.fullmatch(str(site.module)) if normed and site.side == "output" else None
+        return match and f"blocks.{match[1]}.{next(hook for hook, norm in NORMS.items() if norm == match[2])}"
     if site.kind == "embed":
         return "hook_embed"
-    names = {kind: hook for hook, kind in KINDS.items()}
-    return f"blocks.{site.layer}.{names[site.kind]}" if site.kind in names and site.head is None else None
+    hook = next((hook for hook, kind in KINDS.items() if kind == site.kind), None)
+    return None if hook is None or (hook in NORMS and normed) else f"blocks.{site.layer}.{hook}"
 
 
 def _hub_id(name: Any) -> str | None:

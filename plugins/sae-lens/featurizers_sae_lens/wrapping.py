@@ -9,7 +9,7 @@ from featurizers.errors import UsageError
 from torch import nn
 
 from featurizers_sae_lens.assembly import assemble, fold_decoder_norms, refuse_other_sites
-from featurizers_sae_lens.legacy import MATHS
+from featurizers_sae_lens.legacy import MAP
 
 TRAINED_AS = {"batchtopk": "jumprelu", "matryoshka_batchtopk": "jumprelu"}
 """Architectures of training, and what SAELens saves them as."""
@@ -30,7 +30,7 @@ def wrap(sae: Any) -> Featurizer[Any]:
         raise UsageError(f"wrap takes a sae_lens.SAE, not a {type(sae).__name__}")
     architecture = config.architecture()
     where = f"{type(sae).__name__} ({architecture})"
-    cfg = {key: value for key, value in config.to_dict().items() if key in MATHS}
+    cfg = {key: value for key, value in config.to_dict().items() if key in MAP}
     cfg["architecture"] = TRAINED_AS.get(architecture, architecture)
     refuse_other_sites(cfg["architecture"], where)
     state = {name: tensor.detach() for name, tensor in sae.state_dict().items()}

@@ -13,7 +13,7 @@ from featurizers.weights import write_tensors
 from featurizers_sae_lens.assembly import NORMALIZATIONS, RULES
 from featurizers_sae_lens.formats import CONFIG, WEIGHTS
 from featurizers_sae_lens.matching_pursuit import MatchingPursuitFeaturizer
-from featurizers_sae_lens.sites import hook_of
+from featurizers_sae_lens.sites import hook_of, site_of
 
 
 def write(featurizer: Featurizer[Any], folder: Path) -> list[str]:
@@ -31,17 +31,20 @@ def write(featurizer: Featurizer[Any], folder: Path) -> list[str]:
         raise ConversionError(
             str(folder), f"SAELens has no architecture for the kind {featurizer.kind!r}; only dictionaries are written"
         )
-    given = featurizer.metadata.get("sae_lens", {}).get("metadata", {})
+    before = featurizer.metadata.get("sae_lens")
+    given = before.get("metadata") if isinstance(before, dict) else None
     metadata: dict[str, Any] = dict(given) if isinstance(given, dict) else {}
-    hook = hook_of(featurizer.site)
-    if featurizer.site is not None and hook is None:
-        lost.append(f"The site {str(featurizer.site)!r} has no hook of TransformerLens' naming.")
-    metadata |= {"hook_name": hook} if hook else {}
-    if featurizer.site is not None and featurizer.site.model is not None:
-        metadata.setdefault("model_name", featurizer.site.model)
+    if (site := featurizer.site) is not None:
+        if (hook := hook_of(site)) is None:
+            lost.append(f"The site {str(site)!r} has no hook of TransformerLens' naming.")
+        metadata["hook_name"] = hook
+        metadata |= {"hook_head_index": site.head} if site.head is not None else {}
+        known = site_of(hook, metadata.get("model_name"))
+        if site.model is not None and (known is None or known.model != site.model):
+            metadata["model_name"] = site.model
     if featurizer.special_tokens:
         metadata["exclude_special_tokens"] = list(featurizer.special_tokens)
-    if other := {key: value for key, value in featurizer.metadata.items() if key not in ("sae_lens", "catalogue")}:
+    if other := {key: value for key, value in featurizer.metadata.items() if key != "sae_lens"}:
         metadata["featurizers"] = other  # SAELens keeps what it does not know
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     cfg = {**cfg, "dtype": dtype, "device": "cpu", "metadata": metadata}
