@@ -29,7 +29,9 @@ def alias() -> None:
     if present is not None:
         if hasattr(present, MARK):
             return
-        raise UsageError(f"{NAME} is imported already, from {present.__file__!r}; call alias() before that")
+        raise UsageError(
+            f"{NAME} is imported already, from {getattr(present, '__file__', None)!r}; call alias() before that"
+        )
     every = {"Dictionary": Dictionary, **reading.CLASSES}
     trainers = {
         "top_k": "AutoEncoderTopK",
