@@ -7,6 +7,8 @@ from jaxtyping import jaxtyped
 
 torch.set_num_threads(1)
 
+collect_ignore_glob = ["fixtures/*/make.py"]  # they need the packages whose numbers they keep
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _shapes_are_checked():

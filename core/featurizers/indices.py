@@ -44,11 +44,11 @@ class Selection:
             return self.mask.nonzero().squeeze(-1)
         return self.columns
 
-    def mask_for(self, x: Tensor, n_features: int) -> Tensor:
-        """The selection as booleans that broadcast against the features of x ``(batch, …, any)``."""
+    def mask_for(self, x: Tensor, n_features: int | None = None) -> Tensor:
+        """The selection as booleans that broadcast against n features of x, or against x itself ``(batch, …, n)``."""
         mask = self.mask
         if mask is None:
-            mask = torch.zeros(n_features, dtype=torch.bool, device=x.device)
+            mask = torch.zeros(x.shape[-1] if n_features is None else n_features, dtype=torch.bool, device=x.device)
             mask[slice(None) if self.columns is None else self.columns] = True
         if mask.dim() == 1:
             return mask

@@ -169,7 +169,7 @@ def parse(raw: bytes, where: str) -> Manifest | Index:
     """As `read`, from the bytes of the file."""
     data = parse_json(raw, where, CONFIG_NAME)
     if not isinstance(data, dict) or data.get("library_name") != LIBRARY_NAME:
-        raise NotOursError(
+        raise (NotOursError if isinstance(data, dict) else ManifestError)(
             where, f'{CONFIG_NAME} was not written by featurizers: it lacks "library_name": "{LIBRARY_NAME}"'
         )
     version = data.get("format_version")

@@ -17,7 +17,7 @@ from featurizers import cli
 from typer.testing import CliRunner
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
-COMMANDS = ["plugins", "kinds", "info", "list", "pull", "push", "verify", "demo"]
+COMMANDS = ["plugins", "kinds", "info", "list", "pull", "push", "verify", "convert", "demo"]
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 

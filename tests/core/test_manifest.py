@@ -205,7 +205,9 @@ CONFIG = {
     "two values": Damage(_append("config.json", b"{}"), ManifestError, "config.json is not valid JSON: Extra data"),
     "list": Damage(_config("[]"), ManifestError, "config.json was not written by featurizers"),
     "null": Damage(_config("null"), ManifestError, "config.json was not written by featurizers"),
-    "another library's": Damage(_field("library_name", "peft"), ManifestError, 'lacks "library_name": "featurizers"'),
+    "another library's": Damage(
+        _field("library_name", "peft"), ManifestError, "there is no config.json of featurizers"
+    ),
     "key twice": Damage(_literal('"id"', '"id": "a", "id"'), ManifestError, "config.json is not valid JSON: a key is"),
     "inner key twice": Damage(_literal('"d_in"', '"d_in": 8, "d_in"'), ManifestError, "a key is repeated"),
     "too large": Damage(_append("config.json", b" " * 1_000_000), ManifestError, "config.json is larger than 1000000"),
