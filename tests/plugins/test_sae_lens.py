@@ -186,6 +186,8 @@ def test_training_classes_are_what_saelens_saves(sae_lens, tmp_path):
                     parameter.uniform_(-0.3, 0.3)
                 elif part == "W_enc" or (part == "W_dec" and name in rescaled):
                     parameter.mul_(torch.rand(len(parameter), 1) * 10)
+            if name == "jumprelu":
+                sae.threshold.uniform_(-1, 1)
             if "batchtopk" in architecture:
                 sae.topk_threshold.fill_(0.21)
         sae.save_inference_model(tmp_path / architecture)
@@ -193,6 +195,7 @@ def test_training_classes_are_what_saelens_saves(sae_lens, tmp_path):
         expected, _ = theirs(saved, x)
         same(wrap(sae).encode(x), expected)
         assert (expected > 0).any(), architecture
+        assert wrap(sae.to(torch.bfloat16)).W_dec.dtype == torch.bfloat16
         same(featurizers.load(tmp_path / architecture).encode(x), expected)
 
 
@@ -274,6 +277,17 @@ class TestMatchingPursuit(FeaturizerContract):
         return torch.randn(12, 8, generator=torch.Generator().manual_seed(1)) + torch.linspace(1, 3, 12)[:, None]
 
 
+def test_pursuit_takes_no_row_backwards(sae_lens):
+    """Where every row lies the other way, nothing is found."""
+    sae = make("matching_pursuit", d_sae=2)
+    x = batch(40)
+    expected, x_hat = theirs(sae, x)
+    features, error = wrap(sae).featurize(x)
+    assert (expected == 0).all(-1).any()
+    same(features, expected)
+    same(x - error, x_hat)
+
+
 def test_what_pursuit_refuses():
     kind = "sae-lens.matching-pursuit"
     for wrong in ({"normalize": "scale"}, {"residual_threshold": -1.0}, {"max_iterations": 0}, {"n_heads": 3}):
@@ -299,7 +313,11 @@ def test_what_saelens_cannot_hold_is_said(sae_lens, tmp_path):
     assert not (tmp_path / "jump").exists()
     with pytest.raises(ConversionError, match="no architecture for the kind 'subspace'"):
         featurizers.convert(featurizers.create("subspace", d_in=8, n_features=2), tmp_path / "x", "sae-lens")
-    f = dictionary("jumprelu", normalize="scale", input_scale=3.0).in_units("decoder-norm").take([5, 2])
+    f = (
+        dictionary("jumprelu", normalize="scale", input_scale=3.0, special_tokens=[7])
+        .in_units("decoder-norm")
+        .take([5, 2])
+    )
     f.feature_sets = {"mine": torch.tensor([5])}
     f.site = featurizers.Site("norm.out").at(position=(-1,))
     lost = featurizers.convert(f, tmp_path / "it", "sae-lens")
@@ -308,6 +326,8 @@ def test_what_saelens_cannot_hold_is_said(sae_lens, tmp_path):
     x = torch.randn(3, 8)
     sae = sae_lens.SAE.load_from_disk(str(tmp_path / "it"))
     same(sae.encode(x), f.encode(x), 1e-5)
+    same(sae.decode(sae.encode(x)), x - f.featurize(x)[1], 1e-5)
+    assert sae.cfg.metadata.exclude_special_tokens == [7]
     raw = load_file(tmp_path / "it/sae_weights.safetensors")
     assert set(raw) == {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"}
 

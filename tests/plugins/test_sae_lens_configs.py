@@ -67,7 +67,9 @@ OLD = {
 
 @pytest.mark.parametrize("cfg", OLD.values(), ids=OLD)
 def test_configurations_before_version_6(sae_lens, cfg, tmp_path):
-    folder = save(tmp_path / "old", {**cfg, "model_name": "gpt2-small", "dtype": "float32", "device": "cpu"})
+    folder = save(
+        tmp_path / "old", {**cfg, "model_name": "gpt2-small", "dtype": "float32", "sae_lens_version": "3.20.0"}
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sae = sae_lens.SAE.load_from_disk(str(folder))
@@ -79,6 +81,10 @@ def test_configurations_before_version_6(sae_lens, cfg, tmp_path):
     same(features, expected)
     same(x - (error[0] if isinstance(error, tuple) else error), x_hat.reshape(x.shape), 2e-6)
     assert f.site.layer == 2
+    assert featurizers.convert(f, tmp_path / "new", "sae-lens") == []
+    new = sae_lens.SAE.load_from_disk(str(tmp_path / "new"))
+    same(new.encode(x.unflatten(-1, (4, 4)) if f.config.n_heads == 0 else x), expected)
+    assert new.cfg.metadata.hook_name == sae.cfg.metadata.hook_name
 
 
 V6 = {"d_in": D, "d_sae": F, "architecture": "standard", "metadata": {}}
@@ -177,7 +183,7 @@ def test_sites_and_back(hook, model, head, site, hub_id, tmp_path):
     assert str(f.site) == site
     assert (f.site.model if f.site else None) == hub_id
     assert featurizers.convert(f, tmp_path / "back", "sae-lens") == []
-    assert json.loads((tmp_path / "back/cfg.json").read_text())["metadata"] == metadata
+    assert json.loads((tmp_path / "back/cfg.json").read_text())["metadata"] == {**metadata, "sae_lens_version": "6.0.0"}
     assert featurizers.load(tmp_path / "back").site == f.site
 
 

@@ -240,3 +240,12 @@ def test_what_of_openai_is_not_known(tmp_path):
             featurizers.load(put(tmp_path / str(number), "8.pt", openai(**change)))
     f = featurizers.load(put(tmp_path / "k", "8.pt", openai(activation_state_dict={"k": torch.tensor(6)})))
     assert f.config.rule_options == {"k": 6}
+
+
+def test_arrays_of_objects_are_not_read(tmp_path):
+    np.savez(tmp_path / "params.npz", W_enc=np.array([{}], dtype=object))
+    with pytest.raises(WeightsError, match=r"params\.npz cannot be read: ValueError"):
+        featurizers.load(tmp_path)
+    (tmp_path / "params.npz").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(WeightsError, match=r"params\.npz"):
+        featurizers.load(tmp_path)

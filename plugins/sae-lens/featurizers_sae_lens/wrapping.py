@@ -35,9 +35,9 @@ def wrap(sae: Any) -> Featurizer[Any]:
     refuse_other_sites(cfg["architecture"], where)
     state = {name: tensor.detach() for name, tensor in sae.state_dict().items()}
     if architecture in TRAINED_AS:
-        state["threshold"] = state.pop("topk_threshold").to(state["W_dec"].dtype).expand(len(state["W_dec"]))
-    if "log_threshold" in state:
-        state["threshold"] = state.pop("log_threshold").exp()
+        state["threshold"] = state.pop("topk_threshold").expand(len(state["W_dec"]))
+    if "threshold" in state:  # in training it is of float32 always, and compared in the dtype of the rest
+        state["threshold"] = state["threshold"].to(state["W_dec"].dtype)
     if "W_enc" in state:
         state["W_enc"] = state["W_enc"].T
     if architecture in TRAINED_AS and getattr(config, "rescale_acts_by_decoder_norm", False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from featurizers_sae_lens.assembly import NORMALIZATIONS, RULES
 from featurizers_sae_lens.formats import CONFIG, WEIGHTS
 from featurizers_sae_lens.matching_pursuit import MatchingPursuitFeaturizer
 from featurizers_sae_lens.sites import hook_of, site_of
+
+WORDS = "6.0.0"
+"""The version whose words are written; SAELens drops the metadata of a file that does not name it, or an older one."""
 
 
 def write(featurizer: Featurizer[Any], folder: Path) -> list[str]:
@@ -46,6 +50,8 @@ def write(featurizer: Featurizer[Any], folder: Path) -> list[str]:
         metadata["exclude_special_tokens"] = list(featurizer.special_tokens)
     if other := {key: value for key, value in featurizer.metadata.items() if key != "sae_lens"}:
         metadata["featurizers"] = other  # SAELens keeps what it does not know
+    if not re.match(r"[6-9]|\d\d", str(metadata.get("sae_lens_version"))):
+        metadata["sae_lens_version"] = WORDS
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     cfg = {**cfg, "dtype": dtype, "device": "cpu", "metadata": metadata}
     write_tensors(tensors, folder / WEIGHTS, str(folder))
