@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self, final
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from featurizers import sparse
@@ -17,6 +17,7 @@ from featurizers.errors import ConfigError, FeatureIndexError, ShapeError, Usage
 from featurizers.featurizer import Featurizer
 from featurizers.hookspecs import hookimpl
 from featurizers.indices import Indices, Selection, positions_of, select
+from featurizers.manifest import explain
 from featurizers.normalization import Normalization, denormalize, normalize
 from featurizers.rules import BUILT_IN
 from featurizers.sparse import Active, SparseFeatures
@@ -135,18 +136,21 @@ class DictionaryFeaturizer(Featurizer[DictionaryConfig]):
                 f"W_enc and W_dec are (n_features, d_in) both, got {tuple(W_enc.shape)} and {tuple(W_dec.shape)}"
             )
         f, d = W_enc.shape
-        config = DictionaryConfig(
-            d_in=d,
-            n_features=f,
-            rule=rule,
-            rule_options=dict(rule_options or {}),
-            pre_bias=pre_bias,
-            normalize=normalize,
-            input_scale=input_scale,
-            n_heads=n_heads,
-            special_tokens=list(special_tokens),
-            slice_of=slice_of,
-        )
+        try:
+            config = DictionaryConfig(
+                d_in=d,
+                n_features=f,
+                rule=rule,
+                rule_options=dict(rule_options or {}),
+                pre_bias=pre_bias,
+                normalize=normalize,
+                input_scale=input_scale,
+                n_heads=n_heads,
+                special_tokens=list(special_tokens),
+                slice_of=slice_of,
+            )
+        except ValidationError as error:
+            raise ConfigError(f"dictionary: {explain(error)}") from error
         with torch.device("meta"):
             self = cls(config)
         given: dict[str, Tensor | float | None] = {"W_enc": W_enc, "W_dec": W_dec, "b_dec": b_dec, **tensors}

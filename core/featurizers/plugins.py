@@ -167,11 +167,11 @@ class PluginHost:
             return self._classes[kind]
         except KeyError:
             hint = (
-                f"The plugin {kind!r} reads and writes files of its own format; use load."
+                f"The plugin {kind!r} provides no kind of that name; its README says what it does."
                 if self.is_loaded(kind)
                 else ""
             )
-            raise UnknownKindError(kind, self._classes, hint or _hint(kind)) from None
+            raise UnknownKindError(kind, {*self._entries, *self._classes}, hint or _hint(kind)) from None
 
     def rule(self, name: str) -> Rule:
         """The activation rule of a name; imports the plugin that owns it and no other.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from featurizers.artefact import build
-from featurizers.errors import MissingDependencyError, UsageError
+from featurizers.errors import FeatureIndexError, MissingDependencyError, UsageError
 from featurizers.featurizer import Featurizer
 from featurizers.gates import SigmoidGate
 from featurizers.indices import Indices
@@ -40,6 +40,7 @@ def indices_of_subspaces(subspaces: Sequence[Any] | None, partition: Sequence[Se
 
     Raises:
         UsageError: some examples have one and others do not.
+        FeatureIndexError: a part that there is not.
     """
     if subspaces is None or all(row is None or (len(row) and all(i is None for i in row)) for row in subspaces):
         return None
@@ -47,6 +48,10 @@ def indices_of_subspaces(subspaces: Sequence[Any] | None, partition: Sequence[Se
     for row in subspaces:
         if row is None or any(i is None for i in row):
             raise UsageError("subspaces are given for some examples of the batch and not for others")
+        if partition is not None and (beyond := [part for part in row if not 0 <= part < len(partition)]):
+            raise FeatureIndexError(
+                f"part {beyond[0]} is not in the subspace_partition, which has {len(partition)} parts"
+            )
         rows.append([int(i) for part in row for i in (partition[part] if partition is not None else [part])])
     return rows[0] if all(row == rows[0] for row in rows) else rows
 

@@ -455,6 +455,8 @@ def test_tensors_that_do_not_fit_are_refused():
         DictionaryFeaturizer.from_tensors(w, w, rule="jumprelu")
     with pytest.raises(ConfigError, match="threshold"):
         DictionaryFeaturizer.from_tensors(w, w, threshold=1.0)
+    with pytest.raises(ConfigError, match=r"special_tokens\.0"):
+        DictionaryFeaturizer.from_tensors(w, w, special_tokens=["a"])
     with pytest.raises(UsageError, match="the error that featurize gave"):
         dictionary().inverse_featurize(torch.zeros(1, 64), None)
 

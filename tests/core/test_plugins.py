@@ -3,6 +3,7 @@
 import textwrap
 import uuid
 
+import featurizers
 import pytest
 from featurizers.errors import PluginConflictError, PluginError, PluginLoadError, UnknownKindError
 from featurizers.plugins import FIRST_PARTY, PluginHost
@@ -147,3 +148,10 @@ def test_only_first_party_kinds_come_with_a_pip_command(monkeypatch):
         host.featurizer_class("someone-elses")
     assert "pip install" not in str(caught.value)
     assert isinstance(caught.value, PluginError)
+
+
+def test_a_plugin_without_a_kind_says_so():
+    with pytest.raises(
+        UnknownKindError, match=r"'sparsify' provides no kind of that name.*Installed kinds: .*subspace"
+    ):
+        featurizers.create("sparsify")

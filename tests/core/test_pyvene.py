@@ -279,3 +279,13 @@ class TestAgainstPyvenesOwn:
         identity = featurizers.create("identity", d_in=WIDTH)
         ours = featurizers.Mask(identity, source={"input_ids": SOURCE}, positions=[3], gate=gate)
         torch.testing.assert_close(native(architecture, ours), theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", [2, -1])
+def test_a_part_that_there_is_not_is_an_error(part):
+    from featurizers.errors import FeatureIndexError
+    from featurizers.pyvene import indices_of_subspaces
+
+    assert indices_of_subspaces([[1], [1]], [[0, 1], [2]]) == [2]
+    with pytest.raises(FeatureIndexError, match=f"part {part} is not in the subspace_partition, which has 2 parts"):
+        indices_of_subspaces([[part]], [[0, 1], [2]])
