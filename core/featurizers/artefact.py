@@ -133,9 +133,8 @@ def read_folder(
     rows: dict[str, Tensor] = {}
     added: dict[str, Tensor] = {}
     if indices is not None:
-        cls.sliced(
-            config, torch.zeros(1, dtype=torch.long)
-        )  # refuses what is loaded whole, before the indices are read
+        # a kind that is loaded whole says so, whatever the indices are
+        cls.sliced(config, torch.zeros(1, dtype=torch.long))
         columns = select(indices, featurizer.n_features or 0).as_columns()
         if columns is None or not columns.numel():
             raise UsageError("give the features to load as a list of numbers, the same for every example")

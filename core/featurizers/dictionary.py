@@ -334,7 +334,7 @@ class DictionaryFeaturizer(Featurizer[DictionaryConfig]):
 
     def _described_as(self, other: DictionaryFeaturizer) -> Self:
         self.id, self.site, self.revision, self.metadata = other.id, other.site, other.revision, dict(other.metadata)
-        self.feature_sets = dict(other.feature_sets) if self.n_features == other.n_features else {}
+        self.feature_sets = dict(other.feature_sets)  # of numbers, which a slice keeps, or masks of the whole
         return self.eval()
 
     def check(self) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from featurizers.hub import Remote
 
 MAX_TREE = 50_000
-"""How many files of a folder are listed at most."""
+"""How many files and folders below a folder are looked at."""
 
 
 @dataclass(frozen=True)
@@ -167,12 +167,14 @@ def load_torch(path: Path, where: str) -> Any:
 def of_folder(folder: Path, indices: Tensor | None) -> Foreign:
     """A folder of this machine."""
     names: list[str] = []
-    for place in sorted(folder.rglob("*")):
-        if len(names) >= MAX_TREE:
-            raise ManifestError(str(folder), f"it holds more than {MAX_TREE} files; name the folder of one featurizer")
+    for seen, place in enumerate(folder.rglob("*")):
+        if seen >= MAX_TREE:
+            raise ManifestError(
+                str(folder), f"it holds more than {MAX_TREE} files and folders; name the folder of one featurizer"
+            )
         if place.is_file():
             names.append(place.relative_to(folder).as_posix())
-    return Foreign(str(folder), tuple(names), folder.joinpath, indices)
+    return Foreign(str(folder), tuple(sorted(names)), folder.joinpath, indices)
 
 
 def of_repository(remote: Remote, indices: Tensor | None) -> Foreign:
@@ -185,7 +187,7 @@ def of_repository(remote: Remote, indices: Tensor | None) -> Foreign:
     return Foreign(str(remote), names, fetch, indices, commit)
 
 
-def read(source: Foreign, plugin: str | None = None) -> Featurizer[Any]:
+def read(source: Foreign) -> Featurizer[Any]:
     """The featurizer that the first plugin which knows the format finds.
 
     Raises:
@@ -194,7 +196,7 @@ def read(source: Foreign, plugin: str | None = None) -> Featurizer[Any]:
     """
     from featurizers.plugins import host
 
-    found = host().ask("featurizers_read", plugin, source=source)
+    found = host().ask("featurizers_read", source=source)
     if found is None:
         readers = [info.name for info in host().plugins() if info.state == "loaded"]
         raise ManifestError(

@@ -141,7 +141,9 @@ def _checked(columns: Tensor, n_features: int) -> Tensor:
         raise FeatureIndexError(
             f"feature index {wrong} is out of range: there are {n_features} features, 0 to {n_features - 1}"
         )
-    if torch.bincount(columns, minlength=1).amax() > 1:
+    # counting is faster than sorting, but takes memory up to the largest index
+    repeated = torch.bincount(columns).amax() > 1 if high < 2**20 else len(torch.unique(columns)) < len(columns)
+    if repeated:
         raise FeatureIndexError("feature indices are repeated; give each feature once")
     return columns
 

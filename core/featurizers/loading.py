@@ -169,15 +169,18 @@ def _placed(
 
 def _wanted(indices: Indices) -> Tensor | None:
     """The features to read of a file whose number of features is not known yet."""
+    import torch
+
     from featurizers.indices import select
 
     if indices is None:
         return None
-    if isinstance(indices, slice):
-        raise UsageError("give the features to load as a list of numbers")
+    wrong = UsageError("give the features to load as a list of numbers, the same for every example")
+    if isinstance(indices, slice) or getattr(indices, "dtype", None) == torch.bool:
+        raise wrong  # how many features there are is not known yet
     columns = select(indices, 2**31).as_columns()
     if columns is None or not columns.numel():
-        raise UsageError("give the features to load as a list of numbers, the same for every example")
+        raise wrong
     return columns
 
 

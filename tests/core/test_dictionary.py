@@ -259,6 +259,13 @@ def test_a_slice_keeps_the_numbers_of_its_features():
     torch.testing.assert_close(part.interchange(base, source, chosen), whole.interchange(base, source, [7]))
     assert torch.equal(part.collect(base, slice(0, 8)), whole.collect(base, [7, 0]))
     assert torch.equal(part.take([7]).collect(base), whole.collect(base, [7]))
+    whole.feature_sets = {"found": torch.tensor([60, 7]), "mask": chosen}
+    again = whole.take([60, 7, 9])
+    for name in ("found", "mask"):
+        assert torch.equal(
+            again.collect(base, again.feature_sets[name]).sort().values,
+            whole.collect(base, whole.feature_sets[name]).sort().values,
+        )
     with pytest.raises(FeatureIndexError, match="feature 5 is not among the 3 of 64"):
         part.interchange(base, source, [5])
     with pytest.raises(FeatureIndexError):

@@ -160,3 +160,9 @@ def test_rows_for_another_batch_are_refused(shape):
 
 def test_a_list_of_tensors_gives_each_example_its_own():
     assert torch.equal(select([torch.tensor([0]), torch.tensor([1, 2])], N).mask, select([[0], [1, 2]], N).mask)
+
+
+def test_an_enormous_index_takes_no_memory():
+    assert select([2**31 - 1, 5], 2**31).columns.tolist() == [2**31 - 1, 5]
+    with pytest.raises(FeatureIndexError, match="repeated"):
+        select([2**31 - 1, 5, 2**31 - 1], 2**31)
