@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurizers.errors import ArtefactError, ConversionError, PluginError
+from featurizers.foreign import of_folder
 from featurizers.plugins import host
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ def convert(featurizer: Featurizer[Any], folder: str | Path, to: str = OURS) -> 
         lost = host().ask("featurizers_write", to, featurizer=featurizer, folder=new)
         if lost is None:
             raise PluginError(f"the plugin {to!r} writes no format of its own")
+        back = host().ask("featurizers_read", to, source=of_folder(new, None))
+        if featurizer.id != featurizer.kind and (back is None or back.id != featurizer.id):
+            lost = [*lost, f"The name {featurizer.id!r} is not kept."]
         if target.exists():
             target.rmdir()
         new.rename(target)

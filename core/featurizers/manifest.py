@@ -161,7 +161,10 @@ def read_local(folder: Path, subfolder: str | None) -> tuple[Path, Manifest | In
     except (OSError, RuntimeError, ValueError):  # a name that no folder can have
         there = False
     if not there:
-        raise ManifestError(str(folder), f"there is no {CONFIG_NAME}; give the folder that save_pretrained wrote")
+        raise ManifestError(
+            str(folder),
+            f"there is no {CONFIG_NAME}; give the folder that save_pretrained wrote, or convert another one",
+        )
     return folder, read(folder / CONFIG_NAME, str(folder))
 
 

@@ -348,3 +348,14 @@ def test_reading_does_not_import_saelens(sae_lens, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+def test_a_name_that_is_not_kept_is_said(tmp_path):
+    from tests.support.dictionaries import dictionary
+
+    f = dictionary("relu", pre_bias=True)
+    assert featurizers.convert(f, tmp_path / "unnamed", "sae-lens") == []
+    f.id = "mine"
+    assert featurizers.convert(f, tmp_path / "named", "sae-lens") == ["The name 'mine' is not kept."]
+    assert featurizers.convert(f, tmp_path / "kept", "dictionary-learning") == []
+    assert featurizers.load(tmp_path / "kept").id == "mine"

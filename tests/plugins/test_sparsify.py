@@ -83,14 +83,14 @@ def test_a_hookpoint_is_a_site(hookpoint, site, tmp_path):
 @pytest.mark.parametrize("activation", ["topk", "groupmax"])
 def test_it_is_written_as_it_was_read(activation, tmp_path):
     f = featurizers.load(write(tmp_path / "theirs", activation, multi_topk=True))
-    assert featurizers.convert(f, tmp_path / "back", "sparsify") == []
-    first, second = (load_file(tmp_path / name / "sae.safetensors") for name in ("theirs", "back"))
+    assert featurizers.convert(f, tmp_path / "back/theirs", "sparsify") == []
+    first, second = (load_file(tmp_path / name / "sae.safetensors") for name in ("theirs", "back/theirs"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    cfg = json.loads((tmp_path / "back/cfg.json").read_text())
+    cfg = json.loads((tmp_path / "back/theirs/cfg.json").read_text())
     assert (cfg["activation"], cfg["k"], cfg["num_latents"], cfg["d_in"]) == (activation, 8, 64, 16)
     assert (cfg["multi_topk"], cfg["normalize_decoder"]) == (True, False), "rows of other lengths than 1"
-    assert featurizers.load(tmp_path / "back").config == f.config
+    assert featurizers.load(tmp_path / "back/theirs").config == f.config
     ours = featurizers.load(f.save_pretrained(tmp_path / "ours"))
     assert torch.equal(ours.encode(golden(activation)["x"]), f.encode(golden(activation)["x"]))
 
