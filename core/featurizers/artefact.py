@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
@@ -24,12 +23,15 @@ from featurizers.errors import (
     PluginError,
     UsageError,
     WeightsError,
+    one_line,
+    shown,
 )
 from featurizers.featurizer import Featurizer
 from featurizers.indices import Indices, select
 from featurizers.manifest import (
     CARD_NAME,
     CONFIG_NAME,
+    RESERVED,
     WEIGHTS_NAME,
     Entry,
     Index,
@@ -40,6 +42,7 @@ from featurizers.manifest import (
     read,
 )
 from featurizers.plugins import host
+from featurizers.replacing import replacing, resolved
 
 
 def save(featurizer: Featurizer[Any], folder: str | Path) -> Path:
@@ -53,7 +56,7 @@ def save(featurizer: Featurizer[Any], folder: str | Path) -> Path:
         ArtefactError: the folder holds something else than an artefact.
         ManifestError: the metadata is not JSON, or a name is not allowed.
     """
-    target = _target(folder)
+    target = resolved(folder)
     with _replacing(target) as new:
         _write(featurizer, new, source=f"./{target.name}")
     return Path(folder).expanduser()
@@ -72,7 +75,7 @@ def save_collection(featurizers: Mapping[str, Featurizer[Any]], folder: str | Pa
     """
     if not featurizers:
         raise UsageError("a collection holds at least one featurizer")
-    target = _target(folder)
+    target = resolved(folder)
     try:
         index = Index(artefacts={name: _entry(f) for name, f in featurizers.items()})
     except ValidationError as error:
@@ -95,6 +98,7 @@ def read_folder(
     dtype: torch.dtype | None = None,
     verify: bool = False,
     indices: Indices = None,
+    allow_nonfinite: bool = False,
 ) -> Featurizer[Any]:
     """The featurizer of an artefact whose ``config.json`` was read.
 
@@ -106,6 +110,7 @@ def read_folder(
         dtype: floating-point dtype to convert them to; as stored if None.
         verify: whether to compare the sha256 of the weights with that in the config.
         indices: which features to read, None for all.
+        allow_nonfinite: take weights that hold NaN or infinity too; such a featurizer is not checked further.
 
     Raises:
         UsageError: the kind is loaded whole.
@@ -114,57 +119,81 @@ def read_folder(
         ManifestError: the kind refuses the config.
         WeightsError: the weights are damaged or do not fit the config.
     """
-    check_dtype(dtype)
     cls = host().featurizer_class(manifest.kind)
-    config = _config(cls, manifest, where)
     path = folder / WEIGHTS_NAME
-    if not path.exists():
-        raise WeightsError(where, f"{WEIGHTS_NAME} is missing; other weight formats are not read")
-    try:
-        with torch.device("meta"):
-            featurizer = cls(config)
-    except PluginError:
-        raise
-    except FeaturizerError as error:
-        raise ManifestError(where, f"the kind {manifest.kind!r} refuses its config: {error}") from error
-    weights.check_header(weights.read_header(path, where), featurizer.state_dict(), manifest.features, where)
-    if verify:
-        verify_weights(path, manifest, where)
-    rows: dict[str, Tensor] = {}
-    added: dict[str, Tensor] = {}
-    if indices is not None:
-        # a kind that is loaded whole says so, whatever the indices are
-        cls.sliced(config, torch.zeros(1, dtype=torch.long))
-        columns = select(indices, featurizer.n_features or 0).as_columns()
-        if columns is None or not columns.numel():
-            raise UsageError("give the features to load as a list of numbers, the same for every example")
-        config, names, added = cls.sliced(config, columns)
-        rows = dict.fromkeys(names, columns)
-        with torch.device("meta"):
-            featurizer = cls(config)
-    tensors = {**weights.read_tensors(path, device, where, rows), **added}
-    sets = {name: tensors.pop(f"{weights.SET_PREFIX}{name}") for name in manifest.features}
-    featurizer.load_state_dict(tensors, assign=True)
-    if _on_meta(featurizer):  # the kind computes tensors that it does not store
-        featurizer = cls(config)
+    with _kind_at_work(manifest.kind, where):
+        config = _config(cls, manifest, where)
+        if not path.exists():
+            raise WeightsError(where, f"{WEIGHTS_NAME} is missing; other weight formats are not read")
+        featurizer = _on_meta(cls, config, where)
+        weights.check_header(weights.read_header(path, where), featurizer.state_dict(), manifest.features, where)
+        if verify:
+            verify_weights(path, manifest, where)
+        rows: dict[str, Tensor] = {}
+        added: dict[str, Tensor] = {}
+        if indices is not None:
+            # a kind that is loaded whole says so, whatever the indices are
+            cls.sliced(config, torch.zeros(1, dtype=torch.long))
+            columns = select(indices, featurizer.n_features or 0).as_columns()
+            if columns is None or not columns.numel():
+                raise UsageError("give the features to load as a list of numbers, the same for every example")
+            config, names, added = cls.sliced(config, columns)
+            rows = dict.fromkeys(names, columns)
+            featurizer = _on_meta(cls, config, where)
+        tensors = {**weights.read_tensors(path, device, where, rows, allow_nonfinite=allow_nonfinite), **added}
+        sets = {name: tensors.pop(f"{weights.SET_PREFIX}{name}") for name in manifest.features}
         featurizer.load_state_dict(tensors, assign=True)
-    featurizer.feature_sets = sets
-    featurizer.id = manifest.id
-    featurizer.site = manifest.site.site() if manifest.site else None
-    featurizer.metadata = manifest.metadata
-    featurizer.eval()
-    featurizer.to(device=device, dtype=dtype)
-    try:
-        featurizer.check()
-    except FeaturizerError as error:
-        raise WeightsError(where, f"{WEIGHTS_NAME}: {error}") from error
+        if any(t.is_meta for t in (*featurizer.parameters(), *featurizer.buffers())):
+            featurizer = cls(config)  # the kind computes tensors that it does not store
+            featurizer.load_state_dict(tensors, assign=True)
+        featurizer.feature_sets = sets
+        featurizer.id = manifest.id
+        featurizer.site = manifest.site.site() if manifest.site else None
+        featurizer.metadata = manifest.metadata
+        featurizer.eval()
+        featurizer.to(device=device, dtype=dtype)
+        if allow_nonfinite and not all(map(weights.is_finite, tensors.values())):
+            return featurizer
+        try:
+            featurizer.check()
+        except FeaturizerError as error:
+            raise WeightsError(where, f"{WEIGHTS_NAME}: {error}") from error
     return featurizer
 
 
-def check_dtype(dtype: torch.dtype | None) -> None:
-    """Raise `UsageError` unless it is a floating-point dtype or None."""
+@contextmanager
+def _kind_at_work(kind: str, where: str) -> Iterator[None]:
+    """What the code of a kind raises that is not one of our errors, as one that names the kind."""
+    try:
+        yield
+    except FeaturizerError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"{where}: the kind {kind!r} failed on it: {type(error).__name__}: {one_line(error)}. "
+            "If its config is sound, tell the author of its plugin"
+        ) from error
+
+
+def _on_meta(cls: type[Featurizer[Any]], config: Any, where: str) -> Featurizer[Any]:
+    """A featurizer without weights, which says what its weights are."""
+    try:
+        with torch.device("meta"):
+            return cls(config)
+    except PluginError:
+        raise
+    except FeaturizerError as error:
+        raise ManifestError(where, f"the kind {cls.kind!r} refuses its config: {error}") from error
+
+
+def check_placement(device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+    """Raise `UsageError` unless these are the name of a device and a floating-point dtype, or None."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise UsageError(f"dtype is a floating-point torch.dtype such as torch.float16, not {dtype!r}")
+        raise UsageError(f"dtype is a floating-point torch.dtype such as torch.float16, not {shown(dtype)}")
+    try:
+        torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"device is one such as 'cpu' or 'cuda:0', not {shown(device)}") from error
 
 
 def verify_weights(path: Path, manifest: Manifest, where: str) -> None:
@@ -173,7 +202,7 @@ def verify_weights(path: Path, manifest: Manifest, where: str) -> None:
     Raises:
         WeightsError: they differ.
     """
-    if (found := weights.sha256(path)) != manifest.sha256:
+    if (found := weights.sha256(path, where)) != manifest.sha256:
         raise WeightsError(
             where, f"{WEIGHTS_NAME} has sha256 {found}, its config says {manifest.sha256}; fetch it again"
         )
@@ -197,18 +226,6 @@ def build(cls: type[Featurizer[Any]], config: Mapping[str, Any]) -> Featurizer[A
     except ValidationError as error:
         raise ConfigError(f"{cls.kind}: {explain(error)}") from error
     return cls(checked)
-
-
-def _target(folder: str | Path) -> Path:
-    """The folder itself, behind links and dots, because it is replaced as a whole."""
-    try:
-        return Path(folder).expanduser().resolve()
-    except (OSError, RuntimeError) as error:
-        raise ArtefactError(str(folder), f"it is not the name of a folder: {error}") from error
-
-
-def _on_meta(featurizer: Featurizer[Any]) -> bool:
-    return any(t.is_meta for t in (*featurizer.parameters(), *featurizer.buffers()))
 
 
 def _write(featurizer: Featurizer[Any], folder: Path, source: str) -> None:
@@ -256,51 +273,30 @@ def _owners() -> Mapping[str, list[str]]:
 
 
 @contextmanager
-def _replacing(target: Path, parts: Iterable[str] = ()) -> Iterator[Path]:
-    """A new folder that becomes ``target`` when the block ends well, and is removed when it does not.
+def _replacing(target: Path, parts: Iterable[str] = ("",)) -> Iterator[Path]:
+    """A new folder that takes the place of ``target``, with its other files and the READMEs that are to be renewed.
 
     Args:
         target: the folder to write or to replace.
         parts: subfolders of the artefacts that it will have.
     """
-    if target.exists():
-        _check_replaceable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (target.parent / f".{target.name}.{uuid.uuid4().hex}" for _ in range(2))
-    new.mkdir()
-    try:
-        if target.exists():
-            _keep(target, new, {".", *parts})
+    renewed = {"", *parts}
+    before: set[str] = set()
+
+    def check(folder: Path) -> None:
+        if any(folder.iterdir()) and not (folder / CONFIG_NAME).exists():
+            raise ArtefactError(str(folder), "it is not empty and not an artefact; choose a new or an empty folder")
+        if (folder / CONFIG_NAME).exists():  # refuses a config.json of another library
+            record = read(folder / CONFIG_NAME, str(folder))
+            before.update(["", *record.artefacts] if isinstance(record, Index) else [""])
+
+    def ours(name: str) -> bool:
+        part, _, file = name.rpartition("/")
+        return (part in before and file in RESERVED) or (part in renewed and file == CARD_NAME)
+
+    with replacing(target, ours, check) as new:
+        for part in renewed:
+            if (old := target / part / CARD_NAME).is_file():
+                (new / part).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(old, new / part / CARD_NAME)
         yield new
-        if not target.exists():
-            new.rename(target)
-        else:
-            target.rename(old)
-            try:
-                new.rename(target)
-            except BaseException:
-                old.rename(target)
-                raise
-            shutil.rmtree(old)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def _check_replaceable(target: Path) -> None:
-    if not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG_NAME).exists()):
-        raise ArtefactError(str(target), "it is not empty and not an artefact; choose a new or an empty folder")
-    if (target / CONFIG_NAME).exists():
-        read(target / CONFIG_NAME, str(target))  # refuses a config.json of another library
-
-
-def _keep(old: Path, new: Path, renewed: set[str]) -> None:
-    """Copy what is not ours from the old folder: other files, and the READMEs that will be renewed."""
-    record = read(old / CONFIG_NAME, str(old)) if (old / CONFIG_NAME).exists() else None
-    parts = {".", *(record.artefacts if isinstance(record, Index) else ())}
-
-    def ours(folder: str, names: list[str]) -> set[str]:
-        here = Path(folder).relative_to(old).as_posix()
-        files = {CONFIG_NAME, WEIGHTS_NAME} if here in renewed else {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME}
-        return files.intersection(names) if here in parts else set()
-
-    shutil.copytree(old, new, symlinks=True, ignore=ours, dirs_exist_ok=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featurizers.errors import ArtefactError, ConversionError, PluginError
+from featurizers.errors import ConversionError, PluginError
 from featurizers.foreign import of_folder
 from featurizers.plugins import host
+from featurizers.replacing import filling, refuse_full, resolved
 
 if TYPE_CHECKING:
     from featurizers.featurizer import Featurizer
@@ -34,31 +33,27 @@ def convert(featurizer: Featurizer[Any], folder: str | Path, to: str = OURS) -> 
         ConversionError: the format cannot hold the map itself.
         PluginError: there is no such plugin, or it writes no format.
     """
-    target = Path(folder).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ArtefactError(str(folder), "it is there already; choose a new or an empty folder")
     if to == OURS:
-        featurizer.save_pretrained(target)
+        refuse_full(resolved(folder))
+        featurizer.save_pretrained(folder)
         return []
     host().load(to)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-    new = scratch / target.name
-    new.mkdir(parents=True)
     try:
-        lost = host().ask("featurizers_write", to, featurizer=featurizer, folder=new)
-        if lost is None:
-            raise PluginError(f"the plugin {to!r} writes no format of its own")
-        back = host().ask("featurizers_read", to, source=of_folder(new, None))
-        if featurizer.id != featurizer.kind and (back is None or back.id != featurizer.id):
-            lost = [*lost, f"The name {featurizer.id!r} is not kept."]
-        if target.exists():
-            target.rmdir()
-        new.rename(target)
+        with filling(folder) as scratch:
+            new = scratch / resolved(folder).name  # some formats keep the name of the folder
+            new.mkdir()
+            lost = host().ask("featurizers_write", to, featurizer=featurizer, folder=new)
+            if lost is None:
+                raise PluginError(f"the plugin {to!r} writes no format of its own")
+            back = host().ask("featurizers_read", to, source=of_folder(new, None))
+            if featurizer.id != featurizer.kind and (back is None or back.id != featurizer.id):
+                lost = [*lost, f"The name {featurizer.id!r} is not kept."]
+            del back  # which may hold the files open
+            for path in new.iterdir():
+                path.rename(scratch / path.name)
+            new.rmdir()
     except ConversionError as error:
         raise ConversionError(str(folder), error.problem) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return [*lost, *_lost_by_all(featurizer)]
 
 

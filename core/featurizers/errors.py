@@ -9,8 +9,30 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
+def shown(value: object, most: int = 80) -> str:
+    """What an error shows of a value from outside: its `repr`, cut to ``most`` characters.
+
+    A string keeps its head; nothing in it reaches a terminal as a control character.
+    """
+    if isinstance(value, str):  # the repr of an enormous string is not made
+        value = value[:most]
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**most else "an enormous number"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def one_line(message: object, most: int = 300) -> str:
+    """The message of another library's error in one line, with what cannot be printed escaped."""
+    text = " ".join(str(message).split())
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
+    return text[:most]
+
+
 class FeaturizerError(Exception):
     """Base of every error that this library raises on purpose."""
+
+
+class CachedCopyWarning(UserWarning):
+    """The Hub could not be asked, and a cached copy was used."""
 
 
 class UsageError(FeaturizerError, ValueError):

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featurizers.errors import FeaturizerError, ManifestError, WeightsError
+from featurizers.errors import FeaturizerError, ManifestError, WeightsError, one_line, shown
+from featurizers.files import contained, read_bytes
 from featurizers.manifest import MAX_CONFIG_BYTES, parse_json
-from featurizers.weights import Spec, check_finite, read_header, take_rows
+from featurizers.weights import Spec, check_finite, is_finite, read_header, shown_names, take_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,13 +51,15 @@ class TensorFile:
                 columns are kept.
 
         Raises:
-            WeightsError: there is no such tensor, it cannot be read, or it holds NaN or infinity.
+            WeightsError: there is no such tensor, or it cannot be read.
         """
         import torch
         from safetensors import SafetensorError, safe_open
 
         if name not in self.specs:
-            raise WeightsError(self.where, f"{self.path.name} lacks the tensor {name!r}; it has {sorted(self.specs)!r}")
+            raise WeightsError(
+                self.where, f"{self.path.name} lacks the tensor {name!r}; it has {shown_names(self.specs)}"
+            )
         try:
             with safe_open(self.path, framework="pt") as file:
                 if rows is not None:
@@ -68,8 +71,7 @@ class TensorFile:
                 else:
                     tensor = file.get_tensor(name)
         except (SafetensorError, OSError, ValueError, RuntimeError, IndexError) as error:
-            raise WeightsError(self.where, f"{self.path.name}: {name!r} cannot be read: {error}") from error
-        check_finite({name: tensor}, self.where)
+            raise WeightsError(self.where, f"{self.path.name}: {name!r} cannot be read: {one_line(error)}") from error
         return tensor
 
 
@@ -83,6 +85,7 @@ class Foreign:
         indices: int64 ``(k,)``, which features are wanted; None for all.
         revision: the commit of a repository.
         fetch: the local path of a file.
+        allow_nonfinite: whether tensors may hold NaN and infinity.
     """
 
     where: str
@@ -90,6 +93,7 @@ class Foreign:
     fetch: Callable[[str], Path] = field(repr=False)
     indices: Tensor | None = None
     revision: str | None = None
+    allow_nonfinite: bool = False
 
     def path(self, name: str) -> Path:
         """The local path of a file, which is downloaded if need be.
@@ -99,7 +103,7 @@ class Foreign:
             HubError: it cannot be had.
         """
         if name not in self.names:
-            raise ManifestError(self.where, f"there is no file {name!r}")
+            raise ManifestError(self.where, f"there is no file {shown(name, 200)}")
         return self.fetch(name)
 
     def json(self, name: str) -> dict[str, Any]:
@@ -108,12 +112,7 @@ class Foreign:
         Raises:
             ManifestError: it is too large, not JSON, or no object.
         """
-        path = self.path(name)
-        try:
-            with path.open("rb") as file:
-                raw = file.read(MAX_CONFIG_BYTES + 1)
-        except OSError as error:
-            raise ManifestError(self.where, f"{name} cannot be read: {error.strerror or error}") from error
+        raw = read_bytes(self.path(name), self.where, ManifestError, MAX_CONFIG_BYTES, name)
         data = parse_json(raw, self.where, name)
         if not isinstance(data, dict):
             raise ManifestError(self.where, f"{name} holds a {type(data).__name__}, not an object")
@@ -164,27 +163,47 @@ def load_torch(path: Path, where: str) -> Any:
         raise WeightsError(where, f"{name} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def of_folder(folder: Path, indices: Tensor | None) -> Foreign:
-    """A folder of this machine."""
+def of_folder(folder: Path, indices: Tensor | None, allow_nonfinite: bool = False) -> Foreign:
+    """A folder of this machine, none of whose files may lie elsewhere."""
+    where = str(folder) if str(folder).isprintable() else shown(str(folder), 200)
     names: list[str] = []
-    for seen, place in enumerate(folder.rglob("*")):
-        if seen >= MAX_TREE:
-            raise ManifestError(
-                str(folder), f"it holds more than {MAX_TREE} files and folders; name the folder of one featurizer"
-            )
-        if place.is_file():
-            names.append(place.relative_to(folder).as_posix())
-    return Foreign(str(folder), tuple(sorted(names)), folder.joinpath, indices)
+    try:
+        for seen, place in enumerate(folder.rglob("*")):
+            if seen >= MAX_TREE:
+                raise ManifestError(
+                    where, f"it holds more than {MAX_TREE} files and folders; name the folder of one featurizer"
+                )
+            if not place.is_dir():
+                names.append(place.relative_to(folder).as_posix())
+    except OSError as error:
+        raise ManifestError(where, f"it cannot be listed: {one_line(error.strerror or error)}") from error
+
+    def fetch(name: str) -> Path:
+        return contained(folder, folder / name, where, ManifestError)
+
+    return Foreign(where, tuple(sorted(names)), fetch, indices, allow_nonfinite=allow_nonfinite)
 
 
-def of_repository(remote: Remote, indices: Tensor | None) -> Foreign:
-    """A repository, or a folder of it, at the commit that its revision stands at now."""
+def of_repository(
+    remote: Remote, indices: Tensor | None, allow_nonfinite: bool = False, verify: bool = False
+) -> Foreign:
+    """A repository, or a folder of it, at the commit that its revision stands at now.
+
+    Args:
+        remote: the repository.
+        indices: which features are wanted.
+        allow_nonfinite: as in `Foreign`.
+        verify: compare each file with the checksum that the Hub has for it.
+    """
     names, commit = remote.names()
 
     def fetch(name: str) -> Path:
-        return remote.file(name, commit)
+        path = remote.file(name, commit)
+        if verify:
+            remote.verify(path, name)
+        return path
 
-    return Foreign(str(remote), names, fetch, indices, commit)
+    return Foreign(str(remote), names, fetch, indices, commit, allow_nonfinite)
 
 
 def read(source: Foreign) -> Featurizer[Any]:
@@ -202,7 +221,7 @@ def read(source: Foreign) -> Featurizer[Any]:
         raise ManifestError(
             source.where,
             "there is no config.json of featurizers, and no installed plugin knows the format of "
-            f"{', '.join(map(repr, source.names[:5])) or 'an empty folder'}"
+            f"{', '.join(map(shown, source.names[:5])) or 'an empty folder'}"
             f"{', …' if len(source.names) > 5 else ''}; plugins asked: {', '.join(readers)}. "
             "Name the folder of one featurizer with subfolder=, or install the plugin of the format",
         )
@@ -219,6 +238,10 @@ def checked(found: Any, source: Foreign) -> Featurizer[Any]:
     if source.indices is not None and found.n_features != len(source.indices):
         raise PluginError(f"{source.where}: the plugin of this format did not take the {len(source.indices)} features")
     found.revision = source.revision
+    if not source.allow_nonfinite:
+        check_finite(found.state_dict(), source.where)
+    elif not all(map(is_finite, found.state_dict().values())):
+        return found.eval()
     try:
         found.check()
     except FeaturizerError as error:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featurizers.errors import HubNotFoundError, ManifestError, NotOursError, PluginError, UsageError
-from featurizers.manifest import Entry, Index, Manifest, read_local
+from featurizers.errors import ArtefactError, HubNotFoundError, ManifestError, NotOursError, PluginError, UsageError
+from featurizers.manifest import Entry, Index, Manifest, named_folder, read_local
 from featurizers.plugins import host
 from featurizers.sources import CatalogueSource, FolderSource, HubSource, parse_source
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from featurizers.featurizer import Featurizer
     from featurizers.foreign import Foreign
     from featurizers.indices import Indices
+
+RETRIES = 20
+"""How often a folder is read anew that another program replaces meanwhile."""
 
 
 def load(
@@ -33,6 +36,7 @@ def load(
     dtype: torch.dtype | None = None,
     indices: Indices = None,
     verify: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Featurizer[Any]:
     """The featurizer that a folder, a repository or a plugin's catalogue holds, ready to use.
 
@@ -54,12 +58,15 @@ def load(
         dtype: floating-point dtype to convert them to; as stored if None.
         indices: read these features alone, of a kind whose features are rows of its tensors, such as a dictionary;
             they keep their numbers.
-        verify: compare the sha256 of the weights with that in the config.
+        verify: compare the sha256 of the weights with that in the config; of what another library wrote, the files
+            with the Hub's checksums.
+        allow_nonfinite: load weights that hold NaN or infinity too, to look at them.
 
     Raises:
         FeatureIndexError: a feature that there is not.
         SourceError: the source is in none of these forms, or could be two things.
-        ManifestError, WeightsError: the artefact is damaged, inconsistent or of another library.
+        ManifestError, WeightsError, ArtefactError: the artefact is damaged, inconsistent or of another library.
+        UsageError: an argument is none that can be.
         HubError: the Hub refused or did not answer.
         PluginError: no installed plugin reads the kind, or it fails.
 
@@ -71,42 +78,60 @@ def load(
         2
     """
     from featurizers import artefact
-    from featurizers.foreign import of_folder, of_repository
+    from featurizers.foreign import of_folder, of_repository, read
     from featurizers.hub import Remote
 
-    artefact.check_dtype(dtype)
+    artefact.check_placement(device, dtype)
     parsed = parse_source(source, revision)
-    hub_options = (token, cache_dir, force_download, local_files_only)
-    if isinstance(parsed, CatalogueSource):
-        featurizer = _of_catalogue(parsed, indices, hub_options)
-        return _placed(featurizer, kind, str(parsed), verify, device, dtype)
-    commit: str | None = None
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "verify": verify, "allow_nonfinite": allow_nonfinite}
     if isinstance(parsed, FolderSource):
         if other := _foreign_folder(parsed.path, subfolder):
-            return _of_foreign(of_folder(other, _wanted(indices)), kind, verify, device, dtype)
-        folder, record = read_local(parsed.path, subfolder)
-        where = str(folder)
-        manifest = _one(record, where, kind)
-    else:
-        remote = Remote(parsed, subfolder, *hub_options)
-        try:
-            record, commit = remote.config()
-        except (HubNotFoundError, NotOursError) as error:
-            if isinstance(error, HubNotFoundError) and not error.is_file:
-                raise
-            foreign = of_repository(remote, _wanted(indices))
-            if not foreign.names:
-                raise
-            return _of_foreign(foreign, kind, verify, device, dtype)
-        where = str(remote)
-        manifest = _one(record, where, kind)
-        host().featurizer_class(manifest.kind)  # before the download of what could not be read
-        folder = remote.weights(commit)
-    featurizer = artefact.read_folder(
-        folder, manifest, where=where, device=device, dtype=dtype, verify=verify, indices=indices
-    )
+            if verify:
+                raise UsageError(f"{other} was written by another library, and holds no checksum; leave out verify")
+            return _placed(read(of_folder(other, _wanted(indices), allow_nonfinite)), kind, str(other), device, dtype)
+        return _of_folder(parsed.path, subfolder, kind, indices=indices, **options)
+    hub_options = (token, cache_dir, force_download, local_files_only)
+    if isinstance(parsed, CatalogueSource):
+        featurizer = _of_catalogue(parsed, _wanted(indices), allow_nonfinite, verify, hub_options)
+        return _placed(featurizer, kind, str(parsed), device, dtype)
+    remote = Remote(parsed, subfolder, *hub_options)
+    try:
+        record, commit = remote.config()
+    except (HubNotFoundError, NotOursError) as error:
+        if isinstance(error, HubNotFoundError) and not error.is_file:
+            raise
+        foreign = of_repository(remote, _wanted(indices), allow_nonfinite, verify)
+        if not foreign.names:
+            raise
+        return _placed(read(foreign), kind, str(remote), device, dtype)
+    manifest = _one(record, str(remote), kind)
+    host().featurizer_class(manifest.kind)  # before the download of what could not be read
+    folder = remote.weights(commit)
+    featurizer = artefact.read_folder(folder, manifest, where=str(remote), indices=indices, **options)
     featurizer.revision = commit
     return featurizer
+
+
+def _of_folder(path: Path, subfolder: str | None, kind: str | None, **options: Any) -> Featurizer[Any]:
+    """The featurizer of one of our folders, of one state of it: another program may be saving to it."""
+    from featurizers.artefact import read_folder
+    from featurizers.files import version
+    from featurizers.manifest import CONFIG_NAME, WEIGHTS_NAME
+
+    files = (CONFIG_NAME, WEIGHTS_NAME)
+    for _ in range(RETRIES):
+        place = named_folder(path, subfolder)
+        before = version(place, *files)
+        try:
+            folder, record = read_local(path, subfolder)
+            featurizer = read_folder(folder, _one(record, str(folder), kind), where=str(folder), **options)
+        except ArtefactError:
+            if before == version(place, *files):
+                raise
+        else:
+            if before == version(place, *files):
+                return featurizer
+    raise ArtefactError(str(path), "another program keeps writing to it; load it when that one has finished")
 
 
 def _foreign_folder(path: Path, subfolder: str | None) -> Path | None:
@@ -127,22 +152,21 @@ def _foreign_folder(path: Path, subfolder: str | None) -> Path | None:
     return folder
 
 
-def _of_foreign(
-    source: Foreign, kind: str | None, verify: bool, device: torch.device | str | None, dtype: torch.dtype | None
+def _of_catalogue(
+    source: CatalogueSource,
+    indices: Tensor | None,
+    allow_nonfinite: bool,
+    verify: bool,
+    hub_options: tuple[Any, ...],
 ) -> Featurizer[Any]:
-    from featurizers.foreign import read
-
-    return _placed(read(source), kind, source.where, verify, device, dtype)
-
-
-def _of_catalogue(source: CatalogueSource, indices: Indices, hub_options: tuple[Any, ...]) -> Featurizer[Any]:
     from featurizers.foreign import checked, of_repository
     from featurizers.hub import Remote
 
     opened = []
 
     def repository(repo_id: str, subfolder: str | None = None, revision: str | None = None) -> Foreign:
-        foreign = of_repository(Remote(HubSource(repo_id, revision), subfolder, *hub_options), _wanted(indices))
+        remote = Remote(HubSource(repo_id, revision), subfolder, *hub_options)
+        foreign = of_repository(remote, indices, allow_nonfinite, verify)
         opened.append(foreign)
         return foreign
 
@@ -156,14 +180,11 @@ def _placed(
     featurizer: Featurizer[Any],
     kind: str | None,
     where: str,
-    verify: bool,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> Featurizer[Any]:
     if kind not in (None, featurizer.kind):
         raise UsageError(f"{where} holds a featurizer of kind {featurizer.kind!r}, not {kind!r}")
-    if verify:
-        raise UsageError(f"{where} was written by another library, and holds no checksum to verify; leave out verify")
     return featurizer.to(device=device, dtype=dtype)
 
 

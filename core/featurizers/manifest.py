@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NoReturn
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from featurizers.errors import ManifestError, NotOursError, SiteError
+from featurizers.errors import ArtefactError, ManifestError, NotOursError, SiteError, one_line, shown
+from featurizers.files import contained, looks_like, read_bytes
 from featurizers.plugins import KIND
+from featurizers.replacing import recover
 from featurizers.sites import Side, Site
 
 CONFIG_NAME: Final = "config.json"
@@ -19,7 +22,8 @@ CARD_NAME: Final = "README.md"
 LIBRARY_NAME: Final = "featurizers"
 FORMAT_VERSION: Final = 1
 MAX_CONFIG_BYTES: Final = 1_000_000
-
+MAX_DEPTH: Final = 64
+"""How deeply the JSON of a config may be nested."""
 
 RESERVED: Final = {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME}
 
@@ -141,31 +145,41 @@ def read(path: Path, where: str) -> Manifest | Index:
     Raises:
         ManifestError: it is not one, or was written by a newer version.
     """
+    return parse(read_bytes(path, where, ManifestError, MAX_CONFIG_BYTES), where)
+
+
+def named_folder(folder: Path, subfolder: str | None) -> Path:
+    """The folder of a name that may begin with ``~``."""
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise ManifestError(where, f"{CONFIG_NAME} cannot be read: {error.strerror or error}") from error
-    return parse(raw, where)
+        return folder.expanduser() / (subfolder or "")
+    except RuntimeError:  # there is no such user
+        return folder / (subfolder or "")
 
 
 def read_local(folder: Path, subfolder: str | None) -> tuple[Path, Manifest | Index]:
-    """The folder of an artefact or a collection, and its ``config.json``.
+    """The folder of an artefact or a collection, and its ``config.json``; none of its files may lie elsewhere.
 
     Raises:
         ManifestError: there is none.
+        ArtefactError: a file is a link out of the folder.
     """
+    root = named_folder(folder, None)
+    folder = named_folder(folder, subfolder)
     try:
-        folder = folder.expanduser() / (subfolder or "")
+        if not root.exists():
+            recover(root.resolve())
         there = (folder / CONFIG_NAME).exists()
     except (OSError, RuntimeError, ValueError):  # a name that no folder can have
         there = False
+    where = str(folder) if str(folder).isprintable() else shown(str(folder), 200)
     if not there:
         raise ManifestError(
-            str(folder),
+            where,
             f"there is no {CONFIG_NAME}; give the folder that save_pretrained wrote, or convert another one",
         )
-    return folder, read(folder / CONFIG_NAME, str(folder))
+    for name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME):
+        contained(root, folder / name, where, ArtefactError)
+    return folder, read(folder / CONFIG_NAME, where)
 
 
 def parse(raw: bytes, where: str) -> Manifest | Index:
@@ -179,7 +193,7 @@ def parse(raw: bytes, where: str) -> Manifest | Index:
     if type(version) is int and version > FORMAT_VERSION:
         raise ManifestError(
             where,
-            f"it has format_version {version}, and this version of featurizers reads up to {FORMAT_VERSION}. "
+            f"it has format_version {shown(version)}, and this version of featurizers reads up to {FORMAT_VERSION}. "
             "Upgrade with: pip install -U featurizers",
         )
     try:
@@ -194,7 +208,7 @@ def parse(raw: bytes, where: str) -> Manifest | Index:
 
 
 def parse_json(raw: bytes, where: str, name: str) -> Any:
-    """What strict JSON says: no repeated key, no NaN or infinity, no more than ``MAX_CONFIG_BYTES``.
+    """What strict JSON says: no repeated key, no NaN or infinity, not too large and not too deep.
 
     Raises:
         ManifestError: it is not that.
@@ -202,14 +216,17 @@ def parse_json(raw: bytes, where: str, name: str) -> Any:
     if len(raw) > MAX_CONFIG_BYTES:
         raise ManifestError(where, f"{name} is larger than {MAX_CONFIG_BYTES} bytes")
     try:
-        return json.loads(
+        data = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=_no_duplicates,
             parse_constant=_no_constant,
             parse_float=_finite,
         )
     except (ValueError, RecursionError) as error:
-        raise ManifestError(where, f"{name} is not valid JSON: {error}") from error
+        reason = looks_like(raw[:100]) or ("it is nested too deeply" if isinstance(error, RecursionError) else error)
+        raise ManifestError(where, f"{name} is not valid JSON: {one_line(reason)}") from error
+    _check_depth(data, where, name)
+    return data
 
 
 def dump(record: Manifest | Index) -> bytes:
@@ -232,25 +249,37 @@ def explain(error: ValidationError) -> str:
     lines = []
     for detail in error.errors()[:5]:
         path = ".".join(str(part) for part in detail["loc"]) or "it"
-        lines.append(f"{path!r}: {detail['msg']}, got {_short(detail['input'])}")
+        lines.append(f"{shown(path)}: {one_line(detail['msg'])}, got {shown(detail['input'])}")
     return "; ".join(lines)
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _check_depth(data: Any, where: str, name: str) -> None:
+    level, depth = [data], 0
+    while level := [v for x in level if isinstance(x, dict | list) for v in (x.values() if isinstance(x, dict) else x)]:
+        if (depth := depth + 1) > MAX_DEPTH:
+            raise ManifestError(where, f"{name} is nested more than {MAX_DEPTH} levels deep")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
-        raise ValueError("a key is repeated")
+        raise ValueError(f"the key {shown(repeated(key for key, _ in pairs))} is repeated")
     return data
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """The first name that occurs a second time."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def _finite(number: str) -> float:
     if not math.isfinite(value := float(number)):
-        raise ValueError(f"{number} is too large a number")
+        raise ValueError(f"{shown(number, 40)} is too large a number")
     return value
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import featurizers
 import pytest
 import torch
-from featurizers import Site, artefact, card, weights
+from featurizers import Site, artefact, card, replacing, weights
 from featurizers.errors import ArtefactError, ManifestError, UnknownKindError, UsageError, WeightsError
 from featurizers.plugins import host
 from featurizers_subspace import StandardizeFeaturizer, SubspaceFeaturizer
@@ -287,7 +287,7 @@ def test_a_folder_that_is_no_artefact_is_refused(tmp_path, fill):
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "a").write_text("mine")
-    with pytest.raises(ArtefactError, match="not an artefact"):
+    with pytest.raises(ArtefactError, match="it is a file"):
         subspace().save_pretrained(tmp_path / "a")
     assert (tmp_path / "a").read_text() == "mine"
 
@@ -300,7 +300,7 @@ def test_an_empty_folder_will_do(tmp_path):
 STEPS = {"weights": (weights, "write_tensors"), "config": (artefact, "dump"), "card": (card, "write")}
 
 
-@pytest.mark.parametrize("step", [*STEPS, "putting it in place", "not JSON"])
+@pytest.mark.parametrize("step", [*STEPS, "putting it in place", "the second of two renames", "not JSON"])
 @pytest.mark.parametrize("old", [True, False], ids=["over an old one", "anew"])
 def test_a_save_that_fails_leaves_all_as_it_was(tmp_path, monkeypatch, step, old):
     folder = tmp_path / "a"
@@ -313,9 +313,12 @@ def test_a_save_that_fails_leaves_all_as_it_was(tmp_path, monkeypatch, step, old
         f.metadata = {"x": object()}
     elif step in STEPS:
         monkeypatch.setattr(*STEPS[step], _broken)
+    elif step == "putting it in place":
+        monkeypatch.setattr(replacing, "_swap", _broken)
     else:
+        monkeypatch.setattr(replacing, "_swap", lambda *_: False)
         monkeypatch.setattr(Path, "rename", _broken_once(Path.rename, folder))
-    with pytest.raises((OSError, ManifestError)):
+    with pytest.raises(ArtefactError, match="JSON" if step == "not JSON" else f"{folder}: .*no space left"):
         f.save_pretrained(folder)
     assert contents(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["a"] * old

@@ -133,21 +133,25 @@ WEIGHTS = {
     "header over the limit": Damage(
         _header(b'{"basis": 1}' + b" " * 10_000_000), WeightsError, "not a whole safetensors file"
     ),
-    "header not JSON": Damage(_header(b"{basis}"), WeightsError, "damaged header: JSONDecodeError"),
+    "header not JSON": Damage(_header(b"{basis}"), WeightsError, "damaged header: Expecting property name"),
     "header not an object": Damage(_header(b"[]"), WeightsError, "damaged header"),
-    "header not UTF-8": Damage(_header(b'{"\xff": 1}'), WeightsError, "damaged header: UnicodeDecodeError"),
-    "header deeply nested": Damage(_header(b"[" * 100_000), WeightsError, "damaged header: RecursionError"),
+    "header not UTF-8": Damage(_header(b'{"\xff": 1}'), WeightsError, "damaged header: 'utf-8' codec"),
+    "header deeply nested": Damage(
+        _header(b'{"a":' * 100_000), WeightsError, "damaged header: it is nested too deeply"
+    ),
     "header without tensors": Damage(_header({}, 0), WeightsError, r"model.safetensors lacks \['basis'\]"),
     "no offsets": Damage(_header({"basis": {"dtype": "F32", "shape": [8, 3]}}), WeightsError, "damaged header"),
     "one offset": Damage(_header({"basis": _tensor(offsets=[96])}), WeightsError, "damaged header"),
-    "offsets before the data": Damage(_header({"basis": _tensor(offsets=[-96, 0])}, 0), WeightsError, "cannot be read"),
-    "offsets too short": Damage(_header({"basis": _tensor(offsets=[0, 92])}, 92), WeightsError, "cannot be read"),
-    "fractions": Damage(_header({"basis": _tensor(shape=[8.0, 3])}), WeightsError, "cannot be read"),
+    "offsets before the data": Damage(_header({"basis": _tensor(offsets=[-96, 0])}, 0), WeightsError, "data_offsets"),
+    "offsets too short": Damage(_header({"basis": _tensor(offsets=[0, 92])}, 92), WeightsError, "92 bytes, but 96 by"),
+    "fractions": Damage(_header({"basis": _tensor(shape=[8.0, 3])}), WeightsError, "8.0 is not"),
     "negative shape": Damage(_header({"basis": _tensor(shape=[-8, -3])}), WeightsError, r"shape \[-8, -3\]"),
     "unknown dtype": Damage(_header({"basis": _tensor("F4")}), WeightsError, "damaged header.*F4"),
     "dtype of another type": Damage(_header({"basis": _tensor(["F32"])}), WeightsError, "damaged header"),
     "overlapping": Damage(
-        _header({"basis": _tensor(), "features.a": _tensor()}), WeightsError, r"has unknown \['features.a'\]"
+        _header({"basis": _tensor(), "features.a": _tensor()}),
+        WeightsError,
+        "an overlap before the tensor 'features.a'",
     ),
     "overlapping, both expected": Damage(
         lambda folder: (
@@ -155,12 +159,12 @@ WEIGHTS = {
             _header({"basis": _tensor(), "features.a": _tensor()})(folder),
         ),
         WeightsError,
-        "model.safetensors cannot be read",
+        "an overlap before the tensor 'features.a'",
     ),
     "one name twice": Damage(
         _header(b'{"basis": %b, "basis": %b}' % ((json.dumps(_tensor(shape=[3, 8])).encode(),) * 2)),
         WeightsError,
-        r"shape \[3, 8\]",
+        "damaged header: the name 'basis' is repeated",
     ),
     "missing tensor": Damage(
         _tensors(lambda t: t.update(other=t.pop("basis"))),
@@ -188,7 +192,7 @@ WEIGHTS = {
         _only_pickle, WeightsError, "model.safetensors is missing; other weight formats are not read"
     ),
     "folder": Damage(
-        _folder_named("model.safetensors"), WeightsError, "model.safetensors cannot be read: Is a directory"
+        _folder_named("model.safetensors"), WeightsError, "model.safetensors is a folder, not a regular file"
     ),
     "wider config": Damage(_size(d_in=9), WeightsError, r"'basis' has shape \[8, 3\], but its config implies \[9, 3\]"),
     "largest config": Damage(_size(d_in=2**24, n_features=2**24), WeightsError, r"implies \[16777216, 16777216\]"),
@@ -196,7 +200,7 @@ WEIGHTS = {
 
 CONFIG = {
     "missing": Damage(lambda folder: (folder / "config.json").unlink(), ManifestError, "there is no config.json"),
-    "folder": Damage(_folder_named("config.json"), ManifestError, "config.json cannot be read: Is a directory"),
+    "folder": Damage(_folder_named("config.json"), ManifestError, "config.json is a folder, not a regular file"),
     "empty": Damage(_config(""), ManifestError, "config.json is not valid JSON"),
     "truncated": Damage(_cut("config.json", 100), ManifestError, "config.json is not valid JSON"),
     "BOM": Damage(lambda f: _config(b"\xef\xbb\xbf" + (f / "config.json").read_bytes())(f), ManifestError, "BOM"),
@@ -208,18 +212,20 @@ CONFIG = {
     "another library's": Damage(
         _field("library_name", "peft"), ManifestError, "there is no config.json of featurizers"
     ),
-    "key twice": Damage(_literal('"id"', '"id": "a", "id"'), ManifestError, "config.json is not valid JSON: a key is"),
-    "inner key twice": Damage(_literal('"d_in"', '"d_in": 8, "d_in"'), ManifestError, "a key is repeated"),
+    "key twice": Damage(
+        _literal('"id"', '"id": "a", "id"'), ManifestError, "config.json is not valid JSON: the key 'id' is repeated"
+    ),
+    "inner key twice": Damage(_literal('"d_in"', '"d_in": 8, "d_in"'), ManifestError, "the key 'd_in' is repeated"),
     "too large": Damage(_append("config.json", b" " * 1_000_000), ManifestError, "config.json is larger than 1000000"),
     "deeply nested": Damage(_config("[" * 100_000), ManifestError, "config.json is not valid JSON"),
     "deeply nested, closed": Damage(_config('{"a":' * 9_000 + "1" + "}" * 9_000), ManifestError, "not valid JSON"),
-    "nested id": Damage(_literal('"id": "subspace"', f'"id": {DEEP}'), ManifestError, "config.json: 'id': .* string"),
-    "nested size": Damage(_literal('"d_in": 8', f'"d_in": {DEEP}'), ManifestError, "'d_in': .* integer"),
+    "nested id": Damage(_literal('"id": "subspace"', f'"id": {DEEP}'), ManifestError, "nested more than 64 levels"),
+    "nested size": Damage(_literal('"d_in": 8', f'"d_in": {DEEP}'), ManifestError, "nested more than 64 levels"),
     "NaN": Damage(_literal('"d_in": 8', '"d_in": NaN'), ManifestError, "NaN is not a JSON number"),
     "infinity": Damage(_literal('"d_in": 8', '"d_in": -Infinity'), ManifestError, "-Infinity is not a JSON number"),
     "NaN in metadata": Damage(_literal('"metadata": {}', '"metadata": {"x": NaN}'), ManifestError, "NaN is not a JSON"),
     "number of many digits": Damage(_literal('"d_in": 8', f'"d_in": {"9" * 5000}'), ManifestError, "config"),
-    "large float": Damage(_literal('"d_in": 8', '"d_in": 1e999'), ManifestError, "1e999 is too large"),
+    "large float": Damage(_literal('"d_in": 8', '"d_in": 1e999'), ManifestError, "'1e999' is too large"),
     "boolean size": Damage(_size(d_in=True), ManifestError, "'subspace' refuses its config: 'd_in': .*, got True"),
     "fraction": Damage(_size(d_in=8.0), ManifestError, "'d_in': .* integer, got 8.0"),
     "text size": Damage(_size(d_in="8"), ManifestError, "'d_in': .* integer, got '8'"),

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import torch
 from featurizers import DictionaryFeaturizer
-from featurizers.errors import ArtefactError, FeaturizerError, ManifestError, UsageError, WeightsError
+from featurizers.errors import FeaturizerError, ManifestError, UsageError, WeightsError
+from featurizers.files import read_bytes
 from featurizers.hub import Remote, push_files
 from featurizers.manifest import MAX_CONFIG_BYTES, explain, parse_json
+from featurizers.replacing import filling
 from featurizers.sources import FolderSource, HubSource, parse_source
 from featurizers.weights import check_header, read_header, read_tensors, sha256, write_tensors
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -147,9 +147,6 @@ def save_intervenable(intervenable: Any, folder: str | Path) -> Path:
         ArtefactError: the folder is not empty.
         WeightsError: a tensor holds NaN or infinity.
     """
-    target = Path(folder).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ArtefactError(str(folder), "it is there already; choose a new or an empty folder")
     autoencoders: list[SizedLayer] = []
     records = [
         _record(key, representation, intervenable.interventions[key], autoencoders)
@@ -158,10 +155,7 @@ def save_intervenable(intervenable: Any, folder: str | Path) -> Path:
     tensors = {
         f"{i}.{name}": tensor for i, layer in enumerate(autoencoders) for name, tensor in layer.state_dict().items()
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-    new.mkdir()
-    try:
+    with filling(folder) as new:
         digest = write_tensors(tensors, new / WEIGHTS_NAME, str(folder))
         record = IntervenableRecord(
             mode=intervenable.mode,
@@ -173,12 +167,7 @@ def save_intervenable(intervenable: Any, folder: str | Path) -> Path:
             sha256=digest,
         )
         (new / CONFIG_NAME).write_text(json.dumps(record.model_dump(), indent=2) + "\n", encoding="utf-8")
-        if target.exists():
-            target.rmdir()
-        new.rename(target)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    return target
+    return Path(folder).expanduser()
 
 
 def _record(key: str, representation: Any, intervention: Any, autoencoders: list[SizedLayer]) -> RepresentationRecord:
@@ -277,11 +266,7 @@ def load_intervenable(
 
 
 def _read(folder: Path, where: str) -> IntervenableRecord:
-    try:
-        with (folder / CONFIG_NAME).open("rb") as file:
-            raw = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise ManifestError(where, f"{CONFIG_NAME} cannot be read: {error.strerror or error}") from error
+    raw = read_bytes(folder / CONFIG_NAME, where, ManifestError, MAX_CONFIG_BYTES)
     try:
         record = IntervenableRecord.model_validate(parse_json(raw, where, CONFIG_NAME))
     except ValidationError as error:
@@ -312,7 +297,7 @@ def _autoencoders(folder: Path, record: IntervenableRecord, where: str, device: 
         layers = [SAVED[layer.kind](layer.input_dim, layer.latent_dim) for layer in record.autoencoders]
     expected = {f"{i}.{name}": tensor for i, layer in enumerate(layers) for name, tensor in layer.state_dict().items()}
     check_header(read_header(path, where, WEIGHTS_NAME), expected, [], where)
-    if (found := sha256(path)) != record.sha256:
+    if (found := sha256(path, where)) != record.sha256:
         raise WeightsError(where, f"{WEIGHTS_NAME} has sha256 {found}, but {CONFIG_NAME} says {record.sha256}")
     tensors: dict[str, Tensor] = read_tensors(path, device, where)
     for i, layer in enumerate(layers):
