@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from featurizers.featurizer import Featurizer as Featurizer
     from featurizers.gates import SigmoidGate as SigmoidGate
     from featurizers.hookspecs import hookimpl as hookimpl
-    from featurizers.hub import push as push
     from featurizers.loading import create as create
     from featurizers.loading import list_artefacts as list_artefacts
     from featurizers.loading import load as load
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from featurizers.operations import Interchange as Interchange
     from featurizers.operations import Mask as Mask
     from featurizers.operations import Steer as Steer
+    from featurizers.pushing import push as push
     from featurizers.rules import activation_rule as activation_rule
     from featurizers.sites import Site as Site
 
@@ -64,7 +64,7 @@ _HOME = {
     "intervene": "backend",
     "list_artefacts": "loading",
     "load": "loading",
-    "push": "hub",
+    "push": "pushing",
     "save_collection": "artefact",
 }
 

@@ -44,6 +44,9 @@ from featurizers.manifest import (
 from featurizers.plugins import host
 from featurizers.replacing import replacing, resolved
 
+MOST_OF_A_SET = 2**16
+"""How many numbers a stored set may have for each feature."""
+
 
 def save(featurizer: Featurizer[Any], folder: str | Path) -> Path:
     """Write a featurizer as an artefact and return its folder.
@@ -159,6 +162,20 @@ def read_folder(
         except FeaturizerError as error:
             raise WeightsError(where, f"{WEIGHTS_NAME}: {error}") from error
     return featurizer
+
+
+def most_bytes(manifest: Manifest, where: str) -> int:
+    """How many bytes the weights may have that a ``config.json`` implies; known before they are fetched.
+
+    Raises:
+        PluginError, ManifestError: as `read_folder`.
+    """
+    cls = host().featurizer_class(manifest.kind)
+    with _kind_at_work(manifest.kind, where):
+        featurizer = _on_meta(cls, _config(cls, manifest, where), where)
+        numbers: int = sum(tensor.numel() for tensor in featurizer.state_dict().values())
+        numbers += len(manifest.features) * MOST_OF_A_SET * max(featurizer.n_features or 0, 1)
+    return 8 * numbers + weights.MAX_HEADER_BYTES  # float64 is the widest
 
 
 @contextmanager

@@ -156,7 +156,7 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Upload an artefact or a collection to the Hub, in one commit."""
-    from featurizers.hub import push as upload
+    from featurizers.pushing import push as upload
 
     commit = upload(
         folder,

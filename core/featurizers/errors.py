@@ -7,6 +7,7 @@ act on them. Strings that came from a file or a repository are shown with `repr`
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 
 def shown(value: object, most: int = 80) -> str:
@@ -169,10 +170,10 @@ class HubNotFoundError(HubError, LookupError):
     """A repository, revision or file that does not exist, or that this token may not see.
 
     Attributes:
-        is_file: whether it is the file alone that is not there.
+        what: is not there.
     """
 
-    is_file = False
+    what: Literal["repository", "revision", "file"] = "repository"
 
 
 class HubAccessError(HubError, PermissionError):

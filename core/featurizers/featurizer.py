@@ -387,8 +387,8 @@ class Featurizer(Derivatives, Generic[ConfigT]):
 
     @final
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
-        """Save this featurizer to a repository in one commit; see `featurizers.hub.push` for the options."""
-        from featurizers.hub import push_featurizer
+        """Save this featurizer to a repository in one commit; see `featurizers.push` for the options."""
+        from featurizers.pushing import push_featurizer
 
         return push_featurizer(self, repo_id, **options)
 

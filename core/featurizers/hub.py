@@ -1,50 +1,44 @@
-"""The Hugging Face Hub: artefacts are pulled at one commit and pushed in one, by functions of huggingface_hub."""
+"""The Hugging Face Hub: what a repository holds is read at one commit, by functions of huggingface_hub."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import hashlib
+import os
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Final
 
-from featurizers import card
 from featurizers.errors import (
-    ArtefactError,
-    FeaturizerError,
-    HubAccessError,
-    HubConflictError,
+    CachedCopyWarning,
     HubError,
     HubNotFoundError,
     HubOfflineError,
     ManifestError,
-    UsageError,
+    WeightsError,
+    shown,
 )
+from featurizers.files import opened
 from featurizers.manifest import (
     CARD_NAME,
     CONFIG_NAME,
     LIBRARY_NAME,
+    MAX_CARD_BYTES,
+    MAX_CONFIG_BYTES,
     WEIGHTS_NAME,
-    Entry,
     Index,
     Manifest,
-    dump,
-    explain,
-    parse,
     read,
-    read_local,
 )
 from featurizers.sources import HubSource
+from featurizers.transport import DEADLINE, TIMEOUT, transfer_time, translated, within
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+    from huggingface_hub import HfFileMetadata
 
-    from featurizers.featurizer import Featurizer
-
-TIMEOUT = 10.0
-"""Seconds that a question to the Hub may take."""
+MAX_FILES: Final = 50_000
+"""How many files of a repository of another library are looked at."""
 
 
 @dataclass(frozen=True)
@@ -68,58 +62,98 @@ class Remote:
         """``owner/name@revision/subfolder``."""
         return f"{self.source}/{self.subfolder}" if self.subfolder else str(self.source)
 
-    def file(self, name: str, commit: str | None = None) -> Path:
+    def file(self, name: str, commit: str | None = None, most: int | None = None) -> Path:
         """The local path of a file, downloaded unless it is cached.
+
+        The Hub is asked for the file first: it then fails at once where the client would go on asking a dead Hub for
+        23 seconds, and tells the size of a file before it is fetched. A copy in the cache that the Hub no longer
+        vouches for is used with a `CachedCopyWarning`.
 
         Args:
             name: of the file.
             commit: to read it at, the source's revision if None.
+            most: how many bytes it may have.
 
         Raises:
             HubError: it cannot be had.
+            ManifestError: it is larger.
         """
+        size: int | None = None
+        if not self._offline():
+            wanted = commit or self.source.revision
+            cached = None if self.force_download else self._cached(name, wanted)
+            if cached is not None and cached.commit == wanted:
+                return cached.path  # what a commit holds does not change
+            try:
+                asked = self._ask(name, wanted)
+            except HubError as error:
+                if cached is None or (isinstance(error, HubNotFoundError) and error.what != "repository"):
+                    raise
+                warnings.warn(f"{error}. The copy of {cached.commit} in the cache is used", CachedCopyWarning, 2)
+                return cached.path
+            if cached is not None and cached.commit == asked.commit_hash:
+                return cached.path
+            size = asked.size
+            if most is not None and size is not None and size > most:
+                raise ManifestError(str(self), f"{name} has {size} bytes, more than the {most} that it may have")
+        return Path(within(transfer_time(size), str(self), lambda: self._download(name, commit)))
+
+    def _offline(self) -> bool:
+        from huggingface_hub.constants import is_offline_mode
+
+        return self.local_files_only or is_offline_mode()
+
+    def _path(self, name: str) -> str:
+        return f"{self.subfolder}/{name}" if self.subfolder else name
+
+    def _commit_of(self, path: Path) -> str:
+        """The commit that a cached file is of: …/snapshots/COMMIT/[subfolder/]NAME."""
+        return next(folder.name for folder in path.parents if folder.parent.name == "snapshots")
+
+    def _cached(self, name: str, revision: str | None) -> _Cached | None:
+        from huggingface_hub import try_to_load_from_cache
+
+        with translated(str(self)):
+            found = try_to_load_from_cache(self.source.repo_id, self._path(name), self.cache_dir, revision)
+        return _Cached(Path(found), self._commit_of(Path(found))) if isinstance(found, str) else None
+
+    def _ask(self, name: str, revision: str | None) -> HfFileMetadata:
+        """What the Hub says of a file, without any of the client's repetitions."""
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+        from featurizers import __version__
+
+        def ask() -> HfFileMetadata:
+            return get_hf_file_metadata(
+                hf_hub_url(self.source.repo_id, self._path(name), revision=revision),
+                token=self.token,
+                timeout=TIMEOUT,
+                library_name=LIBRARY_NAME,
+                library_version=__version__,
+            )
+
+        asked = within(2 * TIMEOUT, str(self), ask)
+        if asked.commit_hash is None:
+            raise HubError(str(self), "what answered is not a Hub; look whether a proxy wants you to log in")
+        return asked
+
+    def _download(self, name: str, commit: str | None) -> str:
         from huggingface_hub import hf_hub_download
 
         from featurizers import __version__
 
-        with translated(str(self)):
-            if commit is None:
-                self._ask(name)
-            return Path(
-                hf_hub_download(
-                    self.source.repo_id,
-                    name,
-                    subfolder=self.subfolder,
-                    revision=commit or self.source.revision,
-                    token=self.token,
-                    cache_dir=self.cache_dir,
-                    force_download=self.force_download,
-                    local_files_only=self.local_files_only,
-                    library_name=LIBRARY_NAME,
-                    library_version=__version__,
-                    etag_timeout=TIMEOUT,
-                )
-            )
-
-    def _ask(self, name: str) -> None:
-        """Fail at once where `hf_hub_download` would go on asking a dead Hub for 23 seconds, a hanging one for minutes.
-
-        A file in the cache is not asked for twice: the client falls back on it by itself.
-        """
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-
-        from featurizers import __version__
-
-        path = f"{self.subfolder}/{name}" if self.subfolder else name
-        cached = try_to_load_from_cache(self.source.repo_id, path, self.cache_dir, self.source.revision)
-        if self.local_files_only or self.force_download or isinstance(cached, str):
-            return
-        get_hf_file_metadata(
-            hf_hub_url(self.source.repo_id, path, revision=self.source.revision),
+        return hf_hub_download(
+            self.source.repo_id,
+            name,
+            subfolder=self.subfolder,
+            revision=commit or self.source.revision,
             token=self.token,
-            timeout=TIMEOUT,
+            cache_dir=self.cache_dir,
+            force_download=self.force_download,
+            local_files_only=self.local_files_only,
             library_name=LIBRARY_NAME,
             library_version=__version__,
+            etag_timeout=TIMEOUT,
         )
 
     def names(self) -> tuple[tuple[str, ...], str]:
@@ -132,300 +166,71 @@ class Remote:
 
         from featurizers import __version__
 
-        if self.local_files_only:
+        if self._offline():
             raise HubOfflineError(
                 str(self),
                 "the files of a repository of another library are listed by the Hub; download it and load the folder",
             )
-        with translated(str(self)):
-            api = HfApi(token=self.token, library_name=LIBRARY_NAME, library_version=__version__)
-            info = api.model_info(self.source.repo_id, revision=self.source.revision, timeout=TIMEOUT)
+        api = HfApi(token=self.token, library_name=LIBRARY_NAME, library_version=__version__)
+        info = within(
+            DEADLINE,
+            str(self),
+            lambda: api.model_info(self.source.repo_id, revision=self.source.revision, timeout=TIMEOUT),
+        )
         prefix = f"{self.subfolder}/" if self.subfolder else ""
         names = [s.rfilename.removeprefix(prefix) for s in info.siblings or () if s.rfilename.startswith(prefix)]
+        if len(names) > MAX_FILES:
+            raise HubError(str(self), f"it has more than {MAX_FILES} files; name the folder of one with subfolder=")
+        if outside := next((name for name in names if not _is_inside(name)), None):
+            raise HubError(str(self), f"its list of files has {shown(outside, 200)}, which would lie elsewhere")
         return tuple(sorted(names)), str(info.sha)
 
     def config(self) -> tuple[Manifest | Index, str]:
         """The ``config.json``, and the commit that everything else is then read at."""
-        path = self.file(CONFIG_NAME)
-        # …/snapshots/COMMIT/[subfolder/]config.json
-        depth = len(Path(self.subfolder).parts) if self.subfolder else 0
-        return read(path, str(self)), path.parents[depth].name
+        path = self.file(CONFIG_NAME, most=MAX_CONFIG_BYTES)
+        return read(path, str(self)), self._commit_of(path)
 
-    def weights(self, commit: str) -> Path:
-        """The folder that holds ``model.safetensors``, downloaded at a commit."""
-        return self.file(WEIGHTS_NAME, commit).parent
+    def weights(self, commit: str, most: int | None = None) -> Path:
+        """The folder that holds ``model.safetensors``, downloaded at a commit, of so many bytes at most."""
+        return self.file(WEIGHTS_NAME, commit, most).parent
 
-
-def push(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    subfolder: str | None = None,
-    private: bool | None = None,
-    branch: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    token: str | bool | None = None,
-) -> CommitInfo:
-    """Upload the artefact or collection in a folder, in one commit.
-
-    The repository and the branch are created where they are missing. With a subfolder, the index at the root is
-    brought up to date in the same commit. What people wrote in the repository's README stays.
-
-    Args:
-        folder: what `Featurizer.save_pretrained` or `featurizers.save_collection` wrote.
-        repo_id: ``owner/name``.
-        subfolder: where in the repository to put an artefact.
-        private: whether a new repository is private; the account's default if None.
-        branch: to commit to, ``main`` if None.
-        create_pr: whether to open a pull request instead.
-        commit_message: its title.
-        token: of the Hub; the stored one if None.
-
-    Returns:
-        huggingface_hub's `CommitInfo`; ``oid`` is the commit.
-
-    Raises:
-        ManifestError: the folder is not an artefact, or the repository's root is something else.
-        HubConflictError: someone else pushed meanwhile; nothing was changed.
-        HubError: the Hub refused.
-    """
-    local, record = read_local(Path(folder), None)
-    if subfolder and isinstance(record, Manifest):
-        _as_entry(subfolder, record, repo_id)  # refuses a name that no index can hold
-    elif subfolder:
-        raise ManifestError(str(local), "a collection is pushed to the root of a repository, not to a subfolder")
-    if branch and create_pr:
-        raise UsageError("a pull request is opened against the default branch; leave out branch or create_pr")
-    with tempfile.TemporaryDirectory() as staging:
-        return _commit(
-            repo_id,
-            lambda api, parent: _operations(api, repo_id, parent, local, record, subfolder, Path(staging)),
-            title=commit_message or f"Upload {subfolder or 'featurizer'} with featurizers",
-            private=private,
-            branch=branch,
-            create_pr=create_pr,
-            token=token,
-        )
-
-
-def push_files(
-    files: Mapping[str, Path],
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    branch: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    token: str | bool | None = None,
-) -> CommitInfo:
-    """Upload files of a plugin's own, in one commit; the options are those of `push`.
-
-    Args:
-        files: their local paths by their names in the repository.
-        repo_id: ``owner/name``.
-
-    Raises:
-        HubError: the Hub refused.
-    """
-    from huggingface_hub import CommitOperationAdd
-
-    return _commit(
-        repo_id,
-        lambda *_: [CommitOperationAdd(name, str(path)) for name, path in files.items()],
-        title=commit_message or "Upload with featurizers",
-        private=private,
-        branch=branch,
-        create_pr=create_pr,
-        token=token,
-    )
-
-
-def _commit(
-    repo_id: str,
-    operations: Callable[[HfApi, str | None], list[CommitOperationAdd]],
-    *,
-    title: str,
-    private: bool | None,
-    branch: str | None,
-    create_pr: bool,
-    token: str | bool | None,
-) -> CommitInfo:
-    """One commit on a known parent; the repository and the branch are created where they are missing."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    from featurizers import __version__
-
-    api = HfApi(token=token, library_name=LIBRARY_NAME, library_version=__version__)
-    with translated(repo_id):
+    def card(self, commit: str) -> Path | None:
+        """The ``README.md``, downloaded at a commit; None if there is none."""
         try:
-            api.model_info(repo_id, timeout=TIMEOUT)  # a Hub that hangs is found out here; create_repo has no timeout
-        except RepositoryNotFoundError:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-        if branch:
-            api.create_branch(repo_id, branch=branch, exist_ok=True)
-        parent = api.model_info(repo_id, revision=branch, timeout=TIMEOUT).sha
-        return api.create_commit(
-            repo_id,
-            operations(api, parent),
-            commit_message=title,
-            revision=branch,
-            create_pr=create_pr,
-            parent_commit=parent,
-        )
+            return self.file(CARD_NAME, commit, MAX_CARD_BYTES)
+        except HubNotFoundError:
+            return None
+
+    def verify(self, path: Path, name: str) -> None:
+        """Compare a downloaded file with the checksum that the Hub gave for it: a sha256, or Git's sha1 of a small one.
+
+        Raises:
+            WeightsError: they differ, or the cache does not keep the checksum.
+        """
+        expected = Path(os.readlink(path)).name if path.is_symlink() else ""  # the client names blobs by it
+        with opened(path, str(self), WeightsError, name) as file:
+            size = os.fstat(file.fileno()).st_size
+            if re.fullmatch("[0-9a-f]{64}", expected):
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            elif re.fullmatch("[0-9a-f]{40}", expected):
+                digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+                while piece := file.read(2**20):
+                    digest.update(piece)
+                found = digest.hexdigest()
+            else:
+                raise WeightsError(str(self), f"the cache keeps no checksum of {name}; leave out verify")
+        if found != expected:
+            raise WeightsError(
+                str(self), f"{name} has checksum {found}, the Hub says {expected}; load it with force_download=True"
+            )
 
 
-def push_featurizer(featurizer: Featurizer[Any], repo_id: str, **options: Any) -> CommitInfo:
-    """Save a featurizer to a temporary folder and `push` that."""
-    from featurizers.artefact import save
-
-    with tempfile.TemporaryDirectory() as folder:
-        return push(save(featurizer, Path(folder) / "artefact"), repo_id, **options)
+@dataclass(frozen=True)
+class _Cached:
+    path: Path
+    commit: str
 
 
-@contextmanager
-def translated(where: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one of our errors, with the original as its cause."""
-    try:
-        yield
-    except FeaturizerError:
-        raise
-    except Exception as error:
-        raise _translate(error, where) from error
-
-
-def _translate(error: Exception, where: str) -> FeaturizerError:
-    from huggingface_hub import errors as hub
-
-    cause = error
-    while isinstance(cause.__cause__, Exception) and (
-        type(cause) is ValueError  # a forced download that failed
-        or (isinstance(cause, hub.LocalEntryNotFoundError) and hasattr(cause.__cause__, "response"))
-    ):
-        cause = cause.__cause__
-    status = getattr(getattr(cause, "response", None), "status_code", None)
-    if isinstance(cause, hub.GatedRepoError):
-        return HubAccessError(where, "the repository is gated; ask for access on its page and log in: hf auth login")
-    if isinstance(cause, hub.RepositoryNotFoundError):
-        return HubNotFoundError(
-            where, "no such repository, or it is private and this token may not see it; log in: hf auth login"
-        )
-    if isinstance(cause, hub.RevisionNotFoundError):
-        return HubNotFoundError(where, "the repository has no such branch, tag or commit")
-    if any(base.__name__ == "TransportError" for base in type(cause).__mro__):  # of the client's own HTTP library
-        return HubOfflineError(where, f"the Hub cannot be reached: {type(cause).__name__}: {_line(cause)}")
-    if isinstance(cause, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled):
-        return HubOfflineError(
-            where,
-            f"the Hub cannot be reached or may not be asked, and the file is not cached: {_line(cause)}",
-        )
-    if isinstance(cause, hub.EntryNotFoundError):
-        missing = HubNotFoundError(where, f"a file is not in the repository: {_line(cause)}")
-        missing.is_file = True
-        return missing
-    if status == 412:
-        return HubConflictError(where, "someone else pushed meanwhile; nothing was changed, so try again")
-    if status in (401, 403):
-        return HubAccessError(where, f"the Hub refused this token ({status}): {_line(cause)}")
-    if isinstance(cause, hub.HFValidationError):
-        return HubError(where, f"not a valid repository or file name: {_line(cause)}")
-    return HubError(where, f"the Hub could not be used: {type(cause).__name__}: {_line(cause)}")
-
-
-def _line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:300]
-
-
-def _operations(
-    api: HfApi,
-    repo_id: str,
-    parent: str | None,
-    local: Path,
-    record: Manifest | Index,
-    subfolder: str | None,
-    staging: Path,
-) -> list[CommitOperationAdd]:
-    """What one commit adds: our files, the cards, and the index of a repository with subfolders."""
-    from huggingface_hub import CommitOperationAdd
-
-    root = _remote_root(api, repo_id, parent)
-    if root is not None and isinstance(root, Index) != (bool(subfolder) or isinstance(record, Index)):
-        raise ManifestError(
-            repo_id,
-            "its root holds an artefact; push to another repository, or without subfolder"
-            if isinstance(root, Manifest)
-            else "its root is the index of a collection; give a subfolder",
-        )
-    entries = dict(root.artefacts) if isinstance(root, Index) else {}
-    parts: dict[str, tuple[Manifest | Index, Path]] = {}
-    if isinstance(record, Manifest):
-        parts[subfolder or ""] = record, local
-        entries |= _as_entry(subfolder, record, repo_id) if subfolder else {}
-    else:
-        parts = {name: (read(local / name / CONFIG_NAME, str(local / name)), local / name) for name in record.artefacts}
-        entries |= record.artefacts
-    added: dict[str, Path] = {}
-    for place, (part, folder) in parts.items():
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            if not (folder / name).exists():
-                raise ArtefactError(str(folder), f"{name} is missing")
-            added[f"{place}/{name}".lstrip("/")] = folder / name
-        added[f"{place}/{CARD_NAME}".lstrip("/")] = _card(api, repo_id, parent, folder, part, place, staging)
-    if entries:
-        index = Index(artefacts=dict(sorted(entries.items())))
-        (staging / CONFIG_NAME).write_bytes(dump(index))
-        added[CONFIG_NAME] = staging / CONFIG_NAME
-        added[CARD_NAME] = _card(api, repo_id, parent, local if isinstance(record, Index) else None, index, "", staging)
-    return [CommitOperationAdd(place, str(path)) for place, path in added.items()]
-
-
-def _as_entry(subfolder: str, manifest: Manifest, where: str) -> dict[str, Entry]:
-    """What an index says of one artefact."""
-    from pydantic import ValidationError
-
-    try:
-        return Index(artefacts={subfolder: manifest.entry()}).artefacts
-    except ValidationError as error:
-        raise ManifestError(where, explain(error)) from error
-
-
-def _remote_root(api: HfApi, repo_id: str, commit: str | None) -> Manifest | Index | None:
-    """The ``config.json`` at the root of a repository, None if there is none."""
-    path = _remote_file(api, repo_id, commit, CONFIG_NAME)
-    return None if path is None else parse(path.read_bytes(), repo_id)
-
-
-def _remote_file(api: HfApi, repo_id: str, commit: str | None, name: str) -> Path | None:
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        return Path(api.hf_hub_download(repo_id, name, revision=commit))
-    except LocalEntryNotFoundError:
-        raise
-    except EntryNotFoundError:
-        return None
-
-
-def _card(
-    api: HfApi,
-    repo_id: str,
-    commit: str | None,
-    local: Path | None,
-    record: Manifest | Index,
-    place: str,
-    staging: Path,
-) -> Path:
-    """The card to upload: the repository's own, or else the folder's, with our part of it renewed."""
-    target = staging / place / CARD_NAME
-    target.parent.mkdir(parents=True, exist_ok=True)
-    theirs = _remote_file(api, repo_id, commit, f"{place}/{CARD_NAME}".lstrip("/"))
-    before = theirs or (local and local / CARD_NAME)
-    if before is not None and before.exists():
-        shutil.copyfile(before, target)
-    if isinstance(record, Index):
-        card.write_collection(record, target, source=repo_id)
-    else:
-        card.write(record, target, source=repo_id, subfolder=place)
-    return target
+def _is_inside(name: str) -> bool:
+    """Whether the name of a file leads to one below its folder, on any system."""
+    return not any(part in ("", ".", "..") or re.search(r"[\\:\0]", part) for part in name.split("/"))

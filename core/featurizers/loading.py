@@ -98,15 +98,15 @@ def load(
     try:
         record, commit = remote.config()
     except (HubNotFoundError, NotOursError) as error:
-        if isinstance(error, HubNotFoundError) and not error.is_file:
+        if isinstance(error, HubNotFoundError) and error.what != "file":
             raise
         foreign = of_repository(remote, _wanted(indices), allow_nonfinite, verify)
         if not foreign.names:
             raise
         return _placed(read(foreign), kind, str(remote), device, dtype)
     manifest = _one(record, str(remote), kind)
-    host().featurizer_class(manifest.kind)  # before the download of what could not be read
-    folder = remote.weights(commit)
+    most = artefact.most_bytes(manifest, str(remote))  # refuses what cannot be read before it is downloaded
+    folder = remote.weights(commit, most)
     featurizer = artefact.read_folder(folder, manifest, where=str(remote), indices=indices, **options)
     featurizer.revision = commit
     return featurizer

@@ -22,6 +22,7 @@ CARD_NAME: Final = "README.md"
 LIBRARY_NAME: Final = "featurizers"
 FORMAT_VERSION: Final = 1
 MAX_CONFIG_BYTES: Final = 1_000_000
+MAX_CARD_BYTES: Final = 10_000_000
 MAX_DEPTH: Final = 64
 """How deeply the JSON of a config may be nested."""
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import featurizers
-import featurizers.hub as hub_module
 import pytest
+from featurizers import pushing
 from featurizers.errors import (
     FeaturizerError,
     HubAccessError,
@@ -138,7 +138,7 @@ def filled(hub, hasty):
     from huggingface_hub import constants
 
     subspace().push_to_hub("alice/x")
-    shutil.rmtree(constants.HF_HUB_CACHE)
+    shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
     return hub
 
 
@@ -175,13 +175,13 @@ def test_a_hub_that_answers_500_is_told(filled):
 
 
 def test_a_push_that_is_overtaken_leaves_the_other(filled, monkeypatch):
-    build = hub_module._operations
+    build = pushing._operations
 
     def overtaken(*arguments):
         filled.put("alice/x", notes_txt=b"mine")
         return build(*arguments)
 
-    monkeypatch.setattr(hub_module, "_operations", overtaken)
+    monkeypatch.setattr(pushing, "_operations", overtaken)
     with pytest.raises(HubConflictError, match="alice/x: someone else pushed meanwhile"):
         subspace(seed=1).push_to_hub("alice/x")
     assert filled.titles("alice/x")[1:] == ["someone else"]

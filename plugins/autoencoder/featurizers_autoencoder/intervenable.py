@@ -11,8 +11,9 @@ import torch
 from featurizers import DictionaryFeaturizer
 from featurizers.errors import FeaturizerError, ManifestError, UsageError, WeightsError
 from featurizers.files import read_bytes
-from featurizers.hub import Remote, push_files
+from featurizers.hub import Remote
 from featurizers.manifest import MAX_CONFIG_BYTES, explain, parse_json
+from featurizers.pushing import push_files
 from featurizers.replacing import filling
 from featurizers.sources import FolderSource, HubSource, parse_source
 from featurizers.weights import check_header, read_header, read_tensors, sha256, write_tensors
@@ -308,7 +309,7 @@ def _autoencoders(folder: Path, record: IntervenableRecord, where: str, device: 
 
 
 def push_intervenable(intervenable: Any, repo_id: str, **options: Any) -> Any:
-    """Save an intervenable to a repository in one commit; ``options`` are those of `featurizers.hub.push_files`.
+    """Save an intervenable to a repository in one commit; ``options`` are those of `featurizers.pushing.push_files`.
 
     Raises:
         UsageError: as `save_intervenable`.

@@ -1,0 +1,282 @@
+"""Pushing: an artefact or a collection goes to the Hugging Face Hub in one commit, on the state that was looked at."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featurizers import card
+from featurizers.errors import ArtefactError, HubNotFoundError, ManifestError, UsageError, WeightsError
+from featurizers.files import opened, read_bytes
+from featurizers.hub import Remote
+from featurizers.manifest import (
+    CARD_NAME,
+    CONFIG_NAME,
+    LIBRARY_NAME,
+    MAX_CARD_BYTES,
+    MAX_CONFIG_BYTES,
+    WEIGHTS_NAME,
+    Entry,
+    Index,
+    Manifest,
+    dump,
+    explain,
+    read,
+    read_local,
+)
+from featurizers.sources import HubSource
+from featurizers.transport import DEADLINE, TIMEOUT, transfer_time, within
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo, CommitOperationAdd
+
+    from featurizers.featurizer import Featurizer
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    subfolder: str | None = None,
+    private: bool | None = None,
+    branch: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+) -> CommitInfo:
+    """Upload the artefact or collection in a folder, in one commit.
+
+    The repository and the branch are created where they are missing. With a subfolder, the index at the root is
+    brought up to date in the same commit. What people wrote in the repository's README stays.
+
+    Args:
+        folder: what `Featurizer.save_pretrained` or `featurizers.save_collection` wrote.
+        repo_id: ``owner/name``.
+        subfolder: where in the repository to put an artefact.
+        private: whether a new repository is private; the account's default if None.
+        branch: to commit to, ``main`` if None.
+        create_pr: whether to open a pull request instead.
+        commit_message: its title.
+        token: of the Hub; the stored one if None.
+
+    Returns:
+        huggingface_hub's `CommitInfo`; ``oid`` is the commit.
+
+    Raises:
+        ManifestError: the folder is not an artefact, or the repository's root is something else.
+        HubConflictError: someone else pushed meanwhile; nothing was changed.
+        HubError: the Hub refused.
+    """
+    local, record = read_local(Path(folder), None)
+    if subfolder and isinstance(record, Manifest):
+        _as_entry(subfolder, record, repo_id)  # refuses a name that no index can hold
+    elif subfolder:
+        raise ManifestError(str(local), "a collection is pushed to the root of a repository, not to a subfolder")
+    if branch and create_pr:
+        raise UsageError("a pull request is opened against the default branch; leave out branch or create_pr")
+    with tempfile.TemporaryDirectory() as staging:
+        return _commit(
+            repo_id,
+            lambda parent: _operations(repo_id, token, parent, local, record, subfolder, Path(staging)),
+            title=commit_message or f"Upload {subfolder or 'featurizer'} with featurizers",
+            private=private,
+            branch=branch,
+            create_pr=create_pr,
+            token=token,
+        )
+
+
+def push_files(
+    files: Mapping[str, Path],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    branch: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+) -> CommitInfo:
+    """Upload files of a plugin's own, in one commit; the options are those of `push`.
+
+    Args:
+        files: their local paths by their names in the repository.
+        repo_id: ``owner/name``.
+
+    Raises:
+        HubError: the Hub refused.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    return _commit(
+        repo_id,
+        lambda _: [CommitOperationAdd(name, str(path)) for name, path in files.items()],
+        title=commit_message or "Upload with featurizers",
+        private=private,
+        branch=branch,
+        create_pr=create_pr,
+        token=token,
+    )
+
+
+def _commit(
+    repo_id: str,
+    operations: Callable[[str | None], list[CommitOperationAdd]],
+    *,
+    title: str,
+    private: bool | None,
+    branch: str | None,
+    create_pr: bool,
+    token: str | bool | None,
+) -> CommitInfo:
+    """One commit on a known parent; the repository and the branch are created where they are missing."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    from featurizers import __version__
+
+    api = HfApi(token=token, library_name=LIBRARY_NAME, library_version=__version__)
+
+    def prepare() -> str | None:
+        try:
+            api.model_info(repo_id, timeout=TIMEOUT)
+        except RepositoryNotFoundError:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+        if branch:
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
+        return api.model_info(repo_id, revision=branch, timeout=TIMEOUT).sha
+
+    parent = within(DEADLINE, repo_id, prepare)
+    added = operations(parent)
+    return within(
+        transfer_time(sum(operation.upload_info.size for operation in added)),
+        repo_id,
+        lambda: api.create_commit(
+            repo_id,
+            added,
+            commit_message=title,
+            revision=branch,
+            create_pr=create_pr,
+            parent_commit=parent,
+        ),
+        late="the commit may arrive all the same: look at the repository before you push again",
+    )
+
+
+def push_featurizer(featurizer: Featurizer[Any], repo_id: str, **options: Any) -> CommitInfo:
+    """Save a featurizer to a temporary folder and `push` that."""
+    from featurizers.artefact import save
+
+    with tempfile.TemporaryDirectory() as folder:
+        return push(save(featurizer, Path(folder) / "artefact"), repo_id, **options)
+
+
+def _operations(
+    repo_id: str,
+    token: str | bool | None,
+    parent: str | None,
+    local: Path,
+    record: Manifest | Index,
+    subfolder: str | None,
+    staging: Path,
+) -> list[CommitOperationAdd]:
+    """What one commit adds: our files, the cards, and the index of a repository with subfolders."""
+    from huggingface_hub import CommitOperationAdd
+
+    def theirs(place: str, name: str, most: int) -> Path | None:
+        """A file of the repository as it stands, None if there is none."""
+        if parent is None:
+            return None
+        try:
+            return Remote(HubSource(repo_id, None), place or None, token).file(name, parent, most)
+        except HubNotFoundError as error:
+            if error.what == "file":
+                return None
+            raise
+
+    found = theirs("", CONFIG_NAME, MAX_CONFIG_BYTES)
+    root = None if found is None else read(found, repo_id)
+    if root is not None and isinstance(root, Index) != (bool(subfolder) or isinstance(record, Index)):
+        raise ManifestError(
+            repo_id,
+            "its root holds an artefact; push to another repository, or without subfolder"
+            if isinstance(root, Manifest)
+            else "its root is the index of a collection; give a subfolder",
+        )
+    entries = dict(root.artefacts) if isinstance(root, Index) else {}
+    parts: dict[str, tuple[Path, Manifest | Index]] = {}
+    if isinstance(record, Manifest):
+        parts[subfolder or ""] = local, record
+        entries |= _as_entry(subfolder, record, repo_id) if subfolder else {}
+    else:
+        parts = {name: read_local(local, name) for name in record.artefacts}
+        entries |= record.artefacts
+    added: list[CommitOperationAdd] = []
+    for place, (folder, part) in parts.items():
+        if isinstance(part, Index):
+            raise ManifestError(str(folder), "it is a collection inside a collection; push it by itself")
+        added += [
+            CommitOperationAdd(_in(place, CONFIG_NAME), dump(part)),
+            _weights(_in(place, WEIGHTS_NAME), folder, part),
+            CommitOperationAdd(_in(place, CARD_NAME), str(_card(repo_id, theirs, folder, part, place, staging))),
+        ]
+    if entries:
+        index = Index(artefacts=dict(sorted(entries.items())))
+        card_path = _card(repo_id, theirs, local if isinstance(record, Index) else None, index, "", staging)
+        added += [CommitOperationAdd(CONFIG_NAME, dump(index)), CommitOperationAdd(CARD_NAME, str(card_path))]
+    return added
+
+
+def _in(place: str, name: str) -> str:
+    return f"{place}/{name}" if place else name
+
+
+def _weights(place: str, folder: Path, manifest: Manifest) -> CommitOperationAdd:
+    """The upload of the weights that a config is of: another program may be saving to the folder.
+
+    Raises:
+        WeightsError: they are other ones, or none.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    with opened(folder / WEIGHTS_NAME, str(folder), WeightsError):
+        added = CommitOperationAdd(place, str(folder / WEIGHTS_NAME))
+    if (found := added.upload_info.sha256.hex()) != manifest.sha256:
+        raise WeightsError(
+            str(folder),
+            f"{WEIGHTS_NAME} has sha256 {found}, its config says {manifest.sha256}: it is damaged, or another program "
+            "is saving to the folder; nothing was pushed",
+        )
+    return added
+
+
+def _as_entry(subfolder: str, manifest: Manifest, where: str) -> dict[str, Entry]:
+    """What an index says of one artefact."""
+    from pydantic import ValidationError
+
+    try:
+        return Index(artefacts={subfolder: manifest.entry()}).artefacts
+    except ValidationError as error:
+        raise ManifestError(where, explain(error)) from error
+
+
+def _card(
+    repo_id: str,
+    theirs: Callable[[str, str, int], Path | None],
+    local: Path | None,
+    record: Manifest | Index,
+    place: str,
+    staging: Path,
+) -> Path:
+    """The card to upload: the repository's own, or else the folder's, with our part of it renewed."""
+    target = staging / place / CARD_NAME
+    target.parent.mkdir(parents=True, exist_ok=True)
+    before = theirs(place, CARD_NAME, MAX_CARD_BYTES) or (local and local / CARD_NAME)
+    if before is not None and before.exists():
+        target.write_bytes(read_bytes(before, str(before.parent), ArtefactError, MAX_CARD_BYTES))
+    if isinstance(record, Index):
+        card.write_collection(record, target, source=repo_id)
+    else:
+        card.write(record, target, source=repo_id, subfolder=place)
+    return target
