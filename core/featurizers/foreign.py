@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from featurizers.errors import FeaturizerError, ManifestError, WeightsError, one_line, shown
 from featurizers.files import contained, read_bytes
 from featurizers.manifest import MAX_CONFIG_BYTES, parse_json
+from featurizers.numpy_files import load_npz
+from featurizers.torch_files import load_torch
 from featurizers.weights import Spec, check_finite, is_finite, read_header, shown_names, take_rows
 
 if TYPE_CHECKING:
@@ -84,27 +86,31 @@ class Foreign:
         names: its files, ``/`` between folders.
         indices: int64 ``(k,)``, which features are wanted; None for all.
         revision: the commit of a repository.
-        fetch: the local path of a file.
+        fetch: the local path of a file of so many bytes at most.
         allow_nonfinite: whether tensors may hold NaN and infinity.
     """
 
     where: str
     names: tuple[str, ...]
-    fetch: Callable[[str], Path] = field(repr=False)
+    fetch: Callable[[str, int | None], Path] = field(repr=False)
     indices: Tensor | None = None
     revision: str | None = None
     allow_nonfinite: bool = False
 
-    def path(self, name: str) -> Path:
+    def path(self, name: str, most: int | None = None) -> Path:
         """The local path of a file, which is downloaded if need be.
 
+        Args:
+            name: of the file.
+            most: how many bytes it may have; a larger one is not downloaded.
+
         Raises:
-            ManifestError: there is no such file.
+            ManifestError: there is no such file, or it is larger.
             HubError: it cannot be had.
         """
         if name not in self.names:
             raise ManifestError(self.where, f"there is no file {shown(name, 200)}")
-        return self.fetch(name)
+        return self.fetch(name, most)
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON object, read as strictly as our own.
@@ -112,7 +118,7 @@ class Foreign:
         Raises:
             ManifestError: it is too large, not JSON, or no object.
         """
-        raw = read_bytes(self.path(name), self.where, ManifestError, MAX_CONFIG_BYTES, name)
+        raw = read_bytes(self.path(name, MAX_CONFIG_BYTES), self.where, ManifestError, MAX_CONFIG_BYTES, name)
         data = parse_json(raw, self.where, name)
         if not isinstance(data, dict):
             raise ManifestError(self.where, f"{name} holds a {type(data).__name__}, not an object")
@@ -137,30 +143,13 @@ class Foreign:
         """
         return load_torch(self.path(name), self.where)
 
+    def npz(self, name: str) -> dict[str, Tensor]:
+        """The arrays that ``numpy.savez`` wrote, compressed or not, as tensors in memory of their own.
 
-def load_torch(path: Path, where: str) -> Any:
-    """What ``torch.save`` wrote in a file; see `Foreign.torch`.
-
-    Raises:
-        WeightsError: as there.
-    """
-    import pickle
-
-    import torch
-
-    name = path.name
-    try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # of the format before 1.6, which cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise WeightsError(
-            where, f"{name} holds more than tensors, and nothing of it is run: {reason[:200]!r}"
-        ) from error
-    except (OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise WeightsError(where, f"{name} cannot be read: {type(error).__name__}: {error}") from error
+        Raises:
+            WeightsError: it is not such a file, or it holds anything else than arrays of numbers.
+        """
+        return load_npz(self.path(name), self.where)
 
 
 def of_folder(folder: Path, indices: Tensor | None, allow_nonfinite: bool = False) -> Foreign:
@@ -178,7 +167,7 @@ def of_folder(folder: Path, indices: Tensor | None, allow_nonfinite: bool = Fals
     except OSError as error:
         raise ManifestError(where, f"it cannot be listed: {one_line(error.strerror or error)}") from error
 
-    def fetch(name: str) -> Path:
+    def fetch(name: str, _most: int | None) -> Path:
         return contained(folder, folder / name, where, ManifestError)
 
     return Foreign(where, tuple(sorted(names)), fetch, indices, allow_nonfinite=allow_nonfinite)
@@ -197,8 +186,8 @@ def of_repository(
     """
     names, commit = remote.names()
 
-    def fetch(name: str) -> Path:
-        path = remote.file(name, commit)
+    def fetch(name: str, most: int | None) -> Path:
+        path = remote.file(name, commit, most)
         if verify:
             remote.verify(path, name)
         return path

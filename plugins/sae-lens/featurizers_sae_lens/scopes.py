@@ -37,21 +37,12 @@ def gemma_scope(source: Foreign, overrides: dict[str, Any]) -> Featurizer[Any]:
         ManifestError: it is a transcoder.
         WeightsError: the file is damaged, or has other arrays.
     """
-    import numpy as np
-
     place = source.where
     refuse_other_places(place)
-    path = source.path("params.npz")
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            arrays = {name: torch.from_numpy(data[name]) for name in data.files}
-    except (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError) as error:
-        raise WeightsError(place, f"params.npz cannot be read: {type(error).__name__}: {error}") from error
-    except Exception as error:  # zipfile and zlib raise their own
-        raise WeightsError(place, f"params.npz is damaged: {type(error).__name__}: {error}") from error
+    arrays = source.npz("params.npz")
     arrays = {f"W_{name[2:]}" if name.startswith("w_") else name: array for name, array in arrays.items()}
     scale = arrays.pop("scaling_factor", None)
-    if scale is not None and not torch.allclose(scale, torch.ones_like(scale)):
+    if scale is not None and not torch.allclose(scale.float(), torch.ones_like(scale, dtype=torch.float32)):
         raise WeightsError(place, "params.npz has a scaling_factor that is not 1, which is not applied here")
     wanted = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
     if unknown := sorted(arrays.keys() - set(wanted)):
