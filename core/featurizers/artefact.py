@@ -131,7 +131,7 @@ def read_folder(
         featurizer = _on_meta(cls, config, where)
         weights.check_header(weights.read_header(path, where), featurizer.state_dict(), manifest.features, where)
         if verify:
-            verify_weights(path, manifest, where)
+            weights.verify_weights(path, manifest, where)
         rows: dict[str, Tensor] = {}
         added: dict[str, Tensor] = {}
         if indices is not None:
@@ -211,18 +211,6 @@ def check_placement(device: torch.device | str | None, dtype: torch.dtype | None
         torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError) as error:
         raise UsageError(f"device is one such as 'cpu' or 'cuda:0', not {shown(device)}") from error
-
-
-def verify_weights(path: Path, manifest: Manifest, where: str) -> None:
-    """Compare the sha256 of the weights with the one in the config.
-
-    Raises:
-        WeightsError: they differ.
-    """
-    if (found := weights.sha256(path, where)) != manifest.sha256:
-        raise WeightsError(
-            where, f"{WEIGHTS_NAME} has sha256 {found}, its config says {manifest.sha256}; fetch it again"
-        )
 
 
 def _config(cls: type[Featurizer[Any]], manifest: Manifest, where: str) -> Any:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from featurizers.errors import ArtefactError, FeaturizerError, HubNotFoundError, SourceError
-from featurizers.manifest import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, Index, Manifest
-
-if TYPE_CHECKING:
-    from featurizers.hub import Remote
+from featurizers.errors import CachedCopyWarning, FeaturizerError, SourceError, one_line
+from featurizers.manifest import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME, Index, Manifest, read
 
 app = typer.Typer(
     name="featurizers",
@@ -38,22 +37,41 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
 
 
 def main() -> NoReturn:
-    """Run the command; an error of this library costs one line and exit code 1."""
+    """Run the command; an error of this library, or of the system, costs one line and exit code 1."""
+    warnings.showwarning = _one_warning
     try:
         app()
     except FeaturizerError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
+    except OSError as error:  # a pipe that was closed, a disk that is full
+        sys.stderr.write(f"error: {one_line(error)}\n")
+        sys.exit(1)
     sys.exit(0)
 
 
-@app.command()
-def plugins(as_json: Json = False) -> None:
-    """List the installed plugins and their state; imports none of them."""
-    from featurizers.plugins import plugins as installed
+def _one_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """Our own warnings in one line; those of other libraries are for programmers."""
+    if issubclass(category, CachedCopyWarning):
+        sys.stderr.write(f"warning: {message}\n")
 
-    rows = [vars(info) for info in installed()]
+
+@app.command()
+def plugins(
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Import each, and fail if one cannot be used: for continuous integration.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List the installed plugins and their state; imports none of them unless asked to be strict."""
+    from featurizers.plugins import host
+
+    if strict:
+        host().load_all()
+    rows = [vars(info) for info in host().plugins()]
     _show(rows, as_json, ["name", "distribution", "version", "state", "error"])
+    if strict and any(row["state"] != "loaded" for row in rows):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -118,7 +136,9 @@ def pull(
 ) -> None:
     """Download an artefact or a whole collection, at one commit."""
     from featurizers.hub import Remote
+    from featurizers.replacing import filling
     from featurizers.sources import HubSource, parse_source
+    from featurizers.weights import verify_weights
 
     parsed = parse_source(source, revision)
     if not isinstance(parsed, HubSource):
@@ -127,19 +147,14 @@ def pull(
     record, commit = remote.config()
     names = list(record.artefacts) if isinstance(record, Index) else [""]
     root = remote.file(CONFIG_NAME, commit).parent
-    if out is not None and out.exists() and any(out.iterdir()):
-        raise ArtefactError(str(out), "the folder is not empty; choose a new one")
-    for name in names:
-        part = Remote(parsed, "/".join(filter(None, (subfolder, name))) or None)
-        folder = part.weights(commit)
-        part.file(CONFIG_NAME, commit)
-        _card(part, commit)
-        if out is not None:
-            _copy(folder, out / name, (CONFIG_NAME, WEIGHTS_NAME))
-    if isinstance(record, Index):
-        _card(remote, commit)
-    if out is not None and isinstance(record, Index):
-        _copy(root, out, (CONFIG_NAME,))
+    parts = {name: Remote(parsed, "/".join(filter(None, (subfolder, name))) or None) for name in names}
+    with nullcontext() if out is None else filling(out) as new:
+        for name, part in parts.items():
+            config, weights = part.file(CONFIG_NAME, commit, MAX_CONFIG_BYTES), part.file(WEIGHTS_NAME, commit)
+            verify_weights(weights, read(config, str(part)), str(part))
+            _copy([config, weights, part.card(commit)], new and new / name)
+        if isinstance(record, Index):
+            _copy([root / CONFIG_NAME, remote.card(commit)], new)
     result = {"folder": str(out or root), "revision": commit, "artefacts": len(names)}
     _print_json(result) if as_json else print(f"{result['folder']} (revision {commit}, artefacts: {len(names)})")
 
@@ -242,17 +257,12 @@ def _entries(artefacts: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"subfolder": name, **entry.model_dump()} for name, entry in artefacts.items()]
 
 
-def _card(remote: Remote, commit: str) -> None:
-    """Download the card, which is no part of what is loaded and may be missing."""
-    with contextlib.suppress(HubNotFoundError):
-        remote.file(CARD_NAME, commit)
-
-
-def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    for name in (*names, CARD_NAME):
-        if name in names or (source / name).exists():
-            shutil.copyfile(source / name, target / name)
+def _copy(files: Sequence[Path | None], folder: Path | None) -> None:
+    """Copy what there is of some files into a folder, if there is one."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in filter(None, files):
+            shutil.copyfile(file, folder / file.name)
 
 
 def _show(rows: list[dict[str, Any]], as_json: bool, columns: list[str]) -> None:

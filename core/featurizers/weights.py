@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from featurizers.errors import WeightsError, one_line, shown
+from featurizers.errors import ManifestError, WeightsError, one_line, shown
 from featurizers.files import looks_like, opened
-from featurizers.manifest import WEIGHTS_NAME, repeated
+from featurizers.manifest import WEIGHTS_NAME, Index, Manifest, repeated
 
 if TYPE_CHECKING:
     import torch
@@ -81,8 +81,13 @@ def _parse_header(raw: bytes) -> dict[str, Any]:
             raise ValueError(f"the name {shown(repeated(name for name, _ in items))} is repeated")
         return found
 
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not JSON")
+    def natural(number: str) -> int:
+        if not number.isdigit():  # "-0" too, which safetensors takes for a fraction
+            raise ValueError(f"{shown(number, 40)} is not a natural number")
+        return int(number)
+
+    def refuse(number: str) -> NoReturn:
+        raise ValueError(f"{shown(number, 40)} is not a natural number")
 
     if raw[:1] != b"{":
         raise ValueError("it does not begin with '{'")
@@ -267,6 +272,19 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether every number of a tensor is finite."""
     # a sum is finite only if every element is; it may overflow, so that only then each is looked at
     return not tensor.is_floating_point() or bool(tensor.float().sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def verify_weights(path: Path, record: Manifest | Index, where: str) -> None:
+    """Compare the sha256 of the weights with the one in the config.
+
+    Raises:
+        WeightsError: they differ.
+        ManifestError: the config is that of a collection, which has no weights.
+    """
+    if isinstance(record, Index):
+        raise ManifestError(where, "it is a collection inside a collection, which no weights belong to")
+    if (found := sha256(path, where)) != record.sha256:
+        raise WeightsError(where, f"{WEIGHTS_NAME} has sha256 {found}, its config says {record.sha256}; fetch it again")
 
 
 def sha256(path: Path, where: str) -> str:

@@ -42,5 +42,5 @@ def test_a_collection_goes_up_in_parts_and_comes_down_whole(hub, tmp_path):
 def test_a_folder_that_is_not_empty_is_not_pulled_into(hub, tmp_path):
     subspace().push_to_hub("alice/x")
     (tmp_path / "mine.txt").write_text("x")
-    with pytest.raises(featurizers.errors.ArtefactError, match="not empty"):
+    with pytest.raises(featurizers.errors.ArtefactError, match="it is there already"):
         run("pull", "alice/x", "--out", tmp_path)
