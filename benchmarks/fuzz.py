@@ -237,7 +237,9 @@ def main() -> None:
         if (total := sum(counts.values())) % 10_000 == 0:
             print(f"{target.__name__}: {total} inputs, {counts}", file=sys.stderr, flush=True)
 
-    arguments = [sys.argv[0], "-timeout=10", "-rss_limit_mb=4096", "-max_len=16384", *sys.argv[1:], str(corpus)]
+    arguments = [sys.argv[0], "-timeout=10", "-rss_limit_mb=4096", "-max_len=16384", *sys.argv[1:]]
+    if not any(Path(argument).exists() for argument in sys.argv[1:]):  # else it is what crashed before
+        arguments.append(str(corpus))
     atheris.Setup(arguments, one, custom_mutator=mutated)
     atheris.Fuzz()
 

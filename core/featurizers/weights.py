@@ -92,7 +92,7 @@ def _parse_header(raw: bytes) -> dict[str, Any]:
     if raw[:1] != b"{":
         raise ValueError("it does not begin with '{'")
     header: dict[str, Any] = json.loads(
-        raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=refuse, parse_float=refuse
+        raw.decode("utf-8"), object_pairs_hook=pairs, parse_int=natural, parse_constant=refuse, parse_float=refuse
     )
     metadata = header.get(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

@@ -244,7 +244,9 @@ def test_what_of_openai_is_not_known(tmp_path):
 
 def test_arrays_of_objects_are_not_read(tmp_path):
     np.savez(tmp_path / "params.npz", W_enc=np.array([{}], dtype=object))
-    with pytest.raises(WeightsError, match=r"params\.npz cannot be read: 'W_enc\.npy' in it is an array of '\|O', which are objects"):
+    with pytest.raises(
+        WeightsError, match=r"params\.npz cannot be read: 'W_enc\.npy' in it is an array of '\|O', which are objects"
+    ):
         featurizers.load(tmp_path)
     (tmp_path / "params.npz").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(WeightsError, match=r"params\.npz"):
