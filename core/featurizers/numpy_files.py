@@ -89,8 +89,8 @@ def _array(stream: IO[bytes], entry: ZipInfo) -> Tensor:
     while filled < nbytes and (part := stream.read(min(CHUNK, nbytes - filled))):
         view[filled : filled + len(part)] = part
         filled += len(part)
-    if filled < nbytes or stream.read(1):  # at the end, zipfile looks at the checksum
-        raise _UnfitError("has another length than listed")
+    if filled < nbytes:  # of the last byte, zipfile looks at the checksum
+        raise _UnfitError("is shorter than listed")
     flat = torch.frombuffer(memory, dtype=dtype) if nbytes else torch.empty(0, dtype=dtype)
     if not reverse:
         return flat.reshape(shape)

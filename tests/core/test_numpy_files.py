@@ -101,7 +101,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "cut short": (changed(lambda raw: raw[:-30]), "cut short"),
     "only a head": (written(b"PK\x03\x04 and no more"), "cut short"),
     "appended to": (changed(lambda raw: raw + b"x"), "something was added"),
-    "encrypted": (changed(in_directory(8, b"\1\0")), "is encrypted"),
+    "moved directory": (changed(lambda raw: raw[:-22] + bytes(8) + raw[-22:]), "not where it should be"),
+    "encrypted": (changed(in_directory(8, b"\1\0")), "is encrypted; save it again, without a password"),
     "bzip2": (holding(npy(), method=zipfile.ZIP_BZIP2), "zip method 12"),
     "other size": (changed(in_directory(24, b"\xff\xff\xff\x7f")), "another size than listed"),
     "a larger size": (changed(in_directory(20, struct.pack("<II", 153, 153))), "Bad CRC-32"),
@@ -137,6 +138,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "an endless header": (holding(b"\x93NUMPY\2\0\xff\xff\xff\xff{}"), "a header of 4294967295 bytes"),
     "more numbers": (holding(headed(described("'<f4'"), bytes(25))), "by its own header, and is"),
     "fewer numbers": (holding(headed(described("'<f4'"), bytes(23))), "by its own header, and is"),
+    "a stream that ends early": (
+        lambda path: written(
+            in_directory(24, struct.pack("<I", len(headed(described("'<f4'")))))(
+                holding(headed(described("'<f4'"), bytes(8)), method=zipfile.ZIP_DEFLATED)(path).read_bytes()
+            )
+        )(path),
+        "is shorter than listed",
+    ),
     "exabytes": (holding(headed(described("'<f4'", "(281474976710655,) * 3"))), "ValueError: malformed node"),
     "many exabytes": (holding(headed(described("'<f4'", "(281474976710655,) "))), "should be 112589990684"),
     "a huge axis": (holding(headed(described("'<f4'", "(0, 9999999999999999999)"))), "the impossible shape"),

@@ -143,12 +143,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "appended to": (lambda p: edited(p, lambda raw: raw + b"x"), "something was added"),
     "prepended to": (lambda p: edited(p, lambda raw: b"PK\x03\x04" + raw), "is damaged"),
     "moved directory": (
-        lambda p: edited(p, lambda raw: raw[:-50] + raw[-42:-22] + raw[-22:]),
-        "not where it should be|is damaged",
+        lambda p: edited(p, lambda raw: raw[:-50] + struct.pack("<Q", 7) + raw[-42:]),
+        "not where it should be",
     ),
     "comment": (lambda p: edited(p, lambda raw: raw[:-2] + b"\x09\0"), "something was added"),
     "deflated": (lambda p: zipped(p, "a/data.pkl", method=zipfile.ZIP_DEFLATED), "a compressed zip archive"),
-    "encrypted": (lambda p: edited(p, lambda raw: in_directory(raw, 8, b"\x09\x08")), "is encrypted"),
+    "encrypted": (
+        lambda p: edited(p, lambda raw: in_directory(raw, 8, b"\x09\x08")),
+        "is encrypted; save it again, without a password",
+    ),
     "other size": (lambda p: edited(p, lambda raw: in_directory(raw, 24, b"\xff\xff\xff\x7f")), "another size than"),
     "overlap": (
         lambda p: edited(p, lambda raw: in_directory(raw, 20, struct.pack("<II", 900, 900))),
@@ -178,6 +181,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "bytearray": (lambda p: made(p, call("__builtin__ bytearray", integer(2**40))), f"{MORE}: '__builtin__.byte"),
     "a function": (lambda p: made(p, b"}" + text("a") + V2 + b"s"), f"{MORE}: a function"),
     "numbers alone": (lambda p: made(p, storage(2)), "numbers that are of no tensor"),
+    "a name of torch's": (lambda p: made(p, b"ctorch\nload\n"), f"{MORE}: 'torch.load'"),
     "a made-up name": (lambda p: made(p, b"cfoo\nba\x1br\n"), r"'foo\.ba\\x1br'|Error"),
     "a very long name": (lambda p: made(p, b"cfoo\n" + b"x" * 10**6 + b"\n"), "'foo.xxx"),
     "hooks": (lambda p: made(p, tensor((2,), (1,), hooks=OD + text("a") + b"Ns")), "a tensor with hooks"),
@@ -187,6 +191,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "attributes": (lambda p: made(p, OD + b"}" + text("items") + b"Nsb"), "an object with attributes"),
     "attributes of a tensor": (lambda p: made(p, tensor((2,), (1,)) + b"}b"), "an object with attributes"),
+    "metadata of a tensor": (
+        lambda p: made(p, tensor((2,), (1,)) + b"}" + text("_metadata") + b"}sb"),
+        "an object with attributes",
+    ),
     "metadata": (lambda p: made(p, metadata(b"N")), "a dict with attributes"),
     "metadata inside": (lambda p: made(p, metadata(b"}" + text("") + b"Ns")), "a dict with attributes"),
     # tensors
@@ -213,6 +221,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a tuple among the keys": (lambda p: made(p, b"}(" + KEYED + b"Nu"), "keys that are neither"),
     "a tensor as key": (lambda p: made(p, b"}" + tensor((2,), (1,)) + b"Ns"), "keys that are neither"),
     "deep": (lambda p: made(p, b"N" + b"\x85" * 65), "more than 64 deep"),
+    "far too deep": (lambda p: made(p, b"N" + b"\x85" * 10_000), "more than 64 deep"),
     "very deep": (lambda p: made(p, b"N" + b"\x85" * 10**6), "more than 1000000 instructions"),
     "deep by parts": (
         lambda p: made(p, b"(N" + b"\x85" * 50 + b"q\1h\1" + b"\x85" * 50 + b"t"),
