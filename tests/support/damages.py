@@ -1,0 +1,440 @@
+"""Damages of a good artefact, and the error that each costs: for the library's tests and for the command's."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import socket
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from featurizers.errors import ArtefactError, FeaturizerError, ManifestError, UnknownKindError, WeightsError
+from safetensors.torch import load_file, save_file
+
+from tests.support.hub import edit
+
+ENORMOUS = 10**12
+
+
+class Damage(NamedTuple):
+    """What is done to a good artefact, and what loading it must then say."""
+
+    spoil: Callable[[Path], Any]
+    error: type[FeaturizerError]
+    words: str
+
+
+# ---------------------------------------------------------------------- ways to spoil an artefact
+
+
+def _config(data: bytes | str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "config.json").write_bytes(data if isinstance(data, bytes) else data.encode())
+
+
+def change(how: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
+    def spoil(folder: Path) -> None:
+        data = json.loads((folder / "config.json").read_text())
+        how(data)
+        (folder / "config.json").write_text(json.dumps(data))
+
+    return spoil
+
+
+def _field(name: str, value: Any) -> Callable[[Path], Any]:
+    return change(lambda data: data.update({name: value}))
+
+
+def _size(**sizes: Any) -> Callable[[Path], Any]:
+    return change(lambda data: data["config"].update(sizes))
+
+
+def _literal(old: str, new: str) -> Callable[[Path], Any]:
+    return lambda folder: edit(folder / "config.json", old, new)
+
+
+def _weights(data: bytes) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "model.safetensors").write_bytes(data)
+
+
+def _cut(name: str, keep: int) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep])
+
+
+def _append(name: str, data: bytes) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes() + data)
+
+
+def tensors(how: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], Any]:
+    def spoil(folder: Path) -> None:
+        given = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+        how(given)
+        save_file(given, folder / "model.safetensors")
+
+    return spoil
+
+
+def basis(changed: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], Any]:
+    return tensors(lambda given: given.update(basis=changed(given["basis"]).contiguous()))
+
+
+def _with(value: float) -> Callable[[Path], Any]:
+    return basis(lambda basis: basis.index_fill(0, torch.tensor(1), value))
+
+
+def _header(header: bytes | dict[str, Any], size: int = 96) -> Callable[[Path], Any]:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return _weights(struct.pack("<Q", len(raw)) + raw + bytes(size))
+
+
+def _tensor(dtype: Any = "F32", shape: Any = (8, 3), offsets: Any = (0, 96)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+def _only_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _folder_named(name: str) -> Callable[[Path], Any]:
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return spoil
+
+
+class _Bomb:
+    """Unpickling it would end the test run."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        import os
+
+        return os._exit, (3,)
+
+
+def _fifo(name: str) -> Callable[[Path], Any]:
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return spoil
+
+
+def _socket(name: str) -> Callable[[Path], Any]:
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink()
+        here = Path.cwd()
+        os.chdir(folder)  # the name of a socket is short
+        try:
+            with socket.socket(socket.AF_UNIX) as server:
+                server.bind(name)
+        finally:
+            os.chdir(here)
+
+    return spoil
+
+
+def _link(name: str, target: str) -> Callable[[Path], Any]:
+    def spoil(folder: Path) -> None:
+        moved = folder.parent / "elsewhere"
+        moved.mkdir(exist_ok=True)
+        (folder / name).rename(moved / name)
+        (folder / name).symlink_to(target)
+
+    return spoil
+
+
+def _zip(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "model.safetensors", "w") as archive:
+        archive.writestr("data.pkl", pickle.dumps(_Bomb()))
+
+
+def _entries(count: int) -> bytes:
+    return json.dumps({str(i): {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(count)}).encode()
+
+
+def _named(name: str) -> Callable[[Path], Any]:
+    return _header({name: _tensor()})
+
+
+DEEP = "[" * 600 + "]" * 600
+
+WEIGHTS = {
+    "empty": Damage(_weights(b""), WeightsError, r"model.safetensors \(0 bytes\) is not a whole safetensors file"),
+    "seven bytes": Damage(_weights(b"\0" * 7), WeightsError, "not a whole safetensors file"),
+    "no header": Damage(_weights(b"\0" * 8), WeightsError, "model.safetensors has a damaged header"),
+    "cut in the header": Damage(_cut("model.safetensors", 20), WeightsError, "not a whole safetensors file"),
+    "cut in the data": Damage(_cut("model.safetensors", -1), WeightsError, "has 167 bytes, its header promises 168"),
+    "trailing bytes": Damage(_append("model.safetensors", b"\0"), WeightsError, "169 bytes, its header promises 168"),
+    "text": Damage(_weights(b"<html>not found</html>"), WeightsError, "not a whole safetensors file"),
+    "pickle": Damage(_weights(pickle.dumps(_Bomb())), WeightsError, "not a whole safetensors file"),
+    "a pointer": Damage(_weights(b"version https://git-lfs.github.com/spec/v1\n"), WeightsError, "not a whole"),
+    "header too long": Damage(_weights(struct.pack("<Q", 2**63) + b"{}"), WeightsError, "not a whole safetensors file"),
+    "header over the limit": Damage(
+        _header(b'{"basis": 1}' + b" " * 10_000_000), WeightsError, "not a whole safetensors file"
+    ),
+    "header not JSON": Damage(_header(b"{basis}"), WeightsError, "damaged header: Expecting property name"),
+    "header not an object": Damage(_header(b"[]"), WeightsError, "damaged header"),
+    "header not UTF-8": Damage(_header(b'{"\xff": 1}'), WeightsError, "damaged header: 'utf-8' codec"),
+    "header deeply nested": Damage(
+        _header(b'{"a":' * 100_000), WeightsError, "damaged header: it is nested too deeply"
+    ),
+    "header without tensors": Damage(_header({}, 0), WeightsError, r"model.safetensors lacks \['basis'\]"),
+    "no offsets": Damage(_header({"basis": {"dtype": "F32", "shape": [8, 3]}}), WeightsError, "damaged header"),
+    "one offset": Damage(_header({"basis": _tensor(offsets=[96])}), WeightsError, "damaged header"),
+    "offsets before the data": Damage(
+        _header({"basis": _tensor(offsets=[-96, 0])}, 0), WeightsError, "'-96' is not a natural number"
+    ),
+    "offsets too short": Damage(_header({"basis": _tensor(offsets=[0, 92])}, 92), WeightsError, "92 bytes, but 96 by"),
+    "fractions": Damage(_header({"basis": _tensor(shape=[8.0, 3])}), WeightsError, "'8.0' is not"),
+    "negative shape": Damage(_header({"basis": _tensor(shape=[-8, -3])}), WeightsError, "'-8' is not a natural number"),
+    "unknown dtype": Damage(_header({"basis": _tensor("F4")}), WeightsError, "damaged header.*F4"),
+    "dtype of another type": Damage(_header({"basis": _tensor(["F32"])}), WeightsError, "damaged header"),
+    "overlapping": Damage(
+        _header({"basis": _tensor(), "features.a": _tensor()}),
+        WeightsError,
+        "an overlap before the tensor 'features.a'",
+    ),
+    "overlapping, both expected": Damage(
+        lambda folder: (
+            _field("features", ["a"])(folder),
+            _header({"basis": _tensor(), "features.a": _tensor()})(folder),
+        ),
+        WeightsError,
+        "an overlap before the tensor 'features.a'",
+    ),
+    "one name twice": Damage(
+        _header(b'{"basis": %b, "basis": %b}' % ((json.dumps(_tensor(shape=[3, 8])).encode(),) * 2)),
+        WeightsError,
+        "damaged header: the name 'basis' is repeated",
+    ),
+    "a page": Damage(_weights(b"<!DOCTYPE html><title>Log in"), WeightsError, "not a whole .*: it is a web page"),
+    "a pointer, said": Damage(
+        _weights(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        WeightsError,
+        "it is a Git-LFS pointer; fetch the file itself, with: git lfs pull",
+    ),
+    "zip": Damage(_zip, WeightsError, "it is a zip archive, such as torch.save writes"),
+    "a pickle, said": Damage(_weights(pickle.dumps(_Bomb(), 4)), WeightsError, "a pickle, which is never opened"),
+    "nothing, said": Damage(_weights(b""), WeightsError, "it is empty"),
+    "hundreds of thousands of entries": Damage(_header(_entries(150_000), 0), WeightsError, r"unknown \['0', '1', "),
+    "header of NaN": Damage(
+        _header(b'{"basis": {"dtype": "F32", "shape": [NaN, 3], "data_offsets": [0, 96]}}'),
+        WeightsError,
+        "'NaN' is not",
+    ),
+    "minus zero": Damage(
+        _header(b'{"basis": {"dtype": "F32", "shape": [8, 3], "data_offsets": [-0, 96]}}'), WeightsError, "'-0' is not"
+    ),
+    "header with a BOM": Damage(_header(b"\xef\xbb\xbf{}"), WeightsError, "does not begin with '{'"),
+    "header of UTF-16": Damage(_header("{}".encode("utf-16-le")), WeightsError, "damaged header"),
+    "metadata of numbers": Damage(
+        _header({"__metadata__": {"a": 1}, "basis": _tensor()}),
+        WeightsError,
+        "__metadata__ is not an object of strings",
+    ),
+    "metadata of a list": Damage(
+        _header({"__metadata__": [], "basis": _tensor()}), WeightsError, "__metadata__ is not"
+    ),
+    "an unknown key of a tensor": Damage(
+        _header({"basis": {**_tensor(), "code": "x"}}), WeightsError, "not a dtype, a"
+    ),
+    "a hole": Damage(
+        _header({"basis": _tensor(offsets=[4, 100])}, 100), WeightsError, "a gap before the tensor 'basis'"
+    ),
+    "partly overlapping": Damage(
+        _header({"basis": _tensor(), "x": _tensor(shape=(8,), offsets=(80, 112))}, 112),
+        WeightsError,
+        "an overlap before",
+    ),
+    "absurd shape": Damage(
+        _header({"basis": _tensor(shape=[2**62, 2**62])}), WeightsError, "bytes, but 8507059173023461"
+    ),
+    "absurd and empty": Damage(
+        _header({"basis": _tensor(shape=[2**62, 0], offsets=[0, 0])}, 0),
+        WeightsError,
+        r"shape \[4611686018427387904, 0\]",
+    ),
+    "a size of many digits": Damage(
+        _header(b'{"basis": {"dtype": "F32", "shape": [%b], "data_offsets": [0, 96]}}' % (b"9" * 5000)),
+        WeightsError,
+        "damaged header",
+    ),
+    "many axes": Damage(
+        _header({"basis": _tensor(shape=[1] * 3000, offsets=[0, 4])}, 4), WeightsError, "has the shape"
+    ),
+    "true for a size": Damage(_header({"basis": _tensor(shape=[True, 3])}), WeightsError, r"the shape \[True, 3\]"),
+    "ends before it begins": Damage(_header({"basis": _tensor(offsets=[96, 0])}), WeightsError, "has -96 bytes"),
+    "offsets far away": Damage(
+        _header({"basis": _tensor(offsets=[2**60, 2**60 + 96])}), WeightsError, "a gap before the tensor 'basis'"
+    ),
+    "a name that clears the screen": Damage(_named("\x1b[2J\u202e"), WeightsError, r"unknown \['\\x1b\[2J\\u202e'\]"),
+    "a name that is a path": Damage(_named("../../etc/passwd"), WeightsError, r"unknown \['../../etc/passwd'\]"),
+    "a name that is an attribute": Damage(_named("__class__"), WeightsError, r"unknown \['__class__'\]"),
+    "an empty name": Damage(_named(""), WeightsError, r"unknown \[''\]"),
+    "an endless name": Damage(_named("a" * 1_000_000), WeightsError, "unknown .*a{70,80}"),
+    "half a character": Damage(_header(b'{"\\ud800": 1}'), WeightsError, "damaged header"),
+    "missing tensor": Damage(
+        tensors(lambda t: t.update(other=t.pop("basis"))),
+        WeightsError,
+        r"lacks \['basis'\] and has unknown \['other'\]",
+    ),
+    "extra tensor": Damage(tensors(lambda t: t.update(extra=torch.ones(1))), WeightsError, r"unknown \['extra'\]"),
+    "missing feature set": Damage(_field("features", ["best"]), WeightsError, r"lacks \['features.best'\]"),
+    "transposed": Damage(
+        basis(lambda basis: basis.mT), WeightsError, r"'basis' has shape \[3, 8\], but its config implies \[8, 3\]"
+    ),
+    "one axis more": Damage(basis(lambda basis: basis[None]), WeightsError, r"has shape \[1, 8, 3\]"),
+    "integers": Damage(
+        basis(lambda basis: basis.int()), WeightsError, "'basis' is int32, but its config implies float32"
+    ),
+    "booleans": Damage(basis(lambda basis: basis > 0), WeightsError, "'basis' is bool, but"),
+    "NaN": Damage(_with(float("nan")), WeightsError, "tensor 'basis' holds NaN or infinity"),
+    "infinity": Damage(_with(float("inf")), WeightsError, "tensor 'basis' holds NaN or infinity"),
+    "minus infinity": Damage(_with(-float("inf")), WeightsError, "tensor 'basis' holds NaN or infinity"),
+    "half precision NaN": Damage(basis(lambda b: b.half() * float("nan")), WeightsError, "holds NaN or infinity"),
+    "both infinities": Damage(
+        basis(lambda basis: basis.sign() * float("inf")), WeightsError, "tensor 'basis' holds NaN or infinity"
+    ),
+    "only pickle": Damage(
+        _only_pickle, WeightsError, "model.safetensors is missing; other weight formats are not read"
+    ),
+    "folder": Damage(
+        _folder_named("model.safetensors"), WeightsError, "model.safetensors is a folder, not a regular file"
+    ),
+    "wider config": Damage(_size(d_in=9), WeightsError, r"'basis' has shape \[8, 3\], but its config implies \[9, 3\]"),
+    "largest config": Damage(_size(d_in=2**24, n_features=2**24), WeightsError, r"implies \[16777216, 16777216\]"),
+}
+
+CONFIG = {
+    "missing": Damage(lambda folder: (folder / "config.json").unlink(), ManifestError, "there is no config.json"),
+    "folder": Damage(_folder_named("config.json"), ManifestError, "config.json is a folder, not a regular file"),
+    "empty": Damage(_config(""), ManifestError, "config.json is not valid JSON"),
+    "truncated": Damage(_cut("config.json", 100), ManifestError, "config.json is not valid JSON"),
+    "BOM": Damage(lambda f: _config(b"\xef\xbb\xbf" + (f / "config.json").read_bytes())(f), ManifestError, "BOM"),
+    "not UTF-8": Damage(_config(b'{"id": "\xff"}'), ManifestError, "config.json is not valid JSON: 'utf-8' codec"),
+    "UTF-16": Damage(_config('{"id": 1}'.encode("utf-16")), ManifestError, "config.json is not valid JSON"),
+    "two values": Damage(_append("config.json", b"{}"), ManifestError, "config.json is not valid JSON: Extra data"),
+    "list": Damage(_config("[]"), ManifestError, "config.json was not written by featurizers"),
+    "null": Damage(_config("null"), ManifestError, "config.json was not written by featurizers"),
+    "another library's": Damage(
+        _field("library_name", "peft"), ManifestError, "there is no config.json of featurizers"
+    ),
+    "key twice": Damage(
+        _literal('"id"', '"id": "a", "id"'), ManifestError, "config.json is not valid JSON: the key 'id' is repeated"
+    ),
+    "inner key twice": Damage(_literal('"d_in"', '"d_in": 8, "d_in"'), ManifestError, "the key 'd_in' is repeated"),
+    "too large": Damage(_append("config.json", b" " * 1_000_000), ManifestError, "config.json is larger than 1000000"),
+    "deeply nested": Damage(_config("[" * 100_000), ManifestError, "config.json is not valid JSON"),
+    "deeply nested, closed": Damage(_config('{"a":' * 9_000 + "1" + "}" * 9_000), ManifestError, "not valid JSON"),
+    "nested id": Damage(_literal('"id": "subspace"', f'"id": {DEEP}'), ManifestError, "nested more than 64 levels"),
+    "nested size": Damage(_literal('"d_in": 8', f'"d_in": {DEEP}'), ManifestError, "nested more than 64 levels"),
+    "NaN": Damage(_literal('"d_in": 8', '"d_in": NaN'), ManifestError, "NaN is not a JSON number"),
+    "infinity": Damage(_literal('"d_in": 8', '"d_in": -Infinity'), ManifestError, "-Infinity is not a JSON number"),
+    "NaN in metadata": Damage(_literal('"metadata": {}', '"metadata": {"x": NaN}'), ManifestError, "NaN is not a JSON"),
+    "number of many digits": Damage(_literal('"d_in": 8', f'"d_in": {"9" * 5000}'), ManifestError, "config"),
+    "large float": Damage(_literal('"d_in": 8', '"d_in": 1e999'), ManifestError, "'1e999' is too large"),
+    "boolean size": Damage(_size(d_in=True), ManifestError, "'subspace' refuses its config: 'd_in': .*, got True"),
+    "fraction": Damage(_size(d_in=8.0), ManifestError, "'d_in': .* integer, got 8.0"),
+    "text size": Damage(_size(d_in="8"), ManifestError, "'d_in': .* integer, got '8'"),
+    "negative size": Damage(_size(d_in=-8), ManifestError, "'d_in': .* greater than 0, got -8"),
+    "zero size": Damage(_size(n_features=0), ManifestError, "'n_features': .* greater than 0, got 0"),
+    "enormous size": Damage(_size(d_in=ENORMOUS, n_features=ENORMOUS), ManifestError, f"'d_in': .* got {ENORMOUS}"),
+    "more features than fit": Damage(_size(n_features=9), ManifestError, "9 orthonormal directions do not fit into 8"),
+    "unknown option": Damage(_size(auto_map="os.system"), ManifestError, "'auto_map': Extra inputs are not permitted"),
+    "unknown key": Damage(_field("auto_map", "os.system"), ManifestError, "config.json: 'auto_map': Extra inputs"),
+    "missing key": Damage(change(lambda data: data.pop("kind")), ManifestError, "config.json: 'kind': Field required"),
+    "missing option": Damage(change(lambda data: data["config"].pop("d_in")), ManifestError, "'d_in': Field required"),
+    "config not an object": Damage(_field("config", []), ManifestError, "config.json: 'config': .* dictionary"),
+    "version 2": Damage(_field("format_version", 2), ManifestError, "format_version 2.*pip install -U featurizers"),
+    "version '1'": Damage(_field("format_version", "1"), ManifestError, "'format_version': .*integer, got '1'"),
+    "version 0": Damage(_field("format_version", 0), ManifestError, "'format_version': .* equal to 1, got 0"),
+    "version null": Damage(_field("format_version", None), ManifestError, "'format_version': .*integer"),
+    "kind os.system": Damage(_field("kind", "os.system"), UnknownKindError, "'os'.*the package of its author"),
+    "kind torch.nn:Linear": Damage(_field("kind", "torch.nn:Linear"), ManifestError, "'kind': .*never an import path"),
+    "kind with a path": Damage(_field("kind", "../subspace"), ManifestError, "'kind': .*never an import path"),
+    "kind in capitals": Damage(_field("kind", "Subspace"), ManifestError, "'kind': .*never an import path"),
+    "kind with a newline": Damage(_field("kind", "subspace\n"), ManifestError, "'kind': .*never an import path"),
+    "kind empty": Damage(_field("kind", ""), ManifestError, "'kind': .*never an import path"),
+    "kind endless": Damage(_field("kind", "a" * 500_000), ManifestError, "'kind': .*at most 128"),
+    "kind not installed": Damage(_field("kind", "other"), UnknownKindError, "'other'.*the package of its author"),
+    "kind a list": Damage(_field("kind", ["subspace"]), ManifestError, "'kind': .* string"),
+    "empty id": Damage(_field("id", ""), ManifestError, "'id': .*at least 1 character"),
+    "hash too short": Damage(_field("sha256", "ab"), ManifestError, "'sha256': "),
+    "feature set outside": Damage(_field("features", ["../a"]), ManifestError, r"'features.0': "),
+    "feature sets not a list": Damage(_field("features", "a"), ManifestError, "'features': .*list"),
+    "site of no kind": Damage(_field("site", {"kind": "os"}), ManifestError, "config.json: unknown kind of site 'os'"),
+    "site without a layer": Damage(_field("site", {"kind": "mlp.out"}), ManifestError, "'mlp.out' needs a layer"),
+    "site with a boolean": Damage(_field("site", {"kind": "mlp.out", "layer": True}), ManifestError, "'site.layer'"),
+    "site far away": Damage(_field("site", {"kind": "mlp.out", "layer": ENORMOUS}), ManifestError, "'site.layer'"),
+    "site as text": Damage(_field("site", "mlp.out:3"), ManifestError, "'site': "),
+    "escapes": Damage(_field("kind", "\x1b[2J\u202e"), ManifestError, r"got '\\x1b\[2J\\u202e'"),
+    "a collection": Damage(
+        _config('{"library_name": "featurizers", "artefacts": {"a": {"kind": "subspace", "id": "b"}}}'),
+        ManifestError,
+        "it holds 1 artefacts; name one with subfolder=, of 'a'",
+    ),
+    "a collection outside": Damage(
+        _config('{"library_name": "featurizers", "artefacts": {"../a": {"kind": "subspace", "id": "b"}}}'),
+        ManifestError,
+        r"config.json: 'artefacts.../a.\[key\]': ",
+    ),
+    "a collection and an artefact": Damage(_field("artefacts", {}), ManifestError, "Extra inputs are not permitted"),
+}
+
+CONFIG |= {
+    "a page": Damage(_config("<html>Log in"), ManifestError, "config.json is not valid JSON: it is a web page"),
+    "a pointer": Damage(_config("version https://git-lfs.github.com/spec/v1\n"), ManifestError, "a Git-LFS pointer"),
+    "nothing": Damage(_config(" \n"), ManifestError, "config.json is not valid JSON: it is empty"),
+    "a pickle": Damage(_config(pickle.dumps({}, 4)), ManifestError, "it is a pickle, which is never opened"),
+    "BOM, said": Damage(_config(b"\xef\xbb\xbf{}"), ManifestError, "a byte-order mark; save it as UTF-8 without one"),
+    "deep lists in metadata": Damage(
+        _literal('"metadata": {}', f'"metadata": {{"x": {"[" * 70 + "]" * 70}}}'), ManifestError, "more than 64 levels"
+    ),
+    "a hostile key": Damage(_field("\x1b[2J\u202e", 1), ManifestError, r"'\\x1b\[2J\\u202e': Extra inputs"),
+    "an endless key": Damage(_field("k" * 500_000, 1), ManifestError, "Extra inputs"),
+    "an endless version": Damage(
+        _literal('"format_version": 1', f'"format_version": {"9" * 4000}'), ManifestError, "ormat"
+    ),
+    "weights elsewhere": Damage(_field("weights", "../other.safetensors"), ManifestError, "'weights': Extra inputs"),
+    "a file name for a set": Damage(_field("features", ["a/b"]), ManifestError, "'features.0': "),
+    "a size in bytes": Damage(_size(d_in=2**63), ManifestError, "'d_in': "),
+    "minus zero for a version": Damage(_field("format_version", -1), ManifestError, "'format_version': .*, got -1"),
+    "half a character": Damage(_literal('"id": "subspace"', r'"id": "\ud800"'), ManifestError, "'id': "),
+}
+
+OTHERS = {
+    "offset of text": Damage(_header({"basis": _tensor(offsets=[0, "96"])}), WeightsError, "damaged header"),
+    "offset null": Damage(_header({"basis": _tensor(offsets=[0, None])}), WeightsError, "damaged header"),
+    "not orthonormal": Damage(basis(torch.ones_like), WeightsError, "orthonormal"),
+    "version true": Damage(_field("format_version", True), ManifestError, "'format_version'"),
+    "version 1.0": Damage(_field("format_version", 1.0), ManifestError, "'format_version'"),
+    "infinite metadata": Damage(_literal('"metadata": {}', '"metadata": {"x": 1e999}'), ManifestError, "1e999"),
+}
+
+SPECIAL = {
+    f"{what}: {name}": damage
+    for name, error in (("config.json", ManifestError), ("model.safetensors", WeightsError))
+    for what, damage in {
+        "pipe": Damage(_fifo(name), error, f"{name} is a named pipe, not a regular file"),
+        "socket": Damage(_socket(name), error, f"{name} is a socket, not a regular file"),
+        "link out": Damage(_link(name, f"../elsewhere/{name}"), ArtefactError, f"{name} is a link out of this folder"),
+        "absolute link out": Damage(_link(name, "/etc/hostname"), ArtefactError, "link out of this folder, to '/etc"),
+        "device": Damage(
+            _link(name, "/dev/zero"), ArtefactError, f"{name} is a link out of this folder, to '/dev/zero'"
+        ),
+    }.items()
+} | {
+    "weights: a link to nothing": Damage(
+        _link("model.safetensors", "none"), WeightsError, "model.safetensors is missing"
+    ),
+    "weights: a link to itself": Damage(
+        _link("model.safetensors", "model.safetensors"), ArtefactError, "model.safetensors cannot be read"
+    ),
+    "card: a link out": Damage(_link("README.md", "/etc/hostname"), ArtefactError, "README.md is a link out of this"),
+}
+"""What is no file of the folder at all."""
