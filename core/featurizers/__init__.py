@@ -17,7 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from featurizers import errors
-from featurizers.plugins import PluginInfo, kinds, plugins  # `plugins` is the function, not its module
+from featurizers.plugins import PluginInfo, check_plugins, kinds, plugins  # `plugins` is the function, not its module
 
 if TYPE_CHECKING:
     from featurizers.anatomy import Anatomy as Anatomy
@@ -68,7 +68,7 @@ _HOME = {
     "save_collection": "artefact",
 }
 
-__all__ = ["PluginInfo", "__version__", "errors", "kinds", "plugins", *sorted(_HOME)]  # noqa: PLE0604
+__all__ = ["PluginInfo", "__version__", "check_plugins", "errors", "kinds", "plugins", *sorted(_HOME)]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

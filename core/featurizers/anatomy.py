@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from featurizers.errors import SiteError
+from featurizers.errors import PluginError, SiteError
 from featurizers.plugins import host
 from featurizers.sites import Side, Site
 
@@ -159,9 +160,14 @@ class Anatomy:
     # ---- finding the blocks
 
     def _find_blocks(self) -> Blocks:
-        if (found := host().anatomy(self.model)) is not None:
-            return found
         layers = self._layers_path()
+        try:
+            if (found := host().anatomy(self.model)) is not None:
+                return found
+        except PluginError as error:
+            if layers is None:
+                raise
+            warnings.warn(f"{error} The blocks of the model were found without it.", stacklevel=2)
         if layers is None:
             host().load_all()
             if (found := host().anatomy(self.model)) is not None:
