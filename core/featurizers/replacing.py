@@ -8,11 +8,12 @@ import functools
 import os
 import re
 import shutil
+import stat
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +26,8 @@ PATIENCE: Final = 600.0
 
 Ours = Callable[[str], bool]
 """Whether a file, named from the folder with ``/``, is written anew; every other one is kept."""
+Identity = tuple[int, int]
+"""Which file it is, whatever its name: the disk and the inode."""
 
 
 @contextmanager
@@ -47,22 +50,26 @@ def replacing(target: Path, ours: Ours, check: Callable[[Path], None]) -> Iterat
         target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target) as (made, alone):
         new = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+        held = None
         try:
             with _told(target):
                 check(target)
                 if alone:
                     _clear(target)
                 new.mkdir()
+                held = _lock(new)  # the next saver finds this folder, and must wait until the old one is dealt with
                 shutil.copymode(target, new)
-                keep(target, new, ours)
+                kept = keep(target, new, ours)
                 yield new
                 _flush(new)
                 _exchange(new, target)
-                _salvage(new, target, ours)
+                _salvage(new, target, ours, kept)
+                _follow(new, target)
         finally:
             shutil.rmtree(new, ignore_errors=True)
             if made:
                 _drop_empty(target)
+            _release(held)
 
 
 @contextmanager
@@ -118,26 +125,30 @@ def _locked(target: Path) -> Iterator[tuple[bool, bool]]:
     """
     made, descriptor = False, None
     with _told(target):
-        recover(target)
         for _ in range(TRIES):
+            recover(target)
             try:
                 target.mkdir()
                 made = True
             except FileExistsError:
-                if not target.is_dir():
+                made = False
+                if _is_file(target):
                     raise ArtefactError(str(target), "it is a file; choose a new or an empty folder") from None
             descriptor = _lock(target)
-            if descriptor is None or _stands(descriptor, target):
+            if descriptor is None:
                 break
-            os.close(descriptor)  # another saver has replaced it meanwhile
-            made = False
+            between = made and bool(_leftovers(target, r"\.old"))  # another saver is between the steps of its exchange
+            if not between and _stands(descriptor, target):
+                break
+            if made:
+                _drop_empty(target)
+            _release(descriptor)
         else:
             raise ArtefactError(str(target), "other programs keep replacing it; try again when they have finished")
     try:
         yield made, descriptor is not None
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        _release(descriptor)
 
 
 def _lock(folder: Path) -> int | None:
@@ -147,7 +158,7 @@ def _lock(folder: Path) -> int | None:
     except ImportError:  # Windows
         return None
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:  # replaced in this moment, or made and taken away
         return os.open(folder.parent, os.O_RDONLY)  # which does not stand for the folder
     deadline = time.monotonic() + PATIENCE
@@ -168,6 +179,24 @@ def _lock(folder: Path) -> int | None:
             return descriptor
 
 
+def _release(descriptor: int | None) -> None:
+    """Give a lock back, even if a process that was forked meanwhile has the descriptor too."""
+    if descriptor is not None:
+        import fcntl
+
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is anything but a folder."""
+    try:
+        return not stat.S_ISDIR(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
+
+
 def _stands(descriptor: int, folder: Path) -> bool:
     """Whether a path still leads to the folder that was opened."""
     try:
@@ -176,25 +205,47 @@ def _stands(descriptor: int, folder: Path) -> bool:
         return False
 
 
-def keep(old: Path, new: Path, ours: Ours) -> None:
-    """Put the files of a folder that are not ours into a new one: the same files, copies where that cannot be."""
+def keep(old: Path, new: Path, ours: Ours) -> dict[str, Identity | None]:
+    """Put the files of a folder that are not ours into a new one: the same files, copies where that cannot be.
+
+    Returns:
+        Which file then has each name.
+    """
+    kept = {}
     for name in _others(old, ours):
         source, copy = old / name, new / name
         if source.is_dir() and not source.is_symlink():
             copy.mkdir()
-            shutil.copystat(source, copy)
+            with suppress(FileNotFoundError):
+                shutil.copystat(source, copy)
             continue
         try:
             os.link(source, copy, follow_symlinks=False)
         except (OSError, NotImplementedError):  # a disk without links, or someone else's file
+            if not os.path.lexists(source):
+                continue  # taken away in this moment
             shutil.copy2(source, copy, follow_symlinks=False)
+        kept[name] = _identity(copy)
+    return kept
+
+
+def _identity(path: Path) -> Identity | None:
+    try:
+        found = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _others(folder: Path, ours: Ours) -> Iterator[str]:
     """What is in a folder and not ours, parents first, named from there with ``/``."""
     pending = [folder]
     while pending:
-        for entry in sorted(os.scandir(pending.pop()), key=lambda entry: entry.name):
+        try:
+            entries = sorted(os.scandir(pending.pop()), key=lambda entry: entry.name)
+        except FileNotFoundError:
+            continue  # taken away in this moment
+        for entry in entries:
             name = Path(entry.path).relative_to(folder).as_posix()
             if entry.is_dir(follow_symlinks=False):
                 pending.append(Path(entry.path))
@@ -203,14 +254,24 @@ def _others(folder: Path, ours: Ours) -> Iterator[str]:
                 yield name
 
 
-def _salvage(old: Path, new: Path, ours: Ours) -> None:
-    """Move what was put into the old folder, or changed there, after its files were kept."""
+def _salvage(old: Path, new: Path, ours: Ours, kept: Mapping[str, Identity | None]) -> None:
+    """Move what was put into the old folder, or changed there, after its files were kept.
+
+    What was changed in the new folder since it took its place is later still, and stays.
+    """
     for name in _others(old, ours):
-        source, kept = old / name, new / name
+        source, place = old / name, new / name
         if source.is_dir() and not source.is_symlink():
-            kept.mkdir(exist_ok=True)
-        elif not (os.path.lexists(kept) and os.path.samestat(source.lstat(), kept.lstat())):
-            os.replace(source, kept)
+            place.mkdir(exist_ok=True)
+        elif _identity(source) != _identity(place) == kept.get(name):
+            with suppress(FileNotFoundError):  # taken away in this moment
+                os.replace(source, place)
+
+
+def _follow(old: Path, new: Path) -> None:
+    """Let this program stay in the folder that it is in, whose files are at home in another one now."""
+    with suppress(OSError, ValueError):  # it is somewhere else
+        os.chdir(new / Path.cwd().relative_to(old))
 
 
 def _flush(folder: Path) -> None:
@@ -251,7 +312,8 @@ def _exchange(new: Path, target: Path) -> None:
             if not target.exists():
                 old.rename(target)
             raise
-        old.rename(new)
+        with suppress(FileNotFoundError):  # a loader has brought back an empty one, which is gone now
+            old.rename(new)
         return
     raise ArtefactError(str(target), "other programs keep changing it; try again when they have finished")
 

@@ -10,11 +10,17 @@ import sys
 from pathlib import Path
 
 import featurizers
+import featurizers.loading
 import pytest
 import torch
 import typer
 from featurizers import cli
+from featurizers.errors import PluginLoadError
+from featurizers.plugins import host
 from typer.testing import CliRunner
+
+from tests.support.damages import CONFIG, OTHERS, SPECIAL, WEIGHTS
+from tests.support.hub import subspace
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 COMMANDS = ["plugins", "kinds", "info", "list", "pull", "push", "verify", "convert", "demo"]
@@ -203,6 +209,61 @@ def test_an_error_is_one_line_and_exit_code_1(here, arguments, words):
     assert (code, len(err.splitlines())) == (1, 1)
     assert words in err
     assert "Traceback" not in out + err
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return subspace().save_pretrained(tmp_path_factory.mktemp("whole") / "a")
+
+
+@pytest.mark.parametrize("damage", [*WEIGHTS, *CONFIG, *OTHERS, *SPECIAL])
+def test_a_damaged_artefact_is_one_line_and_exit_code_1(whole, damage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(whole, "a")
+    case = {**WEIGHTS, **CONFIG, **OTHERS, **SPECIAL}[damage]
+    case.spoil(tmp_path / "a")
+    code, out, err = run("convert", "./a", "out")
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert re.search(case.words, err)
+    assert not CONTROL.search(err)
+    assert not Path("out").exists()
+    assert run("verify", "./a")[0] == 1
+
+
+def test_a_flipped_bit_is_found_by_verify(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(whole, "a")
+    data = bytearray(Path("a/model.safetensors").read_bytes())
+    data[-1] ^= 1
+    Path("a/model.safetensors").write_bytes(data)
+    code, out, err = run("verify", "./a", "--json")
+    assert (code, err) == (1, "")
+    assert "sha256" in json.loads(out)[0]["error"]
+
+
+def test_plugins_strict(monkeypatch):
+    code, out, _ = run("plugins", "--strict", "--json")
+    rows = json.loads(out)
+    assert (code, {row["state"] for row in rows}) == (0, {"loaded"})
+    monkeypatch.setattr(host(), "_failures", {"subspace": PluginLoadError("subspace", "x 1", "no luck")})
+    monkeypatch.setattr(host(), "is_loaded", lambda name: name != "subspace")
+    code, out, err = run("plugins", "--strict")
+    assert (code, err) == (1, "")
+    assert "no luck" in out
+    assert run("plugins")[0] == 0
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device", "x")
+
+    monkeypatch.setattr(featurizers.loading, "manifest_of", refuse)
+    monkeypatch.setattr(sys, "argv", ["featurizers", "info", "./a"])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'x'\n"
 
 
 @pytest.mark.parametrize("arguments", [["info", "./nowhere"], ["pull", "./many", "--json"]])

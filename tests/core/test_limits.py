@@ -1,0 +1,201 @@
+"""What a stranger's files may cost, and what the code of a plugin may break: little memory, and one error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import featurizers
+import pytest
+import torch
+from featurizers.errors import ManifestError, PluginError, UsageError, WeightsError
+from featurizers.plugins import host
+from featurizers_identity import IdentityConfig
+from safetensors.torch import load_file, save_file
+
+from tests.support.hub import edit, subspace
+
+ROOT = Path(__file__).parents[2]
+
+EVERY_DAMAGE = """
+import resource, shutil, sys, tempfile, time
+from pathlib import Path
+
+import featurizers
+from featurizers.errors import FeaturizerError
+from tests.support.damages import CONFIG, OTHERS, SPECIAL, WEIGHTS
+from tests.support.hub import subspace
+
+scratch = Path(tempfile.mkdtemp())
+whole = subspace().save_pretrained(scratch / "whole")
+featurizers.load(whole)
+used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
+for number, (name, damage) in enumerate({**WEIGHTS, **CONFIG, **OTHERS, **SPECIAL}.items()):
+    folder = Path(shutil.copytree(whole, scratch / str(number) / "a"))
+    damage.spoil(folder)
+    before = time.process_time()
+    try:
+        featurizers.load(folder)
+    except FeaturizerError as error:
+        assert type(error) is damage.error, (name, error)
+    else:
+        raise AssertionError(f"{name} was loaded")
+    assert time.process_time() - before < 20, name
+print("refused", number + 1)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_every_damage_costs_less_than_300_mb():
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY_DAMAGE], cwd=ROOT, capture_output=True, encoding="utf-8", check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[1]) > 150
+
+
+# ---------------------------------------------------------------------- NaN and infinity
+
+
+@pytest.fixture
+def with_nan(tmp_path):
+    folder = subspace().save_pretrained(tmp_path / "a")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["basis"][2, 1] = float("nan")
+    tensors["basis"][3, 0] = float("inf")
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_nan_is_named_with_its_place(with_nan):
+    with pytest.raises(
+        WeightsError, match=r"'basis' holds NaN or infinity: 2 of its 24 numbers, the first at \[2, 1\]"
+    ):
+        featurizers.load(with_nan)
+
+
+def test_nan_can_be_had_to_look_at_it(with_nan, tmp_path):
+    f = featurizers.load(with_nan, allow_nonfinite=True)
+    assert (~f.basis.isfinite()).nonzero().tolist() == [[2, 1], [3, 0]]
+    with pytest.raises(WeightsError, match="holds NaN or infinity"):
+        f.save_pretrained(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_opt_out_is_for_nan_alone(tmp_path):
+    folder = subspace().save_pretrained(tmp_path / "a")
+    save_file({"basis": 2 * load_file(folder / "model.safetensors")["basis"]}, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match="orthonormal"):
+        featurizers.load(folder, allow_nonfinite=True)
+
+
+# ---------------------------------------------------------------------- a kind whose code is at fault
+
+
+class Faulty(featurizers.Featurizer):
+    """Fails where it is told to."""
+
+    kind = "faulty"
+    Config = IdentityConfig
+    fails_in = ""
+
+    def __init__(self, config):
+        self._fail("__init__")
+        super().__init__(config)
+        self.register_buffer("scale", torch.ones(2))
+
+    def _fail(self, where):
+        if where == Faulty.fails_in:
+            raise KeyError("the author's mistake\n\x1b[2J")
+
+    def featurize(self, x):
+        return x, None
+
+    def inverse_featurize(self, f, e):
+        return f
+
+    def check(self):
+        self._fail("check")
+
+    def load_state_dict(self, *arguments, **options):
+        self._fail("load_state_dict")
+        return super().load_state_dict(*arguments, **options)
+
+    @classmethod
+    def sliced(cls, config, columns):
+        cls._fail(None, "sliced")
+        return super().sliced(config, columns)
+
+
+@pytest.mark.parametrize("where", ["__init__", "check", "load_state_dict", "sliced"])
+def test_a_kind_that_fails_is_named(tmp_path, monkeypatch, where):
+    monkeypatch.setitem(host()._classes, "faulty", Faulty)
+    monkeypatch.setattr(Faulty, "fails_in", "")
+    folder = Faulty(IdentityConfig()).save_pretrained(tmp_path / "a")
+    assert featurizers.load(folder).kind == "faulty"
+    monkeypatch.setattr(Faulty, "fails_in", where)
+    with pytest.raises(PluginError, match=r"a: the kind 'faulty' failed on it: KeyError: .*\\x1b\[2J") as caught:
+        featurizers.load(folder, indices=[0] if where == "sliced" else None)
+    assert str(caught.value).isprintable()
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_config_that_allocates_does_so_on_no_device(tmp_path, monkeypatch):
+    """A kind that makes a tensor of any size its config names is asked for it without memory for it."""
+
+    class Large(Faulty):
+        kind = "large"
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer("large", torch.zeros(config.d_in or 1, 2**20))
+
+    monkeypatch.setitem(host()._classes, "large", Large)
+    folder = Large(IdentityConfig()).save_pretrained(tmp_path / "a")
+    edit(folder / "config.json", '"d_in": null', '"d_in": 1048576')
+    with pytest.raises(
+        WeightsError, match=r"'large' has shape \[1, 1048576\], but its config implies \[1048576, 1048576\]"
+    ):
+        featurizers.load(folder)
+
+
+# ---------------------------------------------------------------------- what is asked for
+
+
+@pytest.mark.parametrize(
+    "options", [{"device": "nowhere"}, {"device": 1.5}, {"dtype": torch.int8}, {"dtype": "float16"}]
+)
+def test_an_argument_that_cannot_be_is_refused_first(options):
+    with pytest.raises(UsageError, match=r"device is one such as|dtype is a floating-point"):
+        featurizers.load("./nowhere", **options)
+
+
+@pytest.mark.parametrize("name", ["\0", "a\0b", "x" * 5000, "~nobody-of-this-name/x", "\x1b[2J", "\udcff", "a\nb"])
+def test_names_that_no_folder_has(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ManifestError, UsageError)) as caught:
+        featurizers.load(Path(name))
+    assert str(caught.value).isprintable()
+
+
+def test_no_descriptor_is_left_open(tmp_path):
+    folder = subspace().save_pretrained(tmp_path / "a")
+    broken = tmp_path / "b"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (broken / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
+
+    def once():
+        featurizers.load(folder)
+        with pytest.raises(WeightsError):
+            featurizers.load(broken)
+        subspace().save_pretrained(folder)
+
+    once()
+    before = len(os.listdir("/dev/fd"))
+    for _ in range(20):
+        once()
+    assert len(os.listdir("/dev/fd")) == before
