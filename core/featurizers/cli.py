@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -39,6 +40,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
 def main() -> NoReturn:
     """Run the command; an error of this library, or of the system, costs one line and exit code 1."""
     warnings.showwarning = _one_warning
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are no news
     try:
         app()
     except FeaturizerError as error:

@@ -1,12 +1,17 @@
 """``featurizers push``, ``list``, ``info``, ``pull`` and ``verify`` against a Hub."""
 
 import json
+import logging
+import re
+import sys
 
 import featurizers
 import pytest
+from featurizers import cli
 from featurizers.cli import app
 from typer.testing import CliRunner
 
+from tests.hub.test_failures import DOWNLOADS, LOAD, filled  # noqa: F401  # a fixture
 from tests.support.hub import subspace
 
 
@@ -44,3 +49,49 @@ def test_a_folder_that_is_not_empty_is_not_pulled_into(hub, tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(featurizers.errors.ArtefactError, match="it is there already"):
         run("pull", "alice/x", "--out", tmp_path)
+
+
+def main(monkeypatch, capsys, *arguments):
+    """Exit code, stdout and stderr of the command as a process runs it."""
+    monkeypatch.setattr(sys, "argv", ["featurizers", *map(str, arguments)])
+    # the client reads its variable at import, and logs to the stderr of that time
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "disabled", True)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("huggingface_hub"):
+            monkeypatch.setattr(logging.getLogger(name), "disabled", True)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return (ended.value.code, *capsys.readouterr())
+
+
+@pytest.mark.parametrize("case", [name for name, case in DOWNLOADS.items() if case.call is LOAD])
+def test_a_download_that_fails_is_one_line_and_leaves_nothing(filled, monkeypatch, capsys, tmp_path, case):  # noqa: F811
+    DOWNLOADS[case].cause(filled)
+    capsys.readouterr()  # what the client printed of the push
+    code, out, err = main(monkeypatch, capsys, "convert", "alice/x", tmp_path / "out")
+    lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    assert (code, out, len(lines)) == (1, "", 1), err[:3000]
+    assert re.search(DOWNLOADS[case].words, lines[0])
+    assert err.replace("\n", "").isprintable()
+    if case != "weights of another shape":  # a pull does not look into them
+        assert main(monkeypatch, capsys, "pull", "alice/x", "--out", tmp_path / "out")[0] == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cached_copy_is_said_in_one_line(filled, monkeypatch, capsys):  # noqa: F811
+    commit = featurizers.load("alice/x").revision
+    filled.stop()
+    capsys.readouterr()
+    code, out, err = main(monkeypatch, capsys, "info", "alice/x", "--json")
+    assert (code, json.loads(out)["kind"]) == (0, "subspace")
+    assert err.startswith("warning: alice/x: the Hub cannot be reached")
+    assert err.endswith(f"The copy of {commit} in the cache is used\n")
+    assert len(err.splitlines()) == 1
+
+
+def test_a_pull_of_flipped_weights_leaves_nothing(filled, monkeypatch, capsys, tmp_path):  # noqa: F811
+    filled.fail("GET /cdn/.*model.safetensors", "flip", offset=-4)
+    code, _, err = main(monkeypatch, capsys, "pull", "alice/x", "--out", tmp_path / "out")
+    assert code == 1
+    assert "error: alice/x: model.safetensors has sha256" in err
+    assert list(tmp_path.glob("*out*")) == []

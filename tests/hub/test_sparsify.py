@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import featurizers
 import pytest
 import torch
-from featurizers.errors import HubNotFoundError, ManifestError, SourceError
+from featurizers.errors import FeaturizerError, HubNotFoundError, ManifestError, SourceError, WeightsError
+from huggingface_hub import constants
 from safetensors.torch import load_file, save
 
 GOLDEN = Path(__file__).parents[1] / "fixtures/sparsify/golden.safetensors"
@@ -53,3 +55,35 @@ def test_what_is_not_there(hub, repo):
         featurizers.load("alice/sae")
     with pytest.raises(HubNotFoundError):
         featurizers.load("alice/sae", subfolder="layers.9")
+
+
+@pytest.mark.parametrize("source", [("alice/sae", "layers.1"), ("sparsify:alice/sae/layers.1", None)], ids=str)
+@pytest.mark.parametrize("name", ["sae.safetensors", "cfg.json"])
+def test_a_flipped_bit_is_found_by_the_hubs_checksums(hub, repo, source, name):
+    options = {"subfolder": source[1], "verify": True}
+    hub.fail(f"GET .*layers.1/{name}|GET /cdn/.*{name}", "flip", times=1, offset=-4, bit=1)
+    with pytest.raises(FeaturizerError) as caught:
+        featurizers.load(source[0], **options)
+    assert re.search(rf"{name} has checksum \w+, the Hub says \w+; load it with force_download=True", str(caught.value))
+    if name == "sae.safetensors":  # unasked, the client's cache is believed
+        featurizers.load(source[0], subfolder=source[1])
+    assert featurizers.load(source[0], **options, force_download=True).kind == "dictionary"
+    assert featurizers.load(source[0], **options).kind == "dictionary"
+
+
+def test_a_cache_without_links_keeps_no_checksum(hub, repo, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
+    assert featurizers.load("alice/sae", subfolder="layers.1").kind == "dictionary"
+    with pytest.raises(WeightsError, match=r"the cache keeps no checksum of cfg\.json; leave out verify"):
+        featurizers.load("alice/sae", subfolder="layers.1", verify=True)
+
+
+def test_configs_are_asked_for_their_size_first(hub, repo):
+    record = hub.repo("alice/sae")
+    files = dict(record["commits"][hub.head("alice/sae")]["files"])
+    data = b" " * 1_000_001
+    files["layers.1/cfg.json"] = hub.entry(hub.put_bytes(data), len(data), False, data)
+    hub.commit(record, "refs/heads/main", files, "files", "", "alice", hub.head("alice/sae"))
+    with pytest.raises(ManifestError, match=r"cfg\.json has 1000001 bytes, more than the 1000000 that it may have"):
+        featurizers.load("alice/sae", subfolder="layers.1")
+    assert not [request for request in hub.requests() if request.startswith("GET") and "cfg.json" in request]

@@ -71,7 +71,9 @@ class LoopbackHub(hubserver.Hub):
         return [f"{method} {'/cdn' if cdn else ''}{path}" for method, path, cdn in paths if "agent" not in path]
 
 
-def connect(monkeypatch: pytest.MonkeyPatch, url: str, home: Path, token: str | None = ALICE) -> None:
+def connect(
+    monkeypatch: pytest.MonkeyPatch, url: str, home: Path, token: str | None = ALICE, *, xet: bool = False
+) -> None:
     """Point huggingface_hub at a Hub, with an empty cache and one user's token, whether or not it is imported yet."""
     from huggingface_hub import constants
 
@@ -80,7 +82,7 @@ def connect(monkeypatch: pytest.MonkeyPatch, url: str, home: Path, token: str | 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", not xet)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)

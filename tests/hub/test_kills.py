@@ -1,0 +1,36 @@
+"""Programs that are killed while they talk to the Hub: a branch, a cache and a folder are whole or as they were."""
+
+import os
+
+import pytest
+
+from tests.support import faults
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="the programs are forked")
+KILLS = 10
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "xet"])
+def hub(request, tmp_path_factory):
+    if request.param:
+        pytest.importorskip("hf_xet")
+    with faults.HubProcess(tmp_path_factory.mktemp("hub"), xet=request.param) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def nursery(hub):
+    with faults.Nursery(hub.environment) as nursery:
+        yield nursery
+
+
+def test_pushes(nursery, hub):
+    done = faults.kills_of_push(nursery, hub, KILLS)
+    assert (done.bad, done.lost) == ([], 0)
+    assert done.middle > 0
+
+
+def test_pulls(nursery, hub):
+    done = faults.kills_of_pull(nursery, hub, KILLS)
+    assert done.bad == []
+    assert done.middle > 0
