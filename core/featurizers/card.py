@@ -24,11 +24,11 @@ def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -
         subfolder: which artefact of it.
     """
     site = manifest.site
-    where = f"`{site.site()}`" if site else "not recorded"
+    where = _code(str(site.site())) if site else "not recorded"
     arguments = json.dumps(source) + (f", subfolder={json.dumps(subfolder)}" if subfolder else "")
     lines = [
         START,
-        f"# {manifest.id}",
+        f"# {_text(manifest.id)}",
         "",
         f"A `{manifest.kind}` featurizer: it maps activations into a feature space and back, so that features can be "
         "collected, swapped between prompts, masked, steered and ablated.",
@@ -36,10 +36,10 @@ def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -
         "| | |",
         "|---|---|",
         f"| kind | `{manifest.kind}` |",
-        f"| config | `{json.dumps(manifest.config)[:500]}` |",
-        f"| model | {f'`{site.model}`' if site and site.model else 'not recorded'} |",
+        f"| config | {_code(json.dumps(manifest.config)[:500])} |",
+        f"| model | {_code(site.model) if site and site.model else 'not recorded'} |",
         f"| site | {where} |",
-        f"| saved with | {', '.join(f'{name} {version}' for name, version in manifest.saved_with.items())} |",
+        f"| saved with | {_text(', '.join(f'{name} {version}' for name, version in manifest.saved_with.items()))} |",
         "",
         "```python",
         "import featurizers",
@@ -62,7 +62,7 @@ def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -
 def write_collection(index: Index, path: Path, *, source: str) -> None:
     """Write the card of a collection, or renew our part of the one that is there; arguments as in `write`."""
     rows = [
-        f"| `{name}` | `{entry.kind}` | {entry.id} | {f'`{entry.site}`' if entry.site else ''} |"
+        f"| `{name}` | {_code(entry.kind)} | {_text(entry.id)} | {_code(entry.site) if entry.site else ''} |"
         for name, entry in index.artefacts.items()
     ]
     first = next(iter(index.artefacts))
@@ -73,7 +73,7 @@ def write_collection(index: Index, path: Path, *, source: str) -> None:
         "```python",
         "import featurizers",
         "",
-        f'f = featurizers.load("{source}", subfolder="{first}")',
+        f"f = featurizers.load({json.dumps(source)}, subfolder={json.dumps(first)})",
         "```",
         "",
         "| subfolder | kind | id | site |",
@@ -83,6 +83,18 @@ def write_collection(index: Index, path: Path, *, source: str) -> None:
     ]
     kinds = sorted({entry.kind for entry in index.artefacts.values()})
     _renew(path, _tags(*kinds), "\n".join(lines))
+
+
+def _text(words: str) -> str:
+    """Words of an artefact as Markdown shows them: no tag, no link, no end of a table's cell."""
+    return re.sub(r"([\\`<>|\[\]])", r"\\\1", words)
+
+
+def _code(words: str) -> str:
+    """The same, as code in a table; our own marks are comments, and are not made there."""
+    for old, new in (("`", "'"), ("|", r"\|"), ("<!--", "<! --")):
+        words = words.replace(old, new)
+    return f"`{words}`"
 
 
 def _positions(manifest: Manifest) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import featurizers
 import pytest
 import torch
+import yaml
 from featurizers import Site, artefact, card, replacing, weights
 from featurizers.errors import ArtefactError, ManifestError, UnknownKindError, UsageError, WeightsError
 from featurizers.plugins import host
@@ -508,6 +510,27 @@ def test_listing_one_artefact(tmp_path):
     assert {name: entry.model_dump() for name, entry in entries.items()} == {
         "": {"kind": "subspace", "id": "subspace", "site": "attn.z:3:1"}
     }
+
+
+HOSTILE = "a | b `c` <script>alert(1)</script> [x](javascript:y) <!-- featurizers: end -->"
+
+
+def test_a_card_shows_what_an_artefact_says_as_it_is(tmp_path):
+    f = subspace()
+    f.id, f.site = HOSTILE, Site("resid.post", 3).at(model=HOSTILE)
+    folder = f.save_pretrained(tmp_path / "a")
+    featurizers.save_collection({"x": f}, tmp_path / "many")
+    for path in (folder / "README.md", tmp_path / "many" / "README.md", tmp_path / "many" / "x" / "README.md"):
+        text = path.read_text(encoding="utf-8").partition("\n---\n")[2]  # the front matter is YAML
+        outside = re.sub(r"`[^`\n]*`", "`code`", text)
+        assert not re.search(r"(?<!\\)<(?!!-- featurizers: (start|end) -->)|(?<!\\)\]\(", outside)
+        assert text.count("<!-- featurizers: end -->") == 1
+        rows = [line for line in outside.splitlines() if line.startswith("|")]
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+        assert yaml.safe_load(path.read_text(encoding="utf-8").split("---\n")[1])["library_name"] == "featurizers"
+    again = featurizers.load(folder)
+    again.save_pretrained(folder)
+    assert (folder / "README.md").read_text(encoding="utf-8").count("featurizers: start") == 1
 
 
 def test_an_artefact_may_be_moved_and_its_card_changed(tmp_path):
