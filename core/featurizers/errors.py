@@ -7,7 +7,10 @@ act on them. Strings that came from a file or a repository are shown with `repr`
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Final, Literal
+
+MOST: Final = 1000
+"""Characters of a message, or of the name of a folder in it."""
 
 
 def shown(value: object, most: int = 80) -> str:
@@ -23,9 +26,13 @@ def shown(value: object, most: int = 80) -> str:
 
 def one_line(message: object, most: int = 300) -> str:
     """The message of another library's error in one line, with what cannot be printed escaped."""
-    text = " ".join(str(message).split())
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
-    return text[:most]
+    return printable(" ".join(str(message)[: 10 * most].split()), most)
+
+
+def printable(text: str, most: int) -> str:
+    """A text with what cannot be printed escaped, cut to ``most`` characters."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 class FeaturizerError(Exception):
@@ -136,14 +143,16 @@ class SourceError(FeaturizerError, ValueError):
 class ArtefactError(FeaturizerError):
     """An artefact that cannot be read or written.
 
+    Whatever a reader puts into it, it is one line that a terminal can be sent.
+
     Attributes:
         where: the folder, or the repository and its revision.
         problem: what is wrong there.
     """
 
     def __init__(self, where: str, problem: str) -> None:
-        super().__init__(f"{where}: {problem}")
-        self.where, self.problem = where, problem
+        self.where, self.problem = printable(where, MOST), one_line(problem, MOST)
+        super().__init__(f"{self.where}: {self.problem}")
 
 
 class ManifestError(ArtefactError, ValueError):

@@ -154,7 +154,7 @@ class Foreign:
 
 def of_folder(folder: Path, indices: Tensor | None, allow_nonfinite: bool = False) -> Foreign:
     """A folder of this machine, none of whose files may lie elsewhere."""
-    where = str(folder) if str(folder).isprintable() else shown(str(folder), 200)
+    where = str(folder)
     names: list[str] = []
     try:
         for seen, place in enumerate(folder.rglob("*")):

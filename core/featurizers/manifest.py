@@ -172,7 +172,7 @@ def read_local(folder: Path, subfolder: str | None) -> tuple[Path, Manifest | In
         there = (folder / CONFIG_NAME).exists()
     except (OSError, RuntimeError, ValueError):  # a name that no folder can have
         there = False
-    where = str(folder) if str(folder).isprintable() else shown(str(folder), 200)
+    where = str(folder)
     if not there:
         raise ManifestError(
             where,

@@ -85,6 +85,7 @@ class PluginHost:
         self._refused: dict[str, list[PluginInfo]] = {}
         self._classes: dict[str, type[Featurizer[Any]]] = {}
         self._rules: dict[str, Rule] = {}
+        self._owned_rules: dict[str, set[str]] = {}
         self._failures: dict[str, PluginLoadError] = {}
         # One distribution may be listed twice, once a path; the first on the path is the one imported.
         entries = {(entry.name, entry.value, _distribution(entry)): entry for entry in reversed(_discovered())}
@@ -155,7 +156,8 @@ class PluginHost:
         if self.is_loaded(name):
             self._manager.unregister(name=name)
         self._classes = {kind: cls for kind, cls in self._classes.items() if kind.partition(".")[0] != name}
-        self._rules = {title: rule for title, rule in self._rules.items() if title.partition(".")[0] != name}
+        owned = self._owned_rules.pop(name, set())  # the core's own are named like no plugin, or like any
+        self._rules = {title: rule for title, rule in self._rules.items() if title not in owned}
 
     def _register(self, name: str, module: object) -> None:
         if module is None or self._manager.register(module, name) is None:
@@ -170,8 +172,13 @@ class PluginHost:
             hook.function(*(functools.partial(_add, classes, _checked_kind, name) for _ in hook.argnames))
         for hook in self._hooks("featurizers_rules", name):
             hook.function(*(functools.partial(_add, rules, _checked_rule, name) for _ in hook.argnames))
+        if rules and name != RULES:
+            self.load(RULES)
+            if taken := self._rules.keys() & rules:
+                raise PluginError(f"it registers the rule {shown(taken.pop())}, which is the core's")
         self._classes.update(classes)
         self._rules.update(rules)
+        self._owned_rules[name] = set(rules)
 
     def featurizer_class(self, kind: str) -> type[Featurizer[Any]]:
         """The class that is registered for a kind; imports the plugin that owns it and no other.

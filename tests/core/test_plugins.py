@@ -19,6 +19,7 @@ from featurizers.errors import (
     UnknownKindError,
 )
 from featurizers.plugins import FIRST_PARTY, OWNERS, PluginHost, check_plugins, host
+from featurizers.rules import relu
 
 ROOT = Path(__file__).parents[2]
 
@@ -637,3 +638,34 @@ def test_a_plugin_without_a_kind_says_so():
         UnknownKindError, match=r"'sparsify' provides no kind of that name.*Installed kinds: .*subspace"
     ):
         featurizers.create("sparsify")
+
+
+RULE = """
+    import featurizers
+
+    @featurizers.activation_rule("{name}")
+    def rule(pre):
+        return pre.relu()
+
+    @featurizers.hookimpl
+    def featurizers_rules(register):
+        register(rule)
+"""
+
+
+def test_loading_a_plugin_of_a_rules_name_keeps_the_rule():
+    host = PluginHost()
+    assert host.rule("identity").name == "identity"
+    host.load("identity")
+    assert host.rule("identity").name == "identity"
+
+
+def test_a_rule_of_the_core_is_not_replaced(install):
+    install("relu", RULE.format(name="relu"))
+    install("leaky", RULE.format(name="leaky.relu"))
+    host = PluginHost()
+    with pytest.raises(PluginLoadError, match="it registers the rule 'relu', which is the core's"):
+        host.load("relu")
+    assert host.rule("relu") is relu
+    assert host.rule("leaky.relu").name == "leaky.relu"
+    assert info(host, "relu").state == "failed"

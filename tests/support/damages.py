@@ -190,6 +190,14 @@ WEIGHTS = {
         _header({"basis": _tensor(offsets=[-96, 0])}, 0), WeightsError, "'-96' is not a natural number"
     ),
     "offsets too short": Damage(_header({"basis": _tensor(offsets=[0, 92])}, 92), WeightsError, "92 bytes, but 96 by"),
+    "offsets too long": Damage(
+        _header({"basis": _tensor(offsets=[0, 100])}, 100), WeightsError, "100 bytes, but 96 by"
+    ),
+    "half a character in a name": Damage(
+        _header(b'{"\\ud800": {"dtype": "F32", "shape": [8, 3], "data_offsets": [0, 96]}}'),
+        WeightsError,
+        "damaged head",
+    ),
     "fractions": Damage(_header({"basis": _tensor(shape=[8.0, 3])}), WeightsError, "'8.0' is not"),
     "negative shape": Damage(_header({"basis": _tensor(shape=[-8, -3])}), WeightsError, "'-8' is not a natural number"),
     "unknown dtype": Damage(_header({"basis": _tensor("F4")}), WeightsError, "damaged header.*F4"),

@@ -83,7 +83,7 @@ def of_arrays(
         wide: which of ours have a feature a column.
 
     Raises:
-        WeightsError: one is missing, of another shape, or not finite.
+        WeightsError: one is missing or of another shape.
     """
     tensors: dict[str, Tensor] = {}
     for ours, theirs in names.items():
@@ -99,8 +99,6 @@ def of_arrays(
             raise WeightsError(source.where, f"{file_name}: {names[name]!r} is not of the {n_features} of W_dec")
         if source.indices is not None and name != "b_dec" and tensor.dim():
             tensors[name] = tensor[source.indices]
-        if not tensors[name].isfinite().all():
-            raise WeightsError(source.where, f"{file_name}: the tensor {names[name]!r} holds NaN or infinity")
     return tensors, n_features
 
 
