@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featurizers.errors import ArtefactError, HubNotFoundError, ManifestError, NotOursError, PluginError, UsageError
+from featurizers.errors import (
+    ArtefactError,
+    FeaturizerError,
+    HubNotFoundError,
+    ManifestError,
+    NotOursError,
+    PluginError,
+    UsageError,
+)
 from featurizers.manifest import Entry, Index, Manifest, named_folder, read_local
 from featurizers.plugins import host
 from featurizers.sources import CatalogueSource, FolderSource, HubSource, parse_source
@@ -125,7 +133,7 @@ def _of_folder(path: Path, subfolder: str | None, kind: str | None, **options: A
         try:
             folder, record = read_local(path, subfolder)
             featurizer = read_folder(folder, _one(record, str(folder), kind), where=str(folder), **options)
-        except ArtefactError:
+        except FeaturizerError:  # of one state's config and another one's weights, anything may be wrong
             if before == version(place, *files):
                 raise
         else:

@@ -138,9 +138,10 @@ def _locked(target: Path) -> Iterator[tuple[bool, bool]]:
             if descriptor is None:
                 break
             between = made and bool(_leftovers(target, r"\.old"))  # another saver is between the steps of its exchange
-            if not between and _stands(descriptor, target):
+            stands = _stands(descriptor, target)
+            if stands and not between:
                 break
-            if made:
+            if stands:
                 _drop_empty(target)
             _release(descriptor)
         else:
