@@ -401,14 +401,6 @@ def test_a_place_where_nothing_may_be_written(folder, old):
 # ---------------------------------------------------------------------- several at once
 
 
-def wait_for(path: Path) -> None:
-    """Wait until there is a file, for a minute at most."""
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.fixture
 def held():
     """Have another process hold the lock of a folder, as a saver does, until the test says so or ends."""

@@ -144,9 +144,6 @@ def member(folder, number, seconds, in_two_steps):
     if in_two_steps:
         replacing._swap = lambda *_: False
     return faults.member(Path(folder), number, seconds)
-
-def hold(folder, seconds):
-    return faults.hold(Path(folder), seconds)
 '''
 """The work that a nursery's children can do, by name."""
 
@@ -670,14 +667,3 @@ def member(folder: Path, number: int, seconds: float) -> dict[str, Any]:
             added[name] = name
             next_file += 1
     return {"saves": saves, "loads": loads, "last": last, "bad": bad, "added": added}
-
-
-def hold(folder: Path, seconds: float) -> None:
-    """Have the lock of a folder as a saver has it, for a while."""
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    (folder.parent / "held").touch()
-    time.sleep(seconds)
-    os.close(descriptor)
