@@ -46,7 +46,10 @@ def main() -> NoReturn:
     except FeaturizerError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
-    except OSError as error:  # a pipe that was closed, a disk that is full
+    except BrokenPipeError:  # whoever reads has enough; Python would complain of it once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # a disk that is full
         sys.stderr.write(f"error: {one_line(error)}\n")
         sys.exit(1)
     sys.exit(0)

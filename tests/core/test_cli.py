@@ -211,6 +211,13 @@ def test_an_error_is_one_line_and_exit_code_1(here, arguments, words):
     assert "Traceback" not in out + err
 
 
+@pytest.mark.parametrize("command", ["kinds --json", "plugins", "list ./many"])
+def test_a_reader_that_has_enough_is_no_error(here, command):
+    script = f'"{sys.executable}" -m featurizers {command} | true'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, encoding="utf-8", check=False)
+    assert done.stderr == ""
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     return subspace().save_pretrained(tmp_path_factory.mktemp("whole") / "a")
