@@ -77,7 +77,7 @@ def main(
     console, table, figures = Console(), Table("fault"), []
     if not console.is_terminal:
         console.width = 120
-    for column in ("kills", "in the middle", "saves", "loads", "seconds", "bad states", "bytes lost"):
+    for column in ("kills", "in the middle", "new one there", "saves", "loads", "seconds", "bad states", "bytes lost"):
         table.add_column(column, justify="right")
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         place = Path(folder)
@@ -88,7 +88,9 @@ def main(
                 start = time.monotonic()
                 done = work()
                 figures.append(figure := {"fault": name, "took": round(time.monotonic() - start, 1), **vars(done)})
-                cells = [str(figure.get(count, "")) for count in ("kills", "middle", "saves", "loads", "took")]
+                cells = [
+                    str(figure.get(count, "")) for count in ("kills", "middle", "finished", "saves", "loads", "took")
+                ]
                 table.add_row(name, *cells, str(len(done.bad)), str(done.lost))
                 print(name, *done.bad[:5], sep="\n  ", file=sys.stderr)
     console.print(table)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -218,7 +218,7 @@ class Foreign:
         self.files = {
             "notes.txt": b"my notes, state %d\n" % number,
             "sub/other.bin": random.Random(number).randbytes(2000),
-            f"sub/deeper/{number}": b"new",
+            f"sub/deeper/{number % 5}": b"%d" % number,
         }
         self.before, self.after = f"Before, in state {number}.\n\n", f"\nAfter, in state {number}: é\n"
         for name, data in self.files.items():
@@ -372,7 +372,7 @@ class Tally:
     Attributes:
         kills: how many programs were to be killed.
         middle: how many of them were not done yet.
-        finished: how often the new version was there afterwards.
+        finished: after how many the new version was there.
         bad: what was found that should not be.
         lost: bytes of other people's.
         seconds: that one operation takes.
@@ -387,23 +387,41 @@ class Tally:
 
 
 class Killer:
-    """Calls of one operation, each killed at a moment that is uniform over the time that it takes."""
+    """Calls of one operation, each killed at a moment that is uniform over the time that it takes.
+
+    Every tenth is let run to its end, since that time changes with what else the machine does.
+    """
 
     def __init__(self, nursery: Nursery, seed: int = 0) -> None:
         self.nursery, self.chance, self.tally = nursery, random.Random(seed), Tally()
         self._times: list[float] = []
 
     def measure(self, name: str, *arguments: Any) -> None:
-        """Let one call run to its end, to know how long it takes; the median of all that were measured counts."""
-        self._times.append(self.nursery.together((name, *arguments))[1])
+        """Let one call run to its end, to know how long it takes; the median of the last few counts."""
+        self._times = [*self._times[-4:], self.nursery.together((name, *arguments))[1]]
         self.tally.seconds = sorted(self._times)[len(self._times) // 2]
+
+    def rounds(self, kills: int) -> Iterator[int]:
+        """Numbers from 0, as long as more kills are wanted."""
+        for number in itertools.count():
+            if self.tally.kills >= kills:
+                return
+            self.is_spared = number % 10 == 9
+            yield number
 
     def kill(self, name: str, *arguments: Any) -> bool:
         """Whether the call was killed before its end."""
+        if self.is_spared:
+            self.measure(name, *arguments)
+            return False
         killed = self.nursery.killed(self.chance.uniform(0, self.tally.seconds), name, *arguments)
         self.tally.kills += 1
         self.tally.middle += killed
         return killed
+
+    def ended(self, is_new: bool) -> None:
+        """Count a killed call that had done its work."""
+        self.tally.finished += is_new and not self.is_spared
 
     def check(self, is_good: bool, what: str) -> None:
         """Count something bad."""
@@ -431,13 +449,13 @@ def kills_over(nursery: Nursery, folder: Path, kills: int, work: str = "save", s
     killer, numbers, foreign = Killer(nursery, seed), itertools.count(1), Foreign()
     for _ in range(5):
         killer.measure(work, folder, old := next(numbers))
-    for _ in range(kills):
+    for _ in killer.rounds(kills):
         new = next(numbers)
         foreign.put(folder, new)
         killed = killer.kill(work, folder, new)
         found = killer.found(look, folder)
         killer.check(found == new or (killed and found == old), f"{found} after {old} and {new}")
-        killer.tally.finished += found == new
+        killer.ended(found == new)
         killer.tally.lost += foreign.lost(folder)
         old = old if found is None else found
     nursery.call(work, folder, new := next(numbers))
@@ -452,13 +470,13 @@ def kills_anew(nursery: Nursery, place: Path, kills: int, seed: int = 0) -> Tall
     killer, numbers = Killer(nursery, seed), itertools.count(1)
     for _ in range(5):
         killer.measure("save", place / "measured" / str(new := next(numbers)), new)
-    for _ in range(kills):
+    for _ in killer.rounds(kills):
         new = next(numbers)
         folder = place / str(new) / "a"
         killed = killer.kill("save", folder, new)
         found = killer.found(seed_in, folder)
         killer.check(found == new or (killed and found is None), f"{found} instead of {new}")
-        killer.tally.finished += found == new
+        killer.ended(found == new)
         if new % 10 == 0:
             nursery.call("save", folder, new := next(numbers))
             killer.check(killer.found(seed_in, folder) == new and not leftovers(folder), f"{leftovers(folder)} stays")
@@ -478,12 +496,12 @@ def kills_of_convert(nursery: Nursery, place: Path, kills: int, to: str, seed: i
     killer = Killer(nursery, seed)
     for number in range(5):
         killer.measure("convert", place / "measured" / str(number), number, to)
-    for number in range(kills):
+    for number in killer.rounds(kills):
         folder = place / str(number) / "a"
         killed = killer.kill("convert", folder, number, to)
         found = killer.found(holds, folder, number)
         killer.check(found is True or (killed and found is False), f"{found} after conversion {number}")
-        killer.tally.finished += found is True
+        killer.ended(found is True)
         if number % 10 == 0 and found is False:
             nursery.call("convert", folder, number, to)
             killer.check(killer.found(holds, folder, number) is True, "no second try")
@@ -551,7 +569,7 @@ def kills_of_push(nursery: Nursery, hub: HubProcess, kills: int, seed: int = 0) 
         foreign.put(artefact, 1)
         killer.measure("push", artefact, repo_id)
         known = next(iter(hub.history(repo_id)))
-    for round_ in range(kills):
+    for round_ in killer.rounds(kills):
         made(new := next(numbers)).save_pretrained(artefact)
         is_new = round_ % 3 == 2
         target = f"alice/new-{new}" if is_new else repo_id
@@ -564,7 +582,7 @@ def kills_of_push(nursery: Nursery, hub: HubProcess, kills: int, seed: int = 0) 
         version, commit, card = found
         killer.tally.lost += foreign.lost_prose(card)
         killer.check(f"\n# seed-{version}\n" in card, f"the card of another version than {version}")
-        killer.tally.finished += version == new
+        killer.ended(version == new)
         if is_new:
             killer.check(version == new, f"{version} in a new repository instead of {new}")
             continue
@@ -589,13 +607,13 @@ def kills_of_pull(nursery: Nursery, hub: HubProcess, kills: int, seed: int = 0) 
     nursery.call("push", made(version).save_pretrained(place / "artefact"), repo_id)
     for number in range(3):
         killer.measure("pull", repo_id, place / f"measured-{number}", place / f"cache-{number}")
-    for number in range(kills):
+    for number in killer.rounds(kills):
         folder, cache = place / f"out-{number}" / "a", place / f"killed-cache-{number // 3}"  # some are killed thrice
         killed = killer.kill("pull", repo_id, folder, cache)
         found = killer.found(seed_in, folder)
         killer.check(found == version or (killed and found is None), f"{found} in the folder")
-        killer.tally.finished += found == version
-        if number % 3 == 2 or number == kills - 1:
+        killer.ended(found == version)
+        if number % 3 == 2:
             served = killer.found(nursery.call, "fetch", repo_id, cache)
             killer.check(served is not None and served[0] == version, f"{served} from the cache of a killed pull")
     return killer.tally
