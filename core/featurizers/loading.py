@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,10 +149,13 @@ def _foreign_folder(path: Path, subfolder: str | None) -> Path | None:
 
     try:
         folder = path.expanduser() / (subfolder or "")
+        before = folder.stat()
         if not folder.is_dir() or not any(folder.iterdir()):
             return None
         if (folder / CONFIG_NAME).exists():
             read(folder / CONFIG_NAME, str(folder))
+            return None
+        if not os.path.samestat(before, folder.stat()):  # another program replaces it; it may be one of ours
             return None
     except NotOursError:
         return folder

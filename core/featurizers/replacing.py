@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from featurizers.errors import ArtefactError, FeaturizerError, one_line, shown
+from featurizers.errors import ArtefactError, FeaturizerError, one_line
 
 TRIES: Final = 100
 """How often a rename is tried that others hinder, and how often a lock is taken that turns out to be an old one."""
@@ -99,7 +99,7 @@ def resolved(folder: str | Path) -> Path:
     try:
         return Path(folder).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        raise ArtefactError(shown(str(folder), 200), f"it is not the name of a folder: {one_line(error)}") from error
+        raise ArtefactError(str(folder), f"it is not the name of a folder: {one_line(error)}") from error
 
 
 @contextmanager

@@ -181,6 +181,20 @@ def test_a_saver_that_comes_between_the_two_steps(folder, monkeypatch):
     alone(folder)
 
 
+def test_a_load_that_begins_between_the_two_steps(folder, monkeypatch):
+    """What has no config.json for a moment is no folder of another library."""
+    iterdir, moved = Path.iterdir, folder.parent / f".a.{HEX}.old"
+
+    def listed(self: Path):
+        found = [*iterdir(self)]
+        if self == folder and not moved.exists():
+            folder.rename(moved)
+        return iter(found)
+
+    monkeypatch.setattr(Path, "iterdir", listed)
+    same(subspace(seed=1), featurizers.load(folder, verify=True))
+
+
 # ---------------------------------------------------------------------- other people's files
 
 

@@ -143,7 +143,7 @@ def fetch(repo_id, cache):
 def member(folder, number, seconds, in_two_steps):
     if in_two_steps:
         replacing._swap = lambda *_: False
-    return faults.member(Path(folder), number, seconds)
+    return faults.member(Path(folder), number, seconds, always=not in_two_steps)
 '''
 """The work that a nursery's children can do, by name."""
 
@@ -657,8 +657,15 @@ def crowd(nursery: Nursery, folder: Path, seconds: float, processes: int, in_two
     return result
 
 
-def member(folder: Path, number: int, seconds: float) -> dict[str, Any]:
-    """One of a crowd: what it did, and what went wrong."""
+def member(folder: Path, number: int, seconds: float, always: bool) -> dict[str, Any]:
+    """One of a crowd: what it did, and what went wrong.
+
+    Args:
+        folder: that all are at work on.
+        number: which one it is.
+        seconds: how long.
+        always: whether a name leads to the folder at every moment; between two renames none does.
+    """
     chance = random.Random(number)
     end, last, saves, loads, bad = time.monotonic() + seconds, None, 0, 0, []
     added: dict[str, str] = {}
@@ -671,7 +678,7 @@ def member(folder: Path, number: int, seconds: float) -> dict[str, Any]:
                 saves += 1
             else:
                 seed_of(featurizers.load(folder, verify=True))
-                if not (folder / "notes.txt").exists():
+                if always and not (folder / "notes.txt").exists():
                     raise BadStateError("no notes.txt")
                 loads += 1
         except Exception as error:  # whatever it is, it is bad
