@@ -362,7 +362,7 @@ def impatient(hub, monkeypatch):
     from huggingface_hub import file_download
     from huggingface_hub.utils import _http
 
-    over = threading.Event()
+    over, before = threading.Event(), set(threading.enumerate())
     for module in (_http, file_download):
         monkeypatch.setattr(module, "time", SimpleNamespace(**{**vars(time), "sleep": over.wait}))
     for module in (reading, pushing):
@@ -372,7 +372,7 @@ def impatient(hub, monkeypatch):
     yield
     hub.faults.clear()
     over.set()
-    for thread in threading.enumerate():
+    for thread in set(threading.enumerate()) - before:
         if thread.name == "featurizers-hub":
             thread.join(30)
 
