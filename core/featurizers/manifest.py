@@ -167,7 +167,7 @@ def read_local(folder: Path, subfolder: str | None) -> tuple[Path, Manifest | In
     root = named_folder(folder, None)
     folder = named_folder(folder, subfolder)
     try:
-        if not root.exists():
+        if not (folder / CONFIG_NAME).exists():
             recover(root.resolve())
         there = (folder / CONFIG_NAME).exists()
     except (OSError, RuntimeError, ValueError):  # a name that no folder can have

@@ -137,19 +137,26 @@ def _locked(target: Path) -> Iterator[tuple[bool, bool]]:
             descriptor = _lock(target)
             if descriptor is None:
                 break
-            between = made and bool(_leftovers(target, r"\.old"))  # another saver is between the steps of its exchange
-            stands = _stands(descriptor, target)
-            if stands and not between:
+            if not _between(target) and _stands(descriptor, target):  # in this order
                 break
-            if stands:
-                _drop_empty(target)
-            _release(descriptor)
+            _release(descriptor)  # another saver has replaced it meanwhile, or is about to
         else:
             raise ArtefactError(str(target), "other programs keep replacing it; try again when they have finished")
     try:
         yield made, descriptor is not None
     finally:
         _release(descriptor)
+
+
+def _between(target: Path) -> list[Path]:
+    """The folder that a saver at work, or killed, has taken away in the first of the two steps of its exchange.
+
+    None, once the second step has put another in its place; a third program may have made an empty one meanwhile.
+    """
+    with suppress(FileNotFoundError):
+        if any(target.iterdir()):
+            return []
+    return _leftovers(target, r"\.old")
 
 
 def _lock(folder: Path) -> int | None:
@@ -364,7 +371,7 @@ def _leftovers(target: Path, end: str = r"(\.old)?") -> list[Path]:
 def recover(target: Path) -> None:
     """Bring back the folder of a saver that was killed between the two steps of an exchange."""
     try:
-        if not target.exists() and (old := _leftovers(target, r"\.old")):
+        if old := _between(target):
             max(old, key=lambda path: path.stat().st_mtime).rename(target)
     except OSError:
         return  # there is no such folder above, or it is not ours: whoever asked finds nothing, and says so

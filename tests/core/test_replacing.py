@@ -144,7 +144,8 @@ def test_a_loader_that_comes_between_the_two_steps(tmp_path, monkeypatch, old):
 
 
 @pytest.mark.usefixtures("_in_two_steps")
-def test_a_saver_that_comes_between_the_two_steps(folder, monkeypatch):
+@pytest.mark.parametrize("a_third", [False, True], ids=["alone", "after a third one that made the folder"])
+def test_a_saver_that_comes_between_the_two_steps(folder, monkeypatch, a_third):
     """It does not take the place for free, and removes nothing of what the first one needs."""
     (folder / "notes.txt").write_text("mine")
     rename, recover, threads, errors, came = Path.rename, replacing.recover, [], [], threading.Event()
@@ -166,6 +167,8 @@ def test_a_saver_that_comes_between_the_two_steps(folder, monkeypatch):
         result = rename(self, to)
         if to.suffix == ".old" and not threads:
             threads.append(threading.Thread(target=save))
+            if a_third:
+                folder.mkdir()
             threads[0].start()
             came.wait(30)
             threads[0].join(0.3)  # it waits or looks again; if it went on, it is done now
