@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
@@ -27,10 +26,12 @@ from featurizers.errors import (
     shown,
 )
 from featurizers.featurizer import Featurizer
+from featurizers.files import contained, read_bytes
 from featurizers.indices import Indices, select
 from featurizers.manifest import (
     CARD_NAME,
     CONFIG_NAME,
+    MAX_CARD_BYTES,
     RESERVED,
     WEIGHTS_NAME,
     Entry,
@@ -302,6 +303,7 @@ def _replacing(target: Path, parts: Iterable[str] = ("",)) -> Iterator[Path]:
     with replacing(target, ours, check) as new:
         for part in renewed:
             if (old := target / part / CARD_NAME).is_file():
+                contained(target, old, str(target), ArtefactError)
                 (new / part).mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(old, new / part / CARD_NAME)
+                (new / part / CARD_NAME).write_bytes(read_bytes(old, str(target), ArtefactError, MAX_CARD_BYTES))
         yield new

@@ -106,16 +106,21 @@ def _site_literal(manifest: Manifest) -> str:
 
 
 def _tags(*kinds: str, model: str | None = None, license_name: object = UNKNOWN_LICENSE) -> str:
-    lines = ["library_name: featurizers", f"license: {json.dumps(license_name)}"]
+    lines = ["library_name: featurizers", f"license: {_yaml(license_name)}"]
     if model:
-        lines.append(f"base_model: {json.dumps(model)}")
+        lines.append(f"base_model: {_yaml(model)}")
     lines += [
         "tags:",
         "- featurizers",
         "- mechanistic-interpretability",
-        *(f"- {json.dumps(kind)}" for kind in kinds),
+        *(f"- {_yaml(kind)}" for kind in kinds),
     ]
     return "\n".join(lines)
+
+
+def _yaml(value: object) -> str:
+    """A value in the front matter, where our own marks are not made."""
+    return json.dumps(value, ensure_ascii=False).replace("<", r"\u003c")
 
 
 def _renew(path: Path, tags: str, body: str) -> None:
@@ -124,7 +129,7 @@ def _renew(path: Path, tags: str, body: str) -> None:
         old = path.read_text(encoding="utf-8") if path.exists() else ""
     except UnicodeDecodeError as error:
         raise ArtefactError(str(path), "it is not UTF-8 text; convert it or move it away") from error
-    if START in old and END in old:
+    if START in old and END in old.partition(START)[2]:
         before, _, rest = old.partition(START)
         text = before + body + rest.partition(END)[2]
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from featurizers.errors import CachedCopyWarning, FeaturizerError, SourceError, one_line
-from featurizers.manifest import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME, Index, Manifest, read
+from featurizers.manifest import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME, Index, Manifest, named_folder, read
 
 app = typer.Typer(
     name="featurizers",
@@ -41,6 +42,9 @@ def main() -> NoReturn:
     """Run the command; an error of this library, or of the system, costs one line and exit code 1."""
     warnings.showwarning = _one_warning
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are no news
+    for stream in (sys.stdout, sys.stderr):  # of a terminal that knows few letters
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except FeaturizerError as error:
@@ -100,7 +104,7 @@ def info(source: SourceArgument, subfolder: Subfolder = None, revision: Revision
     if isinstance(parsed, FolderSource) and isinstance(record, Manifest):
         from featurizers.weights import read_header
 
-        folder = parsed.path.expanduser() / (subfolder or "")
+        folder = named_folder(parsed.path, subfolder)
         header = read_header(folder / WEIGHTS_NAME, str(folder))
         data["tensors"] = {name: f"{spec.dtype} {list(spec.shape)}" for name, spec in header.items()}
     if as_json:

@@ -19,8 +19,8 @@ class StageConfig(BaseModel):
     """One stage: its kind, its name and its configuration."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
-    kind: str
-    id: str
+    kind: Annotated[str, Field(max_length=128)]
+    id: Annotated[str, Field(min_length=1, max_length=256)]
     config: dict[str, Any]
 
 

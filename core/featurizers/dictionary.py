@@ -168,6 +168,8 @@ class DictionaryFeaturizer(Featurizer[DictionaryConfig]):
                 value = W_enc.new_zeros(()) if value is None else W_enc.new_tensor(value)
             if value.shape != tensor.shape and (value.dim() or tensor.dim() != 1):
                 raise ShapeError(f"{name} has shape {tuple(value.shape)}, it must be {tuple(tensor.shape)}")
+            if value.is_floating_point() != tensor.is_floating_point():
+                raise ConfigError(f"{name} is {value.dtype}, it must be one such as {tensor.dtype}")
             state[name] = value.detach().expand(tensor.shape).contiguous()
         self.load_state_dict(state, assign=True)
         self.check()

@@ -43,7 +43,7 @@ class DictionaryConfig(BaseModel):
     input_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     n_heads: Annotated[int, Field(ge=0, le=2**16)] | None = None
     units: Units = "raw"
-    special_tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=10_000)] = []
+    special_tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=10_000)] = []
     slice_of: Annotated[int, Field(gt=0, le=2**31)] | None = None
 
 

@@ -36,7 +36,10 @@ def printable(text: str, most: int) -> str:
 
 
 class FeaturizerError(Exception):
-    """Base of every error that this library raises on purpose."""
+    """Base of every error that this library raises on purpose; its message is fit for a terminal."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message).replace("\n", " "), 3 * MOST))
 
 
 class CachedCopyWarning(UserWarning):
@@ -99,7 +102,7 @@ class UnknownKindError(PluginError, LookupError):
     def __init__(self, kind: str, known: Iterable[str], hint: str) -> None:
         self.kind, self.known = kind, sorted(known)
         super().__init__(
-            f"no installed plugin provides the featurizer kind {kind!r}. {hint} "
+            f"no installed plugin provides the featurizer kind {shown(kind, 130)}. {hint} "
             f"Installed kinds: {', '.join(self.known) or 'none'}."
         )
 

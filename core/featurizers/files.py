@@ -100,7 +100,8 @@ def contained(folder: Path, path: Path, where: str, error: type[ArtefactError]) 
     roots = [root]
     for repository in (root, *root.parents):
         if SNAPSHOT.fullmatch(repository.name) and root.is_relative_to(repository / "snapshots"):
-            roots += [(repository / "blobs").resolve(), (repository.parent / "blobs").resolve()]
+            # as they are named: where a link in their place leads is a stranger's choice
+            roots += [repository / "blobs", repository.parent / "blobs"]
             break
     if not any(real.is_relative_to(allowed) for allowed in roots):
         raise error(

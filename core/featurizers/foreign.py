@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featurizers.errors import FeaturizerError, ManifestError, WeightsError, one_line, shown
+from featurizers.errors import FeaturizerError, ManifestError, WeightsError, one_line, printable, shown
 from featurizers.files import contained, read_bytes
 from featurizers.manifest import MAX_CONFIG_BYTES, parse_json
 from featurizers.numpy_files import load_npz
 from featurizers.torch_files import load_torch
-from featurizers.weights import Spec, check_finite, is_finite, read_header, shown_names, take_rows
+from featurizers.weights import DTYPES, Spec, check_finite, is_finite, read_header, shown_names, take_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_TREE = 50_000
 """How many files and folders below a folder are looked at."""
+MAX_LEVELS = 64
 
 
 @dataclass(frozen=True)
@@ -157,13 +159,21 @@ def of_folder(folder: Path, indices: Tensor | None, allow_nonfinite: bool = Fals
     where = str(folder)
     names: list[str] = []
     try:
-        for seen, place in enumerate(folder.rglob("*")):
-            if seen >= MAX_TREE:
-                raise ManifestError(
-                    where, f"it holds more than {MAX_TREE} files and folders; name the folder of one featurizer"
-                )
-            if not place.is_dir():
-                names.append(place.relative_to(folder).as_posix())
+        pending, seen = [""], 0
+        while pending:
+            start = pending.pop()
+            for entry in os.scandir(folder / start):
+                name, seen = f"{start}{entry.name}", seen + 1
+                if seen > MAX_TREE or name.count("/") > MAX_LEVELS:
+                    raise ManifestError(
+                        where,
+                        f"it holds more than {MAX_TREE} files and folders, or {MAX_LEVELS} levels of them; name the "
+                        "folder of one featurizer",
+                    )
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(f"{name}/")
+                elif not entry.is_dir():
+                    names.append(name)
     except OSError as error:
         raise ManifestError(where, f"it cannot be listed: {one_line(error.strerror or error)}") from error
 
@@ -226,7 +236,11 @@ def checked(found: Any, source: Foreign) -> Featurizer[Any]:
         raise PluginError(f"{source.where}: a plugin read a {type(found).__name__}, which is no Featurizer")
     if source.indices is not None and found.n_features != len(source.indices):
         raise PluginError(f"{source.where}: the plugin of this format did not take the {len(source.indices)} features")
+    for name, tensor in found.state_dict().items():
+        if (dtype := str(tensor.dtype).removeprefix("torch.")) not in DTYPES.values():
+            raise WeightsError(source.where, f"tensor {shown(name)} is {dtype}, in which nothing is computed here")
     found.revision = source.revision
+    found.id = printable(found.id, 256) or found.kind
     if not source.allow_nonfinite:
         check_finite(found.state_dict(), source.where)
     elif not all(map(is_finite, found.state_dict().values())):

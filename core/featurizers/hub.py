@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from featurizers.errors import (
+    ArtefactError,
     CachedCopyWarning,
     HubError,
     HubNotFoundError,
@@ -19,7 +20,7 @@ from featurizers.errors import (
     WeightsError,
     shown,
 )
-from featurizers.files import opened
+from featurizers.files import contained, opened
 from featurizers.manifest import (
     CARD_NAME,
     CONFIG_NAME,
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 
 MAX_FILES: Final = 50_000
 """How many files of a repository of another library are looked at."""
+COMMIT: Final = re.compile(r"[0-9a-f]{40,64}")
+ETAG: Final = re.compile(r"[0-9A-Za-z_-]{1,128}")
+"""What a Hub may call a file's contents; the client makes a file of that name."""
 
 
 @dataclass(frozen=True)
@@ -83,20 +87,20 @@ class Remote:
             wanted = commit or self.source.revision
             cached = None if self.force_download else self._cached(name, wanted)
             if cached is not None and cached.commit == wanted:
-                return cached.path  # what a commit holds does not change
+                return self._inside(cached.path)  # what a commit holds does not change
             try:
                 asked = self._ask(name, wanted)
             except HubError as error:
                 if cached is None or (isinstance(error, HubNotFoundError) and error.what != "repository"):
                     raise
                 warnings.warn(f"{error}. The copy of {cached.commit} in the cache is used", CachedCopyWarning, 2)
-                return cached.path
+                return self._inside(cached.path)
             if cached is not None and cached.commit == asked.commit_hash:
-                return cached.path
+                return self._inside(cached.path)
             size = asked.size
             if most is not None and size is not None and size > most:
                 raise ManifestError(str(self), f"{name} has {size} bytes, more than the {most} that it may have")
-        return Path(within(transfer_time(size), str(self), lambda: self._download(name, commit)))
+        return self._inside(Path(within(transfer_time(size), str(self), lambda: self._download(name, commit))))
 
     def _offline(self) -> bool:
         from huggingface_hub.constants import is_offline_mode
@@ -106,16 +110,20 @@ class Remote:
     def _path(self, name: str) -> str:
         return f"{self.subfolder}/{name}" if self.subfolder else name
 
-    def _commit_of(self, path: Path) -> str:
-        """The commit that a cached file is of: …/snapshots/COMMIT/[subfolder/]NAME."""
-        return next(folder.name for folder in path.parents if folder.parent.name == "snapshots")
+    def _snapshot(self, path: Path, name: str) -> Path:
+        """The folder of the commit that a cached file is of: …/snapshots/COMMIT/[subfolder/]NAME."""
+        return path.parents[len(Path(self._path(name)).parts) - 1]
+
+    def _inside(self, path: Path) -> Path:
+        """The path of a cached file, unless its blob is elsewhere: the client names it as the Hub says."""
+        return contained(path.parent, path, str(self), ArtefactError)
 
     def _cached(self, name: str, revision: str | None) -> _Cached | None:
         from huggingface_hub import try_to_load_from_cache
 
         with translated(str(self)):
             found = try_to_load_from_cache(self.source.repo_id, self._path(name), self.cache_dir, revision)
-        return _Cached(Path(found), self._commit_of(Path(found))) if isinstance(found, str) else None
+        return _Cached(Path(found), self._snapshot(Path(found), name).name) if isinstance(found, str) else None
 
     def _ask(self, name: str, revision: str | None) -> HfFileMetadata:
         """What the Hub says of a file, without any of the client's repetitions."""
@@ -133,8 +141,10 @@ class Remote:
             )
 
         asked = within(2 * TIMEOUT, str(self), ask)
-        if asked.commit_hash is None:
+        if not (COMMIT.fullmatch(asked.commit_hash or "") and ETAG.fullmatch(asked.etag or "")):
             raise HubError(str(self), "what answered is not a Hub; look whether a proxy wants you to log in")
+        if asked.size is not None and not 0 <= asked.size < 2**50:
+            raise HubError(str(self), f"{name} has {asked.size} bytes by the Hub's word, which cannot be")
         return asked
 
     def _download(self, name: str, commit: str | None) -> str:
@@ -178,6 +188,8 @@ class Remote:
             lambda: api.model_info(self.source.repo_id, revision=self.source.revision, timeout=TIMEOUT),
         )
         prefix = f"{self.subfolder}/" if self.subfolder else ""
+        if not COMMIT.fullmatch(str(info.sha)) or not all(isinstance(s.rfilename, str) for s in info.siblings or ()):
+            raise HubError(str(self), "what answered is not a Hub: its list of files is none")
         names = [s.rfilename.removeprefix(prefix) for s in info.siblings or () if s.rfilename.startswith(prefix)]
         if len(names) > MAX_FILES:
             raise HubError(str(self), f"it has more than {MAX_FILES} files; name the folder of one with subfolder=")
@@ -188,7 +200,7 @@ class Remote:
     def config(self) -> tuple[Manifest | Index, str]:
         """The ``config.json``, and the commit that everything else is then read at."""
         path = self.file(CONFIG_NAME, most=MAX_CONFIG_BYTES)
-        return read(path, str(self)), self._commit_of(path)
+        return read(path, str(self)), self._snapshot(path, CONFIG_NAME).name
 
     def weights(self, commit: str, most: int | None = None) -> Path:
         """The folder that holds ``model.safetensors``, downloaded at a commit, of so many bytes at most."""

@@ -14,6 +14,8 @@ from featurizers.errors import (
     NotOursError,
     PluginError,
     UsageError,
+    one_line,
+    shown,
 )
 from featurizers.manifest import Entry, Index, Manifest, named_folder, read_local
 from featurizers.plugins import host
@@ -87,6 +89,7 @@ def load(
         2
     """
     from featurizers import artefact
+    from featurizers.files import contained
     from featurizers.foreign import of_folder, of_repository, read
     from featurizers.hub import Remote
 
@@ -95,6 +98,7 @@ def load(
     options: dict[str, Any] = {"device": device, "dtype": dtype, "verify": verify, "allow_nonfinite": allow_nonfinite}
     if isinstance(parsed, FolderSource):
         if other := _foreign_folder(parsed.path, subfolder):
+            contained(named_folder(parsed.path, None), other, str(other), ManifestError)
             if verify:
                 raise UsageError(f"{other} was written by another library, and holds no checksum; leave out verify")
             return _placed(read(of_folder(other, _wanted(indices), allow_nonfinite)), kind, str(other), device, dtype)
@@ -197,7 +201,10 @@ def _placed(
 ) -> Featurizer[Any]:
     if kind not in (None, featurizer.kind):
         raise UsageError(f"{where} holds a featurizer of kind {featurizer.kind!r}, not {kind!r}")
-    return featurizer.to(device=device, dtype=dtype)
+    try:
+        return featurizer.to(device=device, dtype=dtype)
+    except (AssertionError, RuntimeError, NotImplementedError, ImportError) as error:  # torch's, of absent devices
+        raise UsageError(f"{where} cannot be put on {shown(device)}: {one_line(error)}") from error
 
 
 def _wanted(indices: Indices) -> Tensor | None:
@@ -209,8 +216,10 @@ def _wanted(indices: Indices) -> Tensor | None:
     if indices is None:
         return None
     wrong = UsageError("give the features to load as a list of numbers, the same for every example")
-    if isinstance(indices, slice) or getattr(indices, "dtype", None) == torch.bool:
+    if isinstance(indices, slice | str) or getattr(indices, "dtype", None) == torch.bool:
         raise wrong  # how many features there are is not known yet
+    if isinstance(indices, list | tuple) and any(isinstance(index, list | tuple) for index in indices):
+        raise wrong
     columns = select(indices, 2**31).as_columns()
     if columns is None or not columns.numel():
         raise wrong

@@ -112,6 +112,13 @@ class Manifest(_Record):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     metadata: dict[str, Any] = {}
 
+    @field_validator("features")
+    @classmethod
+    def _features(cls, features: list[str]) -> list[str]:
+        if len(set(features)) < len(features):
+            raise ValueError("a feature set is named twice")
+        return features
+
     @field_validator("kind")
     @classmethod
     def _kind(cls, kind: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from featurizers.errors import ArtefactError, FeaturizerError, one_line
 
+MAX_LEVELS: Final = 64
 TRIES: Final = 100
 """How often a rename is tried that others hinder, and how often a lock is taken that turns out to be an old one."""
 PATIENCE: Final = 600.0
@@ -255,6 +256,8 @@ def _others(folder: Path, ours: Ours) -> Iterator[str]:
             continue  # taken away in this moment
         for entry in entries:
             name = Path(entry.path).relative_to(folder).as_posix()
+            if name.count("/") > MAX_LEVELS:  # more could be kept, and not be removed again
+                raise ArtefactError(str(folder), f"the folders in it lie more than {MAX_LEVELS} deep; move them away")
             if entry.is_dir(follow_symlinks=False):
                 pending.append(Path(entry.path))
                 yield name

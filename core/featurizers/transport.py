@@ -23,6 +23,8 @@ TIMEOUT: Final = 10.0
 """Seconds that a question to the Hub may take."""
 DEADLINE: Final = 60.0
 """Seconds that a call may take that asks several, or that the client repeats."""
+LONGEST: Final = 7 * 86_400.0
+"""Seconds that any transfer may take."""
 SLOWEST: Final = 50_000
 """Bytes a second that a transfer may not stay below."""
 
@@ -31,7 +33,7 @@ Result = TypeVar("Result")
 
 def transfer_time(size: int | None) -> float:
     """Seconds that a transfer of so many bytes may take."""
-    return DEADLINE + (size or 0) / SLOWEST
+    return min(DEADLINE + (size or 0) / SLOWEST, LONGEST)
 
 
 def within(seconds: float, where: str, call: Callable[[], Result], late: str = "") -> Result:

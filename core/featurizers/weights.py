@@ -259,11 +259,15 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise `WeightsError` if a tensor holds NaN or infinity."""
     for name, tensor in tensors.items():
         if not is_finite(tensor):
-            wrong = ~tensor.isfinite()
-            first = wrong.nonzero()[0].tolist()
+            wrong = ~(tensor.float() if tensor.element_size() == 1 else tensor).isfinite()
+            count, first = int(wrong.count_nonzero()), list[int]()
+            place = int(wrong.flatten().byte().argmax())
+            for size in reversed(tensor.shape):
+                place, index = divmod(place, size)
+                first.insert(0, index)
             raise WeightsError(
                 where,
-                f"tensor {shown(name)} holds NaN or infinity: {int(wrong.sum())} of its {tensor.numel()} numbers, the "
+                f"tensor {shown(name)} holds NaN or infinity: {count} of its {tensor.numel()} numbers, the "
                 f"first at {first}. Load it with allow_nonfinite=True to look at it",
             )
 
@@ -271,6 +275,8 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
 def is_finite(tensor: Tensor) -> bool:
     """Whether every number of a tensor is finite."""
     # a sum is finite only if every element is; it may overflow, so that only then each is looked at
+    if tensor.is_floating_point() and tensor.element_size() == 1:  # torch knows no infinity of these
+        tensor = tensor.float()
     return not tensor.is_floating_point() or bool(tensor.float().sum().isfinite()) or bool(tensor.isfinite().all())
 
 

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import featurizers
 import pytest
-from featurizers.errors import ArtefactError, ManifestError, WeightsError, one_line, shown
+import torch
+import yaml
+from featurizers.errors import (
+    ArtefactError,
+    ConfigError,
+    ManifestError,
+    UsageError,
+    WeightsError,
+    one_line,
+    shown,
+)
 from featurizers.files import contained, opened, read_bytes
 from safetensors.torch import load_file, save_file
 
@@ -171,3 +182,112 @@ def test_a_foreign_folder_with_nan_is_named_and_can_be_had(tmp_path):
     ):
         featurizers.load(folder)
     assert int(featurizers.load(folder, allow_nonfinite=True).W_dec.isnan().sum()) == 1
+
+
+# ---------------------------------------------------------------------- what a review found
+
+
+def test_a_blobs_that_is_a_link_is_not_followed(folder, tmp_path):
+    place = snapshot(folder, tmp_path / "cache")
+    repository = tmp_path / "cache" / "models--alice--x"
+    (tmp_path / "secret").write_text("hf_secret")
+    shutil.rmtree(repository / "blobs")
+    (repository / "blobs").symlink_to("/")
+    for name in ("config.json", "model.safetensors", "README.md"):
+        (place / name).unlink()
+    subspace().save_pretrained(tmp_path / "b")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(tmp_path / "b" / name, place / name)
+    (place / "README.md").symlink_to(f"../../blobs{tmp_path}/secret")
+    with pytest.raises(ArtefactError, match=r"README\.md is a link out of this folder"):
+        featurizers.load(place)
+    with pytest.raises(ArtefactError, match=r"README\.md is a link out of this folder"):
+        featurizers.push(place, "alice/x")
+
+
+def test_a_save_does_not_copy_what_a_card_links_to(folder, tmp_path):
+    (tmp_path / "secret").write_text("hf_secret")
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to("../secret")
+    with pytest.raises(ArtefactError, match=r"README\.md is a link out of this folder"):
+        subspace().save_pretrained(folder)
+    assert (folder / "README.md").is_symlink()
+
+
+def test_a_part_of_another_library_may_not_lie_elsewhere(tmp_path):
+    featurizers.convert(dictionary("relu"), tmp_path / "sae", to="sae-lens")
+    (tmp_path / "many").mkdir()
+    (tmp_path / "many" / "layer0").symlink_to(tmp_path / "sae")
+    for subfolder in ("layer0", "../sae"):
+        with pytest.raises(ManifestError, match="is a link out of this folder"):
+            featurizers.load(tmp_path / "many", subfolder=subfolder)
+
+
+def test_folders_that_lie_too_deep(folder):
+    here, depth = os.open(folder, os.O_RDONLY), 1200
+    for _ in range(depth):
+        os.mkdir("a", dir_fd=here)
+        there = os.open("a", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = there
+    os.close(here)
+    try:
+        with pytest.raises(ArtefactError, match="lie more than 64 deep"):
+            subspace(seed=1).save_pretrained(folder)
+        assert [path.name for path in folder.parent.iterdir()] == ["a"]
+        (folder / "config.json").unlink()
+        with pytest.raises(ManifestError, match="64 levels"):
+            featurizers.load(folder)
+    finally:
+        subprocess.run(["rm", "-rf", str(folder)], check=True)
+
+
+def test_many_tensors_cost_no_time(tmp_path):
+    featurizers.convert(dictionary("relu"), tmp_path / "sae", to="sae-lens")
+    path = tmp_path / "sae" / "sae_weights.safetensors"
+    save_file({**load_file(path), **{f"{i}": torch.zeros(0) for i in range(100)}}, path, {"format": "pt"})
+    with pytest.raises(WeightsError, match=r"sae_weights\.safetensors has 10\d tensors, which are no autoencoder's"):
+        featurizers.load(tmp_path / "sae")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.complex64, torch.int64], ids=str)
+@pytest.mark.parametrize("options", [{}, {"allow_nonfinite": True}], ids=["", "any"])
+def test_weights_that_are_no_floating_point_numbers(tmp_path, dtype, options):
+    featurizers.convert(dictionary("relu"), tmp_path / "d", to="dictionary-learning")
+    state = torch.load(tmp_path / "d" / "ae.pt", weights_only=True)
+    torch.save({name: tensor.to(dtype) for name, tensor in state.items()}, tmp_path / "d" / "ae.pt")
+    with pytest.raises((WeightsError, ConfigError), match=f"{str(dtype).removeprefix('torch.')}|floating point"):
+        featurizers.load(tmp_path / "d", **options)
+
+
+def test_a_licence_is_not_taken_for_our_mark(tmp_path):
+    f = subspace()
+    f.metadata = {"license": "<!-- featurizers: start --> \U0001f600"}
+    folder = f.save_pretrained(tmp_path / "a")
+    text = (folder / "README.md").read_text(encoding="utf-8").replace("\n---\n", "\n---\nMINE\n", 1)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    subspace(seed=1).save_pretrained(folder)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert text.count("MINE") == text.count("featurizers: end") == 1
+    assert yaml.safe_load(text.split("---\n")[1])["license"] == f.metadata["license"]
+
+
+@pytest.mark.parametrize("indices", ["0", [[0], [1]], [(0,)]], ids=str)
+def test_odd_indices_of_another_library_cost_nothing(tmp_path, indices):
+    featurizers.convert(dictionary("relu"), tmp_path / "sae", to="sae-lens")
+    with pytest.raises(UsageError, match="a list of numbers"):
+        featurizers.load(tmp_path / "sae", indices=indices)
+
+
+def test_a_name_with_controls_is_escaped_in_every_error(tmp_path):
+    featurizers.convert(dictionary("relu"), tmp_path / "a\n\x1b[2J", to="sae-lens")
+    with pytest.raises(UsageError, match="holds no checksum") as caught:
+        featurizers.load(tmp_path / "a\n\x1b[2J", verify=True)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(tmp_path):
+    featurizers.convert(dictionary("relu"), tmp_path / "sae", to="sae-lens")
+    with pytest.raises(UsageError, match="cannot be put on 'cuda:0'"):
+        featurizers.load(tmp_path / "sae", device="cuda:0")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from featurizers.errors import ManifestError, PluginError, UsageError, WeightsError
 from featurizers.plugins import host
+from featurizers.weights import check_finite
 from featurizers_identity import IdentityConfig
 from safetensors.torch import load_file, save_file
 
@@ -90,6 +91,23 @@ def test_the_opt_out_is_for_nan_alone(tmp_path):
     save_file({"basis": 2 * load_file(folder / "model.safetensors")["basis"]}, folder / "model.safetensors")
     with pytest.raises(WeightsError, match="orthonormal"):
         featurizers.load(folder, allow_nonfinite=True)
+
+
+def test_a_refusal_of_nan_costs_no_more_than_the_tensor(tmp_path):
+    """Nor does the place of the first, whatever the number of axes."""
+    tensor = torch.zeros(2, 3, 4)
+    tensor[1, 0, 2:] = float("nan")
+    with pytest.raises(WeightsError, match=r"2 of its 24 numbers, the first at \[1, 0, 2\]"):
+        check_finite({"a": tensor}, "here")
+    script = (
+        "import resource, torch; from featurizers.weights import check_finite\n"
+        "a = torch.full((10_000_000,), float('nan'), dtype=torch.float16).reshape([1] * 15 + [-1])\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: check_finite({'a': a}, 'here')\n"
+        "except ValueError: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=True)
+    assert int(done.stdout) < 200_000
 
 
 # ---------------------------------------------------------------------- a kind whose code is at fault

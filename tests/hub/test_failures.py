@@ -71,7 +71,17 @@ def _set(**fields: Any) -> Callable[[LoopbackHub], None]:
     return lambda hub: hub.repo("alice/x").update(fields)
 
 
-def _foreign_with(name: str) -> Callable[[LoopbackHub], None]:
+def _says(**headers: Any) -> Callable[[LoopbackHub], None]:
+    """A Hub whose answer about the config has other headers."""
+
+    def cause(hub: LoopbackHub) -> None:
+        sound = {"ETag": f'"{"a" * 40}"', "X-Repo-Commit": hub.head("alice/x"), "X-Linked-Size": 400}
+        hub.fail("HEAD .*config.json", "replace", b64="", headers={**sound, **headers})
+
+    return cause
+
+
+def _foreign_with(name: object) -> Callable[[LoopbackHub], None]:
     """A repository of another library, whose list of files has a hostile name."""
 
     def cause(hub: LoopbackHub) -> None:
@@ -168,6 +178,14 @@ DOWNLOADS = {
         HubNotFoundError,
         "model.safetensors",
     ),
+    "a checksum that is a path": Failure(_says(ETag='"/tmp/x"'), LOAD, HubError, "what answered is not a Hub"),
+    "a checksum that leads out": Failure(_says(ETag='"../../x"'), LOAD, HubError, "what answered is not a Hub"),
+    "no commit": Failure(_says(**{"X-Repo-Commit": ""}), LOAD, HubError, "what answered is not a Hub"),
+    "a commit that leads out": Failure(
+        _says(**{"X-Repo-Commit": "../x"}), LOAD, HubError, "what answered is not a Hub"
+    ),
+    "an absurd size": Failure(_says(**{"X-Linked-Size": 10**15 * 2}), LOAD, HubError, "which cannot be"),
+    "a listing of numbers": Failure(_foreign_with(5), LOAD, HubError, "its list of files is none"),
     "a listing that leads out": Failure(
         _foreign_with("../../evil.json"), LOAD, HubError, "its list of files has '../../evil.json', which would lie"
     ),
@@ -415,6 +433,38 @@ def test_a_push_that_may_still_arrive_says_so(hub, impatient):
         HubOfflineError, match="the commit may arrive all the same: look at the repository before you push"
     ):
         subspace(seed=1).push_to_hub("alice/x")
+
+
+# ---------------------------------------------------------------------- what a Hub may not choose
+
+
+def test_a_file_of_this_machine_is_neither_read_nor_pushed(filled, tmp_path, monkeypatch):
+    """Though the client, which asks again, gets another answer and makes a link to it."""
+    (tmp_path / "secret").write_text("hf_secret")
+    real = reading.Remote._download
+
+    def download(self, name, commit):
+        path = Path(real(self, name, commit))
+        if name == "README.md":
+            path.unlink()
+            path.symlink_to(tmp_path / "secret")
+        return str(path)
+
+    monkeypatch.setattr(reading.Remote, "_download", download)
+    before = filled.head("alice/x")
+    for _ in range(2):  # downloaded, and then cached
+        with pytest.raises(ArtefactError, match=r"README\.md is a link out of this folder"):
+            subspace(seed=1).push_to_hub("alice/x")
+    assert filled.head("alice/x") == before
+
+
+def test_a_subfolder_called_snapshots_is_read_at_its_commit(filled):
+    first = subspace(seed=1).push_to_hub("alice/y", subfolder="snapshots/main").oid
+    subspace(seed=2).push_to_hub("alice/y", subfolder="snapshots/main")
+    for _ in range(2):
+        f = featurizers.load("alice/y", subfolder="snapshots/main", revision=first, verify=True)
+        assert f.revision == first
+        assert f.basis.equal(subspace(seed=1).basis)
 
 
 # ---------------------------------------------------------------------- what is pushed

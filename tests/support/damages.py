@@ -377,6 +377,7 @@ CONFIG = {
     "kind a list": Damage(_field("kind", ["subspace"]), ManifestError, "'kind': .* string"),
     "empty id": Damage(_field("id", ""), ManifestError, "'id': .*at least 1 character"),
     "hash too short": Damage(_field("sha256", "ab"), ManifestError, "'sha256': "),
+    "a feature set twice": Damage(_field("features", ["a", "a"]), ManifestError, "'features': .*named twice"),
     "feature set outside": Damage(_field("features", ["../a"]), ManifestError, r"'features.0': "),
     "feature sets not a list": Damage(_field("features", "a"), ManifestError, "'features': .*list"),
     "site of no kind": Damage(_field("site", {"kind": "os"}), ManifestError, "config.json: unknown kind of site 'os'"),

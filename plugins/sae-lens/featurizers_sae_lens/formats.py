@@ -16,6 +16,8 @@ from featurizers_sae_lens.legacy import modern
 from featurizers_sae_lens.reading import count_features, finish
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+MOST_TENSORS = 32
+"""How many tensors a file of an autoencoder may have; each is looked up by itself."""
 
 
 def read(source: Foreign) -> Featurizer[Any] | None:
@@ -56,6 +58,8 @@ def folder(source: Foreign, overrides: dict[str, Any] | None = None, scale: floa
     cfg = modern({**source.json(CONFIG), **(overrides or {})}, source.where)
     refuse_other_sites(cfg.get("architecture"), source.where)
     file = source.safetensors(WEIGHTS)
+    if len(file.shapes) > MOST_TENSORS:
+        raise WeightsError(source.where, f"{WEIGHTS} has {len(file.shapes)} tensors, which are no autoencoder's")
     n_features = count_features(file, "W_dec", source, axis=0)
     tensors = {
         name: file.read(name, columns=source.indices)

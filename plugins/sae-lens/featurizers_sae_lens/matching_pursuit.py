@@ -32,7 +32,7 @@ class MatchingPursuitConfig(BaseModel):
     d_in: Annotated[int, Field(gt=0, le=2**24)]
     n_features: Annotated[int, Field(gt=0, le=2**31)]
     residual_threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-2
-    max_iterations: Annotated[int, Field(gt=0)] | None = None
+    max_iterations: Annotated[int, Field(gt=0, le=100_000)] | None = None
     stop_on_duplicate_support: bool = True
     pre_bias: bool = True
     normalize: Literal["none", "layer-norm", "constant-norm"] = "none"
