@@ -232,6 +232,7 @@ def create(kind: str, **config: Any) -> Featurizer[Any]:
     Raises:
         UnknownKindError: no installed plugin provides the kind.
         ConfigError: the kind refuses the arguments.
+        UsageError: the kind is no string.
 
     Example:
         >>> create("subspace", d_in=768, n_features=16, seed=0).n_features
@@ -239,6 +240,8 @@ def create(kind: str, **config: Any) -> Featurizer[Any]:
     """
     from featurizers.artefact import build
 
+    if not isinstance(kind, str):
+        raise UsageError(f"a kind is a string such as 'subspace', not {shown(kind)}")
     return build(host().featurizer_class(kind), config)
 
 

@@ -16,6 +16,7 @@ from featurizers.weights import check_finite
 from featurizers_identity import IdentityConfig
 from safetensors.torch import load_file, save_file
 
+from tests.support.dictionaries import dictionary
 from tests.support.hub import edit, subspace
 
 ROOT = Path(__file__).parents[2]
@@ -217,3 +218,21 @@ def test_no_descriptor_is_left_open(tmp_path):
     for _ in range(20):
         once()
     assert len(os.listdir("/dev/fd")) == before
+
+
+@pytest.mark.parametrize("kind", [5, None, [], {}])
+def test_a_kind_is_a_string(kind):
+    with pytest.raises(UsageError, match="a kind is a string such as 'subspace'"):
+        featurizers.create(kind)
+
+
+@pytest.mark.parametrize(("to", "name"), [("sae-lens", "blocks.{}.hook_resid_post"), ("sparsify", "layers.{}")])
+def test_a_layer_of_many_digits_is_no_layer(tmp_path, to, name):
+    """Python refuses to read a number of more than 4300 digits."""
+    f = dictionary("topk")
+    f.site = featurizers.Site("resid.post", 3)
+    folder = tmp_path / ("layers.3" if to == "sae-lens" else "layers." + "9" * 200)
+    featurizers.convert(f, folder, to=to)
+    if to == "sae-lens":
+        edit(folder / "cfg.json", "blocks.3.hook_resid_post", name.format("9" * 5000))
+    assert featurizers.load(folder).site is None

@@ -165,6 +165,10 @@ def test_what_is_missing_or_damaged_is_refused(tmp_path):
     weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(WeightsError, match="has sha256"):
         load_intervenable(folder, tiny_model("gpt2"))
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to("../elsewhere")
+    with pytest.raises(ManifestError, match="is a link out of this folder"):
+        load_intervenable(folder, tiny_model("gpt2"))
     weights.unlink()
     with pytest.raises(WeightsError, match="is missing"):
         load_intervenable(folder, tiny_model("gpt2"))

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Final, Literal
 import torch
 from featurizers import DictionaryFeaturizer
 from featurizers.errors import FeaturizerError, ManifestError, UsageError, WeightsError
-from featurizers.files import read_bytes
+from featurizers.files import contained, read_bytes
 from featurizers.hub import Remote
-from featurizers.manifest import MAX_CONFIG_BYTES, explain, parse_json
+from featurizers.manifest import MAX_CONFIG_BYTES, explain, named_folder, parse_json
 from featurizers.pushing import push_files
 from featurizers.replacing import filling
 from featurizers.sources import FolderSource, HubSource, parse_source
@@ -235,10 +235,12 @@ def load_intervenable(
 
     parsed = parse_source(source, revision)
     if isinstance(parsed, FolderSource):
-        folder, where = parsed.path.expanduser(), str(parsed)
+        folder, where = named_folder(parsed.path, None), str(parsed)
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            contained(folder, folder / name, where, ManifestError)
     elif isinstance(parsed, HubSource):
         remote = Remote(parsed, None, token, cache_dir, False, local_files_only)
-        folder, where = remote.file(CONFIG_NAME).parent, str(remote)
+        folder, where = remote.file(CONFIG_NAME, most=MAX_CONFIG_BYTES).parent, str(remote)
         remote.file(WEIGHTS_NAME, folder.name)
     else:
         raise UsageError(f"an intervenable is in a folder or a repository, not in {str(parsed)!r}")

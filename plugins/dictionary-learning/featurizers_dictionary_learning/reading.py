@@ -46,7 +46,7 @@ CLASSES: dict[str, type[Dictionary]] = {
 }
 SITES = {"resid_post": "resid.post", "mlp_out": "mlp.out", "attn_out": "attn.out"}
 """What dictionary_learning's own scripts call a submodule, before its layer."""
-SUBMODULE = re.compile(rf"({'|'.join(SITES)})(?:_layer_?(\d+))?")
+SUBMODULE = re.compile(rf"({'|'.join(SITES)})(?:_layer_?(\d{{1,5}}))?")
 DUMP = {"step", "ae", "optimizer", "config", "norm_factor"}
 """What a training that makes backups leaves in ``ae.pt`` until it ends."""
 SEVERAL_LAYERS = "a CrossCoder reads and writes several layers at once: it is no featurizer of one site"

@@ -59,7 +59,7 @@ def gemma_scope(source: Foreign, overrides: dict[str, Any]) -> Featurizer[Any]:
 def _gemma_hook(place: str) -> str | None:
     if EMBEDDING.search(place):
         return "hook_embed"
-    layer = re.search(r"layer_(\d+)", place)
+    layer = re.search(r"layer_(\d{1,5})(?!\d)", place)
     kinds = {"-res": "hook_resid_post", "-mlp": "hook_mlp_out", "-att": "attn.hook_z"}
     kind = next((hook for part, hook in kinds.items() if re.search(part + r"\b", place)), None)
     return f"blocks.{layer[1]}.{kind}" if layer and kind else None
@@ -106,7 +106,7 @@ def gemma_scope_2(source: Foreign, overrides: dict[str, Any]) -> Featurizer[Any]
 def _gemma_2_hook(place: str, raw: dict[str, Any]) -> str | None:
     """TransformerLens' name of the hook, by the folder or by the module that the configuration names."""
     point = str(raw.get("hf_hook_point_in", ""))
-    layer = re.search(r"layer_(\d+)", place) or re.search(r"layers\.(\d+)", point)
+    layer = re.search(r"layer_(\d{1,5})(?!\d)", place) or re.search(r"layers\.(\d{1,5})(?!\d)", point)
     folders = {"resid_post": "hook_resid_post", "attn_out": "attn.hook_z", "mlp_out": "hook_mlp_out"}
     modules = {
         "output": "hook_resid_post",

@@ -8,7 +8,7 @@ from typing import Any
 from featurizers import Site
 
 HOOK = re.compile(
-    r"blocks\.(\d+)\.(hook_resid_pre|hook_resid_post|hook_mlp_out|hook_attn_out|attn\.hook_z|mlp\.hook_post)"
+    r"blocks\.(\d{1,5})\.(hook_resid_pre|hook_resid_post|hook_mlp_out|hook_attn_out|attn\.hook_z|mlp\.hook_post)"
 )
 KINDS = {
     "hook_resid_pre": "resid.pre",
@@ -24,7 +24,7 @@ hooks it after that: these hooks are no outputs of the attention and the MLP mod
 NORMED = re.compile(r"google/gemma-[23]-.+")
 TEXT_ONLY = re.compile(r"google/gemma-(?:2-.+|3-(?:270m|1b).*)")
 """Models whose blocks are ``model.layers``; those that see as well keep them in ``model.language_model.layers``."""
-NORM_MODULE = re.compile(rf"model\.(?:language_model\.)?layers\.(\d+)\.({'|'.join(NORMS.values())})")
+NORM_MODULE = re.compile(rf"model\.(?:language_model\.)?layers\.(\d{{1,5}})\.({'|'.join(NORMS.values())})")
 OWNERS = {"gemma-": "google/", "pythia-": "EleutherAI/", "gpt2": "openai-community/"}
 """Who publishes the models whose names TransformerLens shortens."""
 

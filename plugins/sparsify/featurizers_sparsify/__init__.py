@@ -21,7 +21,7 @@ MODULES = {"mlp": "mlp.out", "self_attn": "attn.out", "attn": "attn.out", "atten
 """Modules of a block whose output is a site, by their names in a hookpoint."""
 DECODERS = "model|transformer|gpt_neox|decoder|language_model"
 """Modules around the blocks that may stand before them; those of an image tower are no sites."""
-BLOCK = re.compile(rf"(?:(?:{DECODERS})\.)*(?:layers|h)\.(\d+)(?:\.(\w+))?")
+BLOCK = re.compile(rf"(?:(?:{DECODERS})\.)*(?:layers|h)\.(\d{{1,5}})(?:\.(\w+))?")
 
 
 class SparsifyConfig(BaseModel):
