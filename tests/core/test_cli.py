@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -216,6 +217,23 @@ def test_a_reader_that_has_enough_is_no_error(here, command):
     script = f'"{sys.executable}" -m featurizers {command} | true'
     done = subprocess.run(["bash", "-c", script], capture_output=True, encoding="utf-8", check=False)
     assert done.stderr == ""
+
+
+def test_a_terminal_that_knows_few_letters(here):
+    f = featurizers.create("identity", d_in=8)
+    f.id = "性 é"
+    f.save_pretrained("foreign")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for command in ("info", "list"):
+        script = [sys.executable, "-c", "from featurizers.cli import main; main()", command, "./foreign"]
+        done = subprocess.run(script, capture_output=True, encoding="ascii", check=False, env=environment)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert r"\u6027" in done.stdout
+
+
+def test_a_folder_named_after_no_user(here):
+    Path("one").rename("~nobody-of-this-name")
+    assert as_json("info", "local:~nobody-of-this-name")["id"] == "sentiment"
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import featurizers
 import pytest
 import torch
-from featurizers.errors import ManifestError, PluginError, UsageError, WeightsError
+from featurizers.errors import ConfigError, ManifestError, PluginError, UsageError, WeightsError
 from featurizers.plugins import host
 from featurizers.weights import check_finite
 from featurizers_identity import IdentityConfig
@@ -236,3 +236,31 @@ def test_a_layer_of_many_digits_is_no_layer(tmp_path, to, name):
     if to == "sae-lens":
         edit(folder / "cfg.json", "blocks.3.hook_resid_post", name.format("9" * 5000))
     assert featurizers.load(folder).site is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "words"),
+    [
+        ("dictionary", {"d_in": 2, "n_features": 2, "special_tokens": [10**30]}, "'special_tokens.0': .* less than"),
+        ("sae-lens.matching-pursuit", {"d_in": 2, "n_features": 2, "max_iterations": 10**18}, "'max_iterations': "),
+        (
+            "composition",
+            {"stages": [{"kind": "a" * 129, "id": "a", "config": {}}] * 2},
+            "'stages.0.kind': .* at most 128",
+        ),
+    ],
+)
+def test_numbers_that_would_take_for_ever_are_refused(kind, config, words):
+    with pytest.raises(ConfigError, match=words):
+        featurizers.create(kind, **config)
+
+
+def test_a_name_of_another_library_can_be_saved(tmp_path):
+    f = dictionary("relu")
+    f.id = "plain"
+    folder = tmp_path / "d"
+    featurizers.convert(f, folder, to="dictionary-learning")
+    edit(folder / "config.json", '"plain"', '"a\\u001b[2J' + "x" * 10_000 + '"')
+    loaded = featurizers.load(folder)
+    assert loaded.id.isprintable()
+    assert featurizers.load(loaded.save_pretrained(tmp_path / "ours")).id == loaded.id
