@@ -19,7 +19,17 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from featurizers.errors import CachedCopyWarning, FeaturizerError, SourceError, one_line
-from featurizers.manifest import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME, Index, Manifest, named_folder, read
+from featurizers.manifest import (
+    CARD_NAME,
+    CONFIG_NAME,
+    MAX_CARD_BYTES,
+    MAX_CONFIG_BYTES,
+    WEIGHTS_NAME,
+    Index,
+    Manifest,
+    named_folder,
+    read,
+)
 
 app = typer.Typer(
     name="featurizers",
@@ -161,9 +171,9 @@ def pull(
         for name, part in parts.items():
             config, weights = part.file(CONFIG_NAME, commit, MAX_CONFIG_BYTES), part.file(WEIGHTS_NAME, commit)
             verify_weights(weights, read(config, str(part)), str(part))
-            _copy([config, weights, part.card(commit)], new and new / name)
+            _copy([config, weights, part.optional(CARD_NAME, commit, MAX_CARD_BYTES)], new and new / name)
         if isinstance(record, Index):
-            _copy([root / CONFIG_NAME, remote.card(commit)], new)
+            _copy([root / CONFIG_NAME, remote.optional(CARD_NAME, commit, MAX_CARD_BYTES)], new)
     result = {"folder": str(out or root), "revision": commit, "artefacts": len(names)}
     _print_json(result) if as_json else print(f"{result['folder']} (revision {commit}, artefacts: {len(names)})")
 

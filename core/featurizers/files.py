@@ -13,6 +13,8 @@ from typing import Final
 
 from featurizers.errors import ArtefactError, one_line, shown
 
+MAX_LEVELS: Final = 64
+"""How deep the folders of a folder may lie in each other."""
 SNAPSHOT: Final = re.compile(r"(models|datasets|spaces)--[^/\\]+")
 """What the Hub's cache calls the folder of a repository."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurizers.errors import FeaturizerError, ManifestError, WeightsError, one_line, printable, shown
-from featurizers.files import contained, read_bytes
+from featurizers.files import MAX_LEVELS, contained, read_bytes
 from featurizers.manifest import MAX_CONFIG_BYTES, parse_json
 from featurizers.numpy_files import load_npz
 from featurizers.torch_files import load_torch
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 MAX_TREE = 50_000
 """How many files and folders below a folder are looked at."""
-MAX_LEVELS = 64
 
 
 @dataclass(frozen=True)

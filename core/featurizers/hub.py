@@ -22,10 +22,8 @@ from featurizers.errors import (
 )
 from featurizers.files import contained, opened
 from featurizers.manifest import (
-    CARD_NAME,
     CONFIG_NAME,
     LIBRARY_NAME,
-    MAX_CARD_BYTES,
     MAX_CONFIG_BYTES,
     WEIGHTS_NAME,
     Index,
@@ -206,12 +204,14 @@ class Remote:
         """The folder that holds ``model.safetensors``, downloaded at a commit, of so many bytes at most."""
         return self.file(WEIGHTS_NAME, commit, most).parent
 
-    def card(self, commit: str) -> Path | None:
-        """The ``README.md``, downloaded at a commit; None if there is none."""
+    def optional(self, name: str, commit: str, most: int) -> Path | None:
+        """As `file`; None if the repository has no such file."""
         try:
-            return self.file(CARD_NAME, commit, MAX_CARD_BYTES)
-        except HubNotFoundError:
-            return None
+            return self.file(name, commit, most)
+        except HubNotFoundError as error:
+            if error.what == "file":
+                return None
+            raise
 
     def verify(self, path: Path, name: str) -> None:
         """Compare a downloaded file with the checksum that the Hub gave for it: a sha256, or Git's sha1 of a small one.

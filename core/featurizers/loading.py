@@ -152,7 +152,7 @@ def _foreign_folder(path: Path, subfolder: str | None) -> Path | None:
     from featurizers.manifest import CONFIG_NAME, read
 
     try:
-        folder = path.expanduser() / (subfolder or "")
+        folder = named_folder(path, subfolder)
         before = folder.stat()
         if not folder.is_dir() or not any(folder.iterdir()):
             return None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurizers import card
-from featurizers.errors import ArtefactError, HubNotFoundError, ManifestError, UsageError, WeightsError
+from featurizers.errors import ArtefactError, ManifestError, UsageError, WeightsError
 from featurizers.files import opened, read_bytes
 from featurizers.hub import Remote
 from featurizers.manifest import (
@@ -188,12 +188,7 @@ def _operations(
         """A file of the repository as it stands, None if there is none."""
         if parent is None:
             return None
-        try:
-            return Remote(HubSource(repo_id, None), place or None, token).file(name, parent, most)
-        except HubNotFoundError as error:
-            if error.what == "file":
-                return None
-            raise
+        return Remote(HubSource(repo_id, None), place or None, token).optional(name, parent, most)
 
     found = theirs("", CONFIG_NAME, MAX_CONFIG_BYTES)
     root = None if found is None else read(found, repo_id)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from featurizers.errors import ArtefactError, FeaturizerError, one_line
+from featurizers.files import MAX_LEVELS
 
-MAX_LEVELS: Final = 64
 TRIES: Final = 100
 """How often a rename is tried that others hinder, and how often a lock is taken that turns out to be an old one."""
 PATIENCE: Final = 600.0
