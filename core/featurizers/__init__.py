@@ -22,6 +22,7 @@ from featurizers.plugins import PluginInfo, check_plugins, kinds, plugins  # `pl
 if TYPE_CHECKING:
     from featurizers.anatomy import Anatomy as Anatomy
     from featurizers.artefact import save_collection as save_collection
+    from featurizers.attached import attach as attach
     from featurizers.backend import collect as collect
     from featurizers.backend import intervene as intervene
     from featurizers.converting import convert as convert
@@ -57,6 +58,7 @@ _HOME = {
     "Site": "sites",
     "Steer": "operations",
     "activation_rule": "rules",
+    "attach": "attached",
     "collect": "backend",
     "convert": "converting",
     "create": "loading",

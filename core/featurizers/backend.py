@@ -71,7 +71,7 @@ def intervene(
         hooks.callback(watch.stop)
         for key, place, todo in plan:
             edit = functools.partial(_carry_out_all, key, todo, watch, sources, collected)
-            hooks.callback(_hook(place, edit).remove)
+            hooks.callback(hook(place, edit).remove)
         yield collected
 
 
@@ -119,7 +119,7 @@ def _collect(
     found: dict[SiteT, Tensor] = {}
 
     def keep(key: SiteT, watch: _PassWatch, hidden: Tensor) -> Tensor:
-        chosen = _gather(hidden, columns(positions, hidden, watch.current))
+        chosen = gather(hidden, columns(positions, hidden, watch.current))
         featurizer = featurizers[key]
         # a later layer of the model may write into the tensor that it was given
         found[key] = chosen.clone() if featurizer is None else featurizer.collect(chosen)
@@ -131,7 +131,7 @@ def _collect(
         watch = _PassWatch(anatomy)
         hooks.callback(watch.stop)
         for key, place in places.items():
-            hooks.callback(_hook(place, functools.partial(keep, key, watch)).remove)
+            hooks.callback(hook(place, functools.partial(keep, key, watch)).remove)
         cacheless = {"use_cache": False} if _takes_use_cache(anatomy.model) else {}
         with suppress(_Finished):
             anatomy.model(**{**cacheless, **inputs})
@@ -284,7 +284,7 @@ def _carry_out(
             )
         return hidden
     chosen = columns(operation.positions, hidden, current, prompt_only=source is not None)
-    base = _gather(hidden, chosen)
+    base = gather(hidden, chosen)
     if isinstance(operation, Collect):
         kept = operation.apply(base, None)
         collected[key] = torch.cat([collected[key], kept], dim=1) if current.start and key in collected else kept
@@ -294,11 +294,17 @@ def _carry_out(
         edited = torch.where(are_tokens(special, hidden, chosen, current), base, edited)
     if chosen is None:
         return edited
+    return scatter(hidden, chosen, edited)
+
+
+def scatter(hidden: Tensor, chosen: Tensor, edited: Tensor) -> Tensor:
+    """Activations ``(batch, sequence, d)`` with other ones in the columns ``(batch, n)``: undoes `gather`."""
     rows = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(-1)
     return hidden.index_put((rows, chosen), edited)
 
 
-def _gather(hidden: Tensor, chosen: Tensor | None) -> Tensor:
+def gather(hidden: Tensor, chosen: Tensor | None) -> Tensor:
+    """The columns ``(batch, n)`` of activations ``(batch, sequence, d)``, or all of them."""
     if chosen is None:
         return hidden
     return hidden.gather(1, chosen.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
@@ -320,8 +326,11 @@ def _fit(source: Tensor, base: Tensor, key: object) -> Tensor:
         ) from error
 
 
-def _hook(place: Place, edit: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    """Pass the activations of a place through ``edit``, the rest of what its module takes or returns as it was."""
+def hook(place: Place, edit: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Pass the activations of a place through ``edit``, the rest of what its module takes or returns as it was.
+
+    What a backend of another kind is built on; the caller removes the hook.
+    """
 
     def part(hidden: Tensor) -> Tensor:
         if place.columns is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 import torch
 from jaxtyping import Float
 from pydantic import BaseModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from featurizers.derivatives import Derivatives, Error
 from featurizers.errors import ShapeError, UsageError
@@ -19,6 +19,8 @@ from featurizers.sites import Site
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
+
+    from featurizers.attached import Attached
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
@@ -47,7 +49,8 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         id: a name for people; its kind unless set.
         site: where in which model it belongs, if known.
         revision: commit that it was loaded from, if any.
-        feature_sets: named indices (int64) or masks (any other dtype) that belong to it; saved with it.
+        feature_sets: named indices (int64) or masks (any other dtype) that belong to it; saved with it. ``selected``
+            are the features that a search found, which `attach` interchanges.
         metadata: anything that JSON can hold; saved with it.
         special_tokens: ids of tokens whose activations `featurizers.intervene` leaves as they are.
     """
@@ -362,6 +365,13 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         from featurizers import pyvene
 
         return pyvene.bind(pyvene.FeatureMaskIntervention, self)
+
+    @final
+    def attach(self, model: nn.Module, *, any_model: bool = False) -> Attached:
+        """This featurizer at its site of a model, ready to intervene with; see `featurizers.attach`."""
+        from featurizers.attached import attach
+
+        return attach(model, self, any_model=any_model)
 
     @final
     def save_pretrained(self, folder: str | Path) -> Path:
