@@ -19,6 +19,7 @@ class SigmoidGate(nn.Module):
         n_features: number of features.
         temperature: divides the logits; towards 0 the gate becomes a step.
         hard: whether the gate is exactly 0 or 1: 1 where the logit is positive.
+        tied: whether one logit stands for all features.
 
     Example:
         >>> gate = SigmoidGate(3, hard=True)
@@ -27,9 +28,12 @@ class SigmoidGate(nn.Module):
         tensor([1., 0., 0.])
     """
 
-    def __init__(self, n_features: int, *, temperature: float = 1.0, hard: bool = False) -> None:
+    def __init__(
+        self, n_features: int, *, temperature: float = 1.0, hard: bool = False, tied: bool = False
+    ) -> None:
         super().__init__()
-        self.logits = nn.Parameter(torch.zeros(n_features))
+        self.n_features = n_features
+        self.logits = nn.Parameter(torch.zeros(1 if tied else n_features))
         self.temperature = temperature
         self.hard = hard
 
@@ -47,11 +51,17 @@ class SigmoidGate(nn.Module):
 
     def soft(self) -> Float[Tensor, " n_features"]:
         """``sigmoid(logits / temperature)``, whatever ``hard`` is."""
-        return torch.sigmoid(self.logits / self.temperature)
+        return torch.sigmoid(self.logits / self.temperature).expand(self.n_features)
 
     def forward(self) -> Float[Tensor, " n_features"]:
         """The gate, between 0 (keep the base) and 1 (take the source)."""
-        return (self.logits > 0).to(self.logits.dtype) if self.hard else self.soft()
+        if not self.hard:
+            return self.soft()
+        return (self.logits > 0).to(self.logits.dtype).expand(self.n_features)
+
+    def selected(self) -> Tensor:
+        """Numbers of the features whose hard gate is 1, int64."""
+        return (self.logits.detach() > 0).expand(self.n_features).nonzero().squeeze(-1)
 
     def sparsity_loss(self) -> Float[Tensor, ""]:
         """Sum of the soft gates: the expected number of features that are swapped."""

@@ -1,0 +1,249 @@
+"""Methods of search: what is trained at a site, and how a source's features are taken through it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import featurizers
+import torch
+from featurizers import Featurizer, SigmoidGate
+from featurizers.attached import GATE_LOGITS, SELECTED
+from featurizers.errors import UsageError
+from torch import Tensor, nn
+
+from featurizers_training.gates import BoundaryGate
+
+
+class Searched(nn.Module):
+    """What is trained at one site: a featurizer, and a gate on its features or none.
+
+    Args:
+        featurizer: the features; those of its parameters that require a gradient are trained.
+        gate: how far each feature is taken from the source; None takes all features whole.
+    """
+
+    def __init__(self, featurizer: Featurizer[Any], gate: SigmoidGate | BoundaryGate | None = None) -> None:
+        super().__init__()
+        self.featurizer = featurizer
+        self.gate = gate
+
+    def forward(self, base: Tensor, source: Tensor) -> Tensor:
+        """Activations ``(*batch, d)`` of the base with the features of the source."""
+        if self.gate is None:
+            return self.featurizer.interchange(base, source)
+        return self.featurizer.mask(base, source, self.gate())
+
+    def found(self) -> Featurizer[Any]:
+        """The featurizer with the features that the gate selects, and the gate's logits, as feature sets."""
+        if self.gate is not None:
+            self.featurizer.feature_sets[SELECTED] = self.gate.selected()
+            if isinstance(self.gate, SigmoidGate):
+                self.featurizer.feature_sets[GATE_LOGITS] = self.gate.logits.detach().clone()
+        return self.featurizer
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Base of the methods; each is a frozen description.
+
+    Attributes:
+        name: what the command line and an artefact call it.
+        lr: learning rate of the featurizer's parameters.
+    """
+
+    name: ClassVar[str]
+    lr: float = field(default=1e-2, kw_only=True)
+
+    @abstractmethod
+    def search(self, d_in: int, seed: int, through: Featurizer[Any] | None) -> Searched:
+        """What to train at a site of width ``d_in``.
+
+        Args:
+            d_in: width of the activations.
+            seed: of what begins at random.
+            through: a featurizer in whose features the search is made; it is not trained.
+        """
+
+    def anneal(self, searched: Searched, progress: float) -> None:
+        """Set what changes in the course of a search, ``progress`` from 0 to 1."""
+
+    def penalty(self, searched: Searched) -> Tensor:
+        """What is added to the loss, for one site."""
+        return torch.zeros(())
+
+    def groups(self, searched: nn.Module) -> list[dict[str, Any]]:
+        """The trained parameters with their learning rates, as an optimizer takes them."""
+        gates = {
+            p
+            for module in searched.modules()
+            if isinstance(module, Searched) and module.gate
+            for p in module.gate.parameters()
+        }
+        others = [p for p in searched.parameters() if p.requires_grad and p not in gates]
+        groups = [{"params": others, "lr": self.lr}, {"params": list(gates), "lr": getattr(self, "gate_lr", self.lr)}]
+        return [group for group in groups if group["params"]]
+
+
+@dataclass(frozen=True)
+class DAS(Method):
+    """Distributed alignment search: a rotated subspace whose features are interchanged.
+
+    Geiger et al. 2023, arXiv:2303.02536.
+
+    Attributes:
+        n_features: dimensions of the subspace.
+    """
+
+    name: ClassVar[str] = "das"
+    n_features: int
+
+    def search(self, d_in: int, seed: int, through: Featurizer[Any] | None) -> Searched:
+        """A random orthonormal basis."""
+        return Searched(_rotation(d_in, self.n_features, seed, through))
+
+
+@dataclass(frozen=True)
+class DBM(Method):
+    """Differential binary masking: which features of a given featurizer are interchanged, all of them soft at first.
+
+    De Cao et al. 2020, arXiv:2004.14992; on the neurons themselves where no featurizer is given. The gate of a feature
+    is ``sigmoid(logit / temperature)``; the temperature falls from ``temperature[0]`` to ``temperature[1]`` in geometric
+    steps over the first ``annealing`` of the search and stays. A feature is selected where its logit is positive.
+
+    Attributes:
+        sparsity: what is added to the loss for each feature that is taken, by its soft gate.
+        temperature: first and last.
+        annealing: share of the search in which the temperature falls.
+        gate_lr: learning rate of the logits.
+        tied: whether one logit stands for all features, so that a site is taken whole or not.
+    """
+
+    name: ClassVar[str] = "dbm"
+    sparsity: float = 0.0
+    temperature: tuple[float, float] = (1.0, 0.01)
+    annealing: float = 0.5
+    gate_lr: float = 5e-2
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what is no schedule."""
+        if not min(self.temperature) > 0 or not 0 < self.annealing <= 1:
+            raise UsageError("temperatures are positive, and annealing is the share of the search, above 0 and up to 1")
+
+    def search(self, d_in: int, seed: int, through: Featurizer[Any] | None) -> Searched:
+        """The featurizer as it is, and a gate of logits 0."""
+        featurizer = featurizers.create("identity", d_in=d_in) if through is None else through
+        return Searched(featurizer.requires_grad_(False), self._gate(featurizer))
+
+    def _gate(self, featurizer: Featurizer[Any]) -> SigmoidGate:
+        if featurizer.n_features is None:
+            raise UsageError(f"a mask needs the number of features; create {featurizer.kind!r} with d_in")
+        return SigmoidGate(featurizer.n_features, temperature=self.temperature[0], tied=self.tied)
+
+    def anneal(self, searched: Searched, progress: float) -> None:
+        """Set the temperature."""
+        assert isinstance(searched.gate, SigmoidGate)
+        first, last = self.temperature
+        searched.gate.temperature = first * (last / first) ** min(progress / self.annealing, 1.0)
+
+    def penalty(self, searched: Searched) -> Tensor:
+        """The expected number of features that are taken, times ``sparsity``."""
+        assert isinstance(searched.gate, SigmoidGate)
+        return self.sparsity * searched.gate.sparsity_loss()
+
+
+@dataclass(frozen=True)
+class DASDBM(DBM):
+    """DAS and DBM at once: a rotated subspace is trained, and which of its features are interchanged.
+
+    Attributes:
+        n_features: dimensions of the subspace; all if None.
+    """
+
+    name: ClassVar[str] = "das+dbm"
+    n_features: int | None = None
+
+    def search(self, d_in: int, seed: int, through: Featurizer[Any] | None) -> Searched:
+        """A random orthonormal basis, and a gate of logits 0."""
+        featurizer = _rotation(d_in, self.n_features, seed, through)
+        return Searched(featurizer, self._gate(featurizer))
+
+
+@dataclass(frozen=True)
+class BoundlessDAS(Method):
+    """Boundless DAS: a rotation of the whole space, of which the first features are taken up to a learned boundary.
+
+    Wu et al. 2023, arXiv:2305.08809. The gate is a `BoundaryGate`; its temperature falls in geometric steps.
+
+    Attributes:
+        sparsity: what is added to the loss if every feature is taken; in proportion for fewer.
+        temperature: first and last, in features.
+        start: share of the features within the boundary at first.
+        gate_lr: learning rate of the boundary, as a share of the features.
+    """
+
+    name: ClassVar[str] = "boundless"
+    sparsity: float = 0.0
+    temperature: tuple[float, float] = (50.0, 0.1)
+    start: float = 0.5
+    gate_lr: float = 1e-2
+
+    def __post_init__(self) -> None:
+        """Refuse what is no schedule."""
+        if not min(self.temperature) > 0 or not 0 < self.start <= 1:
+            raise UsageError("temperatures are positive, and start is a share of the features, above 0 and up to 1")
+
+    def search(self, d_in: int, seed: int, through: Featurizer[Any] | None) -> Searched:
+        """A random rotation, and a boundary at ``start``."""
+        featurizer = _rotation(d_in, None, seed, through)
+        assert featurizer.n_features is not None
+        return Searched(featurizer, BoundaryGate(featurizer.n_features, self.start, self.temperature[0]))
+
+    def anneal(self, searched: Searched, progress: float) -> None:
+        """Set the temperature."""
+        assert isinstance(searched.gate, BoundaryGate)
+        first, last = self.temperature
+        searched.gate.temperature = first * (last / first) ** progress
+
+    def penalty(self, searched: Searched) -> Tensor:
+        """The share of features within the boundary, times ``sparsity``."""
+        assert isinstance(searched.gate, BoundaryGate)
+        return self.sparsity * searched.gate.boundary.squeeze()
+
+
+@dataclass(frozen=True)
+class FullVector(Method):
+    """No search: the whole vector is interchanged, or all features of a given featurizer. A baseline."""
+
+    name: ClassVar[str] = "full vector"
+
+    def search(self, d_in: int, seed: int, through: Featurizer[Any] | None) -> Searched:
+        """The identity."""
+        featurizer = featurizers.create("identity", d_in=d_in) if through is None else through
+        return Searched(featurizer.requires_grad_(False))
+
+
+@dataclass(frozen=True)
+class RandomSubspace(DAS):
+    """No search: a random subspace is interchanged. A baseline for `DAS` of the same size."""
+
+    name: ClassVar[str] = "random"
+
+    def search(self, d_in: int, seed: int, through: Featurizer[Any] | None) -> Searched:
+        """A random orthonormal basis, which is not trained."""
+        return Searched(_rotation(d_in, self.n_features, seed, through).requires_grad_(False))
+
+
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (DAS, DBM, DASDBM, BoundlessDAS)}
+"""The searches, by name."""
+
+
+def _rotation(d_in: int, n_features: int | None, seed: int, through: Featurizer[Any] | None) -> Featurizer[Any]:
+    width = d_in if through is None else through.n_features
+    if width is None:
+        raise UsageError("a rotation needs the number of features; create the featurizer with d_in")
+    k = width if n_features is None else n_features
+    subspace = featurizers.create("subspace", d_in=width, n_features=k, seed=seed)
+    return subspace if through is None else through.requires_grad_(False) >> subspace

@@ -1,0 +1,471 @@
+"""What a frozen model computes without interventions, kept, so that a run with one begins where the first edit is."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import featurizers
+import torch
+from featurizers import Featurizer, Site
+from featurizers.anatomy import Anatomy, first_tensor
+from featurizers.backend import collect, gather, hook, intervene, scatter
+from featurizers.errors import SiteError, UsageError
+from featurizers.operations import SourcedOperation
+from torch import Tensor, nn
+
+from featurizers_training.pairs import Pair, Pairs, Tokens
+
+Edit = Callable[[Tensor, Tensor], Tensor]
+"""From activations of base and source at one site, ``(batch, n_positions, d)``, to those that the base shall have."""
+KeyT = TypeVar("KeyT", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Work:
+    """An edit at a site, by the number of the site, and the featurizer that it goes through."""
+
+    site: int
+    featurizer: Featurizer[Any]
+    edit: Edit
+
+
+@dataclass(frozen=True, eq=False)
+class _Edited(SourcedOperation):
+    """An edit as an operation of `featurizers.intervene`."""
+
+    edit: Edit = field(kw_only=True)
+
+    def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
+        """Whatever the edit makes of base and source."""
+        assert source is not None, "the sources are tensors"
+        return self.edit(base, source)
+
+
+class CleanRuns:
+    """The clean runs of a model on the prompts of pairs, and runs with edits that begin where these end.
+
+    Activations of the sources are collected once. Of each base there are kept what the block before the first site
+    gave for the tokens from the first edited one on, and the keys and values of the tokens before that in all later
+    blocks. A run with edits then computes the later blocks for the later tokens alone, and logits of the answer's
+    tokens alone, which is exact: what is left out is what no edit reaches. Each distinct prompt is run once.
+
+    Args:
+        model: a decoder of `transformers` in evaluation mode.
+        pairs: what to run it on.
+        sites: where edits may be.
+        batch_size: prompts a clean run.
+        cache_bytes: how much may be kept; beyond that less is kept and more computed again.
+        plain: keep nothing but the sources, and run the whole model each time.
+
+    Attributes:
+        answers: what the model answers without edits, ``(n_pairs, n_label)`` tokens, given the label's tokens so far.
+        kept: what a run with edits leaves out: ``tokens`` before the first edited one, ``layers``, or nothing.
+
+    Raises:
+        UsageError: the model is in training mode, or the pairs do not fit the sites.
+        SiteError: the model does not have a site.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pairs: Pairs,
+        sites: Sequence[Site | str],
+        *,
+        batch_size: int = 32,
+        cache_bytes: int = 2**31,
+        plain: bool = False,
+    ) -> None:
+        if model.training:
+            raise UsageError("the model is in training mode, so that its runs differ; call model.eval()")
+        self.model, self.pairs = model, pairs
+        self.sites = [Site.parse(site) for site in sites]
+        self.anatomy = Anatomy(model)
+        self.places = [self.anatomy.place(site) for site in self.sites]
+        self.device = next(model.parameters()).device
+        _check_fit(pairs, len(self.sites))
+        self._batch_size = batch_size
+        self._base_positions = [
+            torch.tensor([_of_site(pair.base_positions, j) for pair in pairs]) for j in range(len(self.sites))
+        ]
+        self._n_label = torch.tensor([len(pair.label) for pair in pairs])
+        self._label_start = torch.tensor([len(pair.base) - 1 for pair in pairs])
+        self._head = _head_of(model)
+        self._sources = self._read_sources()
+        self._first = torch.stack([p.amin(dim=-1) for p in self._base_positions]).amin(dim=0)
+        self._runs, self._run_of = _distinct([(pair.run, int(p)) for pair, p in zip(pairs, self._first, strict=True)])
+        self._starts = sorted({self._last_clean_block(site) for site in self.sites})
+        self._hidden: dict[int, Tensor] = {}
+        self._wraps: dict[int, Callable[[Tensor], Any]] = {}
+        self._keys: dict[int, tuple[Tensor, Tensor]] = {}
+        self.kept: tuple[str, ...] = ()
+        self.answers = self._run_bases(0 if plain else cache_bytes)
+        if self.kept:
+            self._verify()
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.pairs)
+
+    def width(self, site: int) -> int:
+        """Width of the activations at a site, by its number."""
+        return self._sources[site][0].shape[-1]
+
+    def sources(self, site: int, rows: Sequence[int]) -> Tensor:
+        """Activations ``(rows, n_positions, d)`` of the sources at a site, by its number."""
+        tensor, row_of = self._sources[site]
+        return tensor[row_of[list(rows)].to(tensor.device)]
+
+    def labels(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The labels ``(rows, n_label)`` and which of them are there, for labels of different lengths."""
+        return _padded([self.pairs[row].label for row in rows], self.device)
+
+    def base_labels(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What the base is answered with, likewise.
+
+        Raises:
+            UsageError: a pair does not say.
+        """
+        labels = [self.pairs[row].base_label for row in rows]
+        if any(label is None for label in labels):
+            raise UsageError("the objective needs what the model answers without an intervention: a base_label a pair")
+        return _padded([label or () for label in labels], self.device)
+
+    def logits(self, rows: Sequence[int], work: Sequence[Work]) -> Tensor:
+        """Logits ``(rows, n_label, vocabulary)`` of the tokens of the answer after edits; n_label is the largest.
+
+        The k-th is of the label's k-th token, given the base and the label's tokens before it.
+        """
+        if not self.kept:
+            return self.plain_logits(rows, work)
+        rows = list(rows)
+        start = min(self._last_clean_block(self.sites[one.site]) for one in work) if work else self._starts[0]
+        start = max(known for known in self._starts if known <= start)
+        run_rows = self._run_of[rows]
+        inputs, prefix = self._inputs(run_rows, start)
+        with ExitStack() as hooks:
+            if start >= 0:
+                length = inputs["input_ids"].shape[1]
+                hooks.enter_context(self._restarted(start, self._hidden[start][run_rows][:, :length]))
+            for one in work:
+                columns = (self._base_positions[one.site][rows] - prefix.unsqueeze(-1)).to(self.device)
+                edit = self._at(columns, one, rows, inputs["input_ids"])
+                hooks.callback(hook(self.places[one.site], edit).remove)
+            return self._answer_logits(inputs, self._answer_columns(rows, prefix))
+
+    def plain_logits(self, rows: Sequence[int], work: Sequence[Work]) -> Tensor:
+        """As `logits`, by whole runs of the model through `featurizers.intervene`."""
+        rows = list(rows)
+        ids, mask = _padded([self.pairs[row].run for row in rows], self.device)
+        operations: dict[Site, list[_Edited]] = {}
+        for one in work:
+            operation = _Edited(
+                one.featurizer,
+                source=self.sources(one.site, rows),
+                positions=self._base_positions[one.site][rows],
+                edit=one.edit,
+            )
+            operations.setdefault(self.sites[one.site], []).append(operation)
+        inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
+        with intervene(self.model, operations):
+            return self._answer_logits(inputs, self._answer_columns(rows, torch.zeros(len(rows), dtype=torch.long)))
+
+    # ------------------------------------------------------------------ clean runs
+
+    @torch.no_grad()
+    def _read_sources(self) -> list[tuple[Tensor, Tensor]]:
+        """For each site the activations of distinct sources ``(n, n_positions, d)``, and which is that of each pair."""
+        wanted: dict[tuple[tuple[Tokens, Tokens], ...], list[int]] = {}
+        for j in range(len(self.sites)):
+            keys = tuple((_of_site(pair.sources, j), _of_site(pair.source_positions, j)) for pair in self.pairs)
+            wanted.setdefault(keys, []).append(j)
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for keys, numbers in wanted.items():
+            distinct, row_of = _distinct(keys)
+            parts = []
+            order = sorted(range(len(distinct)), key=lambda i: len(distinct[i][0]))  # least padding
+            for chunk in _chunks(order, self._batch_size):
+                ids, mask = _padded([distinct[i][0] for i in chunk], self.device)
+                positions = torch.tensor([distinct[i][1] for i in chunk])
+                inputs = {"input_ids": ids, "attention_mask": mask.long()}
+                parts.append(collect(self.model, inputs, [self.sites[j] for j in numbers], positions=positions))
+            back = torch.tensor(order).argsort().to(self.device)
+            for j in numbers:
+                found[j] = torch.cat([part[self.sites[j]] for part in parts])[back], row_of
+        return [found[j] for j in range(len(self.sites))]
+
+    @torch.no_grad()
+    def _run_bases(self, cache_bytes: int) -> Tensor:
+        """Run each distinct base once, keep what runs with edits begin from, and return the model's own answers."""
+        blocks: Any = self.anatomy.layers if cache_bytes else []
+        keeping = cache_bytes > 0
+        caching = keeping and _takes_cache(self.model)
+        of_run = {int(run): row for row, run in enumerate(self._run_of)}  # any pair of it: their answers are one place
+        answers: dict[int, Tensor] = {}
+        order = sorted(range(len(self._runs)), key=lambda i: len(self._runs[i][0]))
+        for chunk in _chunks(order, self._batch_size):
+            ids, mask = _padded([self._runs[i][0] for i in chunk], self.device)
+            inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": caching}
+            cache = _empty_cache() if caching else None
+            seen: dict[int, Tensor] = {}
+            with ExitStack() as hooks:
+                for start in [start for start in self._starts if start >= 0 and keeping]:
+                    hooks.callback(blocks[start].register_forward_hook(self._note(start, seen)).remove)
+                rows = [of_run[i] for i in chunk]
+                columns = self._answer_columns(rows, torch.zeros(len(rows), dtype=torch.long))
+                logits = self._answer_logits({**inputs, **_cache_argument(self.model, cache)}, columns)
+            answers.update(zip(chunk, logits.argmax(-1).cpu(), strict=True))
+            if keeping:
+                keeping = self._keep(chunk, seen, cache, cache_bytes)
+        width = int(self._n_label.max())
+        padded = torch.stack([nn.functional.pad(answers[i], (0, width - len(answers[i]))) for i in range(len(answers))])
+        return padded[self._run_of].to(self.device)
+
+    def _note(self, start: int, seen: dict[int, Tensor]) -> Callable[..., None]:
+        def note(_: nn.Module, __: Any, output: Any) -> None:
+            seen[start] = first_tensor(output)
+            rest = len(output) - 1 if isinstance(output, tuple) else None
+            self._wraps[start] = (lambda x: x) if rest is None else (lambda x: (x, *[None] * rest))
+
+        return note
+
+    def _keep(self, chunk: list[int], seen: dict[int, Tensor], cache: Any, budget: int) -> bool:
+        """Store what one clean run gave, unless that is too much."""
+        if not self.kept and not self._make_room(seen, getattr(cache, "layers", []), budget):
+            return False
+        for row, i in enumerate(chunk):
+            run, first = self._runs[i]
+            for start, x in seen.items():
+                self._hidden[start][i, : len(run) - first] = x[row, first : len(run)]
+            for layer, kept in self._keys.items():
+                for room, x in zip(kept, (cache.layers[layer].keys, cache.layers[layer].values), strict=True):
+                    # the tokens before end where the others begin, so that their padding is on the left
+                    room[i, :, room.shape[2] - first :] = x[row, :, :first]
+        return True
+
+    def _make_room(self, seen: dict[int, Tensor], layers: Sequence[Any], budget: int) -> bool:
+        """Make tensors for what is kept of all bases, whose sizes the first clean run tells; False if it is too much."""
+        n, blocks = len(self._runs), range(self._starts[0] + 1, self.anatomy.n_layers)
+        longest = max(first for _, first in self._runs)
+        usable = longest > 0 and len(layers) == self.anatomy.n_layers and all(_is_keys(layers[i]) for i in blocks)
+        states = {i: (layers[i].keys, layers[i].values) for i in blocks} if usable else {}
+        a_token = sum(x.shape[-1] * x.element_size() for x in seen.values())
+        keys = sum(x[0, :, 0].numel() * x.element_size() * longest for pair in states.values() for x in pair)
+        width = max(len(run) - first for run, first in self._runs)
+        if not usable or n * (keys + a_token * width) > budget:
+            states, width = {}, max(len(run) for run, _ in self._runs)
+            self._runs = [(run, 0) for run, _ in self._runs]
+            if not seen or n * a_token * width > budget:
+                return False
+        self._hidden = {start: x.new_zeros(n, width, x.shape[-1]) for start, x in seen.items()}
+        for i, (k, v) in states.items():
+            shapes = [(n, x.shape[1], longest, x.shape[3]) for x in (k, v)]
+            self._keys[i] = k.new_zeros(shapes[0]), v.new_zeros(shapes[1])
+        self.kept = ("tokens",) * bool(states) + ("layers",) * bool(seen)
+        return True
+
+    @torch.no_grad()
+    def _verify(self) -> None:
+        """Keep nothing if a run from what is kept is not the whole run: an architecture may do what is not foreseen."""
+        order = sorted(range(len(self)), key=lambda row: len(self.pairs[row].run))
+        rows = [order[i * (len(order) - 1) // 3] for i in range(4)] if len(order) > 3 else order
+        identity = featurizers.create("identity")
+        work = [Work(j, identity, lambda base, source: (base + source) / 2) for j in range(len(self.sites))]
+        try:
+            found, wanted = self.logits(rows, work).float(), self.plain_logits(rows, work).float()
+            differ = float((found - wanted).abs().max() / wanted.std().clamp_min(1e-12))
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            if differ <= (1e-2 if _is_precise(self.model) else 0.2):
+                return
+            reason = f"its logits differ by {differ:.2g} of their standard deviation"
+        self.kept = ()
+        self._hidden, self._keys = {}, {}
+        warnings.warn(
+            f"a {type(self.model).__name__} cannot be run from the middle ({reason}); it is run whole, which is slower",
+            stacklevel=3,
+        )
+
+    # ------------------------------------------------------------------ runs with edits
+
+    def _inputs(self, run_rows: Tensor, start: int) -> tuple[dict[str, Any], Tensor]:
+        """Arguments of the model for the tokens from the first edited one on, and how many there are before them."""
+        runs = [self._runs[i] for i in run_rows.tolist()]
+        prefix = torch.tensor([first for _, first in runs])
+        ids, mask = _padded([run[first:] for run, first in runs], self.device)
+        longest = int(prefix.max())
+        if not self._keys or not longest:
+            return {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}, prefix
+        before = torch.arange(longest) >= (longest - prefix).unsqueeze(-1)
+        mask = torch.cat([before.to(self.device), mask], dim=1).long()
+        positions = prefix.unsqueeze(-1).to(self.device) + torch.arange(ids.shape[1], device=self.device)
+        cache = self._cache(run_rows, start, longest)
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": True, **_cache_argument(self.model, cache)}
+        if _takes(self.model, "position_ids"):
+            inputs["position_ids"] = positions
+        return inputs, prefix
+
+    def _cache(self, run_rows: Tensor, start: int, longest: int) -> Any:
+        """Keys and values of the tokens before the first edited one; blocks that do not run have a mere length."""
+        from transformers import DynamicCache
+
+        states = []
+        for layer in range(self.anatomy.n_layers):
+            if layer <= start:
+                stand_in = torch.zeros(1, 1, 1, 1, device=self.device).expand(len(run_rows), 1, longest, 1)
+                states.append((stand_in, stand_in))
+            else:
+                states.append(tuple(x[run_rows][:, :, x.shape[2] - longest :] for x in self._keys[layer]))  # type: ignore[arg-type]
+        return DynamicCache(states)
+
+    @contextmanager
+    def _restarted(self, start: int, hidden: Tensor) -> Iterator[None]:
+        """The model with ``hidden`` as the output of block ``start``, and without the blocks before it."""
+        blocks: Any = self.anatomy.layers
+        wrap = self._wraps[start]
+        with ExitStack() as stack:
+            for i in range(start + 1):
+                given: Callable[..., Any] = (
+                    (lambda x, *_, **__: wrap(x)) if i < start else (lambda *_, **__: wrap(hidden))
+                )
+                stack.enter_context(_forward_of(blocks[i], given))
+            yield
+
+    def _at(self, columns: Tensor, one: Work, rows: list[int], ids: Tensor) -> Callable[[Tensor], Tensor]:
+        def edit(hidden: Tensor) -> Tensor:
+            base = gather(hidden, columns)
+            edited = one.edit(base, self.sources(one.site, rows).to(base.device))
+            if special := one.featurizer.special_tokens:
+                alone = torch.isin(ids.gather(1, columns), torch.tensor(special, device=ids.device))
+                edited = torch.where(alone.unsqueeze(-1), base, edited)
+            return scatter(hidden, columns, edited)
+
+        return edit
+
+    def _answer_columns(self, rows: Sequence[int], prefix: Tensor) -> Tensor:
+        """Which columns of a run predict the tokens of the answer, ``(rows, n_label)``; the last again where fewer do."""
+        n_label = self._n_label[list(rows)].unsqueeze(-1)
+        steps = torch.minimum(torch.arange(int(n_label.max())).unsqueeze(0), n_label - 1)
+        return (self._label_start[list(rows)] - prefix).unsqueeze(-1) + steps
+
+    def _answer_logits(self, inputs: dict[str, Any], columns: Tensor) -> Tensor:
+        """The model's logits in some columns alone: ``(batch, n, vocabulary)``."""
+        columns = columns.to(self.device)
+        if self._head is None:
+            return gather(self.model(**inputs).logits, columns)
+
+        def narrow(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (gather(args[0], columns), *args[1:])
+
+        handle = self._head.register_forward_pre_hook(narrow)
+        try:
+            logits: Tensor = self.model(**inputs).logits
+        finally:
+            handle.remove()
+        return logits
+
+    def _last_clean_block(self, site: Site) -> int:
+        """The last block whose output an edit at the site leaves as it was but for the edit itself, or -1."""
+        if site.layer is not None:
+            return site.layer if site.kind == "resid.post" else site.layer - 1
+        if site.kind == "norm.out":
+            return self.anatomy.n_layers - 1
+        if site.module is not None:
+            try:
+                inside = site.module.removeprefix(f"{self.anatomy.blocks.layers}.")
+            except SiteError:
+                return -1
+            number, _, rest = inside.partition(".")
+            if inside != site.module and number.isdecimal():
+                return int(number) if site.side == "output" and not rest else int(number) - 1
+        return -1
+
+
+def _is_precise(model: nn.Module) -> bool:
+    """Whether the model's rounding is small beside its logits."""
+    return next(model.parameters()).dtype in (torch.float32, torch.float64)
+
+
+def _check_fit(pairs: Sequence[Pair], n_sites: int) -> None:
+    for i, pair in enumerate(pairs):
+        for found in (pair.sources, pair.base_positions, pair.source_positions):
+            if len(found) not in (1, n_sites):
+                raise UsageError(f"pair {i} is for {len(found)} sites, and the search has {n_sites}")
+        for j in range(n_sites):
+            count, first = (len(_of_site(p.base_positions, j)) for p in (pair, pairs[0]))
+            if count != first:
+                raise UsageError(f"pair {i} has {count} positions and pair 0 has {first}; give the same number to all")
+
+
+def _of_site(given: tuple[Any, ...], site: int) -> Any:
+    return given[0] if len(given) == 1 else given[site]
+
+
+def _distinct(keys: Sequence[KeyT]) -> tuple[list[KeyT], Tensor]:
+    """The distinct keys in order, and which of them each one is."""
+    numbers: dict[KeyT, int] = {}
+    rows = [numbers.setdefault(key, len(numbers)) for key in keys]
+    return list(numbers), torch.tensor(rows)
+
+
+def _chunks(order: list[int], size: int) -> Iterator[list[int]]:
+    for i in range(0, len(order), size):
+        yield order[i : i + size]
+
+
+def _padded(rows: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids padded on the right, and which of them are tokens."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows], device=device)
+    return ids, mask
+
+
+def _head_of(model: nn.Module) -> nn.Module | None:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    return name in inspect.signature(type(model).forward).parameters
+
+
+def _takes_cache(model: nn.Module) -> bool:
+    return _takes(model, "cache") or _takes(model, "past_key_values")
+
+
+def _cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The cache by the name that this version of transformers gives it."""
+    return {} if cache is None else {"cache" if _takes(model, "cache") else "past_key_values": cache}
+
+
+def _empty_cache() -> Any:
+    """A cache that keeps every token, in layers with a window too."""
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+def _is_keys(layer: Any) -> bool:
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    return isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.dim() == values.dim() == 4
+
+
+@contextmanager
+def _forward_of(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """The block with another ``forward``, its hooks as they are."""
+    before = vars(block).get("forward")
+    vars(block)["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del vars(block)["forward"]
+        else:
+            vars(block)["forward"] = before
