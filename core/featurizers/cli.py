@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from featurizers.commands import Commands
 from featurizers.errors import CachedCopyWarning, FeaturizerError, SourceError, one_line
 from featurizers.manifest import (
     CARD_NAME,
@@ -33,6 +34,7 @@ from featurizers.manifest import (
 
 app = typer.Typer(
     name="featurizers",
+    cls=Commands,
     help="Load any featurizer by its id, whoever made it, and intervene through it.",
     no_args_is_help=True,
     add_completion=False,

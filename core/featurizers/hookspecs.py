@@ -15,6 +15,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from torch import nn
+    from typer import Typer
 
     from featurizers.anatomy import Blocks
     from featurizers.featurizer import Featurizer
@@ -72,4 +73,14 @@ def featurizers_write(featurizer: Featurizer[Any], folder: Path) -> list[str] | 
 
     Asked of the plugin that is named, by ``featurizers convert --to``. One sentence for each thing that is lost; it
     raises `featurizers.errors.ConversionError` if the format cannot hold the map itself.
+    """
+
+
+@hookspec
+def featurizers_commands(app: Typer) -> None:
+    """Add this plugin's commands to the ``featurizers`` command: to an empty `typer.Typer`, as to any other.
+
+    Asked once, when a command is called that is not the core's, or when all are listed. A sub-application added by
+    ``app.add_typer(typer.Typer(), name="fit")`` joins those that other plugins give that name. A function imports
+    what is heavy itself, and its errors are ``FeaturizerError``.
     """

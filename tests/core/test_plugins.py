@@ -669,3 +669,95 @@ def test_a_rule_of_the_core_is_not_replaced(install):
     assert host.rule("relu") is relu
     assert host.rule("leaky.relu").name == "leaky.relu"
     assert info(host, "relu").state == "failed"
+
+
+# ---------------------------------------------------------------------- commands
+
+COMMAND = """
+    import featurizers, typer
+
+    @featurizers.hookimpl
+    def featurizers_commands(app):
+        fit = typer.Typer(help="Fit a featurizer.")
+        app.add_typer(fit, name="fit")
+
+        @fit.command("{name}")
+        def command(size: int = 1):
+            "Fit it."
+            print("fitted {name}", size)
+
+        @app.command("{top}")
+        def other():
+            "Do it."
+            print("did {top}")
+"""
+
+
+def call(*words):
+    """Exit code and output of the ``featurizers`` command, or the error of ours that it raises."""
+    from featurizers.cli import app
+    from typer.testing import CliRunner
+
+    result = CliRunner().invoke(app, words)
+    if isinstance(result.exception, PluginError):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def test_plugins_add_commands_and_members_of_one_group(install, fresh):
+    install("one", COMMAND.format(name="one", top="evaluate"))
+    install("two", COMMAND.format(name="two", top="two"))
+    assert call("fit", "one", "--size", "3") == (0, "fitted one 3\n")
+    assert call("fit", "two") == (0, "fitted two 1\n")
+    assert call("evaluate") == (0, "did evaluate\n")
+    assert call("two") == (0, "did two\n")
+    help_of_all = call("--help")[1]
+    assert all(f"\n  {name} " in help_of_all for name in ("plugins", "demo", "fit", "evaluate", "two"))
+    assert all(name in call("fit", "--help")[1] for name in ("one", "two", "Fit it."))
+    assert call("fit", "three")[0] == call("three")[0] == 2
+
+
+def test_a_command_imports_the_plugin_that_is_named_and_no_other(install, fresh, imports):
+    install("one", COMMAND.format(name="one", top="evaluate"))
+    install("other", imported())
+    assert call("plugins")[0] == 0
+    assert info(fresh(), "one").state == "available"
+    assert call("fit", "one")[0] == 0
+    assert imports() == 0
+    assert call("evaluate")[0] == 0
+    assert imports() == 1
+
+
+def test_a_command_of_two_plugins_is_neither_ones(install, fresh):
+    install("one", COMMAND.format(name="same", top="a"))
+    install("two", COMMAND.format(name="same", top="b"))
+    with pytest.raises(PluginError, match=r"'two' adds the command 'fit same', which is there already"):
+        call("fit", "same")
+    code, output = call("--help")
+    assert code == 0
+    assert "warning: the plugin 'two' adds" in output
+
+
+def test_a_command_of_the_core_is_not_replaced(install, fresh):
+    install("one", COMMAND.format(name="one", top="kinds"))
+    assert "did kinds" not in call("kinds")[1]
+    assert "adds the command 'kinds', which is there already" in call("--help")[1]
+
+
+def test_a_plugin_whose_commands_fail_does_not_hinder_the_others(install, fresh):
+    install("good", COMMAND.format(name="good", top="evaluate"))
+    install("bad", hooks(featurizers_commands="(app): raise KeyError('x')"), version="6.6")
+    install("odd", hooks(featurizers_commands="(app):\n    @app.command()\n    def odd(x: int | str): pass"))
+    assert call("evaluate") == (0, "did evaluate\n")
+    assert call("fit", "good") == (0, "fitted good 1\n")
+    code, output = call("--help")
+    assert code == 0
+    assert "warning: the plugin 'bad' of dist-bad 6.6 fails in its featurizers_commands: KeyError" in output
+    assert "warning: the commands of the plugin 'odd' cannot be used" in output
+    with pytest.raises(PluginError, match=r"no command 'frob'.*dist-bad 6\.6"):
+        call("frob")
+
+
+def test_a_command_of_a_plugin_that_is_not_installed_says_how_to_install_it(fresh):
+    with pytest.raises(UnknownKindError, match="pip install featurizers-sparsify"):
+        call("fit", "sparsify")
