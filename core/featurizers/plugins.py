@@ -48,6 +48,7 @@ FIRST_PARTY = {
     "sparsify": "featurizers-sparsify",
     "standardize": "featurizers-subspace",
     "subspace": "featurizers-subspace",
+    "training": "featurizers-training",
 }
 OWNERS = {**FIRST_PARTY, "composition": "featurizers", "dictionary": "featurizers"}  # no other may provide these
 

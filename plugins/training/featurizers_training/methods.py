@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -17,17 +18,24 @@ from featurizers_training.gates import BoundaryGate
 
 
 class Searched(nn.Module):
-    """What is trained at one site: a featurizer, and a gate on its features or none.
+    """A featurizer at one site, and a gate on its features or none.
 
     Args:
-        featurizer: the features; those of its parameters that require a gradient are trained.
-        gate: how far each feature is taken from the source; None takes all features whole.
+        featurizer: the features.
+        gate: how far each feature is taken from the source, which is trained; None takes all features whole.
+        learned: the part of the featurizer that is trained, None if it is not.
     """
 
-    def __init__(self, featurizer: Featurizer[Any], gate: SigmoidGate | BoundaryGate | None = None) -> None:
+    def __init__(
+        self,
+        featurizer: Featurizer[Any],
+        gate: SigmoidGate | BoundaryGate | None = None,
+        learned: Featurizer[Any] | None = None,
+    ) -> None:
         super().__init__()
         self.featurizer = featurizer
         self.gate = gate
+        self.learned = [] if learned is None else list(learned.parameters())
 
     def forward(self, base: Tensor, source: Tensor) -> Tensor:
         """Activations ``(*batch, d)`` of the base with the features of the source."""
@@ -66,7 +74,7 @@ class Method(ABC):
             through: a featurizer in whose features the search is made; it is not trained.
         """
 
-    def anneal(self, searched: Searched, progress: float) -> None:
+    def anneal(self, searched: Searched, progress: float) -> None:  # noqa: B027  # most have nothing to set
         """Set what changes in the course of a search, ``progress`` from 0 to 1."""
 
     def penalty(self, searched: Searched) -> Tensor:
@@ -101,7 +109,8 @@ class DAS(Method):
 
     def search(self, d_in: int, seed: int, through: Featurizer[Any] | None) -> Searched:
         """A random orthonormal basis."""
-        return Searched(_rotation(d_in, self.n_features, seed, through))
+        featurizer, subspace = _rotation(d_in, self.n_features, seed, through)
+        return Searched(featurizer, learned=subspace)
 
 
 @dataclass(frozen=True)
@@ -109,8 +118,8 @@ class DBM(Method):
     """Differential binary masking: which features of a given featurizer are interchanged, all of them soft at first.
 
     De Cao et al. 2020, arXiv:2004.14992; on the neurons themselves where no featurizer is given. The gate of a feature
-    is ``sigmoid(logit / temperature)``; the temperature falls from ``temperature[0]`` to ``temperature[1]`` in geometric
-    steps over the first ``annealing`` of the search and stays. A feature is selected where its logit is positive.
+    is ``sigmoid(logit / temperature)``; the temperature falls in geometric steps over the first ``annealing`` of the
+    search and then stays. A feature is selected where its logit is positive.
 
     Attributes:
         sparsity: what is added to the loss for each feature that is taken, by its soft gate.
@@ -134,8 +143,8 @@ class DBM(Method):
 
     def search(self, d_in: int, seed: int, through: Featurizer[Any] | None) -> Searched:
         """The featurizer as it is, and a gate of logits 0."""
-        featurizer = featurizers.create("identity", d_in=d_in) if through is None else through
-        return Searched(featurizer.requires_grad_(False), self._gate(featurizer))
+        featurizer = _given(d_in, through)
+        return Searched(featurizer, self._gate(featurizer))
 
     def _gate(self, featurizer: Featurizer[Any]) -> SigmoidGate:
         if featurizer.n_features is None:
@@ -167,8 +176,8 @@ class DASDBM(DBM):
 
     def search(self, d_in: int, seed: int, through: Featurizer[Any] | None) -> Searched:
         """A random orthonormal basis, and a gate of logits 0."""
-        featurizer = _rotation(d_in, self.n_features, seed, through)
-        return Searched(featurizer, self._gate(featurizer))
+        featurizer, subspace = _rotation(d_in, self.n_features, seed, through)
+        return Searched(featurizer, self._gate(featurizer), subspace)
 
 
 @dataclass(frozen=True)
@@ -197,9 +206,9 @@ class BoundlessDAS(Method):
 
     def search(self, d_in: int, seed: int, through: Featurizer[Any] | None) -> Searched:
         """A random rotation, and a boundary at ``start``."""
-        featurizer = _rotation(d_in, None, seed, through)
-        assert featurizer.n_features is not None
-        return Searched(featurizer, BoundaryGate(featurizer.n_features, self.start, self.temperature[0]))
+        featurizer, subspace = _rotation(d_in, None, seed, through)
+        assert subspace.n_features is not None
+        return Searched(featurizer, BoundaryGate(subspace.n_features, self.start, self.temperature[0]), subspace)
 
     def anneal(self, searched: Searched, progress: float) -> None:
         """Set the temperature."""
@@ -221,8 +230,7 @@ class FullVector(Method):
 
     def search(self, d_in: int, seed: int, through: Featurizer[Any] | None) -> Searched:
         """The identity."""
-        featurizer = featurizers.create("identity", d_in=d_in) if through is None else through
-        return Searched(featurizer.requires_grad_(False))
+        return Searched(_given(d_in, through))
 
 
 @dataclass(frozen=True)
@@ -233,17 +241,29 @@ class RandomSubspace(DAS):
 
     def search(self, d_in: int, seed: int, through: Featurizer[Any] | None) -> Searched:
         """A random orthonormal basis, which is not trained."""
-        return Searched(_rotation(d_in, self.n_features, seed, through).requires_grad_(False))
+        return Searched(_rotation(d_in, self.n_features, seed, through)[0])
 
 
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (DAS, DBM, DASDBM, BoundlessDAS)}
 """The searches, by name."""
 
 
-def _rotation(d_in: int, n_features: int | None, seed: int, through: Featurizer[Any] | None) -> Featurizer[Any]:
+def _given(d_in: int, through: Featurizer[Any] | None) -> Featurizer[Any]:
+    """The identity, or the featurizer given: its own tensors, with a name, a site and feature sets to be written to."""
+    if through is None:
+        return featurizers.create("identity", d_in=d_in)
+    shared = copy.copy(through)
+    shared.feature_sets = dict(through.feature_sets)
+    return shared
+
+
+def _rotation(
+    d_in: int, n_features: int | None, seed: int, through: Featurizer[Any] | None
+) -> tuple[Featurizer[Any], Featurizer[Any]]:
+    """A random subspace of the features of a featurizer, or of the activations; and the subspace alone."""
     width = d_in if through is None else through.n_features
     if width is None:
         raise UsageError("a rotation needs the number of features; create the featurizer with d_in")
     k = width if n_features is None else n_features
     subspace = featurizers.create("subspace", d_in=width, n_features=k, seed=seed)
-    return subspace if through is None else through.requires_grad_(False) >> subspace
+    return subspace if through is None else through >> subspace, subspace

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -14,11 +13,24 @@ import torch
 from featurizers import Featurizer, Site
 from featurizers.anatomy import Anatomy, first_tensor
 from featurizers.backend import collect, gather, hook, intervene, scatter
-from featurizers.errors import SiteError, UsageError
+from featurizers.errors import UsageError
 from featurizers.operations import SourcedOperation
 from torch import Tensor, nn
 
 from featurizers_training.pairs import Pair, Pairs, Tokens
+from featurizers_training.restarting import (
+    Wrap,
+    cache_argument,
+    empty_cache,
+    head_of,
+    is_keys,
+    last_clean_block,
+    padded,
+    restarted,
+    takes,
+    takes_cache,
+    wrap_like,
+)
 
 Edit = Callable[[Tensor, Tensor], Tensor]
 """From activations of base and source at one site, ``(batch, n_positions, d)``, to those that the base shall have."""
@@ -95,13 +107,13 @@ class CleanRuns:
         ]
         self._n_label = torch.tensor([len(pair.label) for pair in pairs])
         self._label_start = torch.tensor([len(pair.base) - 1 for pair in pairs])
-        self._head = _head_of(model)
+        self._head = head_of(model)
         self._sources = self._read_sources()
         self._first = torch.stack([p.amin(dim=-1) for p in self._base_positions]).amin(dim=0)
         self._runs, self._run_of = _distinct([(pair.run, int(p)) for pair, p in zip(pairs, self._first, strict=True)])
-        self._starts = sorted({self._last_clean_block(site) for site in self.sites})
+        self._starts = sorted({last_clean_block(self.anatomy, site) for site in self.sites})
         self._hidden: dict[int, Tensor] = {}
-        self._wraps: dict[int, Callable[[Tensor], Any]] = {}
+        self._wraps: dict[int, Wrap] = {}
         self._keys: dict[int, tuple[Tensor, Tensor]] = {}
         self.kept: tuple[str, ...] = ()
         self.answers = self._run_bases(0 if plain else cache_bytes)
@@ -123,7 +135,7 @@ class CleanRuns:
 
     def labels(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The labels ``(rows, n_label)`` and which of them are there, for labels of different lengths."""
-        return _padded([self.pairs[row].label for row in rows], self.device)
+        return padded([self.pairs[row].label for row in rows], self.device)
 
     def base_labels(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """What the base is answered with, likewise.
@@ -134,7 +146,7 @@ class CleanRuns:
         labels = [self.pairs[row].base_label for row in rows]
         if any(label is None for label in labels):
             raise UsageError("the objective needs what the model answers without an intervention: a base_label a pair")
-        return _padded([label or () for label in labels], self.device)
+        return padded([label or () for label in labels], self.device)
 
     def logits(self, rows: Sequence[int], work: Sequence[Work]) -> Tensor:
         """Logits ``(rows, n_label, vocabulary)`` of the tokens of the answer after edits; n_label is the largest.
@@ -144,14 +156,16 @@ class CleanRuns:
         if not self.kept:
             return self.plain_logits(rows, work)
         rows = list(rows)
-        start = min(self._last_clean_block(self.sites[one.site]) for one in work) if work else self._starts[0]
+        start = min(last_clean_block(self.anatomy, self.sites[one.site]) for one in work) if work else self._starts[0]
         start = max(known for known in self._starts if known <= start)
         run_rows = self._run_of[rows]
         inputs, prefix = self._inputs(run_rows, start)
         with ExitStack() as hooks:
             if start >= 0:
+                blocks: Any = self.anatomy.layers
                 length = inputs["input_ids"].shape[1]
-                hooks.enter_context(self._restarted(start, self._hidden[start][run_rows][:, :length]))
+                hidden = self._hidden[start][run_rows][:, :length]
+                hooks.enter_context(restarted(blocks, start, hidden, self._wraps[start]))
             for one in work:
                 columns = (self._base_positions[one.site][rows] - prefix.unsqueeze(-1)).to(self.device)
                 edit = self._at(columns, one, rows, inputs["input_ids"])
@@ -161,7 +175,7 @@ class CleanRuns:
     def plain_logits(self, rows: Sequence[int], work: Sequence[Work]) -> Tensor:
         """As `logits`, by whole runs of the model through `featurizers.intervene`."""
         rows = list(rows)
-        ids, mask = _padded([self.pairs[row].run for row in rows], self.device)
+        ids, mask = padded([self.pairs[row].run for row in rows], self.device)
         operations: dict[Site, list[_Edited]] = {}
         for one in work:
             operation = _Edited(
@@ -190,7 +204,7 @@ class CleanRuns:
             parts = []
             order = sorted(range(len(distinct)), key=lambda i: len(distinct[i][0]))  # least padding
             for chunk in _chunks(order, self._batch_size):
-                ids, mask = _padded([distinct[i][0] for i in chunk], self.device)
+                ids, mask = padded([distinct[i][0] for i in chunk], self.device)
                 positions = torch.tensor([distinct[i][1] for i in chunk])
                 inputs = {"input_ids": ids, "attention_mask": mask.long()}
                 parts.append(collect(self.model, inputs, [self.sites[j] for j in numbers], positions=positions))
@@ -204,33 +218,32 @@ class CleanRuns:
         """Run each distinct base once, keep what runs with edits begin from, and return the model's own answers."""
         blocks: Any = self.anatomy.layers if cache_bytes else []
         keeping = cache_bytes > 0
-        caching = keeping and _takes_cache(self.model)
+        caching = keeping and takes_cache(self.model)
         of_run = {int(run): row for row, run in enumerate(self._run_of)}  # any pair of it: their answers are one place
         answers: dict[int, Tensor] = {}
         order = sorted(range(len(self._runs)), key=lambda i: len(self._runs[i][0]))
         for chunk in _chunks(order, self._batch_size):
-            ids, mask = _padded([self._runs[i][0] for i in chunk], self.device)
+            ids, mask = padded([self._runs[i][0] for i in chunk], self.device)
             inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": caching}
-            cache = _empty_cache() if caching else None
+            cache = empty_cache() if caching else None
             seen: dict[int, Tensor] = {}
             with ExitStack() as hooks:
                 for start in [start for start in self._starts if start >= 0 and keeping]:
                     hooks.callback(blocks[start].register_forward_hook(self._note(start, seen)).remove)
-                rows = [of_run[i] for i in chunk]
-                columns = self._answer_columns(rows, torch.zeros(len(rows), dtype=torch.long))
-                logits = self._answer_logits({**inputs, **_cache_argument(self.model, cache)}, columns)
+                pairs = [of_run[i] for i in chunk]
+                columns = self._answer_columns(pairs, torch.zeros(len(pairs), dtype=torch.long))
+                logits = self._answer_logits({**inputs, **cache_argument(self.model, cache)}, columns)
             answers.update(zip(chunk, logits.argmax(-1).cpu(), strict=True))
             if keeping:
                 keeping = self._keep(chunk, seen, cache, cache_bytes)
         width = int(self._n_label.max())
-        padded = torch.stack([nn.functional.pad(answers[i], (0, width - len(answers[i]))) for i in range(len(answers))])
-        return padded[self._run_of].to(self.device)
+        rows = [nn.functional.pad(answers[i], (0, width - len(answers[i]))) for i in range(len(answers))]
+        return torch.stack(rows)[self._run_of].to(self.device)
 
     def _note(self, start: int, seen: dict[int, Tensor]) -> Callable[..., None]:
         def note(_: nn.Module, __: Any, output: Any) -> None:
             seen[start] = first_tensor(output)
-            rest = len(output) - 1 if isinstance(output, tuple) else None
-            self._wraps[start] = (lambda x: x) if rest is None else (lambda x: (x, *[None] * rest))
+            self._wraps[start] = wrap_like(output)
 
         return note
 
@@ -249,10 +262,10 @@ class CleanRuns:
         return True
 
     def _make_room(self, seen: dict[int, Tensor], layers: Sequence[Any], budget: int) -> bool:
-        """Make tensors for what is kept of all bases, whose sizes the first clean run tells; False if it is too much."""
+        """Make tensors for what is kept of all bases, whose sizes the first run tells; False if it is too much."""
         n, blocks = len(self._runs), range(self._starts[0] + 1, self.anatomy.n_layers)
         longest = max(first for _, first in self._runs)
-        usable = longest > 0 and len(layers) == self.anatomy.n_layers and all(_is_keys(layers[i]) for i in blocks)
+        usable = longest > 0 and len(layers) == self.anatomy.n_layers and all(is_keys(layers[i]) for i in blocks)
         states = {i: (layers[i].keys, layers[i].values) for i in blocks} if usable else {}
         a_token = sum(x.shape[-1] * x.element_size() for x in seen.values())
         keys = sum(x[0, :, 0].numel() * x.element_size() * longest for pair in states.values() for x in pair)
@@ -298,7 +311,7 @@ class CleanRuns:
         """Arguments of the model for the tokens from the first edited one on, and how many there are before them."""
         runs = [self._runs[i] for i in run_rows.tolist()]
         prefix = torch.tensor([first for _, first in runs])
-        ids, mask = _padded([run[first:] for run, first in runs], self.device)
+        ids, mask = padded([run[first:] for run, first in runs], self.device)
         longest = int(prefix.max())
         if not self._keys or not longest:
             return {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}, prefix
@@ -306,8 +319,8 @@ class CleanRuns:
         mask = torch.cat([before.to(self.device), mask], dim=1).long()
         positions = prefix.unsqueeze(-1).to(self.device) + torch.arange(ids.shape[1], device=self.device)
         cache = self._cache(run_rows, start, longest)
-        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": True, **_cache_argument(self.model, cache)}
-        if _takes(self.model, "position_ids"):
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": True, **cache_argument(self.model, cache)}
+        if takes(self.model, "position_ids"):
             inputs["position_ids"] = positions
         return inputs, prefix
 
@@ -324,19 +337,6 @@ class CleanRuns:
                 states.append(tuple(x[run_rows][:, :, x.shape[2] - longest :] for x in self._keys[layer]))  # type: ignore[arg-type]
         return DynamicCache(states)
 
-    @contextmanager
-    def _restarted(self, start: int, hidden: Tensor) -> Iterator[None]:
-        """The model with ``hidden`` as the output of block ``start``, and without the blocks before it."""
-        blocks: Any = self.anatomy.layers
-        wrap = self._wraps[start]
-        with ExitStack() as stack:
-            for i in range(start + 1):
-                given: Callable[..., Any] = (
-                    (lambda x, *_, **__: wrap(x)) if i < start else (lambda *_, **__: wrap(hidden))
-                )
-                stack.enter_context(_forward_of(blocks[i], given))
-            yield
-
     def _at(self, columns: Tensor, one: Work, rows: list[int], ids: Tensor) -> Callable[[Tensor], Tensor]:
         def edit(hidden: Tensor) -> Tensor:
             base = gather(hidden, columns)
@@ -349,7 +349,7 @@ class CleanRuns:
         return edit
 
     def _answer_columns(self, rows: Sequence[int], prefix: Tensor) -> Tensor:
-        """Which columns of a run predict the tokens of the answer, ``(rows, n_label)``; the last again where fewer do."""
+        """Which columns of a run predict the answer, ``(rows, n_label)``; the last again where it is shorter."""
         n_label = self._n_label[list(rows)].unsqueeze(-1)
         steps = torch.minimum(torch.arange(int(n_label.max())).unsqueeze(0), n_label - 1)
         return (self._label_start[list(rows)] - prefix).unsqueeze(-1) + steps
@@ -369,22 +369,6 @@ class CleanRuns:
         finally:
             handle.remove()
         return logits
-
-    def _last_clean_block(self, site: Site) -> int:
-        """The last block whose output an edit at the site leaves as it was but for the edit itself, or -1."""
-        if site.layer is not None:
-            return site.layer if site.kind == "resid.post" else site.layer - 1
-        if site.kind == "norm.out":
-            return self.anatomy.n_layers - 1
-        if site.module is not None:
-            try:
-                inside = site.module.removeprefix(f"{self.anatomy.blocks.layers}.")
-            except SiteError:
-                return -1
-            number, _, rest = inside.partition(".")
-            if inside != site.module and number.isdecimal():
-                return int(number) if site.side == "output" and not rest else int(number) - 1
-        return -1
 
 
 def _is_precise(model: nn.Module) -> bool:
@@ -417,55 +401,3 @@ def _distinct(keys: Sequence[KeyT]) -> tuple[list[KeyT], Tensor]:
 def _chunks(order: list[int], size: int) -> Iterator[list[int]]:
     for i in range(0, len(order), size):
         yield order[i : i + size]
-
-
-def _padded(rows: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids padded on the right, and which of them are tokens."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-    mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows], device=device)
-    return ids, mask
-
-
-def _head_of(model: nn.Module) -> nn.Module | None:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return head if isinstance(head, nn.Module) else None
-
-
-def _takes(model: nn.Module, name: str) -> bool:
-    return name in inspect.signature(type(model).forward).parameters
-
-
-def _takes_cache(model: nn.Module) -> bool:
-    return _takes(model, "cache") or _takes(model, "past_key_values")
-
-
-def _cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """The cache by the name that this version of transformers gives it."""
-    return {} if cache is None else {"cache" if _takes(model, "cache") else "past_key_values": cache}
-
-
-def _empty_cache() -> Any:
-    """A cache that keeps every token, in layers with a window too."""
-    from transformers import DynamicCache
-
-    return DynamicCache()
-
-
-def _is_keys(layer: Any) -> bool:
-    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    return isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.dim() == values.dim() == 4
-
-
-@contextmanager
-def _forward_of(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """The block with another ``forward``, its hooks as they are."""
-    before = vars(block).get("forward")
-    vars(block)["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del vars(block)["forward"]
-        else:
-            vars(block)["forward"] = before

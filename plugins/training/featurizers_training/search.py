@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -114,13 +115,16 @@ def train(
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=20))
         >>> pairs = training.Pairs.of([{"base": [1, 2], "source": [3, 4], "label": 5}])
         >>> found = training.train(model, pairs, "resid.post:0", training.DAS(n_features=2))
-        >>> found.featurizer.site
-        Site(kind='resid.post', layer=0, head=None, module=None, side=None, position=(-1,), model=None, model_revision=None)
+        >>> str(found.featurizer.site), found.featurizer.site.position
+        ('resid.post:0', (-1,))
     """
     settings = settings or Settings()
     where = [Site.parse(site) for site in ([sites] if isinstance(sites, Site | str) else sites)]
-    with frozen(model):
-        search = _Search(model, pairs, where, method, objective, validation, through, settings, optimizer, runs)
+    given = [_through(through, site) for site in where]
+    with ExitStack() as stack:
+        for module in [model, *filter(None, given)]:
+            stack.enter_context(frozen(module))
+        search = _Search(model, pairs, where, method, objective, validation, given, settings, optimizer, runs)
         with Ticker(search.total_steps, method.name, shown=progress and search.processes.is_main_process) as ticker:
             search.run(None if checkpoints is None else Checkpoint(checkpoints, search.identity()), ticker)
         return search.found()
@@ -137,7 +141,7 @@ class _Search:
         method: Method,
         objective: str | Objective,
         validation: Pairs | None,
-        through: Any,
+        through: Sequence[Featurizer[Any] | None],
         settings: Settings,
         optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None,
         runs: CleanRuns | None,
@@ -249,7 +253,7 @@ class _Search:
             label, there = self.runs.labels(part)
             with self._precision():
                 logits = self.runs.logits(part, searched_work(dict(enumerate(map(_searched, self.searched)))))
-            losses = self.objective(logits, Answers(label, there, lambda part=part: self.runs.base_labels(part)))
+            losses = self.objective(logits, Answers(label, there, functools.partial(self.runs.base_labels, part)))
             if losses.shape != (len(part),):
                 raise UsageError(f"the objective gives a loss for each pair, ({len(part)},), not {tuple(losses.shape)}")
             self._backward(losses.sum() / len(rows))
