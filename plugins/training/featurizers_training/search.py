@@ -160,8 +160,7 @@ class _Search:
         if settings.patience is not None and validation is None:
             raise UsageError("patience needs validation pairs, whose accuracy tells when to stop")
         self.searched = nn.ModuleList(
-            method.search(self.runs.width(j), settings.seed + j, _through(through, site))
-            for j, site in enumerate(sites)
+            method.search(self.runs.width(j), settings.seed + j, given) for j, given in enumerate(through)
         ).to(self.device)
         groups = method.groups(self.searched)
         if not groups:
