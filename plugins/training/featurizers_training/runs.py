@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ import torch
 from featurizers import Featurizer, Site
 from featurizers.anatomy import Anatomy, first_tensor
 from featurizers.backend import collect, gather, hook, intervene, scatter
-from featurizers.errors import UsageError
+from featurizers.errors import ShapeError, UsageError
 from featurizers.operations import SourcedOperation
 from torch import Tensor, nn
 
@@ -182,7 +183,7 @@ class CleanRuns:
                 one.featurizer,
                 source=self.sources(one.site, rows),
                 positions=self._base_positions[one.site][rows],
-                edit=one.edit,
+                edit=functools.partial(self._edit, one),
             )
             operations.setdefault(self.sites[one.site], []).append(operation)
         inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
@@ -340,13 +341,20 @@ class CleanRuns:
     def _at(self, columns: Tensor, one: Work, rows: list[int], ids: Tensor) -> Callable[[Tensor], Tensor]:
         def edit(hidden: Tensor) -> Tensor:
             base = gather(hidden, columns)
-            edited = one.edit(base, self.sources(one.site, rows).to(base.device))
+            edited = self._edit(one, base, self.sources(one.site, rows))
             if special := one.featurizer.special_tokens:
                 alone = torch.isin(ids.gather(1, columns), torch.tensor(special, device=ids.device))
                 edited = torch.where(alone.unsqueeze(-1), base, edited)
             return scatter(hidden, columns, edited)
 
         return edit
+
+    def _edit(self, one: Work, base: Tensor, source: Tensor) -> Tensor:
+        edited = one.edit(base, source)
+        if edited.shape != base.shape:
+            shapes = f"the edit of {tuple(base.shape)} gives {tuple(edited.shape)}"
+            raise ShapeError(f"{self.sites[one.site]}: {shapes}")
+        return edited
 
     def _answer_columns(self, rows: Sequence[int], prefix: Tensor) -> Tensor:
         """Which columns of a run predict the answer, ``(rows, n_label)``; the last again where it is shorter."""
