@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from timing import Skipped
 from torch import Tensor, nn
+
+
+Inputs: TypeAlias = dict[str, Tensor]
 
 
 def pyvene() -> Any:
@@ -25,11 +28,11 @@ def pyvene() -> Any:
         raise Skipped(f"the peer, pyvene, cannot be imported: {error}") from error
 
 
-def pyvene_model(model: nn.Module, layer: int, intervention: str) -> Any:
-    """A pyvene model with one intervention, named as in pyvene, on the output of a block."""
+def pyvene_model(model: nn.Module, layer: int, intervention: str | nn.Module) -> Any:
+    """A pyvene model with one intervention, named as in pyvene or made already, on the output of a block."""
     pv = pyvene()
     # without keep_last_dim it joins the positions to one long vector and collects only the first d of its elements
-    made = getattr(pv, intervention)(keep_last_dim=True)
+    made = getattr(pv, intervention)(keep_last_dim=True) if isinstance(intervention, str) else intervention
     with contextlib.redirect_stdout(io.StringIO()):
         intervenable = pv.IntervenableModel(
             {"layer": layer, "component": "block_output", "intervention": made}, model=model
@@ -71,3 +74,70 @@ class ParametrizedSubspace(nn.Module):
         """``base`` with all coordinates of ``source``: the basis is computed three times."""
         _, error = self.featurize(base)
         return self.inverse_featurize(self.encode(source), error).to(base.dtype)
+
+
+def rotated(subspace: ParametrizedSubspace) -> Any:
+    """A pyvene intervention that interchanges a subspace, trained with its rotation."""
+    pv = pyvene()
+
+    class Rotated(pv.TrainableIntervention, pv.DistributedRepresentationIntervention):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(keep_last_dim=True)
+            self.subspace = subspace
+
+        def forward(self, base: Tensor, source: Tensor, subspaces: object = None) -> Tensor:
+            return self.subspace.interchange(base, source)
+
+    return Rotated()
+
+
+def masked(d_in: int) -> Any:
+    """A pyvene intervention that takes each neuron as far as a trained gate says: sigmoid(logit / temperature)."""
+    pv = pyvene()
+
+    class Masked(pv.TrainableIntervention):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(keep_last_dim=True)
+            self.mask = nn.Parameter(torch.zeros(d_in))
+            self.temperature = torch.tensor(1.0)
+
+        def forward(self, base: Tensor, source: Tensor, subspaces: object = None) -> Tensor:
+            gate = torch.sigmoid(self.mask / self.temperature) if self.training else (self.mask > 0).to(base.dtype)
+            return (1.0 - gate) * base + gate * source
+
+    return Masked()
+
+
+class Trainer:
+    """Trains a pyvene intervention as people do: both prompts through the whole model at each step.
+
+    That of the public recipes (CausalAbstraction, pyvene's tutorials): AdamW without weight decay, cross-entropy at
+    the last token, the model frozen. Prompts are tokens already, padded on the left.
+
+    Args:
+        model: a decoder.
+        layer: the block whose output is intervened on, at the last token.
+        intervention: what is trained.
+        last_only: ask the model for the logits of the last token alone, which the recipes do not.
+    """
+
+    def __init__(self, model: nn.Module, layer: int, intervention: Any, *, last_only: bool = False) -> None:
+        self.intervenable = pyvene_model(model, layer, intervention)
+        self.intervenable.disable_model_gradients()
+        self.intervention = intervention
+        self.extra = {"logits_to_keep": 1} if last_only else {}
+
+    def logits(self, base: Inputs, source: Inputs) -> Tensor:
+        """Of the last token, after the interchange."""
+        batch, length = base["input_ids"].shape
+        units = [[[[at]] * batch] for at in (source["input_ids"].shape[1] - 1, length - 1)]
+        sides = {**base, **self.extra}, [{**source, **self.extra}]
+        return self.intervenable(*sides, unit_locations={"sources->base": tuple(units)}, use_cache=False)[1].logits[:, -1]
+
+    def step(self, base: Inputs, source: Inputs, label: Tensor, optimizer: torch.optim.Optimizer) -> float:
+        """One optimizer step; returns the loss."""
+        loss = nn.functional.cross_entropy(self.logits(base, source), label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()

@@ -124,7 +124,7 @@ def write_document(report: Report, path: Path = DOCUMENT) -> None:
 
 
 def _numbers(row: Row) -> tuple[str, str, str, str, str, str]:
-    spread = "–" if row.unit == "bytes" else f"{_times(row.spread[0])} – {_times(row.spread[1])}"
+    spread = "–" if row.pairs == 0 else f"{_times(row.spread[0])} – {_times(row.spread[1])}"
     cpu = "–" if row.cpu_ratio is None else _times(row.cpu_ratio)
     return _amount(row.ours, row.unit), _amount(row.theirs, row.unit), _times(row.ratio), spread, cpu, _required(row)
 

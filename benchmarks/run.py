@@ -17,12 +17,13 @@ import report
 import swapping
 import timing
 import torch
+import training
 import typer
 from rich.console import Console
 
 BENCHMARKS = {
     benchmark.name: benchmark
-    for theme in (das, artefacts, collecting, swapping, dictionaries, hooks)
+    for theme in (das, artefacts, collecting, swapping, dictionaries, hooks, training)
     for benchmark in theme.BENCHMARKS
 }
 
@@ -44,7 +45,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Of torch on the CPU; more than one needs an idle machine.", min=1)] = 1,
     json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
     docs: Annotated[bool, typer.Option(help="Write the table into docs/benchmarks.md.")] = False,
-    table: Annotated[str | None, typer.Option(help="Which table of it: the device's, or dictionaries.")] = None,
+    table: Annotated[str | None, typer.Option(help="Which table of it: the device's, dictionaries, or training.")] = None,
 ) -> None:
     """Compare the library with its peers, one pair of samples after the other."""
     console = Console()

@@ -75,6 +75,8 @@ class Case:
         ours: one call of the library.
         theirs: one call of the peer.
         check: compares the results of both and says how close they are, or raises `Unequal`.
+        after: where a call is a whole run of minutes: says what the timed runs came to, or raises `Unequal`. Such
+            calls are not warmed up, and each side makes three at most.
     """
 
     what: str
@@ -82,17 +84,19 @@ class Case:
     ours: Callable[[], object]
     theirs: Callable[[], object]
     check: Callable[[], str]
+    after: Callable[[], str] | None = None
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Two sizes in bytes of the same contents."""
+    """Two sizes of the same contents, or two times of which one is a part of the other."""
 
     what: str
     peer: str
-    ours: int
-    theirs: int
+    ours: float
+    theirs: float
     checked: str
+    unit: Literal["s", "bytes"] = "bytes"
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,8 @@ class Row(BaseModel):
 
     Attributes:
         ratio: of the medians.
-        spread: quartiles of the ratios of pairs, or their extremes where there are few; the ratio itself for sizes.
+        spread: quartiles of the ratios of pairs, or their extremes where there are few; the ratio itself where one
+            measurement is all.
         cpu_ratio: of the medians of CPU time, which another program on the machine disturbs less; None for sizes
             and for GPUs.
         met: whether the ratio is within its bound, None without a bound or in a quick run.
@@ -164,7 +169,7 @@ def run(benchmark: Benchmark, settings: Settings) -> Row:
         checked=checked,
     )
     if isinstance(case, Sizes):
-        row.unit, row.ours, row.theirs = "bytes", case.ours, case.theirs
+        row.unit, row.ours, row.theirs = case.unit, case.ours, case.theirs
         row.ratio = _ratio(row.ours, row.theirs, row.sense)
         row.spread = row.ratio, row.ratio
     else:
@@ -181,8 +186,8 @@ def cpu_seconds(call: Callable[[], object], settings: Settings, samples: int = 7
 
 
 def _time(case: Case, row: Row, settings: Settings) -> None:
-    ours_calls, theirs_calls = _calibrate(case.ours, settings), _calibrate(case.theirs, settings)
-    row.pairs = 3 if theirs_calls == 0 else settings.pairs
+    ours_calls, theirs_calls = (0 if case.after else _calibrate(side, settings) for side in (case.ours, case.theirs))
+    row.pairs = min(3, settings.pairs) if theirs_calls == 0 else settings.pairs
     ours, theirs = [], []
     for _ in range(row.pairs):
         ours += _samples(case.ours, ours_calls, 1, settings)
@@ -195,6 +200,8 @@ def _time(case: Case, row: Row, settings: Settings) -> None:
     else:
         row.ours_cpu = row.theirs_cpu = None
     row.spread = _spread([_ratio(a, b, row.sense) for (a, _), (b, _) in zip(ours, theirs, strict=True)])
+    if case.after is not None:
+        row.checked = f"{row.checked}; {case.after()}"
 
 
 def _ratio(ours: float, theirs: float, sense: Sense) -> float:

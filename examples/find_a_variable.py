@@ -1,0 +1,144 @@
+"""Finds where a language model keeps a variable: prompts that it answers rightly, counterfactual pairs, a sweep of sites.
+
+    python examples/find_a_variable.py --model SmolLM2-135M-Instruct.Q4_1.gguf --task kind --out kind
+
+Two tasks. ``continent``: "The country Kenya is on the continent of"; the variable is the continent. ``kind``: a line
+such as "red, juice. drink:" after one that shows how it is meant; the variable is which kind of word is asked for, so
+that its counterfactual is the base's own other word, and a vector that brings the source's answer along is wrong. As in
+MIB (arXiv:2504.13151) both prompts of a pair are answered rightly by the model itself; no country and no word of the
+pairs that are held out is in a pair of the search. See docs/training-study.md.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from featurizers.demo.english import COUNTRIES, TEMPLATE
+from torch import nn
+
+KINDS = {
+    "animal": "dog cat horse cow sheep lion tiger bear wolf fox rabbit mouse",
+    "fruit": "apple banana orange grape peach pear lemon mango cherry melon plum fig",
+    "tool": "hammer saw drill wrench shovel axe knife needle rake ladder scissors brush",
+    "color": "red blue green yellow purple pink brown gray black white silver violet",
+    "country": "France Japan Brazil Kenya Canada Spain Egypt India Peru Italy Norway Chile",
+    "drink": "tea coffee milk water juice wine beer soda cocoa cider lemonade rum",
+}
+SHOWN = "chair, eagle. bird: eagle\n"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and what it is made of.
+
+    Attributes:
+        text: as the model reads it.
+        answer: the word that it shall say next, without the blank before it.
+        variable: the value that this prompt gives the variable.
+        others: what the answer would be for other values of the variable, by value.
+        words: what is kept apart between the pairs of the search and those held out.
+        places: beginnings of the text that end where the model is looked into, by name.
+    """
+
+    text: str
+    answer: str
+    variable: str
+    others: dict[str, str]
+    words: frozenset[str]
+    places: dict[str, str]
+
+
+def continents(rng: random.Random, held_out: bool) -> Iterator[Prompt]:
+    """Each country of a fixed two thirds, or of the others, in random order."""
+    known = [(country, continent) for continent, names in COUNTRIES.items() for country in names.split()]
+    random.Random(0).shuffle(known)
+    third = len(known) // 3
+    chosen = known[:third] if held_out else known[third:]
+    rng.shuffle(chosen)
+    for country, continent in chosen:
+        text, place = TEMPLATE.format(country), TEMPLATE.partition("{}")[0] + country
+        answers = {each: each.split()[0] for each in COUNTRIES}
+        yield Prompt(text, answers[continent], continent, answers, frozenset([country]), {"country": place, "last": text})
+
+
+def kinds(rng: random.Random, held_out: bool) -> Iterator[Prompt]:
+    """Two words of different kinds, and one of the kinds, for ever; two thirds of the words, or the others."""
+    while True:
+        asked, other = pair = rng.sample(sorted(KINDS), 2)
+        word = {kind: rng.choice(KINDS[kind].split()[8:] if held_out else KINDS[kind].split()[:8]) for kind in pair}
+        first, second = rng.sample(pair, 2)
+        place = f"{SHOWN}{word[first]}, {word[second]}. {asked}"
+        text = f"{place}:"
+        yield Prompt(text, word[asked], asked, word, frozenset(word.values()), {"kind": place, "last": text})
+
+
+TASKS: dict[str, Callable[[random.Random, bool], Iterator[Prompt]]] = {"continent": continents, "kind": kinds}
+
+
+@torch.no_grad()
+def answered(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], batch: int = 32) -> list[Prompt]:
+    """The prompts of which the model's most likely next token begins the answer."""
+    right = []
+    device = next(model.parameters()).device
+    for start in range(0, len(prompts), batch):
+        chunk = prompts[start : start + batch]
+        ids = [tokenizer(prompt.text).input_ids for prompt in chunk]
+        wanted = [tokenizer(f"{p.text} {p.answer}").input_ids[len(row)] for p, row in zip(chunk, ids, strict=True)]
+        lengths = torch.tensor([len(row) for row in ids])
+        padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(device)
+        mask = (torch.arange(padded.shape[1]) < lengths.unsqueeze(-1)).long().to(device)
+        logits = model(input_ids=padded, attention_mask=mask).logits
+        said = logits[torch.arange(len(chunk)), lengths.to(device) - 1].argmax(-1).tolist()
+        right += [prompt for prompt, a, b in zip(chunk, said, wanted, strict=True) if a == b]
+    return right
+
+
+def records(
+    tokenizer: Any, prompts: Sequence[Prompt], count: int, rng: random.Random
+) -> list[dict[str, Any]]:
+    """Random pairs that differ in the variable, as the lines of a file of pairs."""
+    found: list[dict[str, Any]] = []
+    seen: set[tuple[str, str]] = set()
+    for _ in range(1000 * count):
+        base, source = rng.sample(prompts, 2)
+        label = base.others.get(source.variable)
+        if len(found) == count:
+            break
+        if label is None or label == base.answer or (base.text, source.text) in seen or base.words & source.words:
+            continue
+        seen.add((base.text, source.text))
+        places = [{k: len(tokenizer(v).input_ids) - 1 for k, v in p.places.items()} for p in (base, source)]
+        found.append(
+            {
+                "base": base.text,
+                "source": source.text,
+                "label": f" {label}",
+                "base_label": f" {base.answer}",
+                "base_position": places[0],
+                "source_position": places[1],
+            }
+        )
+    return found
+
+
+def write_pairs(
+    model: nn.Module, tokenizer: Any, task: str, folder: Path, *, pairs: int, held_out: int, seed: int
+) -> dict[str, Any]:
+    """Write ``train.jsonl`` and ``test.jsonl``, and return what was filtered."""
+    counts: dict[str, Any] = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in (("train", pairs), ("test", held_out)):
+        rng = random.Random(f"{seed} {name}")
+        prompts = [prompt for prompt, _ in zip(TASKS[task](rng, name == "test"), range(2 * count), strict=False)]
+        right = answered(model, tokenizer, prompts)
+        lines = records(tokenizer, right, count, rng)
+        counts[name] = {"prompts": len(prompts), "answered rightly": len(right), "pairs": len(lines)}
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return counts
