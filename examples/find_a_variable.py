@@ -12,15 +12,27 @@ pairs that are held out is in a pair of the search. See docs/training-study.md.
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import featurizers
 import torch
+import typer
+from featurizers.anatomy import Anatomy
 from featurizers.demo.english import COUNTRIES, TEMPLATE
+from featurizers.models import load_model
+from featurizers_training import DAS, PCA, FullVector, Pairs, RandomSubspace, Settings, sweep
+from featurizers_training.report import tables
+from rich.console import Console
 from torch import nn
+
+console = Console()
 
 KINDS = {
     "animal": "dog cat horse cow sheep lion tiger bear wolf fox rabbit mouse",
@@ -99,9 +111,7 @@ def answered(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], batch:
     return right
 
 
-def records(
-    tokenizer: Any, prompts: Sequence[Prompt], count: int, rng: random.Random
-) -> list[dict[str, Any]]:
+def records(tokenizer: Any, prompts: Sequence[Prompt], count: int, rng: random.Random) -> list[dict[str, Any]]:
     """Random pairs that differ in the variable, as the lines of a file of pairs."""
     found: list[dict[str, Any]] = []
     seen: set[tuple[str, str]] = set()
@@ -142,3 +152,62 @@ def write_pairs(
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     return counts
+
+
+def again(source: str, model: str, pairs: Path) -> float:
+    """The accuracy of an artefact in a process of its own."""
+    command = [sys.executable, "-m", "featurizers", "evaluate", source, "--model", model, "--pairs", str(pairs), "--json"]
+    if not os.path.isdir(source):
+        command.append("--any-model")  # the artefact may name a folder of the machine that it comes from
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr}")
+    return float(json.loads(done.stdout)["accuracy"])
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Hub id, folder, or .gguf file of a decoder.")],
+    task: Annotated[str, typer.Option(help="One of continent, kind.")] = "kind",
+    out: Annotated[Path, typer.Option(help="Folder of pairs, tables, picture and artefact.")] = Path("variable"),
+    every: Annotated[int, typer.Option(help="Search after every so many blocks, and after the last.", min=1)] = 3,
+    features: Annotated[int, typer.Option(help="Dimensions of the subspaces.")] = 16,
+    pairs: Annotated[int, typer.Option(help="Pairs of the search.")] = 200,
+    held_out: Annotated[int, typer.Option(help="Pairs that the accuracy is measured on.")] = 100,
+    epochs: int = 5,
+    controls: Annotated[str, typer.Option(help="Some of shuffled-labels,random-model, or none.")] = "shuffled-labels",
+    push: Annotated[str | None, typer.Option(help="owner/name of a repository on the Hub.")] = None,
+    seed: int = 0,
+) -> None:
+    """Write pairs, sweep the layers, save the best subspace, and measure it again in a new process."""
+    loaded = load_model(model)
+    counts = write_pairs(loaded.model, loaded.tokenizer, task, out, pairs=pairs, held_out=held_out, seed=seed)
+    for name, count in counts.items():
+        console.print(f"{name}: " + ", ".join(f"{value} {key}" for key, value in count.items()), highlight=False)
+    train, test = (Pairs.read(out / f"{name}.jsonl", loaded.tokenizer, position="last") for name in ("train", "test"))
+    last = Anatomy(loaded.model).n_layers - 1
+    result = sweep(
+        loaded.model,
+        train,
+        test,
+        [f"resid.post:{layer}" for layer in sorted({*range(0, last, every), last})],
+        list(train.records[0]["base_position"]),
+        [DAS(n_features=features), FullVector(), PCA(n_features=features), RandomSubspace(n_features=features)],
+        controls=[name for name in controls.split(",") if name and name != "none"],
+        settings=Settings(epochs=epochs, seed=seed),
+        progress=True,
+    )
+    result.write(out)
+    for table in tables(result.rows(), str(result.about["title"])):
+        console.print(table)
+    cell, found = result.best("das")
+    folder = found.save(out / "artefact")
+    source = str(folder)
+    if push is not None:
+        featurizers.push(folder, push)
+        source = f"hub:{push}"
+    accuracy = again(source, model, out / "test.jsonl")
+    console.print(f"{source}: {accuracy:.1%} in a new process, {cell.held_out.value:.1%} here", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
