@@ -3,7 +3,18 @@
 from featurizers_training.evaluation import Accuracy, accuracy, evaluate
 from featurizers_training.found import Found
 from featurizers_training.gates import BoundaryGate
-from featurizers_training.methods import DAS, DASDBM, DBM, METHODS, BoundlessDAS, FullVector, Method, RandomSubspace
+from featurizers_training.methods import (
+    BASELINES,
+    DAS,
+    DASDBM,
+    DBM,
+    METHODS,
+    PCA,
+    BoundlessDAS,
+    FullVector,
+    Method,
+    RandomSubspace,
+)
 from featurizers_training.objectives import OBJECTIVES, Answers, Objective, cross_entropy, logit_difference
 from featurizers_training.pairs import Pair, PairError, Pairs
 from featurizers_training.runs import CleanRuns
