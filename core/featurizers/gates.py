@@ -28,9 +28,7 @@ class SigmoidGate(nn.Module):
         tensor([1., 0., 0.])
     """
 
-    def __init__(
-        self, n_features: int, *, temperature: float = 1.0, hard: bool = False, tied: bool = False
-    ) -> None:
+    def __init__(self, n_features: int, *, temperature: float = 1.0, hard: bool = False, tied: bool = False) -> None:
         super().__init__()
         self.n_features = n_features
         self.logits = nn.Parameter(torch.zeros(1 if tied else n_features))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import torch
@@ -35,12 +35,13 @@ def randomly_initialised(model: nn.Module, seed: int = 0) -> nn.Module:
         >>> randomly_initialised(model).config.n_embd
         8
     """
-    config = copy.deepcopy(getattr(model, "config", None))
+    config: Any = copy.deepcopy(getattr(model, "config", None))
     make: Any = type(model)
     first = next(model.parameters())
     with torch.random.fork_rng(devices=[]):  # it is made on the CPU
         torch.default_generator.manual_seed(seed)
         try:
+            config._name_or_path, config._commit_hash = f"{config._name_or_path} (random)".strip(), None
             fresh: nn.Module = make(config)
         except (TypeError, ValueError, AttributeError) as error:
             raise UsageError(
@@ -49,8 +50,6 @@ def randomly_initialised(model: nn.Module, seed: int = 0) -> nn.Module:
             ) from error
     for parameter in fresh.parameters():  # buffers keep the dtype that their model gives them
         parameter.data = parameter.data.to(first.dtype)
-    fresh.config._name_or_path = f"{getattr(config, '_name_or_path', '')} (random)".strip()
-    fresh.config._commit_hash = None
     return fresh.to(first.device).eval().requires_grad_(False)
 
 
@@ -68,8 +67,14 @@ def controlled(
     Raises:
         UsageError: there is no such control.
     """
+    check_controls([control])
     if control == "shuffled-labels":
         return model, {name: pairs.with_shuffled_labels(seed) for name, pairs in parts.items()}
-    if control == "random-model":
-        return randomly_initialised(model, seed), dict(parts)
-    raise UsageError(f"a control is one of {', '.join(CONTROLS)}, not {control!r}")
+    return randomly_initialised(model, seed), dict(parts)
+
+
+def check_controls(controls: Iterable[str]) -> None:
+    """Raise `UsageError` unless these are controls."""
+    for control in controls:
+        if control not in CONTROLS:
+            raise UsageError(f"a control is one of {', '.join(CONTROLS)}, not {control!r}")

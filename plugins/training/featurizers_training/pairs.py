@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Self, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 from featurizers.errors import FeaturizerError, UsageError, shown
@@ -142,33 +142,33 @@ class Pairs(Sequence[Pair]):
         return from_end.pop() if len(from_end) == 1 else None
 
     @classmethod
-    def of(cls, records: Iterable[Mapping[str, Any]], tokenizer: Any = None) -> Self:
+    def of(
+        cls, records: Iterable[Mapping[str, Any]], tokenizer: Any = None, *, position: Position | None = None
+    ) -> Pairs:
         """Pairs of records, such as the rows of a `datasets.Dataset`.
 
         A record has ``base``, ``source`` and ``label``, each a text or token ids; ``source`` may be a list of
         prompts, one for each site. ``base_label`` is what the model answers without an intervention, for the
         objectives that need it. ``base_position`` and ``source_position`` say which tokens (-1, the last, if not
-        given): a number, several, a list of several for each site, or an object of such with names to choose from
-        with `at`. A label in text follows the base as it is written: it begins with a blank if a blank is meant.
+        given): a number, several, a list of several for each site, or an object of such with names to choose from.
+        A label in text follows the base as it is written: it begins with a blank if a blank is meant.
 
         Args:
             records: one a pair.
             tokenizer: of the model, for records in text.
+            position: a name, or other tokens than those of the records; see `at`.
 
         Raises:
             PairError: a record is not like this.
         """
-        read = tuple(_tokens(record, f"pair {i}", tokenizer) for i, record in enumerate(records))
-        if not read:
-            raise UsageError("there are no counterfactual pairs")
-        return cls(read, tuple(_pair(record, f"pair {i}") for i, record in enumerate(read)))
+        return cls._of(((f"pair {i}", record) for i, record in enumerate(records)), tokenizer, position)
 
     @classmethod
-    def read(cls, path: str | Path, tokenizer: Any = None) -> Self:
+    def read(cls, path: str | Path, tokenizer: Any = None, *, position: Position | None = None) -> Pairs:
         """Pairs of a file of JSON lines; see `of`.
 
         Raises:
-            UsageError: the file cannot be read.
+            UsageError: the file cannot be read, or holds none.
             PairError: a line is not a record.
         """
         path = Path(path).expanduser()
@@ -176,13 +176,16 @@ class Pairs(Sequence[Pair]):
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read pairs from {str(path)!r}: {error}") from error
-        records = []
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                records.append(_tokens(_parsed(line, f"{path}:{number}"), f"{path}:{number}", tokenizer))
-        if not records:
-            raise UsageError(f"{path} holds no pairs: write one JSON object a line")
-        return cls(tuple(records), tuple(_pair(record, f"{path}, pair {i}") for i, record in enumerate(records)))
+        named = ((f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
+        return cls._of(((where, _parsed(line, where)) for where, line in named), tokenizer, position)
+
+    @classmethod
+    def _of(cls, records: Iterable[tuple[str, Any]], tokenizer: Any, position: Position | None) -> Pairs:
+        read = tuple(_tokens(record, where, tokenizer) for where, record in records)
+        if not read:
+            raise UsageError("there are no counterfactual pairs; a file holds no pairs unless there is one a line")
+        chosen = () if position is None else (position,)
+        return cls(read, tuple(_pair(record, record["where"], chosen) for record in read))
 
 
 def _parsed(line: str, where: str) -> Any:
@@ -209,7 +212,7 @@ def _tokens(record: Any, where: str, tokenizer: Any) -> dict[str, Any]:
         for key in ("label", "base_label")
     }
     positions = {key: record[key] for key in KEYS[4:] if record.get(key) is not None}
-    return {"base": base, "source": sources, **labels, **positions}
+    return {"where": where, "base": base, "source": sources, **labels, **positions}
 
 
 def _is_id(value: object) -> bool:
@@ -276,9 +279,11 @@ def _positions(
 ) -> tuple[Tokens, ...]:
     """The tokens for each site, or once for all, counted from the start of the prompt."""
     if chosen:
-        wanted = [_named(given, position, key, where) if isinstance(position, str) else position for position in chosen]
+        wanted = [_named(given, one, key, where) if isinstance(one, str) else one for one in chosen]
     elif isinstance(given, Mapping):
-        raise PairError(where, f"{key!r} has the names {', '.join(map(repr, given))}; choose one with Pairs.at(name)")
+        raise PairError(
+            where, f"{key!r} has the names {', '.join(map(repr, given))}; choose one of them as the position"
+        )
     elif isinstance(given, Sequence) and not isinstance(given, str) and any(isinstance(p, Sequence) for p in given):
         wanted = list(given)
     else:

@@ -14,7 +14,7 @@ import torch
 from featurizers import Featurizer, Site
 from featurizers.anatomy import Anatomy, first_tensor
 from featurizers.backend import gather, hook, intervene, scatter
-from featurizers.errors import UsageError
+from featurizers.errors import ShapeError, UsageError
 from featurizers.operations import SourcedOperation
 from torch import Tensor, nn
 
@@ -141,10 +141,8 @@ class CleanRuns:
     def activations(self, site: int) -> Tensor:
         """Activations ``(n, d)`` of sources and bases at a site, by its number, each token of a prompt once."""
         found: dict[tuple[Tokens, int], Tensor] = {}
-        for wanted, (tensor, _) in (
-            (self._source_tokens[site], self._sources[site]),
-            (self._base_tokens[site], self._bases[site]),
-        ):
+        read = (self._source_tokens[site], self._sources[site]), (self._base_tokens[site], self._bases[site])
+        for wanted, (tensor, _) in read:
             for (prompt, positions), rows in zip(distinct(wanted)[0], tensor, strict=True):
                 for position, row in zip(positions, rows, strict=True):
                     found.setdefault((prompt, position), row)
@@ -208,7 +206,7 @@ class CleanRuns:
                 one.featurizer,
                 source=self.sources(one.site, rows),
                 positions=self._base_positions[one.site][rows],
-                edit=one.edit,
+                edit=functools.partial(self._edit, one),
             )
             operations.setdefault(self.sites[one.site], []).append(operation)
         inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
@@ -303,7 +301,8 @@ class CleanRuns:
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
             reason = f"{type(error).__name__}: {error}"
         else:
-            if differ <= (1e-2 if _is_precise(self.model) else 0.2):
+            precise = next(self.model.parameters()).dtype in (torch.float32, torch.float64)
+            if differ <= (1e-2 if precise else 0.2):
                 return
             reason = f"its logits differ by {differ:.2g} of their standard deviation"
         self.kept = ()
@@ -348,13 +347,20 @@ class CleanRuns:
     def _at(self, columns: Tensor, one: Work, rows: list[int], ids: Tensor) -> Callable[[Tensor], Tensor]:
         def edit(hidden: Tensor) -> Tensor:
             base = gather(hidden, columns)
-            edited = one.edit(base, self.sources(one.site, rows).to(base.device))
+            edited = self._edit(one, base, self.sources(one.site, rows))
             if special := one.featurizer.special_tokens:
                 alone = torch.isin(ids.gather(1, columns), torch.tensor(special, device=ids.device))
                 edited = torch.where(alone.unsqueeze(-1), base, edited)
             return scatter(hidden, columns, edited)
 
         return edit
+
+    def _edit(self, one: Work, base: Tensor, source: Tensor) -> Tensor:
+        edited = one.edit(base, source)
+        if edited.shape != base.shape:
+            shapes = f"the edit of {tuple(base.shape)} gives {tuple(edited.shape)}"
+            raise ShapeError(f"{self.sites[one.site]}: {shapes}")
+        return edited
 
     def _answer_columns(self, rows: Sequence[int], prefix: Tensor) -> Tensor:
         """Which columns of a run predict the answer, ``(rows, n_label)``; the last again where it is shorter."""
@@ -377,11 +383,6 @@ class CleanRuns:
         finally:
             handle.remove()
         return logits
-
-
-def _is_precise(model: nn.Module) -> bool:
-    """Whether the model's rounding is small beside its logits."""
-    return next(model.parameters()).dtype in (torch.float32, torch.float64)
 
 
 def check_fit(pairs: Sequence[Pair], n_sites: int) -> None:
