@@ -54,6 +54,8 @@ def main() -> NoReturn:
     """Run the command; an error of this library, or of the system, costs one line and exit code 1."""
     warnings.showwarning = _one_warning
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are no news
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):  # of a terminal that knows few letters
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

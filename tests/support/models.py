@@ -132,6 +132,18 @@ def _build(architecture: str, overrides: tuple[tuple[str, Any], ...]) -> nn.Modu
     return model
 
 
+def save_language_model(model: nn.Module, folder: Any) -> Any:
+    """Write a model of this vocabulary to a folder, with a tokenizer of the words ``w0`` to ``w63``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    return folder
+
+
 def prompts(*shape: int, seed: int = 0) -> Tensor:
     """Random token ids."""
     return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))

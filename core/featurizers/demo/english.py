@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from featurizers.anatomy import Anatomy
 from featurizers.demo.search import Pairs, Task
-from featurizers.errors import FeaturizerError, UsageError
+from featurizers.errors import FeaturizerError
+from featurizers.models import load_model
 from featurizers.sites import Site
 
 TEMPLATE = "The country {} is on the continent of"
@@ -45,7 +46,7 @@ def make_task(source: str, seed: int, n_features: int | None, layers: list[int] 
         UsageError: the model cannot be loaded.
         FeaturizerError: it knows too few countries.
     """
-    model, tokenizer, revision = _load(source)
+    model, tokenizer, revision = load_model(source)
     names, ids, answers = _known(model, tokenizer)
     if len(names) < FEWEST or len(set(answers.tolist())) < 2:
         raise FeaturizerError(
@@ -75,20 +76,6 @@ def make_task(source: str, seed: int, n_features: int | None, layers: list[int] 
         ],
         spell=tokenizer.decode,
     )
-
-
-def _load(source: str) -> tuple[nn.Module, Any, str | None]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = Path(source).expanduser()
-    gguf = path.suffix == ".gguf"
-    name, options = (str(path.parent), {"gguf_file": path.name}) if gguf else (source, {})
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise UsageError(f"cannot load the language model {source!r}: {str(error).splitlines()[0]}") from error
-    return model.eval().requires_grad_(False), tokenizer, getattr(model.config, "_commit_hash", None)
 
 
 def _sites(model: nn.Module, layers: list[int] | None, count: int) -> list[Site]:

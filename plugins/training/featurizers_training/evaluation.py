@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,6 @@ from featurizers.attached import interchange
 from featurizers.errors import UsageError
 from torch import Tensor, nn
 
-from featurizers_training.methods import Searched
 from featurizers_training.pairs import Pairs
 from featurizers_training.runs import CleanRuns, Work
 
@@ -103,9 +102,14 @@ def evaluate(
     wanted = [featurizers] if isinstance(featurizers, Featurizer) else list(featurizers)
     sites = [site_of(featurizer) for featurizer in wanted]
     with frozen(model):
-        runs = CleanRuns(model, pairs, sites, batch_size=batch_size)
-        work = [Work(j, f, fixed(f)) for j, f in enumerate(wanted)]
-        return accuracy(runs, work, batch_size=batch_size)
+        return accuracy_of(CleanRuns(model, pairs, sites, batch_size=batch_size), wanted, batch_size=batch_size)
+
+
+def accuracy_of(runs: CleanRuns, featurizers: Sequence[Featurizer[Any]], *, batch_size: int = 64) -> Accuracy:
+    """As `evaluate`, on clean runs that are there already."""
+    numbers = runs.numbers([site_of(featurizer) for featurizer in featurizers])
+    work = [Work(j, f, _fixed(f)) for j, f in zip(numbers, featurizers, strict=True)]
+    return accuracy(runs, work, batch_size=batch_size)
 
 
 def site_of(featurizer: Featurizer[Any]) -> Site:
@@ -119,7 +123,7 @@ def site_of(featurizer: Featurizer[Any]) -> Site:
     return featurizer.site
 
 
-def fixed(featurizer: Featurizer[Any]) -> Any:
+def _fixed(featurizer: Featurizer[Any]) -> Any:
     """The interchange of the features that a featurizer selects, as an edit."""
 
     def edit(base: Tensor, source: Tensor) -> Tensor:
@@ -132,11 +136,6 @@ def answered(runs: CleanRuns) -> Accuracy:
     """The share of pairs that the model answers with the label without an intervention."""
     label, there = runs.labels(range(len(runs)))
     return Accuracy(int(((runs.answers == label) | ~there).all(-1).sum()), len(runs))
-
-
-def searched_work(searched: Mapping[int, Searched]) -> list[Work]:
-    """The edits of a search, by the number of the site."""
-    return [Work(site, module.featurizer, module) for site, module in searched.items()]
 
 
 @contextmanager

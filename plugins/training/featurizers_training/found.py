@@ -55,6 +55,16 @@ class Found:
             raise UsageError(f"the search had {len(self.featurizers)} sites; take one of found.featurizers")
         return self.featurizers[0]
 
+    @property
+    def selected(self) -> list[int | None]:
+        """How many features are interchanged at each site; None for all of a featurizer that does not say how many."""
+        chosen = [featurizer.feature_sets.get(SELECTED) for featurizer in self.featurizers]
+        return [f.n_features if c is None else len(c) for f, c in zip(self.featurizers, chosen, strict=True)]
+
+    def measured(self, **accuracy: Accuracy) -> Found:
+        """The same with more accuracies, such as that on the pairs of a test, which the artefact then tells too."""
+        return dataclasses.replace(self, accuracy={**self.accuracy, **accuracy}).labelled()
+
     def save(self, folder: str | Path) -> Path:
         """Write an artefact, or a collection with a subfolder a site, and return its folder.
 
@@ -77,7 +87,6 @@ class Found:
                 model=name and (name if revision else Path(name).name),
                 model_revision=revision,
             )
-            selected = featurizer.feature_sets.get(SELECTED)
             featurizer.id = f"{self.method.name} at {site}"
             featurizer.metadata = {
                 **featurizer.metadata,
@@ -86,7 +95,7 @@ class Found:
                     "settings": self.settings,
                     "sites": [str(each) for each in self.sites],
                     "pairs": {"count": len(self.pairs), "sha256": self.pairs.digest()},
-                    "selected": featurizer.n_features if selected is None else len(selected),
+                    "selected": self.selected[number],
                     "accuracy": {name: measured.record() for name, measured in self.accuracy.items()},
                     "history": self.history,
                 },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ import torch
 from featurizers import Featurizer, SigmoidGate
 from featurizers.attached import GATE_LOGITS, SELECTED
 from featurizers.errors import UsageError
+from featurizers_subspace import SubspaceFeaturizer
 from torch import Tensor, nn
 
 from featurizers_training.gates import BoundaryGate
@@ -65,13 +67,16 @@ class Method(ABC):
     lr: float = field(default=1e-2, kw_only=True)
 
     @abstractmethod
-    def search(self, d_in: int, seed: int, through: Featurizer[Any] | None) -> Searched:
-        """What to train at a site of width ``d_in``.
+    def search(
+        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Callable[[], Tensor]
+    ) -> Searched:
+        """What to train at a site of width ``d_in``; nothing, if a method has no parameters and is measured as it is.
 
         Args:
             d_in: width of the activations.
             seed: of what begins at random.
             through: a featurizer in whose features the search is made; it is not trained.
+            activations: gives those of the pairs of the search, ``(n, d_in)``; called by the methods that need them.
         """
 
     def anneal(self, searched: Searched, progress: float) -> None:  # noqa: B027  # most have nothing to set
@@ -107,7 +112,9 @@ class DAS(Method):
     name: ClassVar[str] = "das"
     n_features: int
 
-    def search(self, d_in: int, seed: int, through: Featurizer[Any] | None) -> Searched:
+    def search(
+        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Callable[[], Tensor]
+    ) -> Searched:
         """A random orthonormal basis."""
         featurizer, subspace = _rotation(d_in, self.n_features, seed, through)
         return Searched(featurizer, learned=subspace)
@@ -141,7 +148,9 @@ class DBM(Method):
         if not min(self.temperature) > 0 or not 0 < self.annealing <= 1:
             raise UsageError("temperatures are positive, and annealing is the share of the search, above 0 and up to 1")
 
-    def search(self, d_in: int, seed: int, through: Featurizer[Any] | None) -> Searched:
+    def search(
+        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Callable[[], Tensor]
+    ) -> Searched:
         """The featurizer as it is, and a gate of logits 0."""
         featurizer = _given(d_in, through)
         return Searched(featurizer, self._gate(featurizer))
@@ -174,7 +183,9 @@ class DASDBM(DBM):
     name: ClassVar[str] = "das+dbm"
     n_features: int | None = None
 
-    def search(self, d_in: int, seed: int, through: Featurizer[Any] | None) -> Searched:
+    def search(
+        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Callable[[], Tensor]
+    ) -> Searched:
         """A random orthonormal basis, and a gate of logits 0."""
         featurizer, subspace = _rotation(d_in, self.n_features, seed, through)
         return Searched(featurizer, self._gate(featurizer), subspace)
@@ -204,7 +215,9 @@ class BoundlessDAS(Method):
         if not min(self.temperature) > 0 or not 0 < self.start <= 1:
             raise UsageError("temperatures are positive, and start is a share of the features, above 0 and up to 1")
 
-    def search(self, d_in: int, seed: int, through: Featurizer[Any] | None) -> Searched:
+    def search(
+        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Callable[[], Tensor]
+    ) -> Searched:
         """A random rotation, and a boundary at ``start``."""
         featurizer, subspace = _rotation(d_in, None, seed, through)
         assert subspace.n_features is not None
@@ -226,9 +239,11 @@ class BoundlessDAS(Method):
 class FullVector(Method):
     """No search: the whole vector is interchanged, or all features of a given featurizer. A baseline."""
 
-    name: ClassVar[str] = "full vector"
+    name: ClassVar[str] = "full-vector"
 
-    def search(self, d_in: int, seed: int, through: Featurizer[Any] | None) -> Searched:
+    def search(
+        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Callable[[], Tensor]
+    ) -> Searched:
         """The identity."""
         return Searched(_given(d_in, through))
 
@@ -239,13 +254,42 @@ class RandomSubspace(DAS):
 
     name: ClassVar[str] = "random"
 
-    def search(self, d_in: int, seed: int, through: Featurizer[Any] | None) -> Searched:
+    def search(
+        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Callable[[], Tensor]
+    ) -> Searched:
         """A random orthonormal basis, which is not trained."""
         return Searched(_rotation(d_in, self.n_features, seed, through)[0])
 
 
+@dataclass(frozen=True)
+class PCA(Method):
+    """No search: the principal components of the activations are interchanged. A baseline for `DAS` of the same size.
+
+    They are those of the activations of sources and bases of the pairs at the site, each token of a prompt once,
+    about their mean; through a featurizer, those of its features.
+
+    Attributes:
+        n_features: how many components, those of most variance.
+    """
+
+    name: ClassVar[str] = "pca"
+    n_features: int
+
+    def search(
+        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Callable[[], Tensor]
+    ) -> Searched:
+        """The components, which are not trained."""
+        with torch.no_grad():
+            x = activations() if through is None else through.encode(activations())
+            components = SubspaceFeaturizer.fit_pca(x.float(), self.n_features).requires_grad_(False)
+        return Searched(components if through is None else through >> components)
+
+
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (DAS, DBM, DASDBM, BoundlessDAS)}
 """The searches, by name."""
+
+BASELINES: dict[str, type[Method]] = {cls.name: cls for cls in (FullVector, RandomSubspace, PCA)}
+"""What is measured beside them and trains nothing, by name."""
 
 
 def _given(d_in: int, through: Featurizer[Any] | None) -> Featurizer[Any]:

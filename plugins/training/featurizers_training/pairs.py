@@ -57,6 +57,14 @@ class Pair:
         """The tokens that the model runs on: the base, and the answer but for its last token."""
         return self.base + self.label[:-1]
 
+    def base_at(self, site: int) -> tuple[Tokens, Tokens]:
+        """The base, and its tokens at a site, by its number."""
+        return self.base, _of_site(self.base_positions, site)
+
+    def source_at(self, site: int) -> tuple[Tokens, Tokens]:
+        """The source of a site, by its number, and its tokens there."""
+        return _of_site(self.sources, site), _of_site(self.source_positions, site)
+
 
 @dataclass(frozen=True)
 class Pairs(Sequence[Pair]):
@@ -256,6 +264,10 @@ def _pair(record: Mapping[str, Any], where: str, chosen: Sequence[Position] = ()
         if len(at_base) != len(at_source):
             raise PairError(where, f"there are {len(at_base)} tokens of the base for {len(at_source)} of the source")
     return Pair(base, sources, record["label"], record.get("base_label"), base_positions, source_positions)
+
+
+def _of_site(given: tuple[Tokens, ...], site: int) -> Tokens:
+    return given[0] if len(given) == 1 else given[site]
 
 
 def _each(given: tuple[Any, ...], n_sites: int) -> tuple[Any, ...]:

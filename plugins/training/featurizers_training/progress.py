@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class Ticker:
-    """A bar with the loss and the accuracy of the epoch so far; hidden unless ``shown``."""
+    """A bar with the loss and the accuracy of the epoch so far; on stderr if that is a terminal, and hidden unless ``shown``."""
 
     def __init__(self, total: int, title: str, *, shown: bool) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, disable=not shown, transient=True)
+        console = Console(stderr=True)
+        shown = shown and console.is_terminal
+        self._progress = Progress(*columns, console=console, disable=not shown, transient=True)
         self._title = title
         self._task = self._progress.add_task(title, total=total)
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import featurizers
 import torch
 from featurizers import Featurizer, Site
 from featurizers.anatomy import Anatomy, first_tensor
-from featurizers.backend import collect, gather, hook, intervene, scatter
+from featurizers.backend import gather, hook, intervene, scatter
 from featurizers.errors import ShapeError, UsageError
 from featurizers.operations import SourcedOperation
 from torch import Tensor, nn
 
 from featurizers_training.pairs import Pair, Pairs, Tokens
+from featurizers_training.reading import chunks, distinct, read_activations
 from featurizers_training.restarting import (
     Wrap,
     cache_argument,
@@ -35,7 +36,6 @@ from featurizers_training.restarting import (
 
 Edit = Callable[[Tensor, Tensor], Tensor]
 """From activations of base and source at one site, ``(batch, n_positions, d)``, to those that the base shall have."""
-KeyT = TypeVar("KeyT", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -101,17 +101,17 @@ class CleanRuns:
         self.anatomy = Anatomy(model)
         self.places = [self.anatomy.place(site) for site in self.sites]
         self.device = next(model.parameters()).device
-        _check_fit(pairs, len(self.sites))
+        check_fit(pairs, len(self.sites))
         self._batch_size = batch_size
-        self._base_positions = [
-            torch.tensor([_of_site(pair.base_positions, j) for pair in pairs]) for j in range(len(self.sites))
-        ]
+        self._base_tokens = [[pair.base_at(j) for pair in pairs] for j in range(len(self.sites))]
+        self._base_positions = [torch.tensor([positions for _, positions in of_site]) for of_site in self._base_tokens]
         self._n_label = torch.tensor([len(pair.label) for pair in pairs])
         self._label_start = torch.tensor([len(pair.base) - 1 for pair in pairs])
         self._head = head_of(model)
-        self._sources = self._read_sources()
+        self._source_tokens = [[pair.source_at(j) for pair in pairs] for j in range(len(self.sites))]
+        self._sources = read_activations(model, self.sites, self._source_tokens, batch_size)
         self._first = torch.stack([p.amin(dim=-1) for p in self._base_positions]).amin(dim=0)
-        self._runs, self._run_of = _distinct([(pair.run, int(p)) for pair, p in zip(pairs, self._first, strict=True)])
+        self._runs, self._run_of = distinct([(pair.run, int(p)) for pair, p in zip(pairs, self._first, strict=True)])
         self._starts = sorted({last_clean_block(self.anatomy, site) for site in self.sites})
         self._hidden: dict[int, Tensor] = {}
         self._wraps: dict[int, Wrap] = {}
@@ -124,6 +124,29 @@ class CleanRuns:
     def __len__(self) -> int:
         """Number of pairs."""
         return len(self.pairs)
+
+    def numbers(self, sites: Sequence[Site]) -> list[int]:
+        """The numbers of some sites, all of these or, where the pairs say one position for all sites, some.
+
+        Raises:
+            UsageError: they are not among these, or which position is theirs is not clear.
+        """
+        if list(sites) == self.sites:
+            return list(range(len(sites)))
+        if missing := [str(site) for site in sites if site not in self.sites]:
+            raise UsageError(f"the clean runs are at {', '.join(map(str, self.sites))}, and not at {missing[0]}")
+        check_fit(self.pairs, 1)
+        return [self.sites.index(site) for site in sites]
+
+    def activations(self, site: int) -> Tensor:
+        """Activations ``(n, d)`` of sources and bases at a site, by its number, each token of a prompt once."""
+        found: dict[tuple[Tokens, int], Tensor] = {}
+        read = (self._source_tokens[site], self._sources[site]), (self._base_tokens[site], self._bases[site])
+        for wanted, (tensor, _) in read:
+            for (prompt, positions), rows in zip(distinct(wanted)[0], tensor, strict=True):
+                for position, row in zip(positions, rows, strict=True):
+                    found.setdefault((prompt, position), row)
+        return torch.stack(list(found.values()))
 
     def width(self, site: int) -> int:
         """Width of the activations at a site, by its number."""
@@ -193,28 +216,6 @@ class CleanRuns:
     # ------------------------------------------------------------------ clean runs
 
     @torch.no_grad()
-    def _read_sources(self) -> list[tuple[Tensor, Tensor]]:
-        """For each site the activations of distinct sources ``(n, n_positions, d)``, and which is that of each pair."""
-        wanted: dict[tuple[tuple[Tokens, Tokens], ...], list[int]] = {}
-        for j in range(len(self.sites)):
-            keys = tuple((_of_site(pair.sources, j), _of_site(pair.source_positions, j)) for pair in self.pairs)
-            wanted.setdefault(keys, []).append(j)
-        found: dict[int, tuple[Tensor, Tensor]] = {}
-        for keys, numbers in wanted.items():
-            distinct, row_of = _distinct(keys)
-            parts = []
-            order = sorted(range(len(distinct)), key=lambda i: len(distinct[i][0]))  # least padding
-            for chunk in _chunks(order, self._batch_size):
-                ids, mask = padded([distinct[i][0] for i in chunk], self.device)
-                positions = torch.tensor([distinct[i][1] for i in chunk])
-                inputs = {"input_ids": ids, "attention_mask": mask.long()}
-                parts.append(collect(self.model, inputs, [self.sites[j] for j in numbers], positions=positions))
-            back = torch.tensor(order).argsort().to(self.device)
-            for j in numbers:
-                found[j] = torch.cat([part[self.sites[j]] for part in parts])[back], row_of
-        return [found[j] for j in range(len(self.sites))]
-
-    @torch.no_grad()
     def _run_bases(self, cache_bytes: int) -> Tensor:
         """Run each distinct base once, keep what runs with edits begin from, and return the model's own answers."""
         blocks: Any = self.anatomy.layers if cache_bytes else []
@@ -223,7 +224,7 @@ class CleanRuns:
         of_run = {int(run): row for row, run in enumerate(self._run_of)}  # any pair of it: their answers are one place
         answers: dict[int, Tensor] = {}
         order = sorted(range(len(self._runs)), key=lambda i: len(self._runs[i][0]))
-        for chunk in _chunks(order, self._batch_size):
+        for chunk in chunks(order, self._batch_size):
             ids, mask = padded([self._runs[i][0] for i in chunk], self.device)
             inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": caching}
             cache = empty_cache() if caching else None
@@ -240,6 +241,10 @@ class CleanRuns:
         width = int(self._n_label.max())
         rows = [nn.functional.pad(answers[i], (0, width - len(answers[i]))) for i in range(len(answers))]
         return torch.stack(rows)[self._run_of].to(self.device)
+
+    @functools.cached_property
+    def _bases(self) -> list[tuple[Tensor, Tensor]]:
+        return read_activations(self.model, self.sites, self._base_tokens, self._batch_size)
 
     def _note(self, start: int, seen: dict[int, Tensor]) -> Callable[..., None]:
         def note(_: nn.Module, __: Any, output: Any) -> None:
@@ -296,7 +301,8 @@ class CleanRuns:
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
             reason = f"{type(error).__name__}: {error}"
         else:
-            if differ <= (1e-2 if _is_precise(self.model) else 0.2):
+            precise = next(self.model.parameters()).dtype in (torch.float32, torch.float64)
+            if differ <= (1e-2 if precise else 0.2):
                 return
             reason = f"its logits differ by {differ:.2g} of their standard deviation"
         self.kept = ()
@@ -379,33 +385,13 @@ class CleanRuns:
         return logits
 
 
-def _is_precise(model: nn.Module) -> bool:
-    """Whether the model's rounding is small beside its logits."""
-    return next(model.parameters()).dtype in (torch.float32, torch.float64)
-
-
-def _check_fit(pairs: Sequence[Pair], n_sites: int) -> None:
+def check_fit(pairs: Sequence[Pair], n_sites: int) -> None:
+    """Raise `UsageError` unless pairs are for one site or for so many, and all have as many positions."""
     for i, pair in enumerate(pairs):
         for found in (pair.sources, pair.base_positions, pair.source_positions):
             if len(found) not in (1, n_sites):
                 raise UsageError(f"pair {i} is for {len(found)} sites, and the search has {n_sites}")
         for j in range(n_sites):
-            count, first = (len(_of_site(p.base_positions, j)) for p in (pair, pairs[0]))
+            count, first = (len(p.base_at(j)[1]) for p in (pair, pairs[0]))
             if count != first:
                 raise UsageError(f"pair {i} has {count} positions and pair 0 has {first}; give the same number to all")
-
-
-def _of_site(given: tuple[Any, ...], site: int) -> Any:
-    return given[0] if len(given) == 1 else given[site]
-
-
-def _distinct(keys: Sequence[KeyT]) -> tuple[list[KeyT], Tensor]:
-    """The distinct keys in order, and which of them each one is."""
-    numbers: dict[KeyT, int] = {}
-    rows = [numbers.setdefault(key, len(numbers)) for key in keys]
-    return list(numbers), torch.tensor(rows)
-
-
-def _chunks(order: list[int], size: int) -> Iterator[list[int]]:
-    for i in range(0, len(order), size):
-        yield order[i : i + size]

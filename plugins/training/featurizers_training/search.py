@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +19,13 @@ from featurizers.errors import UsageError
 from torch import Tensor, nn
 
 from featurizers_training.checkpoints import Checkpoint
-from featurizers_training.evaluation import Accuracy, accuracy, frozen, right, searched_work
+from featurizers_training.evaluation import Accuracy, accuracy, frozen, right
 from featurizers_training.found import Found
 from featurizers_training.methods import Method, Searched
 from featurizers_training.objectives import Answers, Objective, named
 from featurizers_training.pairs import Pairs
 from featurizers_training.progress import Ticker
-from featurizers_training.runs import CleanRuns
+from featurizers_training.runs import CleanRuns, Work
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -67,6 +67,17 @@ class Settings:
         if not 0 <= self.warmup < 1:
             raise UsageError(f"warmup is a share of the steps from 0 to below 1, not {self.warmup!r}")
 
+    def arithmetic(self, device: torch.device) -> AbstractContextManager[Any]:
+        """A context in which the model computes with `precision`."""
+        dtype = AUTOCAST[self.precision]
+        return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+    def clean_runs(self, model: nn.Module, pairs: Pairs, sites: Sequence[Site | str]) -> CleanRuns:
+        """The clean runs of a model, in evaluation mode, as a search with these settings makes them."""
+        with self.arithmetic(next(model.parameters()).device):
+            size = self.micro_batch or self.batch_size
+            return CleanRuns(model, pairs, sites, batch_size=size, cache_bytes=self.cache_bytes)
+
 
 def train(
     model: nn.Module,
@@ -93,7 +104,8 @@ def train(
         model: a decoder of `transformers` with its language-model head.
         pairs: counterfactual pairs, which say the positions.
         sites: where features are interchanged, all of them at once.
-        method: what to search for: `DAS`, `DBM`, `DASDBM` or `BoundlessDAS`.
+        method: what to search for: `DAS`, `DBM`, `DASDBM` or `BoundlessDAS`; or a baseline that trains nothing, which
+            is measured in no epochs: `FullVector`, `RandomSubspace` or `PCA`.
         objective: what to make small: ``"cross-entropy"`` on the label, ``"logit-difference"``, or a function of
             logits and `Answers` that gives a loss for each pair.
         validation: pairs to measure on after each epoch.
@@ -102,7 +114,8 @@ def train(
         checkpoints: a folder to write the state to after each epoch, and to go on from if there is one; the result is
             the same, bit for bit.
         optimizer: makes the optimizer of the parameter groups; Adam if None.
-        runs: the clean runs of these pairs at these sites, if they are there already.
+        runs: the clean runs of these pairs, if they are there already (see `Settings.clean_runs`): at these sites, or,
+            where the pairs say one position for all sites, at more of them.
         progress: whether to show a progress bar.
 
     Raises:
@@ -152,20 +165,20 @@ class _Search:
         self.model, self.method, self.settings, self.sites = model, method, settings, sites
         self.objective_name, self.objective = named(objective)
         self.device = next(model.parameters()).device
-        with self._precision():
-            self.runs = runs or self._clean_runs(pairs)
-            self.validation = None if validation is None else self._clean_runs(validation)
-        if self.runs.sites != sites or len(self.runs.pairs) != len(pairs):
-            raise UsageError("the clean runs are of other sites or pairs than the search")
+        self.runs = runs or settings.clean_runs(model, pairs, sites)
+        self.validation = None if validation is None else settings.clean_runs(model, validation, sites)
+        if self.runs.model is not model or self.runs.pairs != pairs:
+            raise UsageError("the clean runs are of another model or other pairs than the search")
+        numbers = self.runs.numbers(sites)
         if settings.patience is not None and validation is None:
             raise UsageError("patience needs validation pairs, whose accuracy tells when to stop")
         self.searched = nn.ModuleList(
-            method.search(self.runs.width(j), settings.seed + j, given) for j, given in enumerate(through)
+            method.search(self.runs.width(j), settings.seed + i, given, functools.partial(self.runs.activations, j))
+            for i, (j, given) in enumerate(zip(numbers, through, strict=True))
         ).to(self.device)
-        groups = method.groups(self.searched)
-        if not groups:
-            raise UsageError(f"the method {method.name!r} trains nothing; measure it with evaluate")
+        groups = method.groups(self.searched) or [{"params": [], "lr": method.lr}]
         self.parameters = [p for group in groups for p in group["params"]]
+        self.epochs = settings.epochs if self.parameters else 0
         self.optimizer = (optimizer or torch.optim.Adam)(groups)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
@@ -179,7 +192,7 @@ class _Search:
         if checkpoint is not None:
             self._resume(checkpoint)
         ticker.advance(len(self.history) * self.steps_an_epoch, **(self.history[-1] if self.history else {}))
-        while len(self.history) < self.settings.epochs and not self._is_stuck():
+        while len(self.history) < self.epochs and not self._is_stuck():
             self._epoch(len(self.history), ticker)
             if checkpoint is not None and self.processes.is_main_process:
                 checkpoint.save(self.searched, self.optimizer, self.scaler, self.history, self.best)
@@ -250,8 +263,8 @@ class _Search:
         for start in range(0, len(own), size):
             part = own[start : start + size]
             label, there = self.runs.labels(part)
-            with self._precision():
-                logits = self.runs.logits(part, searched_work(dict(enumerate(map(_searched, self.searched)))))
+            with self.settings.arithmetic(self.device):
+                logits = self.runs.logits(part, self._work(self.runs))
             losses = self.objective(logits, Answers(label, there, functools.partial(self.runs.base_labels, part)))
             if losses.shape != (len(part),):
                 raise UsageError(f"the objective gives a loss for each pair, ({len(part)},), not {tuple(losses.shape)}")
@@ -300,26 +313,18 @@ class _Search:
         return len(self.history) - int(self.best["epoch"]) >= self.settings.patience
 
     def _accuracy(self, runs: CleanRuns) -> Accuracy:
-        with self._precision():
-            return accuracy(runs, searched_work(dict(enumerate(map(_searched, self.searched)))))
+        with self.settings.arithmetic(self.device):
+            return accuracy(runs, self._work(runs))
+
+    def _work(self, runs: CleanRuns) -> list[Work]:
+        """The edits of the search, by the numbers of its sites in these runs."""
+        modules = map(_searched, self.searched)
+        return [Work(j, one.featurizer, one) for j, one in zip(runs.numbers(self.sites), modules, strict=True)]
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         found = checkpoint.load(self.searched, self.optimizer, self.scaler)
         if found is not None:
             self.history, self.best = found
-
-    def _clean_runs(self, pairs: Pairs) -> CleanRuns:
-        return CleanRuns(
-            self.model,
-            pairs,
-            self.sites,
-            batch_size=self.settings.micro_batch or self.settings.batch_size,
-            cache_bytes=self.settings.cache_bytes,
-        )
-
-    def _precision(self) -> Any:
-        dtype = AUTOCAST[self.settings.precision]
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
 
 def _searched(module: nn.Module) -> Searched:

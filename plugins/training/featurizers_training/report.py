@@ -1,0 +1,121 @@
+"""Tables and pictures of what searches found."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featurizers.errors import MissingDependencyError
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+"""A cell of a sweep, as `Cell.record` gives it."""
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Rows as comma-separated values, with their names in the first line."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_json(data: Mapping[str, Any], path: Path) -> None:
+    """Data as JSON."""
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def tables(rows: Sequence[Row], title: str) -> list[Table]:
+    """Sites and positions down and methods across: one table of the searches, and one of each control."""
+    several = len({row["position"] for row in rows}) > 1
+    shown = []
+    for control in dict.fromkeys(row["control"] for row in rows):
+        part = [row for row in rows if row["control"] == control]
+        table = Table(title=title if control is None else f"control: {control}", title_justify="left")
+        if control is None:
+            widest = max(row["high_95"] - row["low_95"] for row in rows) / 2
+            table.caption = f"Accuracy on held-out pairs (95 %: ±{widest:.0%} at most) / on the pairs of the search."
+            table.caption_justify = "left"
+        table.add_column("site")
+        if several:
+            table.add_column("position")
+        methods = list(dict.fromkeys(row["method"] for row in part))
+        for method in methods:
+            table.add_column(escape(method), justify="right")
+        places = dict.fromkeys((row["site"], row["position"]) for row in part)
+        cells = {(row["site"], row["position"], row["method"]): _cell(row) for row in part}
+        for site, position in places:
+            names = [escape(site), escape(position)] if several else [escape(site)]
+            table.add_row(*names, *(cells[site, position, method] for method in methods))
+        shown.append(table)
+    return shown
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What one search found, and its controls below.
+
+    Args:
+        rows: each with a ``name``, and ``accuracy`` by what was measured, ``selected`` at each site, and ``seconds``.
+    """
+    measured = list(rows[0]["accuracy"])
+    table = Table("", *measured, "selected", "seconds", caption_justify="left")
+    table.caption = "Interchange-intervention accuracy, with its 95 % confidence interval."
+    for row in rows:
+        counts = ", ".join("all" if count is None else str(count) for count in row["selected"])
+        accuracies = [str(row["accuracy"][name]) for name in measured]
+        table.add_row(escape(row["name"]), *accuracies, counts, f"{row['seconds']:.1f}")
+    return table
+
+
+def _cell(row: Row) -> str:
+    return f"{row['accuracy']:.0%} / {row['train_accuracy']:.0%}"
+
+
+def heat_map(rows: Sequence[Row], title: str) -> Figure:
+    """Held-out accuracies as a picture: a panel a method, positions down and sites across.
+
+    With a single position there is one panel, methods down. Controls are methods of their own. One colour scale.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("a heat map", "matplotlib", "pip install 'featurizers-training[plots]'") from error
+    panels = _panels(rows)
+    sites = list(dict.fromkeys(row["site"] for row in rows))
+    height = sum(0.9 + 0.45 * len(lines) for lines in panels.values())
+    figure = Figure(figsize=(2.4 + 0.75 * len(sites), height + 1), layout="constrained")
+    all_axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axes, (name, lines) in zip(all_axes, panels.items(), strict=True):
+        values = [list(line.values()) for line in lines.values()]
+        axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        axes.set_xticks(range(len(sites)), sites, rotation=30, ha="right")
+        axes.set_yticks(range(len(lines)), list(lines))
+        if name:
+            axes.set_title(name, fontsize=10, loc="left")
+        for y, line in enumerate(values):
+            for x, value in enumerate(line):
+                axes.text(x, y, f"{value:.0%}", ha="center", va="center", color="white" if value < 0.6 else "black")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure.colorbar(all_axes[0].images[0], ax=list(all_axes), label="accuracy on held-out pairs")
+    return figure
+
+
+def _panels(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """From panels to lines to sites to accuracies."""
+    several = len({row["position"] for row in rows}) > 1
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        name = row["method"] if row["control"] is None else f"{row['method']}, {row['control']}"
+        panel, line = (name, row["position"]) if several else ("", name)
+        found.setdefault(panel, {}).setdefault(line, {})[row["site"]] = row["accuracy"]
+    return found
