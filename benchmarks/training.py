@@ -20,8 +20,8 @@ import featurizers
 import featurizers_training
 import torch
 from featurizers import Featurizer, Site
-from featurizers.demo.english import _load as load_model
 from featurizers.errors import FeaturizerError
+from featurizers.models import load_model
 from featurizers_training.methods import Searched
 from featurizers_training.runs import CleanRuns, Work
 from models import gpt2, prompts
@@ -34,7 +34,7 @@ MODEL = os.environ.get("FEATURIZERS_BENCHMARK_MODEL", "HuggingFaceTB/SmolLM2-135
 """Hub id, folder, or .gguf file, as ``featurizers demo --model`` takes it."""
 LAYER, PAIRS, FEATURES = 20, 200, 16
 SETTINGS = featurizers_training.Settings(epochs=5, batch_size=32)
-MASK = featurizers_training.DBM()
+RATE, GATE_RATE = 1e-2, 5e-2
 PEER = "pyvene, both prompts through the model at each step"
 BEST = f"{PEER}; of the last token's logits alone, parametrize.cached()"
 NOISE = 0.05
@@ -169,7 +169,7 @@ def _start(given: Task, trainer: Trainer, method: featurizers_training.Method) -
     rows = next(_order(0, len(given.train)))
     base, source, _ = _prepared(given, given.train)
     runs = CleanRuns(given.model, given.train, [given.site])
-    searched = method.search(given.d_in, SETTINGS.seed, None).to(base["input_ids"].device)
+    searched = method.search(given.d_in, SETTINGS.seed, None, lambda: runs.activations(0)).to(base["input_ids"].device)
     with torch.no_grad():
         found = runs.logits(rows.tolist(), [Work(0, searched.featurizer, searched)]).squeeze(1)
         wanted = trainer.logits(_rows(base, rows), _rows(source, rows))
@@ -229,7 +229,11 @@ def _case(
 
 
 def _das(settings: Settings) -> featurizers_training.DAS:
-    return featurizers_training.DAS(n_features=settings.size(FEATURES, 4))
+    return featurizers_training.DAS(n_features=settings.size(FEATURES, 4), lr=RATE)
+
+
+def _dbm() -> featurizers_training.DBM:
+    return featurizers_training.DBM(gate_lr=GATE_RATE, temperature=(1.0, 0.01), annealing=0.5)
 
 
 def _rotation(given: Task, n_features: int) -> Any:
@@ -254,12 +258,12 @@ def das_best(settings: Settings) -> Case:
 
 def dbm(settings: Settings) -> Case:
     """DBM on the neurons, as the recipes have it."""
-    return _case(settings, MASK, lambda given: masked(given.d_in))
+    return _case(settings, _dbm(), lambda given: masked(given.d_in))
 
 
 def dbm_best(settings: Settings) -> Case:
     """DBM beside the peer at its best."""
-    return _case(settings, MASK, lambda given: masked(given.d_in), best=True)
+    return _case(settings, _dbm(), lambda given: masked(given.d_in), best=True)
 
 
 # ---------------------------------------------------------------------- where a step's time goes
@@ -308,12 +312,14 @@ def share(settings: Settings) -> Sizes:
     given, clock = task(settings), _Clock()
 
     class Watched(featurizers_training.DAS):
-        def search(self, d_in: int, seed: int, through: Featurizer[Any] | None) -> Searched:
-            searched = super().search(d_in, seed, through)
+        def search(
+            self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Callable[[], Tensor]
+        ) -> Searched:
+            searched = super().search(d_in, seed, through, activations)
             clock.watch(searched)
             return searched
 
-    method = Watched(n_features=settings.size(FEATURES, 4))
+    method = Watched(n_features=settings.size(FEATURES, 4), lr=RATE)
     found = featurizers_training.train(
         given.model, given.train, given.site, method, settings=SETTINGS, optimizer=clock.optimizer
     )

@@ -12,7 +12,6 @@ pairs that are held out is in a pair of the search. See docs/training-study.md.
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -36,7 +35,7 @@ console = Console()
 
 KINDS = {
     "animal": "dog cat horse cow sheep lion tiger bear wolf fox rabbit mouse",
-    "fruit": "apple banana orange grape peach pear lemon mango cherry melon plum fig",
+    "fruit": "apple banana orange grape peach pear lemon mango cherry lime plum fig",
     "tool": "hammer saw drill wrench shovel axe knife needle rake ladder scissors brush",
     "color": "red blue green yellow purple pink brown gray black white silver violet",
     "country": "France Japan Brazil Kenya Canada Spain Egypt India Peru Italy Norway Chile",
@@ -154,12 +153,10 @@ def write_pairs(
     return counts
 
 
-def again(source: str, model: str, pairs: Path) -> float:
-    """The accuracy of an artefact in a process of its own."""
-    command = [sys.executable, "-m", "featurizers", "evaluate", source, "--model", model, "--pairs", str(pairs), "--json"]
-    if not os.path.isdir(source):
-        command.append("--any-model")  # the artefact may name a folder of the machine that it comes from
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def again(source: str, site: str, model: str, pairs: Path) -> float:
+    """The accuracy of an artefact in a process of its own, at a site such as ``resid.post:8@last``."""
+    command = [sys.executable, "-m", "featurizers", "evaluate", source, "--site", site, "--model", model]
+    done = subprocess.run([*command, "--pairs", str(pairs), "--json"], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr}")
     return float(json.loads(done.stdout)["accuracy"])
@@ -205,7 +202,7 @@ def main(
     if push is not None:
         featurizers.push(folder, push)
         source = f"hub:{push}"
-    accuracy = again(source, model, out / "test.jsonl")
+    accuracy = again(source, f"{cell.site}@{cell.position}", model, out / "test.jsonl")
     console.print(f"{source}: {accuracy:.1%} in a new process, {cell.held_out.value:.1%} here", highlight=False)
 
 
