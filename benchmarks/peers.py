@@ -11,7 +11,6 @@ import torch
 from timing import Skipped
 from torch import Tensor, nn
 
-
 Inputs: TypeAlias = dict[str, Tensor]
 
 
@@ -132,7 +131,9 @@ class Trainer:
         batch, length = base["input_ids"].shape
         units = [[[[at]] * batch] for at in (source["input_ids"].shape[1] - 1, length - 1)]
         sides = {**base, **self.extra}, [{**source, **self.extra}]
-        return self.intervenable(*sides, unit_locations={"sources->base": tuple(units)}, use_cache=False)[1].logits[:, -1]
+        return self.intervenable(*sides, unit_locations={"sources->base": tuple(units)}, use_cache=False)[1].logits[
+            :, -1
+        ]
 
     def step(self, base: Inputs, source: Inputs, label: Tensor, optimizer: torch.optim.Optimizer) -> float:
         """One optimizer step; returns the loss."""

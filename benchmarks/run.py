@@ -45,7 +45,9 @@ def main(
     threads: Annotated[int, typer.Option(help="Of torch on the CPU; more than one needs an idle machine.", min=1)] = 1,
     json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
     docs: Annotated[bool, typer.Option(help="Write the table into docs/benchmarks.md.")] = False,
-    table: Annotated[str | None, typer.Option(help="Which table of it: the device's, dictionaries, or training.")] = None,
+    table: Annotated[
+        str | None, typer.Option(help="Which table of it: the device's, dictionaries, or training.")
+    ] = None,
 ) -> None:
     """Compare the library with its peers, one pair of samples after the other."""
     console = Console()

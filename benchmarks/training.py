@@ -239,7 +239,9 @@ def _dbm() -> featurizers_training.DBM:
 def _rotation(given: Task, n_features: int) -> Any:
     """The peer's intervention, begun at the basis at which ours begins."""
     subspace = ParametrizedSubspace(given.d_in, n_features)
-    basis = featurizers.create("subspace", d_in=given.d_in, n_features=n_features, seed=SETTINGS.seed).orthonormal_basis()
+    basis = featurizers.create(
+        "subspace", d_in=given.d_in, n_features=n_features, seed=SETTINGS.seed
+    ).orthonormal_basis()
     subspace.rotate.weight = basis.detach()
     return rotated(subspace.to(next(given.model.parameters()).device))
 

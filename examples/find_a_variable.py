@@ -75,7 +75,9 @@ def continents(rng: random.Random, held_out: bool) -> Iterator[Prompt]:
     for country, continent in chosen:
         text, place = TEMPLATE.format(country), TEMPLATE.partition("{}")[0] + country
         answers = {each: each.split()[0] for each in COUNTRIES}
-        yield Prompt(text, answers[continent], continent, answers, frozenset([country]), {"country": place, "last": text})
+        yield Prompt(
+            text, answers[continent], continent, answers, frozenset([country]), {"country": place, "last": text}
+        )
 
 
 def kinds(rng: random.Random, held_out: bool) -> Iterator[Prompt]:
