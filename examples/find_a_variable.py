@@ -1,4 +1,4 @@
-"""Finds where a language model keeps a variable: prompts that it answers rightly, counterfactual pairs, a sweep of sites.
+"""Finds where a language model keeps a variable: prompts that it answers rightly, pairs of them, a sweep of sites.
 
     python examples/find_a_variable.py --model SmolLM2-135M-Instruct.Q4_1.gguf --task kind --out kind
 
@@ -83,7 +83,8 @@ def continents(rng: random.Random, held_out: bool) -> Iterator[Prompt]:
 def kinds(rng: random.Random, held_out: bool) -> Iterator[Prompt]:
     """Two words of different kinds, and one of the kinds, for ever; two thirds of the words, or the others."""
     while True:
-        asked, other = pair = rng.sample(sorted(KINDS), 2)
+        pair = rng.sample(sorted(KINDS), 2)
+        asked = pair[0]
         word = {kind: rng.choice(KINDS[kind].split()[8:] if held_out else KINDS[kind].split()[:8]) for kind in pair}
         first, second = rng.sample(pair, 2)
         place = f"{SHOWN}{word[first]}, {word[second]}. {asked}"

@@ -1,4 +1,4 @@
-"""The example that finds a variable: its pairs, its filter, and the whole of it on a tiny model and a Hub of its own."""
+"""The example that finds a variable: its pairs, its filter, and the whole of it with a tiny model and a Hub."""
 
 from __future__ import annotations
 
