@@ -131,9 +131,10 @@ class Trainer:
         batch, length = base["input_ids"].shape
         units = [[[[at]] * batch] for at in (source["input_ids"].shape[1] - 1, length - 1)]
         sides = {**base, **self.extra}, [{**source, **self.extra}]
-        return self.intervenable(*sides, unit_locations={"sources->base": tuple(units)}, use_cache=False)[1].logits[
-            :, -1
-        ]
+        locations = {"sources->base": tuple(units)}
+        _, patched = self.intervenable(*sides, unit_locations=locations, use_cache=False)
+        logits: Tensor = patched.logits[:, -1]
+        return logits
 
     def step(self, base: Inputs, source: Inputs, label: Tensor, optimizer: torch.optim.Optimizer) -> float:
         """One optimizer step; returns the loss."""
