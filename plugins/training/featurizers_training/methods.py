@@ -88,14 +88,10 @@ class Method(ABC):
 
     def groups(self, searched: nn.Module) -> list[dict[str, Any]]:
         """The trained parameters with their learning rates, as an optimizer takes them."""
-        gates = {
-            p
-            for module in searched.modules()
-            if isinstance(module, Searched) and module.gate
-            for p in module.gate.parameters()
-        }
-        others = [p for p in searched.parameters() if p.requires_grad and p not in gates]
-        groups = [{"params": others, "lr": self.lr}, {"params": list(gates), "lr": getattr(self, "gate_lr", self.lr)}]
+        parts = [module for module in searched.modules() if isinstance(module, Searched)]
+        maps = [parameter for part in parts for parameter in part.learned]
+        gates = [parameter for part in parts if part.gate is not None for parameter in part.gate.parameters()]
+        groups = [{"params": maps, "lr": self.lr}, {"params": gates, "lr": getattr(self, "gate_lr", self.lr)}]
         return [group for group in groups if group["params"]]
 
 
