@@ -265,10 +265,11 @@ def test_two_positions_of_one_site_have_their_own_features(tmp_path: Path) -> No
     assert evaluate(model(), pairs, found.featurizers) == found.accuracy["train"]
 
 
-def test_methods_without_a_search_are_refused_by_train() -> None:
+def test_methods_that_train_nothing_are_measured_in_no_epochs() -> None:
     for method in (FullVector(), RandomSubspace(n_features=2)):
-        with pytest.raises(UsageError, match="trains nothing; measure it with evaluate"):
-            quick(method)
+        found = quick(method)
+        assert found.history == []
+        assert evaluate(model(), found.pairs, found.featurizers) == found.accuracy["train"]
 
 
 # ---------------------------------------------------------------------- stopping, and going on

@@ -104,7 +104,7 @@ def test_a_cell_is_the_search_that_train_makes(swept, model, parts):
 
 
 def test_a_gate_is_hard_where_accuracy_is_measured(model, parts, tmp_path):
-    method = training.DBM(temperature=(3.0, 3.0), gate_lr=0.5)
+    method = training.DBM(temperature=(3.0, 3.0), gate_lr=0.5, sparsity=0.2)
     settings = training.Settings(epochs=10, batch_size=8)
     result = training.sweep(model, *parts, [LAST], [-1], [method], settings=settings)
     loaded = featurizers.load(result.best()[1].save(tmp_path / "a"))
