@@ -45,9 +45,7 @@ def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -
         "import featurizers",
         "",
         f"f = featurizers.load({arguments})  # reads JSON and safetensors, runs no code",
-        f"swap = featurizers.Interchange(f, source=source_inputs, positions={_positions(manifest)})",
-        f"with featurizers.intervene(model, {{{_site_literal(manifest)}: swap}}):",
-        "    logits = model(**base_inputs).logits",
+        *_use(manifest),
         "```",
         END,
     ]
@@ -97,12 +95,19 @@ def _code(words: str) -> str:
     return f"`{words}`"
 
 
-def _positions(manifest: Manifest) -> list[int]:
-    return (manifest.site.position if manifest.site else None) or [-1]
-
-
-def _site_literal(manifest: Manifest) -> str:
-    return "f.site" if manifest.site else '"resid.post:LAYER"'
+def _use(manifest: Manifest) -> list[str]:
+    """How to interchange: what was found at some tokens is run there, with the features selected."""
+    if manifest.site and manifest.site.position:
+        return [
+            "attached = f.attach(model)  # at f.site, with the tokens and the features that were found",
+            "logits = attached(base_inputs, source_inputs).logits",
+        ]
+    site = "f.site" if manifest.site else '"resid.post:LAYER"'
+    return [
+        "swap = featurizers.Interchange(f, source=source_inputs, positions=[-1])",
+        f"with featurizers.intervene(model, {{{site}: swap}}):",
+        "    logits = model(**base_inputs).logits",
+    ]
 
 
 def _tags(*kinds: str, model: str | None = None, license_name: object = UNKNOWN_LICENSE) -> str:

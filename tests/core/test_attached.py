@@ -156,3 +156,13 @@ def test_another_model_of_the_hub_is_refused(model: Any) -> None:
         assert f.attach(model).model is model
     finally:
         model.config._name_or_path = ""
+
+
+@torch.no_grad()
+def test_the_card_says_how_to_run_what_was_found(model: Any, tmp_path: Path) -> None:
+    f = found(selected=torch.tensor([0, 3]))
+    f.save_pretrained(tmp_path / "f")
+    snippet = (tmp_path / "f" / "README.md").read_text().split("```python")[1].split("```")[0]
+    names = {"model": model, "base_inputs": BASE, "source_inputs": SOURCE}
+    exec(snippet.replace("./f", f"local:{tmp_path / 'f'}"), names)
+    assert torch.equal(names["logits"], f.attach(model)(BASE, SOURCE).logits)

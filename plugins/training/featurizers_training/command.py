@@ -216,7 +216,13 @@ def sweep_command(
     chosen = options.make_methods(
         options.words(methods), _method_options(features, lr, gate_lr, sparsity, temperature), baselines=True
     )
-    settings = Settings(epochs=epochs, batch_size=batch_size, micro_batch=micro_batch, seed=seed, precision=precision)
+    settings = Settings(
+        epochs=epochs,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        seed=seed,
+        precision=precision,  # type: ignore[arg-type]  # which they check
+    )
     at = [options.position(word) for word in options.words(positions)]
     refuse_full(out.expanduser())
     main = PartialState().is_main_process

@@ -79,7 +79,7 @@ class Found:
         """The same, after each featurizer was told where it belongs and how it was found."""
         config = getattr(self.model, "config", None)
         revision = getattr(config, "_commit_hash", None)
-        name = getattr(config, "_name_or_path", None)
+        name = getattr(config, "_name_or_path", None) or None
         for number, (featurizer, site) in enumerate(zip(self.featurizers, self.sites, strict=True)):
             featurizer.eval()
             featurizer.site = site.at(

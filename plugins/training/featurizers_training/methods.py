@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import featurizers
 import torch
@@ -17,6 +17,9 @@ from featurizers_subspace import SubspaceFeaturizer
 from torch import Tensor, nn
 
 from featurizers_training.gates import BoundaryGate
+
+Activations: TypeAlias = Callable[[], Tensor]
+"""Gives activations ``(n, d_in)``, which cost a run of the model, to whoever wants them."""
 
 
 class Searched(nn.Module):
@@ -68,7 +71,7 @@ class Method(ABC):
 
     @abstractmethod
     def search(
-        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Callable[[], Tensor]
+        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Activations | None = None
     ) -> Searched:
         """What to train at a site of width ``d_in``; nothing, if a method has no parameters and is measured as it is.
 
@@ -76,7 +79,7 @@ class Method(ABC):
             d_in: width of the activations.
             seed: of what begins at random.
             through: a featurizer in whose features the search is made; it is not trained.
-            activations: gives those of the pairs of the search, ``(n, d_in)``; called by the methods that need them.
+            activations: gives those of the pairs, ``(n, d_in)``, to the methods that look at them first.
         """
 
     def anneal(self, searched: Searched, progress: float) -> None:  # noqa: B027  # most have nothing to set
@@ -88,14 +91,10 @@ class Method(ABC):
 
     def groups(self, searched: nn.Module) -> list[dict[str, Any]]:
         """The trained parameters with their learning rates, as an optimizer takes them."""
-        gates = {
-            p
-            for module in searched.modules()
-            if isinstance(module, Searched) and module.gate
-            for p in module.gate.parameters()
-        }
-        others = [p for p in searched.parameters() if p.requires_grad and p not in gates]
-        groups = [{"params": others, "lr": self.lr}, {"params": list(gates), "lr": getattr(self, "gate_lr", self.lr)}]
+        parts = [module for module in searched.modules() if isinstance(module, Searched)]
+        maps = [parameter for part in parts for parameter in part.learned]
+        gates = [parameter for part in parts if part.gate is not None for parameter in part.gate.parameters()]
+        groups = [{"params": maps, "lr": self.lr}, {"params": gates, "lr": getattr(self, "gate_lr", self.lr)}]
         return [group for group in groups if group["params"]]
 
 
@@ -113,7 +112,7 @@ class DAS(Method):
     n_features: int
 
     def search(
-        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Callable[[], Tensor]
+        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Activations | None = None
     ) -> Searched:
         """A random orthonormal basis."""
         featurizer, subspace = _rotation(d_in, self.n_features, seed, through)
@@ -149,7 +148,7 @@ class DBM(Method):
             raise UsageError("temperatures are positive, and annealing is the share of the search, above 0 and up to 1")
 
     def search(
-        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Callable[[], Tensor]
+        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Activations | None = None
     ) -> Searched:
         """The featurizer as it is, and a gate of logits 0."""
         featurizer = _given(d_in, through)
@@ -184,7 +183,7 @@ class DASDBM(DBM):
     n_features: int | None = None
 
     def search(
-        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Callable[[], Tensor]
+        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Activations | None = None
     ) -> Searched:
         """A random orthonormal basis, and a gate of logits 0."""
         featurizer, subspace = _rotation(d_in, self.n_features, seed, through)
@@ -216,7 +215,7 @@ class BoundlessDAS(Method):
             raise UsageError("temperatures are positive, and start is a share of the features, above 0 and up to 1")
 
     def search(
-        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Callable[[], Tensor]
+        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Activations | None = None
     ) -> Searched:
         """A random rotation, and a boundary at ``start``."""
         featurizer, subspace = _rotation(d_in, None, seed, through)
@@ -242,7 +241,7 @@ class FullVector(Method):
     name: ClassVar[str] = "full-vector"
 
     def search(
-        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Callable[[], Tensor]
+        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Activations | None = None
     ) -> Searched:
         """The identity."""
         return Searched(_given(d_in, through))
@@ -255,7 +254,7 @@ class RandomSubspace(DAS):
     name: ClassVar[str] = "random"
 
     def search(
-        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Callable[[], Tensor]
+        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Activations | None = None
     ) -> Searched:
         """A random orthonormal basis, which is not trained."""
         return Searched(_rotation(d_in, self.n_features, seed, through)[0])
@@ -276,9 +275,15 @@ class PCA(Method):
     n_features: int
 
     def search(
-        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Callable[[], Tensor]
+        self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Activations | None = None
     ) -> Searched:
-        """The components, which are not trained."""
+        """The components, which are not trained.
+
+        Raises:
+            UsageError: there are no activations to find them in.
+        """
+        if activations is None:
+            raise UsageError("principal components need the activations of the pairs")
         with torch.no_grad():
             x = activations() if through is None else through.encode(activations())
             components = SubspaceFeaturizer.fit_pca(x.float(), self.n_features).requires_grad_(False)

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Ticker:
-    """A bar with the loss and the accuracy of the epoch so far; on stderr if that is a terminal, and hidden unless ``shown``."""
+    """A bar with the loss and the accuracy so far, where ``shown`` and stderr is a terminal."""
 
     def __init__(self, total: int, title: str, *, shown: bool) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

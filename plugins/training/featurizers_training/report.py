@@ -92,9 +92,9 @@ def heat_map(rows: Sequence[Row], title: str) -> Figure:
         raise MissingDependencyError("a heat map", "matplotlib", "pip install 'featurizers-training[plots]'") from error
     panels = _panels(rows)
     sites = list(dict.fromkeys(row["site"] for row in rows))
-    height = sum(0.9 + 0.45 * len(lines) for lines in panels.values())
-    figure = Figure(figsize=(2.4 + 0.75 * len(sites), height + 1), layout="constrained")
-    all_axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    heights = [len(lines) + 0.6 for lines in panels.values()]
+    figure = Figure(figsize=(3 + 0.6 * len(sites), 1.5 + 0.42 * sum(heights)), layout="constrained")
+    all_axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     for axes, (name, lines) in zip(all_axes, panels.items(), strict=True):
         values = [list(line.values()) for line in lines.values()]
         axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
@@ -104,9 +104,10 @@ def heat_map(rows: Sequence[Row], title: str) -> Figure:
             axes.set_title(name, fontsize=10, loc="left")
         for y, line in enumerate(values):
             for x, value in enumerate(line):
-                axes.text(x, y, f"{value:.0%}", ha="center", va="center", color="white" if value < 0.6 else "black")
+                color = "white" if value < 0.6 else "black"
+                axes.text(x, y, f"{value:.0%}", ha="center", va="center", color=color, fontsize=8)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    figure.colorbar(all_axes[0].images[0], ax=list(all_axes), label="accuracy on held-out pairs")
+    figure.colorbar(all_axes[0].images[0], ax=list(all_axes), label="accuracy on held-out pairs", aspect=30)
     return figure
 
 

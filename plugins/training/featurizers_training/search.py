@@ -159,7 +159,7 @@ class _Search:
         optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None,
         runs: CleanRuns | None,
     ) -> None:
-        self.processes = PartialState()
+        self.processes = PartialState(cpu=not torch.accelerator.is_available())
         if self.processes.num_processes > 1:
             model.to(self.processes.device)
         self.model, self.method, self.settings, self.sites = model, method, settings, sites

@@ -1,0 +1,345 @@
+"""``featurizers train``, ``evaluate`` and ``sweep``: what they print and write, and how they fail."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import featurizers
+import featurizers_training as training
+import pytest
+import torch
+from featurizers import cli
+from featurizers_training import command, options
+from typer.testing import CliRunner
+
+from tests.support.models import LAYERS, WIDTH, fresh_model, prompts, save_language_model
+
+LAST = f"resid.post:{LAYERS - 1}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A language model, pairs of texts whose label is its own answer to the source, and others to test on."""
+    folder = tmp_path_factory.mktemp("training")
+    model = save_language_model(fresh_model("llama"), folder / "lm") and fresh_model("llama")
+    for name, count, seed in (("pairs", 40, 0), ("test", 17, 5)):
+        base, source = prompts(count, 5, seed=seed), prompts(count, 5, seed=seed + 1)
+        answers = model(source).logits[:, -1].argmax(-1).tolist()
+        plain = [
+            {"base": _text(b), "source": _text(s), "label": f" w{a}"}
+            for b, s, a in zip(base.tolist(), source.tolist(), answers, strict=True)
+        ]
+        named = [{**record, "base_position": {"subject": 1, "end": -1}} for record in plain]
+        for kind, records in (("", plain), ("-named", named)):
+            (folder / f"{name}{kind}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def _text(ids):
+    return " ".join(f"w{i}" for i in ids)
+
+
+@pytest.fixture(autouse=True)
+def _here(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+def run(*arguments):
+    """Exit code, stdout and stderr, as a process would give them."""
+    result = CliRunner().invoke(cli.app, list(map(str, arguments)))
+    if isinstance(result.exception, featurizers.errors.FeaturizerError):
+        return 1, result.stdout, f"error: {result.exception}\n"
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def as_json(*arguments):
+    code, out, _ = run(*arguments, "--json")
+    assert code == 0, out
+    assert out.isascii()
+    return json.loads(out)
+
+
+def in_a_process(*arguments):
+    done = subprocess.run([sys.executable, "-m", "featurizers", *map(str, arguments)], capture_output=True, check=False)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+MODEL = ("--model", "./lm")
+COMMON = (*MODEL, "--pairs", "pairs.jsonl")
+DAS = ("train", "das", *COMMON, "--features", "4", "--epochs", "1")
+
+
+# ---------------------------------------------------------------------- sweep
+
+
+@pytest.fixture(scope="module")
+def swept(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        arguments = ("--features", "4", "--epochs", "1", "--test", "test-named.jsonl", "--controls", "shuffled-labels")
+        where = ("--positions", "end,subject", "--layers", "1-2", "--pairs", "pairs-named.jsonl")
+        return as_json("sweep", *MODEL, *where, *arguments, "--out", "swept"), folder / "swept"
+
+
+def test_a_new_process_measures_what_the_sweep_printed(swept):
+    result, folder = swept
+    best = result["best"]
+    code, out, err = in_a_process(
+        "evaluate",
+        folder / "best",
+        *MODEL,
+        "--pairs",
+        "test-named.jsonl",
+        "--json",
+        "--site",
+        f"{best['site']}@{best['position']}",
+    )
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["accuracy"] == best["accuracy"]
+    assert found["interval_95"] == [best["low_95"], best["high_95"]]
+    assert found["pairs"] == 17
+
+
+def test_a_sweep_writes_a_table_a_picture_and_the_best(swept):
+    result, folder = swept
+    with (folder / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["accuracy"] for row in rows] == [str(cell["accuracy"]) for cell in result["cells"]]
+    assert json.loads((folder / "table.json").read_text())["cells"] == result["cells"]
+    assert {row["site"] for row in rows} == {"resid.post:1", LAST}
+    assert {row["position"] for row in rows} == {"subject", "end"}
+    assert {row["method"] for row in rows} == {"das", "full-vector", "pca", "random"}
+    assert {row["control"] for row in rows} == {"", "shuffled-labels"}
+    assert len(rows) == 2 * 2 * 4 * 2
+    assert (folder / "heatmap.png").read_bytes().startswith(b"\x89PNG")
+    best = featurizers.load(folder / "best")
+    assert best.metadata["training"]["accuracy"]["test"]["accuracy"] == result["best"]["accuracy"]
+    assert str(best.site) == result["best"]["site"]
+
+
+def test_the_full_vector_at_the_end_of_the_model_answers_as_the_source(swept):
+    for cell in swept[0]["cells"]:
+        if (cell["site"], cell["method"], cell["position"]) == (LAST, "full-vector", "end"):
+            assert (cell["accuracy"] == 1.0) == (cell["control"] is None)
+            assert (cell["train_accuracy"] == 1.0) == (cell["control"] is None)
+
+
+def test_a_sweep_prints_its_tables(tmp_path):
+    code, out, _ = run(
+        "sweep",
+        *COMMON,
+        "--layers",
+        "2",
+        "--methods",
+        "full-vector,random",
+        "--features",
+        "2",
+        "--controls",
+        "random-model,shuffled-labels",
+        "--out",
+        tmp_path / "out",
+    )
+    assert code == 0
+    assert "100% / 100%" in out
+    assert all(word in out for word in (LAST, "full-vector", "control: random-model", "control: shuffled-labels"))
+    assert "Best: full-vector at resid.post:2, position -1: 100.0%" in out.replace("\n", " ")
+
+
+# ---------------------------------------------------------------------- train and evaluate
+
+
+def test_train_says_what_it_found_and_how_to_load_it(tmp_path):
+    out = tmp_path / "found"
+    code, printed, _ = run(
+        *DAS,
+        "--site",
+        f"{LAST}@-1",
+        "--out",
+        out,
+        "--test",
+        "test.jsonl",
+        "--validation",
+        "0.2",
+        "--seed",
+        "3",
+        "--control",
+        "shuffled-labels",
+        "--control",
+        "random-model",
+    )
+    assert code == 0
+    assert all(word in printed for word in ("train", "validation", "test", "shuffled-labels", "random-model"))
+    assert f"featurizers.load({str(out)!r}).attach(model)" in printed
+    loaded = featurizers.load(out)
+    record = loaded.metadata["training"]
+    assert record["method"]["n_features"] == 4
+    assert (record["pairs"]["count"], record["accuracy"]["validation"]["pairs"]) == (32, 8)
+    assert (str(loaded.site), loaded.site.position, loaded.site.model) == (LAST, (-1,), "lm")
+    measured = as_json("evaluate", out, *MODEL, "--pairs", "test.jsonl")
+    assert measured["accuracy"] == record["accuracy"]["test"]["accuracy"]
+    assert str(training.Accuracy(round(measured["accuracy"] * 17), 17)) in printed
+    assert measured["featurizers"] == [{"id": f"das at {LAST}", "site": LAST, "position": [-1]}]
+
+
+def test_controls_stand_beside_the_search(tmp_path):
+    found = as_json("train", "dbm", *COMMON, "--site", LAST, "--out", tmp_path / "a", "--epochs", "1", "--control",
+                    "shuffled-labels", "--control", "random-model")  # fmt: skip
+    assert [row["control"] for row in found["rows"]] == [None, "shuffled-labels", "random-model"]
+    true, shuffled, random = (row["accuracy"]["train"]["accuracy"] for row in found["rows"])
+    assert max(shuffled, random) < 0.2 < 0.6 < true
+
+
+def test_several_sites_are_a_collection_that_is_evaluated_at_once(tmp_path):
+    out = tmp_path / "several"
+    sites = ("--site", "resid.post:2@end", "--site", "resid.post:0@subject")
+    found = as_json("train", "das", *MODEL, "--pairs", "pairs-named.jsonl", "--features", "4", "--epochs", "1", *sites,
+                    "--out", out, "--test", "test-named.jsonl")  # fmt: skip
+    assert set(featurizers.list_artefacts(out)) == {"resid.post-0", "resid.post-2"}
+    accuracy = found["rows"][0]["accuracy"]["test"]
+    by_name = as_json("evaluate", out, *MODEL, "--pairs", "test-named.jsonl", *sites)
+    assert {key: by_name[key] for key in accuracy} == accuracy
+    own = as_json("evaluate", out, *MODEL, "--pairs", "test.jsonl")
+    assert own == by_name  # at the artefacts' own positions, since the records say none
+    assert [row["position"] for row in own["featurizers"]] == [[-1], [1]]
+    alone = as_json("evaluate", out, *MODEL, "--pairs", "test.jsonl", "--subfolder", "resid.post-2")
+    assert [row["site"] for row in alone["featurizers"]] == ["resid.post:2"]
+
+
+def test_a_search_goes_through_an_artefact(tmp_path):
+    through = featurizers.create("subspace", d_in=WIDTH, n_features=6, seed=1)
+    through.save_pretrained(tmp_path / "through")
+    as_json("train", "dbm", *COMMON, "--site", LAST, "--through", f"local:{tmp_path}/through", "--epochs", "1",
+            "--sparsity", "0.1", "--temperature", "2,0.5", "--gate-lr", "0.1", "--out", tmp_path / "a")  # fmt: skip
+    loaded = featurizers.load(tmp_path / "a")
+    assert loaded.n_features == 6
+    method = loaded.metadata["training"]["method"]
+    assert (method["sparsity"], method["temperature"], method["gate_lr"]) == (0.1, [2.0, 0.5], 0.1)
+
+
+def test_a_search_goes_on_from_its_checkpoint(tmp_path):
+    options = ("--site", LAST, "--checkpoints", tmp_path / "state", "--control", "shuffled-labels")
+    first = as_json(*DAS, *options, "--out", tmp_path / "a")
+    again = as_json(*DAS, *options, "--out", tmp_path / "b")
+    assert (tmp_path / "state-shuffled-labels").is_dir()
+    for one, other in zip(first["rows"], again["rows"], strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    bases = [featurizers.load(tmp_path / name).basis for name in "ab"]
+    assert torch.equal(*bases)
+
+
+def test_what_was_found_is_pushed(tmp_path, monkeypatch):
+    pushed = []
+
+    class Commit:
+        pr_url, commit_url = None, "https://huggingface.co/owner/name/commit/0"
+
+    def push(*arguments):
+        pushed.append(arguments)
+        return Commit
+
+    monkeypatch.setattr(featurizers, "push", push)
+    found = as_json(*DAS, "--site", LAST, "--out", tmp_path / "a", "--push", "owner/name")
+    assert found["url"] == Commit.commit_url
+    assert pushed == [(tmp_path / "a", "owner/name")]
+
+
+# ---------------------------------------------------------------------- what goes wrong
+
+TRAIN = ("train", "das", *MODEL, "--out", "new")
+SWEEP = ("sweep", *MODEL, "--out", "new", "--features", "2")
+PAIRS = ("--pairs", "pairs.jsonl")
+NAMED = ("--pairs", "pairs-named.jsonl")
+SITE = ("--site", LAST, "--features", "2")
+ERRORS = {
+    "no method": (("train", "dsa", *MODEL, *PAIRS, *SITE, "--out", "new"), "das, dbm, das+dbm, boundless, not 'dsa'"),
+    "a baseline": (("train", "pca", *MODEL, *PAIRS, *SITE, "--out", "new"), "boundless, not 'pca'"),
+    "no features": ((*TRAIN, *PAIRS, "--site", LAST), "the method 'das' needs --features"),
+    "an option of another method": ((*TRAIN, *PAIRS, *SITE, "--sparsity", "1"), "--sparsity is no option of das"),
+    "an option of no method": ((*SWEEP, *PAIRS, "--gate-lr", "1"), "--gate-lr is no option of das or full-vector"),
+    "a temperature": ((*TRAIN, *PAIRS, *SITE, "--temperature", "1"), "such as 1,0.01, not '1'"),
+    "no such site": ((*TRAIN, *PAIRS, "--site", "resid.post:9", "--features", "2"), "3 layers"),
+    "a misspelt site": ((*TRAIN, *PAIRS, "--site", "resid:9", "--features", "2"), "resid"),
+    "some positions": ((*TRAIN, *PAIRS, *SITE, "--site", "embed@0"), "the position of each site or of none"),
+    "too many features": ((*TRAIN, *PAIRS, "--site", LAST, "--features", "99"), "do not fit into 32 dimensions"),
+    "names to choose from": ((*TRAIN, *NAMED, *SITE), "'base_position' has the names 'subject', 'end'"),
+    "no such name": ((*TRAIN, *NAMED, "--site", f"{LAST}@verb", "--features", "2"), "no position named 'verb'"),
+    "no such token": ((*SWEEP, *PAIRS, "--positions", "-1,7"), "token 7 is not in the prompt, which has 5 tokens"),
+    "no such file": ((*TRAIN, "--pairs", "none.jsonl", *SITE), "cannot read pairs from 'none.jsonl'"),
+    "no such test": ((*TRAIN, *PAIRS, *SITE, "--test", "none.jsonl"), "cannot read pairs from 'none.jsonl'"),
+    "a whole share": (
+        (*TRAIN, *PAIRS, *SITE, "--test", "1"),
+        "--test is a file, or a share of the pairs between 0 and",
+    ),
+    "no share": ((*SWEEP, *PAIRS, "--test", "0"), "give --test a file or a share"),
+    "no model": (("train", "das", "--model", "./none", *PAIRS, *SITE, "--out", "new"), "model './none'"),
+    "no device": ((*TRAIN, *PAIRS, *SITE, "--device", "abacus"), "not 'abacus'"),
+    "no dtype": ((*TRAIN, *PAIRS, *SITE, "--dtype", "int3"), "a dtype is one of auto, float32, bfloat16, float16"),
+    "no precision": ((*TRAIN, *PAIRS, *SITE, "--precision", "int3"), "precision is one of fp32, bf16, fp16"),
+    "no objective": ((*TRAIN, *PAIRS, *SITE, "--objective", "x"), "cross-entropy, logit-difference"),
+    "no base label": ((*TRAIN, *PAIRS, *SITE, "--objective", "logit-difference"), "a base_label a pair"),
+    "no control": ((*TRAIN, *PAIRS, *SITE, "--control", "x"), "shuffled-labels, random-model, not 'x'"),
+    "nothing to wait for": ((*TRAIN, *PAIRS, *SITE, "--patience", "1"), "patience needs validation pairs"),
+    "no layers": ((*SWEEP, *PAIRS, "--layers", "x"), "such as 4,8,12 or 0-11, not 'x'"),
+    "layers beyond": ((*SWEEP, *PAIRS, "--layers", "1-3"), "the layers '1-3' are not in the model"),
+    "no kind of site": ((*SWEEP, *PAIRS, "--site-kind", "x"), "x"),
+    "no methods": ((*SWEEP, *PAIRS, "--methods", "das,x"), "a method is one of das, dbm"),
+    "an artefact that is not there": (("evaluate", "./none", *MODEL, *PAIRS), "there is no config.json"),
+    "sites of others": (
+        ("evaluate", "./plain", *MODEL, *PAIRS, "--site", LAST, "--site", LAST),
+        "there are 1 featuriz",
+    ),
+    "no site": (("evaluate", "./plain", *MODEL, *PAIRS), "does not say where it belongs"),
+    "another model": (("evaluate", "./another", *MODEL, *PAIRS), "was found in the model 'owner/x'"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), ERRORS.values(), ids=ERRORS)
+def test_what_is_wrong_is_one_line_and_exit_code_1(arguments, words, monkeypatch):
+    f = featurizers.create("identity", d_in=WIDTH)
+    f.save_pretrained("plain")
+    f.site = featurizers.Site("resid.post", 0).at(model="owner/x")
+    f.save_pretrained("another")
+    if words.endswith("'owner/x'"):
+        real = command.load_model
+
+        def load(*arguments, **options):
+            loaded = real(*arguments, **options)
+            loaded.model.config._name_or_path = "owner/y"
+            return loaded
+
+        monkeypatch.setattr(command, "load_model", load)
+    code, out, err = run(*arguments)
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert words in err
+    assert not Path("new").exists()
+
+
+def test_a_folder_that_holds_something_is_refused_before_the_search(monkeypatch, tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    monkeypatch.setattr(command, "load_model", None)
+    for arguments in ((*DAS, "--site", LAST), ("sweep", *COMMON, "--features", "2")):
+        code, out, err = run(*arguments, "--out", tmp_path)
+        assert (code, out, len(err.splitlines())) == (1, "", 1)
+        assert "choose a new or an empty folder" in err
+
+
+@pytest.mark.parametrize("arguments", [("train",), ("train", "das"), ("evaluate",), ("sweep", "--frob")], ids=" ".join)
+def test_a_command_called_wrongly_ends_with_2(arguments):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert "Usage: " in err
+
+
+def test_what_positions_and_layers_are_called():
+    assert [options.position(text) for text in ("-1", "3", "0+1", "-2+-1", "subject", "1st")] == [
+        -1, 3, [0, 1], [-2, -1], "subject", "1st",
+    ]  # fmt: skip
+    assert options.numbers("4,0-2,1", 5) == [4, 0, 1, 2]
+    sites, positions = options.sites_and_positions(["resid.post:8@subject", "mlp.out:1@-1"])
+    assert (list(map(str, sites)), positions) == (["resid.post:8", "mlp.out:1"], ["subject", -1])
