@@ -71,7 +71,7 @@ def task(settings: Settings) -> Task:
             f"{error}; name a model, a folder or a .gguf file in FEATURIZERS_BENCHMARK_MODEL (see docs/demo.md)"
         ) from error
     with tempfile.TemporaryDirectory() as name:
-        find_a_variable.write_pairs(model, tokenizer, "kind", Path(name), pairs=PAIRS, held_out=PAIRS // 2, seed=0)
+        find_a_variable.write_pairs(model, tokenizer, "kind", Path(name), pairs=PAIRS, held_out=PAIRS, seed=0)
         train, test = (
             featurizers_training.Pairs.read(Path(name, f"{part}.jsonl"), tokenizer, position="last")
             for part in ("train", "test")
@@ -263,11 +263,6 @@ def dbm(settings: Settings) -> Case:
     return _case(settings, _dbm(), lambda given: masked(given.d_in))
 
 
-def dbm_best(settings: Settings) -> Case:
-    """DBM beside the peer at its best."""
-    return _case(settings, _dbm(), lambda given: masked(given.d_in), best=True)
-
-
 # ---------------------------------------------------------------------- where a step's time goes
 
 
@@ -342,6 +337,5 @@ BENCHMARKS = (
     Benchmark("training-das", das, required=3),
     Benchmark("training-das-best", das_best),
     Benchmark("training-dbm", dbm, required=2),
-    Benchmark("training-dbm-best", dbm_best),
     Benchmark("training-share", share, "at most", 0.02),
 )

@@ -26,7 +26,7 @@ import typer
 from featurizers.anatomy import Anatomy
 from featurizers.demo.english import COUNTRIES, TEMPLATE
 from featurizers.models import load_model
-from featurizers_training import DAS, PCA, FullVector, Pairs, RandomSubspace, Settings, sweep
+from featurizers_training import DAS, PCA, FullVector, Pairs, RandomSubspace, Settings, evaluate, sweep
 from featurizers_training.report import tables
 from rich.console import Console
 from torch import nn
@@ -113,8 +113,10 @@ def answered(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], batch:
     return right
 
 
-def records(tokenizer: Any, prompts: Sequence[Prompt], count: int, rng: random.Random) -> list[dict[str, Any]]:
-    """Random pairs that differ in the variable, as the lines of a file of pairs."""
+def records(
+    tokenizer: Any, prompts: Sequence[Prompt], count: int, rng: random.Random, *, differ: bool = True
+) -> list[dict[str, Any]]:
+    """Random pairs that differ in the variable, or that do not, as the lines of a file of pairs."""
     found: list[dict[str, Any]] = []
     seen: set[tuple[str, str]] = set()
     for _ in range(1000 * count):
@@ -122,7 +124,9 @@ def records(tokenizer: Any, prompts: Sequence[Prompt], count: int, rng: random.R
         label = base.others.get(source.variable)
         if len(found) == count:
             break
-        if label is None or label == base.answer or (base.text, source.text) in seen or base.words & source.words:
+        if label is None or (label != base.answer) != differ:
+            continue
+        if (base.text, source.text) in seen or base.words & source.words:
             continue
         seen.add((base.text, source.text))
         places = [{k: len(tokenizer(v).input_ids) - 1 for k, v in p.places.items()} for p in (base, source)]
@@ -142,7 +146,10 @@ def records(tokenizer: Any, prompts: Sequence[Prompt], count: int, rng: random.R
 def write_pairs(
     model: nn.Module, tokenizer: Any, task: str, folder: Path, *, pairs: int, held_out: int, seed: int
 ) -> dict[str, Any]:
-    """Write ``train.jsonl`` and ``test.jsonl``, and return what was filtered."""
+    """Write ``train.jsonl``, ``test.jsonl`` and ``same.jsonl``, and return what was filtered.
+
+    The last holds pairs whose variable is the same, so that no interchange of it should change the answer.
+    """
     counts: dict[str, Any] = {}
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in (("train", pairs), ("test", held_out)):
@@ -151,9 +158,14 @@ def write_pairs(
         right = answered(model, tokenizer, prompts)
         lines = records(tokenizer, right, count, rng)
         counts[name] = {"prompts": len(prompts), "answered rightly": len(right), "pairs": len(lines)}
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        write_lines(lines, folder / f"{name}.jsonl")
+    write_lines(records(tokenizer, right, held_out, rng, differ=False), folder / "same.jsonl")
     return counts
+
+
+def write_lines(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """A file of JSON lines."""
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def again(source: str, site: str, model: str, pairs: Path) -> float:
@@ -200,6 +212,12 @@ def main(
     for table in tables(result.rows(), str(result.about["title"])):
         console.print(table)
     cell, found = result.best("das")
+    same = evaluate(
+        loaded.model, Pairs.read(out / "same.jsonl", loaded.tokenizer, position=cell.position), found.featurizer
+    )
+    console.print(
+        f"{cell.site} at {cell.position}: with sources of the same value {same} keep the answer", highlight=False
+    )
     folder = found.save(out / "artefact")
     source = str(folder)
     if push is not None:

@@ -87,6 +87,17 @@ def test_a_counterfactual_is_the_base_with_the_variable_of_the_source(example, t
             assert record["label"] != f" {source.answer}"
 
 
+@pytest.mark.parametrize("task", ["continent", "kind"])
+def test_pairs_of_the_same_value_keep_their_answer(example, tokenizer, task):
+    prompts = list(islice(example.TASKS[task](random.Random(1), False), 60))
+    by_text = {prompt.text: prompt for prompt in prompts}
+    records = example.records(tokenizer, prompts, 20, random.Random(2), differ=False)
+    assert len(records) == 20
+    for record in records:
+        assert by_text[record["base"]].variable == by_text[record["source"]].variable
+        assert record["label"] == record["base_label"]
+
+
 def test_positions_are_those_of_the_tokens_that_they_name(example, tokenizer):
     for task, name in (("continent", "country"), ("kind", "kind")):
         prompts = list(islice(example.TASKS[task](random.Random(3), True), 30))
@@ -141,7 +152,9 @@ def test_the_whole_of_it(example, folder, tmp_path, monkeypatch, capsys):
         loaded = featurizers.load("alice/kind")
     finally:
         hub.stop()
-    assert "in a new process" in capsys.readouterr().out.replace("\n", " ")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "in a new process" in printed
+    assert "with sources of the same value" in printed
     table = json.loads((out / "table.json").read_text())
     cells = {(cell["site"], cell["position"], cell["method"], cell["control"]) for cell in table["cells"]}
     assert len(cells) == 2 * 2 * 4 * 2, "layers 0 and 2, two positions, four methods, with shuffled labels and without"

@@ -110,6 +110,7 @@ class DAS(Method):
 
     name: ClassVar[str] = "das"
     n_features: int
+    lr: float = field(default=3e-2, kw_only=True)
 
     def search(
         self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Activations | None = None
