@@ -22,6 +22,8 @@ from featurizers.errors import CachedCopyWarning, FeaturizerError, SourceError, 
 from featurizers.manifest import (
     CARD_NAME,
     CONFIG_NAME,
+    INTERVENABLE_NAME,
+    INTERVENABLE_WEIGHTS_NAME,
     MAX_CARD_BYTES,
     MAX_CONFIG_BYTES,
     WEIGHTS_NAME,
@@ -173,7 +175,10 @@ def pull(
             verify_weights(weights, read(config, str(part)), str(part))
             _copy([config, weights, part.optional(CARD_NAME, commit, MAX_CARD_BYTES)], new and new / name)
         if isinstance(record, Index):
-            _copy([root / CONFIG_NAME, remote.optional(CARD_NAME, commit, MAX_CARD_BYTES)], new)
+            card = remote.optional(CARD_NAME, commit, MAX_CARD_BYTES)
+            saved = remote.optional(INTERVENABLE_NAME, commit, MAX_CONFIG_BYTES)
+            own = remote.file(INTERVENABLE_WEIGHTS_NAME, commit) if saved else None
+            _copy([root / CONFIG_NAME, card, saved, own], new)
     result = {"folder": str(out or root), "revision": commit, "artefacts": len(names)}
     _print_json(result) if as_json else print(f"{result['folder']} (revision {commit}, artefacts: {len(names)})")
 

@@ -156,6 +156,16 @@ SAVED: dict[str, type[SizedLayer]] = {cls.name: cls for cls in (AutoencoderLayer
 """The classes that files may name."""
 
 
+def layer_of(featurizer: DictionaryFeaturizer) -> SizedLayer:
+    """The autoencoder with the weights of a dictionary of the rule relu or jumprelu.
+
+    Raises:
+        UsageError: the dictionary computes something else.
+    """
+    cls = JumpReLUAutoencoderLayer if featurizer.config.rule == "jumprelu" else AutoencoderLayer
+    return cls.of_featurizer(featurizer)
+
+
 def _own(tensor: Tensor) -> Tensor:
     """A copy that lies in memory as the layer's own parameter does, because a product of matrices rounds by that."""
     return tensor.clone(memory_format=torch.contiguous_format)
