@@ -175,7 +175,7 @@ def dump_record(record: IntervenableRecord, where: str) -> bytes:
         ManifestError: it would be too large to be read again.
     """
     text = json.dumps(record.model_dump(exclude_none=True), indent=2, ensure_ascii=False, allow_nan=False)
-    text = re.sub(r"\[\n[\s\d,-]+\]", lambda found: f"[{', '.join(re.findall(r'-?\d+', found[0]))}]", text)
+    text = re.sub(r"\[\n[\s\d,-]+\]", lambda found: "[" + ", ".join(re.findall(r"-?\d+", found[0])) + "]", text)
     raw = f"{text}\n".encode()
     if len(raw) > MAX_CONFIG_BYTES:
         raise ManifestError(where, f"{INTERVENABLE_NAME} would be larger than {MAX_CONFIG_BYTES} bytes")
