@@ -386,7 +386,7 @@ def _placed(record: IntervenableRecord, interventions: list[SavedIntervention], 
     try:
         config = pv.IntervenableConfig(representations, mode=record.mode)
         return pv.IntervenableModel(config, model, use_fast=record.use_fast)
-    except (KeyError, AttributeError, IndexError, ValueError, TypeError) as error:
+    except Exception as error:  # it looks for the place without checking anything
         raise UsageError(
             f"{where}: pyvene cannot place it in a {type(model).__name__}: {type(error).__name__}: {one_line(error)}"
         ) from error
