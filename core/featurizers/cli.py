@@ -157,6 +157,7 @@ def pull(
 ) -> None:
     """Download an artefact or a whole collection, at one commit."""
     from featurizers.hub import Remote
+    from featurizers.intervenable_record import read_record
     from featurizers.replacing import filling
     from featurizers.sources import HubSource, parse_source
     from featurizers.weights import verify_weights
@@ -178,6 +179,8 @@ def pull(
             card = remote.optional(CARD_NAME, commit, MAX_CARD_BYTES)
             saved = remote.optional(INTERVENABLE_NAME, commit, MAX_CONFIG_BYTES)
             own = remote.file(INTERVENABLE_WEIGHTS_NAME, commit) if saved else None
+            if own:
+                verify_weights(own, read_record(root, str(remote))[0], str(remote))
             _copy([root / CONFIG_NAME, card, saved, own], new)
     result = {"folder": str(out or root), "revision": commit, "artefacts": len(names)}
     _print_json(result) if as_json else print(f"{result['folder']} (revision {commit}, artefacts: {len(names)})")

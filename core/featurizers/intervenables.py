@@ -48,7 +48,7 @@ from featurizers.manifest import (
 from featurizers.pushing import push
 from featurizers.replacing import recover
 from featurizers.sources import REPO_ID, FolderSource, HubSource, parse_source
-from featurizers.weights import MAX_HEADER_BYTES, check_header, read_header, read_tensors, sha256, write_tensors
+from featurizers.weights import MAX_HEADER_BYTES, check_header, read_header, read_tensors, verify_weights, write_tensors
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -301,7 +301,7 @@ def _interventions(
         for name, tensor in _own(cls, intervention).items()
     }
     most = 8 * sum(tensor.numel() for tensor in expected.values()) + MAX_HEADER_BYTES
-    tensors = _tensors(own(most), expected, record.sha256, where, device)
+    tensors = _tensors(own(most), expected, record, where, device)
     for i, (row, intervention) in enumerate(zip(record.interventions, made, strict=True)):
         start = f"{i}."
         with _at_work(row.kind, where):
@@ -348,17 +348,14 @@ def _featurizer(
 
 
 def _tensors(
-    path: Path, expected: dict[str, Tensor], digest: str, where: str, device: torch.device | str | None
+    path: Path, expected: dict[str, Tensor], record: IntervenableRecord, where: str, device: torch.device | str | None
 ) -> dict[str, Tensor]:
     if not path.exists():
         raise WeightsError(where, f"{INTERVENABLE_WEIGHTS_NAME} is missing")
     header = read_header(path, where, INTERVENABLE_WEIGHTS_NAME)
     names = {"file_name": INTERVENABLE_WEIGHTS_NAME, "config_name": INTERVENABLE_NAME}
     check_header(header, expected, [], where, **names)
-    if (found := sha256(path, where)) != digest:
-        raise WeightsError(
-            where, f"{INTERVENABLE_WEIGHTS_NAME} has sha256 {found}, {INTERVENABLE_NAME} says {digest}; fetch it again"
-        )
+    verify_weights(path, record, where)
     return read_tensors(path, device, where)
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from featurizers.intervenable_record import IntervenableRecord
+
 MAX_HEADER_BYTES: Final = 10_000_000
 SET_PREFIX: Final = "features."
 """What the names of stored feature sets begin with."""
@@ -305,8 +307,8 @@ def is_finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(tensor.float().sum().isfinite()) or bool(tensor.isfinite().all())
 
 
-def verify_weights(path: Path, record: Manifest | Index, where: str) -> None:
-    """Compare the sha256 of the weights with the one in the config.
+def verify_weights(path: Path, record: Manifest | Index | IntervenableRecord, where: str) -> None:
+    """Compare the sha256 of the weights with the one in the config beside them.
 
     Raises:
         WeightsError: they differ.
@@ -315,7 +317,7 @@ def verify_weights(path: Path, record: Manifest | Index, where: str) -> None:
     if isinstance(record, Index):
         raise ManifestError(where, "it is a collection inside a collection, which no weights belong to")
     if (found := sha256(path, where)) != record.sha256:
-        raise WeightsError(where, f"{WEIGHTS_NAME} has sha256 {found}, its config says {record.sha256}; fetch it again")
+        raise WeightsError(where, f"{path.name} has sha256 {found}, its config says {record.sha256}; fetch it again")
 
 
 def sha256(path: Path, where: str) -> str:
