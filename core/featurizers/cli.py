@@ -188,7 +188,7 @@ def pull(
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="What save_pretrained or save_collection wrote.")],
+    folder: Annotated[Path, typer.Argument(help="What save_pretrained, save_collection or save_intervenable wrote.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="owner/name.")],
     subfolder: Annotated[str | None, typer.Option(help="Where in the repository to put it.")] = None,
     private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
@@ -197,7 +197,7 @@ def push(
     message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Upload an artefact or a collection to the Hub, in one commit."""
+    """Upload an artefact, a collection or a pyvene model to the Hub, in one commit."""
     from featurizers.pushing import push as upload
 
     commit = upload(
