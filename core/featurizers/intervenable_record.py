@@ -107,6 +107,7 @@ class IntervenableRecord(_Record):
         model: what it was saved from, if known.
         mode: of the run, pyvene's.
         use_fast: pyvene's: positions are the same for each example of a batch.
+        as_adaptor: pyvene's: interventions are given what the module was given.
         representations: in the order in which sources and positions are given.
         sha256: of ``intervenable.safetensors``, the tensors that are the interventions' own.
     """
@@ -116,6 +117,7 @@ class IntervenableRecord(_Record):
     model: ModelRecord | None = None
     mode: Literal["parallel", "serial"]
     use_fast: bool
+    as_adaptor: bool = False
     representations: Annotated[list[RepresentationRecord], Field(min_length=1, max_length=MOST)]
     interventions: Annotated[list[InterventionRecord], Field(min_length=1, max_length=MOST)]
     featurizers: Annotated[list[FeaturizerRecord], Field(min_length=1, max_length=MOST)]

@@ -99,16 +99,21 @@ def save_intervenable(intervenable: Any, folder: str | Path) -> Path:
         others.append(InterventionRecord(kind=cls.kind, config=config, featurizer=place))
         tensors |= {f"{number}.{name}": tensor for name, tensor in own.items()}
     with writing_collection(featurizers, folder, (INTERVENABLE_NAME, INTERVENABLE_WEIGHTS_NAME)) as (new, manifests):
-        record = IntervenableRecord(
-            model=_model(intervenable.model),
-            mode=intervenable.mode,
-            # pyvene's own is set by any call that names one position
-            use_fast=all(intervention.use_fast for intervention in interventions),
-            representations=rows,
-            interventions=others,
-            featurizers=[FeaturizerRecord(subfolder=name, sha256=m.sha256) for name, m in manifests.items()],
-            sha256=write_tensors(tensors, new / INTERVENABLE_WEIGHTS_NAME, str(folder)),
-        )
+        digest = write_tensors(tensors, new / INTERVENABLE_WEIGHTS_NAME, str(folder))
+        try:
+            record = IntervenableRecord(
+                model=_model(intervenable.model),
+                mode=intervenable.mode,
+                # the model's own is set by any call that names one position
+                use_fast=all(intervention.use_fast for intervention in interventions),
+                as_adaptor=intervenable.as_adaptor,
+                representations=rows,
+                interventions=others,
+                featurizers=[FeaturizerRecord(subfolder=name, sha256=m.sha256) for name, m in manifests.items()],
+                sha256=digest,
+            )
+        except ValidationError as error:
+            raise UsageError(f"the pyvene model cannot be saved: {explain(error)}") from error
         (new / INTERVENABLE_NAME).write_bytes(dump_record(record, str(folder)))
     return Path(folder).expanduser()
 
@@ -382,7 +387,7 @@ def _placed(record: IntervenableRecord, interventions: list[SavedIntervention], 
     ]
     try:
         config = pv.IntervenableConfig(representations, mode=record.mode)
-        return pv.IntervenableModel(config, model, use_fast=record.use_fast)
+        return pv.IntervenableModel(config, model, use_fast=record.use_fast, as_adaptor=record.as_adaptor)
     except Exception as error:  # it looks for the place without checking anything
         raise UsageError(
             f"{where}: pyvene cannot place it in a {type(model).__name__}: {type(error).__name__}: {one_line(error)}"

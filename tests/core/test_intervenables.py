@@ -138,16 +138,19 @@ def test_a_gate_is_hard_or_soft_as_it_was(hard, tmp_path):
     assert other.mask.requires_grad
 
 
-@pytest.mark.parametrize("subspaces", [None, [[[0, 3]] * 3], [[[0], [1, 2], []]]])
-def test_the_identity_is_pyvenes_vanilla_intervention(subspaces, tmp_path):
+@pytest.mark.parametrize(
+    ("partition", "subspaces"),
+    [(None, None), (None, [[[0, 3]] * 3]), ([[0, 5], [5, 31]], [[[1]] * 3]), ([[0, 5], [5, 31]], [[[0, 1]] * 3])],
+)
+def test_the_identity_is_pyvenes_vanilla_intervention(partition, subspaces, tmp_path):
+    place: dict[str, Any] = {"layer": 1, "subspace_partition": partition}
     f = featurizers.create("identity", d_in=WIDTH)
-    loaded = again(built([{"layer": 1, "intervention": f.get_interchange_intervention()()}]), tmp_path / "it")
-    if subspaces is None or subspaces[0][0] == [0, 3]:  # pyvene's own mixes up the rows of a batch
-        theirs = built([{"layer": 1, "intervention_type": pv.VanillaIntervention}])
-        assert torch.equal(logits(loaded, subspaces=subspaces), logits(theirs, subspaces=subspaces))
-    else:
-        found = logits(loaded, subspaces=subspaces)
-        assert torch.equal(found[2], tiny_model("gpt2")(BASE).logits[2])
+    saved = built([{**place, "intervention_type": f.get_interchange_intervention()}])
+    loaded = again(saved, tmp_path / "it")
+    theirs = built([{**place, "intervention_type": pv.VanillaIntervention}])
+    assert torch.equal(logits(loaded, subspaces=subspaces), logits(theirs, subspaces=subspaces))
+    (representation,) = loaded.representations.values()
+    assert representation.subspace_partition == partition, "for pyvene's own files"
 
 
 @pytest.mark.parametrize("unit", ["h.pos", "h"])
@@ -262,6 +265,8 @@ def test_fast_is_what_was_asked_for_and_not_what_a_call_left_behind(tmp_path):
         saved({"input_ids": BASE}, [{"input_ids": BASE}], {"sources->base": 3})
         assert saved.use_fast is True, "pyvene's own"
         assert again(saved, tmp_path / "it").use_fast is fast
+    saved = built([{"layer": 1, "intervention": subspace().get_interchange_intervention()()}], as_adaptor=True)
+    assert again(saved, tmp_path / "it").as_adaptor is True
 
 
 def test_training_goes_on_through_the_shared_featurizer(tmp_path):
@@ -374,6 +379,13 @@ def test_what_no_file_may_name_is_refused(tmp_path):
     strange.representations[key] = strange.representations[key]._replace(unit="t")
     with pytest.raises(UsageError, match=r"'unit': Input should be 'pos', 'h' or 'h\.pos'"):
         save_intervenable(strange, tmp_path / "it")
+    with pytest.raises(
+        UsageError, match="the pyvene model cannot be saved: 'mode': Input should be 'parallel' or 'ser"
+    ):
+        save_intervenable(
+            built([{"layer": 1, "intervention": subspace().get_interchange_intervention()()}], mode="x"),
+            tmp_path / "it",
+        )
     with pytest.raises(UsageError, match=r"takes a pyvene\.IntervenableModel, not a Linear"):
         save_intervenable(nn.Linear(2, 2), tmp_path / "it")
     assert not (tmp_path / "it").exists()

@@ -81,6 +81,11 @@ def test_the_command_pushes_and_pulls_it(hub, tmp_path):
     pulled = runner.invoke(cli.app, ["pull", "alice/it", "--out", str(tmp_path / "copy"), "--json"])
     assert pulled.exit_code == 0, pulled.output
     assert torch.equal(logits_of_several(load(tmp_path / "copy")), logits_of_several(saved))
+    hub.put("alice/it", intervenable_safetensors=(folder / "intervenable.safetensors").read_bytes()[:-1] + b"\1")
+    flipped = runner.invoke(cli.app, ["pull", "alice/it", "--out", str(tmp_path / "flipped")])
+    assert flipped.exit_code == 1
+    assert "intervenable.safetensors has sha256" in str(flipped.exception)
+    assert not (tmp_path / "flipped").exists()
     verified = runner.invoke(cli.app, ["verify", str(tmp_path / "copy"), "--json"])
     assert [row["result"] for row in json.loads(verified.stdout)] == ["ok"] * 3
 
