@@ -145,7 +145,7 @@ def read_folder(
     """
     cls = host().featurizer_class(manifest.kind)
     path = folder / WEIGHTS_NAME
-    with _kind_at_work(manifest.kind, where):
+    with at_work(f"kind {manifest.kind!r}", where):
         config = _config(cls, manifest, where)
         if not path.exists():
             raise WeightsError(where, f"{WEIGHTS_NAME} is missing; other weight formats are not read")
@@ -192,7 +192,7 @@ def most_bytes(manifest: Manifest, where: str) -> int:
         PluginError, ManifestError: as `read_folder`.
     """
     cls = host().featurizer_class(manifest.kind)
-    with _kind_at_work(manifest.kind, where):
+    with at_work(f"kind {manifest.kind!r}", where):
         featurizer = _on_meta(cls, _config(cls, manifest, where), where)
         numbers: int = sum(tensor.numel() for tensor in featurizer.state_dict().values())
         numbers += len(manifest.features) * MOST_OF_A_SET * max(featurizer.n_features or 0, 1)
@@ -200,15 +200,15 @@ def most_bytes(manifest: Manifest, where: str) -> int:
 
 
 @contextmanager
-def _kind_at_work(kind: str, where: str) -> Iterator[None]:
-    """What the code of a kind raises that is not one of our errors, as one that names the kind."""
+def at_work(what: str, where: str) -> Iterator[None]:
+    """What the code of a plugin's class raises that is no error of ours, as one that names the class."""
     try:
         yield
     except FeaturizerError:
         raise
     except Exception as error:
         raise PluginError(
-            f"{where}: the kind {kind!r} failed on it: {type(error).__name__}: {one_line(error)}. "
+            f"{where}: the {what} failed on it: {type(error).__name__}: {one_line(error)}. "
             "If its config is sound, tell the author of its plugin"
         ) from error
 

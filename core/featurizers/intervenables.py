@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from featurizers.anatomy import Anatomy
-from featurizers.artefact import check_placement, writing_collection
+from featurizers.artefact import at_work, check_placement, writing_collection
 from featurizers.errors import (
     ArtefactError,
     FeaturizerError,
@@ -321,18 +321,14 @@ def _interventions(
 @contextmanager
 def _at_work(kind: str, where: str) -> Iterator[None]:
     """What an intervention's class raises, as an error that names the file, or the class if that is at fault."""
-    try:
-        yield
-    except (ArtefactError, PluginError):
-        raise
-    except (FeaturizerError, ValidationError) as error:
-        reason = explain(error) if isinstance(error, ValidationError) else error
-        raise ManifestError(where, f"{INTERVENABLE_NAME}: the intervention {kind!r}: {reason}") from error
-    except Exception as error:
-        raise PluginError(
-            f"{where}: the intervention {kind!r} failed on it: {type(error).__name__}: {one_line(error)}. "
-            "If its config is sound, tell the author of its plugin"
-        ) from error
+    with at_work(f"intervention {kind!r}", where):
+        try:
+            yield
+        except (ArtefactError, PluginError):
+            raise
+        except (FeaturizerError, ValidationError) as error:
+            reason = explain(error) if isinstance(error, ValidationError) else error
+            raise ManifestError(where, f"{INTERVENABLE_NAME}: the intervention {kind!r}: {reason}") from error
 
 
 def _on_meta(cls: type[SavedIntervention], config: Any, part: Any) -> Any:

@@ -102,16 +102,17 @@ class FeatureIntervention(SavedIntervention, TrainableIntervention):  # type: ig
             if name in self._buffers:
                 self.register_buffer(name, self._buffers.pop(name), persistent=False)
         if self.bound is not None:
-            self._attach(self.bound)
+            self.attach(self.bound)
 
-    def _attach(self, featurizer: Featurizer[Any]) -> None:
+    def attach(self, featurizer: Featurizer[Any]) -> None:
+        """Take the featurizer; a class with tensors of its own makes them here, when their sizes are known."""
         self.featurizer = featurizer
 
     @classmethod
     def from_config(cls, config: Any, part: Featurizer[Any]) -> Self:
         """The intervention of a config, around a featurizer that others may share."""
         self = cls()
-        self._attach(part)
+        self.attach(part)
         self.set_config(config)
         return self
 
@@ -149,7 +150,7 @@ class FeatureIntervention(SavedIntervention, TrainableIntervention):  # type: ig
         if "featurizer" not in self._modules:
             featurizer = build(host().featurizer_class(record["kind"]), record["config"])
             featurizer.id = record["id"]
-            self._attach(featurizer)
+            self.attach(featurizer)
         elif self.featurizer.kind != record["kind"]:
             raise UsageError(f"the state is of kind {record['kind']!r}, the featurizer {self.featurizer.kind!r}")
         try:
@@ -202,10 +203,15 @@ class FeatureMaskIntervention(FeatureIntervention, DistributedRepresentationInte
     Config = FeatureMaskConfig
     gate: SigmoidGate
 
-    def _attach(self, featurizer: Featurizer[Any]) -> None:
+    def attach(self, featurizer: Featurizer[Any]) -> None:
+        """Take the featurizer, and make a gate for its features.
+
+        Raises:
+            UsageError: it does not say how many there are.
+        """
         if featurizer.n_features is None:
             raise UsageError(f"a mask needs the number of features; create {featurizer.kind!r} with d_in")
-        super()._attach(featurizer)
+        super().attach(featurizer)
         self.gate = SigmoidGate(featurizer.n_features)
 
     def get_config(self) -> BaseModel:

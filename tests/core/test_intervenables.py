@@ -405,8 +405,8 @@ class Scaled(FeatureIntervention, pv.DistributedRepresentationIntervention):
         super().__init__(**kwargs)
         self.strength = 1.0
 
-    def _attach(self, featurizer):
-        super()._attach(featurizer)
+    def attach(self, featurizer):
+        super().attach(featurizer)
         self.direction = nn.Parameter(torch.zeros(featurizer.n_features))
 
     def get_config(self):
@@ -440,7 +440,7 @@ def plugin(monkeypatch):
 
 def test_a_plugins_intervention_keeps_its_arguments_and_tensors(tmp_path, plugin):
     scaled = Scaled()
-    scaled._attach(subspace())
+    scaled.attach(subspace())
     scaled.direction.data = torch.linspace(-1, 1, 6)
     scaled.strength = 3.0
     saved = built([{"layer": 1, "intervention": scaled}])
@@ -460,7 +460,7 @@ def test_a_plugins_intervention_keeps_its_arguments_and_tensors(tmp_path, plugin
 
 def test_a_plugin_at_fault_is_named(tmp_path, plugin, monkeypatch):
     scaled = Scaled()
-    scaled._attach(subspace())
+    scaled.attach(subspace())
     folder = save_intervenable(built([{"layer": 1, "intervention": scaled}]), tmp_path / "it")
     for wrong, words in (
         ([Scaled, type("Other", (Scaled,), {})], "'identity.scaled' is there already"),
@@ -479,8 +479,8 @@ def test_a_plugin_at_fault_is_named(tmp_path, plugin, monkeypatch):
                 load_intervenable(folder, tiny_model("gpt2"))
 
     class Forgetful(Scaled):
-        def _attach(self, featurizer):
-            super()._attach(featurizer)
+        def attach(self, featurizer):
+            super().attach(featurizer)
             self.register_buffer("lost", torch.zeros(2), persistent=False)
 
     plugin[:] = [Forgetful]
