@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -294,15 +295,26 @@ def test_each_featurizer_is_loaded_by_itself(tmp_path):
 def test_a_folder_is_replaced_as_a_whole_and_other_files_stay(tmp_path):
     folder = save_intervenable(several(), tmp_path / "it")
     (folder / "notes.txt").write_text("mine")
-    one = built([{"layer": 1, "intervention": subspace().get_interchange_intervention()()}])
+    record = folder / "intervenable.json"
+    said, kept = record.read_bytes(), tmp_path / "kept.json"
+    os.link(record, kept)
+    gate = subspace().get_mask_intervention()()
+    gate.mask.data = torch.linspace(-1, 1, 6)
+    one = built([{"layer": 1, "intervention": gate}])
     loaded = again(one, folder)
     assert torch.equal(logits(loaded), logits(one))
     assert files(folder) == FILES | {f"featurizer-0/{name}" for name in ARTEFACT} | {"notes.txt"}
+    assert kept.read_bytes() == said != record.read_bytes(), "the old file is not written into"
     before = {name: (folder / name).read_bytes() for name in files(folder)}
     broken = several()
     list(broken.interventions.values())[3].mask.data[2] = float("nan")
     with pytest.raises(featurizers.errors.WeightsError, match="NaN"):
         save_intervenable(broken, folder)
+    late = several()
+    late.mode = "x"  # is refused when the tensors are written already
+    list(late.interventions.values())[3].mask.data.zero_()
+    with pytest.raises(UsageError, match="'mode'"):
+        save_intervenable(late, folder)
     assert before == {name: (folder / name).read_bytes() for name in files(folder)}
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "a.txt").write_text("a")
@@ -311,10 +323,22 @@ def test_a_folder_is_replaced_as_a_whole_and_other_files_stay(tmp_path):
     assert files(tmp_path / "theirs") == {"a.txt"}
 
 
-def test_a_load_that_meets_a_saver_reads_again(tmp_path, monkeypatch):
-    old, new = several(), several()
-    for intervention in list(new.interventions.values())[:2]:
-        intervention.featurizer.basis.data.copy_(subspace(seed=9).basis.data)
+def of_identity(d_in: int | None, part: list[int]) -> Any:
+    """Its weights are the same whatever its width."""
+    f = featurizers.create("identity", d_in=d_in)
+    intervention = f.get_interchange_intervention()()
+    intervention.subspace_partition = [part]
+    return built([{"layer": 1, "intervention": intervention}])
+
+
+@pytest.mark.parametrize("differ", ["weights", "configs alone"])
+def test_a_load_that_meets_a_saver_reads_again(differ, tmp_path, monkeypatch):
+    if differ == "weights":
+        old, new = several(), several()
+        for intervention in list(new.interventions.values())[:2]:
+            intervention.featurizer.load_state_dict(subspace(seed=9).state_dict())
+    else:
+        old, new = of_identity(None, [0, 1]), of_identity(WIDTH, [2, 3])
     folder, met = save_intervenable(old, tmp_path / "it"), []
     read_record = intervenables.read_record
 
@@ -327,7 +351,11 @@ def test_a_load_that_meets_a_saver_reads_again(tmp_path, monkeypatch):
     monkeypatch.setattr(intervenables, "read_record", meeting)
     loaded = load_intervenable(folder, tiny_model("gpt2"))
     assert met
-    assert torch.equal(logits_of_several(loaded), logits_of_several(new))
+    if differ == "weights":
+        assert torch.equal(logits_of_several(loaded), logits_of_several(new))
+    else:
+        (intervention,) = loaded.interventions.values()
+        assert (intervention.featurizer.d_in, intervention.subspace_partition) == (WIDTH, [[2, 3]])
 
 
 def test_a_model_of_another_width_is_refused(tmp_path):

@@ -46,6 +46,7 @@ def test_all_is_read_at_one_commit(hub, monkeypatch):
     old, new = several(), several()
     for intervention in list(new.interventions.values())[:2]:
         intervention.featurizer.load_state_dict(subspace(9, 32, 6).state_dict())
+    list(new.interventions.values())[3].mask.data.neg_()
     first = featurizers.push_intervenable(old, "alice/it")
     read_record, met = intervenables.read_record, []
 

@@ -112,6 +112,7 @@ def test_an_autoencoder_is_stored_as_a_dictionary_that_needs_no_plugin(tmp_path)
         back = AutoencoderIntervention.of_featurizer(f)
         assert torch.equal(back.encode(x), layer(kind).encode(x)), "bit for bit, by its own arithmetic"
         assert torch.equal(back(x), layer(kind)(x))
+        assert all(p.is_contiguous() for p in back.parameters()), "products round by that too"
 
 
 def test_an_autoencoder_that_no_file_may_name_is_refused(tmp_path):
