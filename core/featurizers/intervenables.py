@@ -43,10 +43,9 @@ from featurizers.manifest import (
     MAX_CONFIG_BYTES,
     Manifest,
     explain,
-    named_folder,
 )
 from featurizers.pushing import push
-from featurizers.replacing import recover
+from featurizers.replacing import recover, resolved
 from featurizers.sources import REPO_ID, FolderSource, HubSource, parse_source
 from featurizers.weights import MAX_HEADER_BYTES, check_header, read_header, read_tensors, verify_weights, write_tensors
 
@@ -250,7 +249,7 @@ def _of_folder(
     path: Path, where: str, model: nn.Module, device: torch.device | str | None
 ) -> tuple[IntervenableRecord, list[SavedIntervention]]:
     """What one state of a folder holds: another program may be saving to it."""
-    folder = named_folder(path, None)
+    folder = resolved(path)
 
     def own(_: int) -> Path:
         return contained(folder, folder / INTERVENABLE_WEIGHTS_NAME, where, ArtefactError)
@@ -262,7 +261,7 @@ def _of_folder(
             record, _ = read_record(folder, where)
             found = record, _interventions(record, where, model, device, {"source": path}, own)
         except FeaturizerError:  # of one state's record and another one's featurizers, anything may be wrong
-            recover(folder.resolve())
+            recover(folder)
             if before == version(folder, INTERVENABLE_NAME):
                 raise
         else:

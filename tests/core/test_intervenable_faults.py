@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from featurizers import pyvene
-from featurizers.errors import ManifestError
+from featurizers.errors import ArtefactError, ManifestError
 from featurizers.intervenables import load_intervenable, save_intervenable
 
 from tests.support.damages import INTERVENABLE
@@ -33,6 +33,14 @@ def test_every_damage_is_one_clear_error(damage, tmp_path):
 def test_a_folder_that_there_is_not(tmp_path):
     with pytest.raises(ManifestError, match=r"none: intervenable\.json cannot be read: No such file"):
         load_intervenable(tmp_path / "none", tiny_model("gpt2"))
+
+
+@pytest.mark.parametrize("name", ["\0", "x" * 5000, "~nobody-of-this-name/x", "\x1b[2J", "\udcff", "a\nb"])
+def test_names_that_no_folder_has(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtefactError) as caught:
+        load_intervenable(Path(name), tiny_model("gpt2"))
+    assert str(caught.value).isprintable()
 
 
 def test_tensors_are_made_when_the_file_was_looked_at(tmp_path, monkeypatch):
