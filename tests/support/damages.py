@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from featurizers.errors import ArtefactError, FeaturizerError, ManifestError, UnknownKindError, WeightsError
+from featurizers.errors import ArtefactError, FeaturizerError, ManifestError, UnknownKindError, UsageError, WeightsError
 from safetensors.torch import load_file, save_file
 
 from tests.support.hub import edit
@@ -450,3 +451,211 @@ SPECIAL = {
     "card: a link out": Damage(_link("README.md", "/etc/hostname"), ArtefactError, "README.md is a link out of this"),
 }
 """What is no file of the folder at all."""
+
+
+# ---------------------------------------------------------------------- a pyvene model
+
+
+def _of_json(how: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
+    def spoil(folder: Path) -> None:
+        data = json.loads((folder / "intervenable.json").read_text())
+        how(data)
+        (folder / "intervenable.json").write_text(json.dumps(data))
+
+    return spoil
+
+
+def _place(**fields: Any) -> Callable[[Path], Any]:
+    return _of_json(lambda data: data["representations"][0].update(fields))
+
+
+def _intervention(number: int, **fields: Any) -> Callable[[Path], Any]:
+    return _of_json(lambda data: data["interventions"][number].update(fields))
+
+
+def _argument(number: int, **fields: Any) -> Callable[[Path], Any]:
+    return _of_json(lambda data: data["interventions"][number]["config"].update(fields))
+
+
+def _written(text: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "intervenable.json").write_text(text)
+
+
+def _json_literal(old: str, new: str) -> Callable[[Path], Any]:
+    return lambda folder: edit(folder / "intervenable.json", old, new)
+
+
+def _own_tensors(**tensors: torch.Tensor) -> Callable[[Path], Any]:
+    """Others in the place of the interventions' own, with their checksum."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / "intervenable.safetensors"
+        save_file({name.replace("_", "."): tensor for name, tensor in tensors.items()}, path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        _of_json(lambda data: data.update(sha256=digest))(folder)
+
+    return spoil
+
+
+def _flip(name: str) -> Callable[[Path], Any]:
+    def spoil(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    return spoil
+
+
+def _gone(name: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).unlink()
+
+
+def _swapped(folder: Path) -> None:
+    first, other = folder / "featurizer-0", folder / "featurizer-2"
+    first.rename(folder / "x")
+    other.rename(first)
+    (folder / "x").rename(other)
+
+
+GATE = "3_gate_logits"
+
+INTERVENABLE = {
+    "no record": Damage(_gone("intervenable.json"), ManifestError, "intervenable.json cannot be read"),
+    "nothing": Damage(_written(""), ManifestError, "intervenable.json is not valid JSON: it is empty"),
+    "cut": Damage(_cut("intervenable.json", 300), ManifestError, "intervenable.json is not valid JSON"),
+    "a page": Damage(_written("<html>"), ManifestError, "it is a web page"),
+    "a list": Damage(_written("[]"), ManifestError, 'intervenable.json lacks "library_name"'),
+    "another library": Damage(_of_json(lambda d: d.update(library_name="x")), ManifestError, 'lacks "library_name"'),
+    "too large": Damage(_append("intervenable.json", b" " * 1_000_000), ManifestError, "larger than 1000000 bytes"),
+    "deeply nested": Damage(_argument(0, x=json.loads("[" * 70 + "]" * 70)), ManifestError, "more than 64 levels"),
+    "a key twice": Damage(
+        _json_literal('"mode": "parallel"', '"mode": "serial", "mode": "parallel"'), ManifestError, "'mode' is repeated"
+    ),
+    "newer": Damage(
+        _of_json(lambda d: d.update(format_version=2)), ManifestError, "format_version 2.*pip install -U featurizers"
+    ),
+    "version true": Damage(_of_json(lambda d: d.update(format_version=True)), ManifestError, "'format_version'"),
+    "an unknown key": Damage(_of_json(lambda d: d.update(auto_map="x")), ManifestError, "'auto_map': Extra inputs"),
+    "an unknown mode": Damage(_of_json(lambda d: d.update(mode="x")), ManifestError, "'mode'"),
+    "fast 1": Damage(_of_json(lambda d: d.update(use_fast=1)), ManifestError, "'use_fast'"),
+    "no places": Damage(_of_json(lambda d: d.update(representations=[])), ManifestError, "'representations'"),
+    "no featurizers": Damage(_of_json(lambda d: d.update(featurizers=[])), ManifestError, "'featurizers'"),
+    "a key of a place": Damage(
+        _place(intervention_type="os.system"), ManifestError, "'.*intervention_type': Extra inp"
+    ),
+    "a negative layer": Damage(_place(layer=-1), ManifestError, "'representations.0.layer': .* equal to 0"),
+    "a layer far away": Damage(_place(layer=99), UsageError, "pyvene cannot place it in a GPT2LMHeadModel: IndexError"),
+    "no units": Damage(_place(max_number_of_units=0), ManifestError, "'representations.0.max_number_of_units'"),
+    "an unknown unit": Damage(_place(unit="t"), ManifestError, "'pos', 'h' or 'h.pos'"),
+    "a component with code": Damage(
+        _place(component="__class__.output"), ManifestError, "a component is a name of pyv"
+    ),
+    "a component with a call": Damage(_place(component="a().output"), ManifestError, "a component is a name of pyvene"),
+    "a component without a side": Damage(_place(component="transformer.h[1]"), UsageError, "pyvene cannot place it"),
+    "a component that there is not": Damage(_place(component="nowhere"), UsageError, "pyvene cannot place it"),
+    "an intervention too far": Damage(_place(intervention=4), ManifestError, "there is no intervention 4; there are 4"),
+    "an intervention below": Damage(_place(intervention=-1), ManifestError, "'representations.0.intervention'"),
+    "a group alone": Damage(_place(group_key=1), ManifestError, "group_key is given to all representations"),
+    "groups out of order": Damage(
+        _of_json(lambda d: [r.update(group_key=-i) for i, r in enumerate(d["representations"])]),
+        ManifestError,
+        "group_key is given to all representations, as numbers or as strings in order",
+    ),
+    "groups of two types": Damage(
+        _of_json(lambda d: [r.update(group_key=("1", 1)[i % 2]) for i, r in enumerate(d["representations"])]),
+        ManifestError,
+        "group_key is given to all representations",
+    ),
+    "a link to another": Damage(
+        _of_json(lambda d: [r.update(intervention_link_key=0) for r in d["representations"]]),
+        ManifestError,
+        "representation 1 has the intervention 1, but is linked to one that has 0",
+    ),
+    "a class path": Damage(_intervention(0, kind="os.system"), UnknownKindError, "intervention 'os.system'"),
+    "a kind in capitals": Damage(_intervention(0, kind="Mask"), UnknownKindError, "never an import path"),
+    "a kind that no plugin has": Damage(_intervention(0, kind="other"), UnknownKindError, "the package of its author"),
+    "a kind that its plugin lacks": Damage(
+        _intervention(0, kind="subspace.x"), UnknownKindError, "'subspace' registers no intervention of that name"
+    ),
+    "another kind": Damage(
+        _intervention(3, kind="interchange"), ManifestError, "the intervention 'interchange': 'temperature': Extra inp"
+    ),
+    "a featurizer too far": Damage(
+        _intervention(0, featurizer=3), ManifestError, "there is no featurizer 3; there are 3"
+    ),
+    "a featurizer below": Damage(_intervention(0, featurizer=-1), ManifestError, "'interventions.0.featurizer'"),
+    "a featurizer elsewhere": Damage(
+        _of_json(lambda d: d["featurizers"][0].update(subfolder="../x")), ManifestError, "'featurizers.0.subfolder'"
+    ),
+    "a featurizer at an absolute path": Damage(
+        _of_json(lambda d: d["featurizers"][0].update(subfolder="/etc")), ManifestError, "'featurizers.0.subfolder'"
+    ),
+    "a featurizer that there is not": Damage(
+        _of_json(lambda d: d["featurizers"][0].update(subfolder="x")), ManifestError, "x: there is no config.json"
+    ),
+    "two in one subfolder": Damage(
+        _of_json(lambda d: d["featurizers"][0].update(subfolder="featurizer-1")), ManifestError, "in one subfolder"
+    ),
+    "a part too far": Damage(
+        _argument(0, subspace_partition=[[0, 6]]), ManifestError, "feature index 6 is out of rang"
+    ),
+    "a part below": Damage(_argument(0, subspace_partition=[[-1]]), ManifestError, "subspace_partition"),
+    "a part twice over": Damage(
+        _argument(0, subspace_partition=[[1, 1]]), ManifestError, "index 1 .*more than once|rep"
+    ),
+    "parts of text": Damage(_argument(0, subspace_partition="0"), ManifestError, "'subspace_partition'"),
+    "an unknown argument": Damage(_argument(0, code="x"), ManifestError, "'code': Extra inputs"),
+    "a temperature NaN": Damage(
+        _json_literal('"temperature": 0.3', '"temperature": NaN'), ManifestError, "NaN is not a JSON number"
+    ),
+    "a temperature of zero": Damage(_argument(3, temperature=0), ManifestError, "'temperature': .* greater than 0"),
+    "a temperature of text": Damage(_argument(3, temperature="1"), ManifestError, "'temperature'"),
+    "hard as a number": Damage(_argument(3, hard=1), ManifestError, "'hard': "),
+    "no arguments": Damage(_intervention(3, config={}), ManifestError, "'temperature': Field required"),
+    "another checksum": Damage(_of_json(lambda d: d.update(sha256="0" * 64)), WeightsError, "has sha256"),
+    "another checksum of a featurizer": Damage(
+        _of_json(lambda d: d["featurizers"][1].update(sha256="0" * 64)),
+        ManifestError,
+        "featurizer-1 holds another featurizer than was saved",
+    ),
+    "featurizers changed places": Damage(
+        _swapped, ManifestError, "featurizer-0 holds another featurizer than was saved"
+    ),
+    "a flipped bit": Damage(_flip("intervenable.safetensors"), WeightsError, "intervenable.safetensors has sha256"),
+    "a flipped bit in a featurizer": Damage(
+        _flip("featurizer-1/model.safetensors"), WeightsError, "model.safetensors has sha256"
+    ),
+    "no tensors": Damage(_gone("intervenable.safetensors"), WeightsError, "intervenable.safetensors is missing"),
+    "tensors cut": Damage(_cut("intervenable.safetensors", -1), WeightsError, "intervenable.safetensors has .* bytes"),
+    "no featurizer": Damage(_gone("featurizer-1/config.json"), ManifestError, "there is no config.json"),
+    "no weights": Damage(_gone("featurizer-1/model.safetensors"), WeightsError, "model.safetensors is missing"),
+    "a gate too long": Damage(
+        _own_tensors(**{GATE: torch.zeros(6)}),
+        WeightsError,
+        "'3.gate.logits' has shape .6., but its config implies .5.",
+    ),
+    "a gate of numbers": Damage(
+        _own_tensors(**{GATE: torch.zeros(5, dtype=torch.int64)}),
+        WeightsError,
+        "is int64, but its config implies float",
+    ),
+    "a gate NaN": Damage(_own_tensors(**{GATE: torch.full((5,), float("nan"))}), WeightsError, "holds NaN"),
+    "a gate of another": Damage(
+        _own_tensors(**{"2_gate_logits": torch.zeros(5)}),
+        WeightsError,
+        r"intervenable.safetensors lacks \['3.gate.logits'\] and has unknown .*; its intervenable.json is of another",
+    ),
+    "no gate": Damage(_own_tensors(), WeightsError, r"lacks \['3.gate.logits'\]"),
+    "record: pipe": Damage(_fifo("intervenable.json"), ManifestError, "intervenable.json is a named pipe"),
+    "tensors: pipe": Damage(
+        _fifo("intervenable.safetensors"), WeightsError, "intervenable.safetensors is a named pipe"
+    ),
+    "record: link out": Damage(
+        _link("intervenable.json", "../elsewhere/intervenable.json"), ArtefactError, "is a link out of this folder"
+    ),
+    "tensors: link out": Damage(
+        _link("intervenable.safetensors", "../elsewhere/intervenable.safetensors"),
+        ArtefactError,
+        "intervenable.safetensors is a link out of this folder",
+    ),
+}
+"""Of what `tests.support.intervenables.several` gives, saved."""
