@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -42,7 +43,9 @@ def indices_of_subspaces(subspaces: Sequence[Any] | None, partition: Sequence[Se
         UsageError: some examples have one and others do not.
         FeatureIndexError: a part that there is not.
     """
-    if subspaces is None or all(row is None or (len(row) and all(i is None for i in row)) for row in subspaces):
+    if subspaces is None:
+        return None
+    if len(subspaces) and all(row is None or (len(row) and all(i is None for i in row)) for row in subspaces):
         return None
     rows = []
     for row in subspaces:
@@ -53,11 +56,11 @@ def indices_of_subspaces(subspaces: Sequence[Any] | None, partition: Sequence[Se
                 f"part {beyond[0]} is not in the subspace_partition, which has {len(partition)} parts"
             )
         rows.append([int(i) for part in row for i in (partition[part] if partition is not None else [part])])
-    return rows[0] if all(row == rows[0] for row in rows) else rows
+    return rows[0] if rows and all(row == rows[0] for row in rows) else rows
 
 
-class _FeatureIntervention(TrainableIntervention):  # type: ignore[misc]  # pyvene has no types
-    """What the three classes share: the featurizer as a child module, and a state dict that names its kind.
+class FeatureIntervention(TrainableIntervention):  # type: ignore[misc]  # pyvene has no types
+    """What all classes share: the featurizer as a child module, and a state dict that names its kind.
 
     A class that pyvene restores from its own files is not bound to a featurizer; it builds one from the kind and
     the config in the state dict, which is looked up among the installed plugins.
@@ -103,7 +106,7 @@ class _FeatureIntervention(TrainableIntervention):  # type: ignore[misc]  # pyve
         return f"{type(self).__name__.partition('_')[0]}(id={self.featurizer.id})"
 
 
-class FeatureInterchangeIntervention(_FeatureIntervention, DistributedRepresentationIntervention):  # type: ignore[misc]
+class FeatureInterchangeIntervention(FeatureIntervention, DistributedRepresentationIntervention):  # type: ignore[misc]
     """`Featurizer.interchange` as a pyvene intervention."""
 
     def forward(self, base: Tensor, source: Tensor, subspaces: Sequence[Any] | None = None, **_: Any) -> Tensor:
@@ -111,7 +114,7 @@ class FeatureInterchangeIntervention(_FeatureIntervention, DistributedRepresenta
         return self.featurizer.interchange(base, source, self._indices(subspaces))
 
 
-class FeatureCollectIntervention(_FeatureIntervention, SourcelessIntervention, CollectIntervention):  # type: ignore[misc]
+class FeatureCollectIntervention(FeatureIntervention, SourcelessIntervention, CollectIntervention):  # type: ignore[misc]
     """`Featurizer.collect` as a pyvene intervention."""
 
     def __init__(self, **kwargs: Any) -> None:
@@ -125,7 +128,7 @@ class FeatureCollectIntervention(_FeatureIntervention, SourcelessIntervention, C
         return self.featurizer.collect(base, self._indices(subspaces))
 
 
-class FeatureMaskIntervention(_FeatureIntervention, DistributedRepresentationIntervention):  # type: ignore[misc]
+class FeatureMaskIntervention(FeatureIntervention, DistributedRepresentationIntervention):  # type: ignore[misc]
     """`Featurizer.mask` with a trainable gate as a pyvene intervention.
 
     Attributes:
@@ -173,29 +176,42 @@ class FeatureMaskIntervention(_FeatureIntervention, DistributedRepresentationInt
         return self.featurizer.mask(base, source, self.gate())
 
 
-_BASES = {
-    base.__name__: base
-    for base in (FeatureInterchangeIntervention, FeatureCollectIntervention, FeatureMaskIntervention)
-}
-_bound: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
+_bound: weakref.WeakValueDictionary[tuple[str, str], type] = weakref.WeakValueDictionary()
 
 
-def bind(base: type, featurizer: Featurizer[Any]) -> type:
+def bind(base: type, featurizer: Featurizer[Any], **fixed: int) -> type:
     """The subclass of an intervention class that is bound to a featurizer; the same one each time.
 
-    Its name can be imported from this module: by this process the class itself, by any other its base, which
-    takes the featurizer from the state that pyvene loads.
+    Its name can be imported from the module of ``base``, whose ``__getattr__`` is `bound_class`: by this process the
+    class itself, by any other its base, which takes the featurizer from the state that pyvene loads.
+
+    Args:
+        base: a `FeatureIntervention`.
+        featurizer: what its interventions act through.
+        fixed: attributes of the class.
     """
-    name = f"{base.__name__}_{id(featurizer):x}"
-    cls = _bound.get(name)
+    variant = "".join(f"{key}{value}" for key, value in fixed.items())
+    name = f"{base.__name__}_{id(featurizer):x}{variant}"
+    cls = _bound.get((base.__module__, name))
     if cls is None:  # while the class lives it holds its featurizer, so that no other can have its id
-        cls = type(base)(name, (base,), {"bound": featurizer, "__module__": __name__, "__doc__": base.__doc__})
-        _bound[name] = cls
+        cls = type(base)(
+            name, (base,), {"bound": featurizer, "__module__": base.__module__, "__doc__": base.__doc__, **fixed}
+        )
+        _bound[base.__module__, name] = cls
     return cls
 
 
+def bound_class(module: str, name: str) -> type:
+    """What a bound class of a module is under its name; for the ``__getattr__`` of a module that has such classes.
+
+    Raises:
+        AttributeError: no class of this module is named so.
+    """
+    base = vars(sys.modules[module]).get(name.rpartition("_")[0])
+    if not (isinstance(base, type) and issubclass(base, FeatureIntervention)):
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    return _bound.get((module, name), base)
+
+
 def __getattr__(name: str) -> type:
-    base = _BASES.get(name.rpartition("_")[0])
-    if base is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _bound.get(name, base)
+    return bound_class(__name__, name)
