@@ -63,7 +63,7 @@ def _lost(featurizer: Featurizer[Any], back: Featurizer[Any] | None) -> list[str
         lost.append(f"The name {featurizer.id!r} is not kept.")
     if gone := sorted(featurizer.feature_sets.keys() - (back.feature_sets.keys() if back else set())):
         lost.append(f"The feature sets {', '.join(map(repr, gone))} are not kept.")
-    positions = featurizer.site and featurizer.site.position
+    positions = None if featurizer.site is None else featurizer.site.position
     if positions is not None and (back is None or back.site is None or back.site.position != positions):
         lost.append(f"The positions {list(positions)} are not kept.")
     return lost
