@@ -41,7 +41,7 @@ class PairFeaturizer(Featurizer[PairConfig]):
 
     def __init__(self, featurizer: nn.Module, inverse: nn.Module | None, n_features: int | None) -> None:
         super().__init__(PairConfig())
-        self.d_in, self.n_features = None, n_features
+        self.d_in, self.n_features, self.said = None, n_features, n_features
         self.forward_module, self.inverse_module = featurizer, inverse
 
     def featurize(self, x: Tensor) -> tuple[Tensor, Error]:
@@ -51,9 +51,9 @@ class PairFeaturizer(Featurizer[PairConfig]):
             ShapeError: its features are not as many as was said.
         """
         features, error = self.forward_module(x)
-        if self.n_features is not None and features.shape[-1] != self.n_features:
+        if self.said not in (None, features.shape[-1]):
             raise ShapeError(
-                f"{self.id!r} was said to have {self.n_features} features, but its module gives {features.shape[-1]}"
+                f"{self.id!r} was said to have {self.said} features, but its module gives {features.shape[-1]}"
             )
         return features, tuple(error) if isinstance(error, list) else error
 
@@ -69,9 +69,9 @@ class PairFeaturizer(Featurizer[PairConfig]):
 
     def select(self, indices: Indices, x: Tensor) -> Selection:
         """See `Featurizer.select`; how many features there are is asked of the module if it was not said."""
-        if self.n_features is None:
+        if self.said is None and indices is not None:
             with torch.no_grad():
-                self.n_features = self.featurize(x)[0].shape[-1]
+                self.n_features = self.featurize(x[:1])[0].shape[-1]
         return super().select(indices, x)
 
 

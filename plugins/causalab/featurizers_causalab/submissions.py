@@ -126,7 +126,10 @@ def write_submission(featurizers: Mapping[str, Featurizer[Any]], folder: str | P
             if path in written:
                 raise UsageError(f"{name!r} and {written[path]!r} are both of the unit {path!r}")
             written[path] = name
-            triplets.write(featurizer, new / path)
+            try:
+                triplets.write(featurizer, new / path)
+            except ConversionError as error:
+                raise ConversionError(name, error.problem) from error
     return Path(folder).expanduser()
 
 
