@@ -352,9 +352,11 @@ def test_the_callers_autoencoder_keeps_its_flags_and_shares_its_memory():
     sae.W_dec.data.zero_()
     assert f.featurizer.sae.W_dec.eq(0).all()
     assert (f.n_features, f.id) == (20, "mine")
-    state = f.get_interchange_intervention()().state_dict()
-    assert sum(name.endswith("W_enc") for name in state) == 2  # through both modules, the same tensor
-    assert len({tensor.data_ptr() for name, tensor in state.items() if name.endswith("W_enc")}) == 1
+    intervention = f.get_interchange_intervention()()
+    assert sum(name.endswith("W_enc") for name in intervention.state_dict()) == 1
+    moved = copy.deepcopy(intervention).double()
+    assert moved(BASE.double(), SOURCE.double()).dtype == torch.float64
+    assert moved.featurizer._inverse[0].sae is moved.featurizer.forward_module.sae
 
 
 def test_what_is_no_autoencoder_of_one_site_is_refused():

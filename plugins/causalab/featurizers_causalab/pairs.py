@@ -42,7 +42,11 @@ class PairFeaturizer(Featurizer[PairConfig]):
     def __init__(self, featurizer: nn.Module, inverse: nn.Module | None, n_features: int | None) -> None:
         super().__init__(PairConfig())
         self.d_in, self.n_features, self.said = None, n_features, n_features
-        self.forward_module, self.inverse_module = featurizer, inverse
+        self.forward_module = featurizer
+        # what both modules are made of is one module's child, so that a state dict holds it once
+        shared = inverse is None or set(inverse.children()) <= set(featurizer.modules())
+        self._inverse = (inverse if shared else None,)
+        self.inverse_module = None if shared else inverse
 
     def featurize(self, x: Tensor) -> tuple[Tensor, Error]:
         """What the module gives; its error may be a list, as that of a composition is.
@@ -63,9 +67,10 @@ class PairFeaturizer(Featurizer[PairConfig]):
         Raises:
             ShapeError: there is none.
         """
-        if self.inverse_module is None:
+        inverse = self.inverse_module or self._inverse[0]
+        if inverse is None:
             raise ShapeError(f"{self.id!r} has no inverse: its features can be collected, not changed")
-        return cast("Tensor", self.inverse_module(features, error))
+        return cast("Tensor", inverse(features, error))
 
     def select(self, indices: Indices, x: Tensor) -> Selection:
         """See `Featurizer.select`; how many features there are is asked of the module if it was not said."""
