@@ -5,6 +5,7 @@ The drop-in for ``neural.featurizers`` is `featurizers_causalab.featurizers`. No
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ __all__ = ["read_submission", "write_submission"]
 def featurizers_read(source: Foreign) -> Featurizer[Any] | None:
     """The featurizer of a folder that holds one unit of CausalAbstraction, old or new."""
     return submissions.one(source)
+
+
+@hookimpl
+def featurizers_resolve(reference: str, repository: Callable[..., Foreign]) -> Featurizer[Any] | None:
+    """The featurizer of one unit of a repository: ``owner/name/FOLDER/UNIT``."""
+    return submissions.resolve(reference, repository)
 
 
 @hookimpl

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,11 +37,12 @@ def read(source: Foreign) -> dict[str, Featurizer[Any]]:
         ManifestError, WeightsError: a unit cannot be read, or two would have one name.
     """
     found: dict[str, Featurizer[Any]] = {}
-    for name in triplets.names(source):
-        _add(found, source, name, triplets.read(source, name))
-    for folder in bundles.folders(source):
-        for unit, featurizer in bundles.read(source, folder).items():
-            _add(found, source, f"{folder}{unit}", featurizer)
+    for name, reader in _readers(source).items():
+        if (key := _key(name)) in found:
+            raise ManifestError(
+                source.where, f"two units would be called {shown(key, 200)}; read their folders one by one"
+            )
+        found[key] = reader()
     return found
 
 
@@ -49,22 +52,31 @@ def one(source: Foreign) -> Featurizer[Any] | None:
     Raises:
         ManifestError: there are several.
     """
-    names, folders = triplets.names(source), bundles.folders(source)
-    if len(names) + len(folders) == 0:
-        return None
-    if len(names) == 1 and not folders:
-        return _placed(triplets.read(source, names[0]), names[0])
-    if len(folders) == 1 and not names:
-        found = bundles.read(source, folders[0])
-        if len(found) == 1:
-            return _placed(next(iter(found.values())), folders[0])
-        names = [f"{folders[0]}{unit}" for unit in found]
-    listed = ", ".join(shown(name, 200) for name in (names or folders)[:5])
-    raise ManifestError(
-        source.where,
-        f"it holds {len(names) or len(folders)} units of CausalAbstraction: {listed}{', …' if len(names) > 5 else ''}; "
-        "read them all with featurizers_causalab.read_submission, or name the folder of one with subfolder=",
-    )
+    readers = _readers(source)
+    if len(readers) > 1:
+        raise ManifestError(
+            source.where,
+            f"it holds {len(readers)} units of CausalAbstraction: {_listed(readers)}; read them all with "
+            "featurizers_causalab.read_submission, or one of the Hub as causalab:owner/name/FOLDER/UNIT",
+        )
+    return next((reader() for reader in readers.values()), None)
+
+
+def resolve(reference: str, repository: Callable[..., Foreign]) -> Featurizer[Any]:
+    """The featurizer of one unit of a repository: of ``owner/name/FOLDER/UNIT``.
+
+    Raises:
+        SourceError: it is not of that form, or the repository has no such unit.
+        ManifestError, WeightsError: the unit cannot be read.
+    """
+    owner, _, rest = reference.partition("/")
+    name, _, unit = rest.partition("/")
+    if not (owner and name and unit):
+        raise SourceError(f"cannot read {shown('causalab:' + reference, 200)}; write 'causalab:owner/name/FOLDER/UNIT'")
+    readers = _readers(repository(f"{owner}/{name}"))
+    if unit not in readers:
+        raise SourceError(f"{owner}/{name} has no unit {shown(unit, 200)}; it has {_listed(readers) or 'none'}")
+    return readers[unit]()
 
 
 def read_submission(
@@ -167,12 +179,30 @@ def lost(featurizer: Featurizer[Any]) -> list[str]:
     return said
 
 
-def _add(found: dict[str, Featurizer[Any]], source: Foreign, name: str, featurizer: Featurizer[Any]) -> None:
-    key = "/".join(re.sub(r"[^A-Za-z0-9._-]", "_", re.sub(r"[(,]", ".", part.rstrip(")"))) for part in name.split("/"))
-    key = re.sub(r"(^|/)\.+", r"\1_", key)
-    if key in found:
-        raise ManifestError(source.where, f"two units would be called {shown(key, 200)}; read their folders one by one")
-    found[key] = _placed(featurizer, name)
+def _readers(source: Foreign) -> dict[str, Callable[[], Featurizer[Any]]]:
+    """What reads each unit of a source, by its folder and name; of a bundle all are read at once."""
+    readers = {name: partial(_triplet, source, name) for name in triplets.names(source)}
+    bundled: dict[str, Callable[[], Featurizer[Any]]] = {
+        folder + unit: partial(_placed, featurizer, folder + unit)
+        for folder in bundles.folders(source)
+        for unit, featurizer in bundles.read(source, folder).items()
+    }
+    return {**readers, **bundled}
+
+
+def _triplet(source: Foreign, name: str) -> Featurizer[Any]:
+    return _placed(triplets.read(source, name), name)
+
+
+def _listed(names: Iterable[str]) -> str:
+    first = list(islice(names, 6))
+    return ", ".join([*(shown(name, 200) for name in first[:5]), *("…" for _ in first[5:])])
+
+
+def _key(name: str) -> str:
+    """The name of a unit as the subfolder of a collection may be called."""
+    words = (re.sub(r"[(,]", ".", part.rstrip(")")) for part in name.split("/"))
+    return "/".join(re.sub(r"^\.+|[^A-Za-z0-9._-]", "_", word) for word in words)
 
 
 def _placed(featurizer: Featurizer[Any], name: str) -> Featurizer[Any]:
