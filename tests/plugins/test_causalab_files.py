@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import featurizers
@@ -244,11 +246,17 @@ def test_a_bundle_of_one_unit_is_loaded(tmp_path):
 # ---------------------------------------------------------------------- damages
 
 
-@pytest.fixture(scope="module")
-def good_unit(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unit")
+def a_unit(folder: Path) -> Path:
+    """A folder of one unit with three features of six dimensions, and a list of two of them."""
+    folder.mkdir()
     for path in SUBMISSION.glob(f"{MCQA}/*Layer_7*"):
         shutil.copy(path, folder / f"{UNIT}{path.name.partition(')')[2]}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def good_unit(tmp_path_factory):
+    folder = a_unit(tmp_path_factory.mktemp("unit") / "it")
     assert featurizers.load(folder).feature_sets["selected"].tolist() == [2, 0]
     return folder
 
@@ -288,6 +296,14 @@ def test_two_units_of_one_name_are_refused(tmp_path):
         shutil.copy(path, tmp_path / path.name.replace("(", ".").replace(",", "."))
     with pytest.raises(ManifestError, match="two units would be called"):
         read_submission(tmp_path)
+
+
+def test_a_unit_of_both_formats_is_refused(tmp_path):
+    shutil.copytree(BUNDLE, tmp_path / "it")
+    for path in SUBMISSION.glob(f"{MCQA}/*Layer-3*"):
+        shutil.copy(path, tmp_path / "it" / f"{DAS}{path.name.partition(')')[2]}")
+    with pytest.raises(ManifestError, match=r"is in a triplet and in units_metadata\.json"):
+        read_submission(tmp_path / "it")
 
 
 def test_what_is_no_submission_is_refused(tmp_path):
@@ -399,3 +415,21 @@ def test_convert_writes_a_unit_and_says_what_is_lost(tmp_path):
     back = featurizers.load(tmp_path / "out")
     assert torch.equal(back.basis, f.basis)
     assert (back.id, back.site.position, back.feature_sets["selected"].tolist()) == ("mine", (-1,), [2])
+
+
+def test_files_need_no_pyvene(tmp_path):
+    program = f"""
+import sys
+sys.modules["pyvene"] = None
+import featurizers, featurizers_causalab
+from featurizers_causalab.featurizers import Featurizer
+found = featurizers_causalab.read_submission({str(SUBMISSION)!r})
+featurizers_causalab.write_submission(found, {str(tmp_path / "out")!r})
+f = Featurizer.load_modules({str(SUBMISSION / MCQA / "ResidualStream(Layer-3,Token-last_token)")!r})
+try:
+    f.get_interchange_intervention()
+except featurizers.errors.MissingDependencyError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, encoding="utf-8")
+    assert "pip install 'featurizers[pyvene]'" in done.stdout

@@ -180,13 +180,19 @@ def lost(featurizer: Featurizer[Any]) -> list[str]:
 
 
 def _readers(source: Foreign) -> dict[str, Callable[[], Featurizer[Any]]]:
-    """What reads each unit of a source, by its folder and name; of a bundle all are read at once."""
+    """What reads each unit of a source, by its folder and name; of a bundle all are read at once.
+
+    Raises:
+        ManifestError, WeightsError: a bundle cannot be read, or one unit is there twice.
+    """
     readers = {name: partial(_triplet, source, name) for name in triplets.names(source)}
     bundled: dict[str, Callable[[], Featurizer[Any]]] = {
         folder + unit: partial(_placed, featurizer, folder + unit)
         for folder in bundles.folders(source)
         for unit, featurizer in bundles.read(source, folder).items()
     }
+    if both := sorted(readers.keys() & bundled.keys()):
+        raise ManifestError(source.where, f"the unit {shown(both[0], 200)} is in a triplet and in {bundles.UNITS}")
     return {**readers, **bundled}
 
 
