@@ -311,7 +311,8 @@ def test_what_is_no_submission_is_refused(tmp_path):
         read_submission(tmp_path)
     with pytest.raises(SourceError, match="entry of a catalogue"):
         read_submission("sae-lens:a/b")
-    (tmp_path / "my_indices").write_text("[1]")
+    for name in ("my_indices", "my_featurizer", "other_inverse_featurizer"):
+        (tmp_path / name).write_text("[1]")
     (tmp_path / "data.bin").write_text("")
     with pytest.raises(ManifestError, match="no installed plugin knows the format"):
         featurizers.load(tmp_path)

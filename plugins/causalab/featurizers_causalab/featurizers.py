@@ -16,7 +16,6 @@ from featurizers.errors import ConversionError, MissingDependencyError, UsageErr
 from featurizers.indices import select
 from featurizers_identity import IdentityFeaturizer
 from featurizers_subspace import SubspaceFeaturizer as CoreSubspace
-from featurizers_subspace import stiefel
 from torch import Tensor, nn
 
 from featurizers_causalab import triplets
@@ -45,12 +44,10 @@ from featurizers_causalab.modules import (
 )
 from featurizers_causalab.pairs import PairFeaturizer, featurizer_of_modules
 from featurizers_causalab.payloads import MOST_FEATURES, SELECTED, Payload, featurizer_of, payload_of, selected_of
+from featurizers_causalab.rotations import subspace_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-ROUNDING = 1e-4
-"""How far the columns of a basis may be from orthonormal, as those of a truncated decomposition are."""
 
 __all__ = [
     "Featurizer",
@@ -95,8 +92,9 @@ class Featurizer(nn.Module):
         super().__init__()
         if (featurizer is None) != (inverse_featurizer is None):
             raise UsageError("a featurizer and its inverse are given together, or neither for an identity")
-        self.featurizer = featurizer or IdentityFeaturizerModule()
-        self.inverse_featurizer = inverse_featurizer or IdentityInverseFeaturizerModule()
+        if featurizer is None or inverse_featurizer is None:
+            featurizer, inverse_featurizer = IdentityFeaturizerModule(), IdentityInverseFeaturizerModule()
+        self.featurizer, self.inverse_featurizer = featurizer, inverse_featurizer
         self.n_features, self.id, self.tie_masks = n_features, id, tie_masks
         self._made: tuple[Any, ...] = ()
 
@@ -137,10 +135,12 @@ class Featurizer(nn.Module):
             FeatureIndexError: a feature is not there, or is named twice.
         """
         sets = self._core().feature_sets
-        sets.pop(SELECTED, None)
-        if feature_indices is not None:
-            columns = select(list(feature_indices), self.n_features or MOST_FEATURES).as_columns()
-            sets[SELECTED] = torch.zeros(0, dtype=torch.long) if columns is None else columns
+        if feature_indices is None:
+            sets.pop(SELECTED, None)
+        else:
+            columns = torch.tensor(list(feature_indices), dtype=torch.long)
+            select(columns, self.n_features or MOST_FEATURES)
+            sets[SELECTED] = columns
 
     def get_feature_indices(self) -> list[int] | None:
         """The features that were set, None for all."""
@@ -292,7 +292,7 @@ class Featurizer(nn.Module):
         """A featurizer that holds the map, also where a rotation of another library does."""
         if isinstance(self.featurizer, SubspaceFeaturizerModule) and isinstance(self._core(), PairFeaturizer):
             weight: Any = self.featurizer.rotate.weight
-            core = CoreSubspace.from_basis(weight.detach().float())
+            core = subspace_of(weight)
             core.id = self.id
             return core.requires_grad_(any(p.requires_grad for p in self.featurizer.parameters()))
         return self.as_featurizer()
@@ -329,7 +329,7 @@ class SubspaceFeaturizer(Featurizer):
             seed = int(torch.randint(2**62, ()))
             core = featurizers.create("subspace", d_in=d_in, n_features=n_features, seed=seed)
         else:
-            core = _basis(rotation_subspace)
+            core = subspace_of(rotation_subspace)
         core.requires_grad_(trainable)
         self._build(core, {"n_features": core.n_features, "id": id, "tie_masks": tie_masks})
 
@@ -362,15 +362,3 @@ class SAEFeaturizer(Featurizer):
         super().__init__(
             SAEFeaturizerModule(sae), SAEInverseFeaturizerModule(sae), n_features=n_features, id=id, tie_masks=tie_masks
         )
-
-
-def _basis(rotation: Tensor) -> CoreSubspace:
-    """A basis in single precision at least; what rounding took from its columns, as half precision does, is put right.
-
-    Raises:
-        BasisError: they are not orthonormal.
-    """
-    wide = rotation.detach().to(torch.promote_types(rotation.dtype, torch.float32))
-    off = stiefel.deviation(wide) if wide.dim() == 2 else 0.0
-    rounded = stiefel.tolerance(wide.dtype) < off <= max(ROUNDING, stiefel.tolerance(rotation.dtype))
-    return CoreSubspace.from_basis(wide, orthonormalize=rounded)

@@ -13,7 +13,7 @@ from featurizers_identity import IdentityConfig, IdentityFeaturizer
 from featurizers_subspace import SubspaceFeaturizer
 from torch import Tensor
 
-from featurizers_causalab.rotations import rotation_of, state_of
+from featurizers_causalab.rotations import rotation_of, state_of, subspace_of
 
 SUBSPACE: Final = ("SubspaceFeaturizerModule", "SubspaceInverseFeaturizerModule")
 IDENTITY: Final = ("IdentityFeaturizerModule", "IdentityInverseFeaturizerModule")
@@ -117,6 +117,19 @@ def selection(indices: Any, n_features: int | None, where: str, name: str) -> Te
     return torch.tensor(indices, dtype=torch.long)
 
 
+def same(one: Any, other: Any) -> bool:
+    """Whether two descriptions are equal, tensors in them bit for bit."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
 def _info(classes: tuple[str, str], n_features: int | None, options: Any, named: dict[str, Any]) -> dict[str, Any]:
     forward, inverse = classes
     return {
@@ -171,7 +184,8 @@ def _subspace(info: dict[str, Any], payload: Payload, where: str) -> Featurizer[
         raise WeightsError(
             where, f"model_info says {info['n_features']} features, but its rotation has {rotation.shape[1]} columns"
         )
-    others = {"inverse": rotation_of(payload.inverse, where), "rotation_matrix": options["rotation_matrix"]}
+    inverse = rotation if same(payload.inverse, payload.state) else rotation_of(payload.inverse, where)
+    others = {"inverse": inverse, "rotation_matrix": options["rotation_matrix"]}
     for name, other in others.items():
         if not isinstance(other, Tensor) or other.shape != rotation.shape or not other.is_floating_point():
             raise WeightsError(where, f"the {name} is no matrix of shape {tuple(rotation.shape)} as the featurizer's")
@@ -182,7 +196,7 @@ def _subspace(info: dict[str, Any], payload: Payload, where: str) -> Featurizer[
                 "different runs, or one of them was changed",
             )
     try:
-        featurizer = SubspaceFeaturizer.from_basis(rotation)
+        featurizer = subspace_of(rotation)
     except BasisError as error:
         raise WeightsError(where, str(error)) from error
     return _named(featurizer.requires_grad_(options["requires_grad"]), info)

@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from featurizers.errors import WeightsError
+from featurizers_subspace import SubspaceFeaturizer, stiefel
 from jaxtyping import Float
 from torch import Tensor
 
+ROUNDING = 1e-4
+"""How far from orthonormal the columns of a rotation in single precision may be."""
 MOST_TRAINED = 8192
 """Of how many dimensions a rotation is computed from what training left: that takes a time of their third power."""
 ORIGINAL, BASE = "rotate.parametrizations.weight.original", "rotate.parametrizations.weight.0.base"
@@ -57,6 +60,20 @@ def rotation_of(state: Any, where: str) -> Float[Tensor, "d k"]:
         q = q * x.diagonal().trunc()  # signs, which torch reads as integers
     rotation: Tensor = base.to(dtype) @ q
     return rotation
+
+
+def subspace_of(rotation: Float[Tensor, "d k"]) -> SubspaceFeaturizer:
+    """The subspace of a rotation, in single precision at least; what rounding took from its columns is put right.
+
+    That is what half precision takes, a truncated decomposition, or the products of a training's reflections.
+
+    Raises:
+        BasisError: the columns are not orthonormal, or more than the rows.
+    """
+    wide = rotation.detach().to(torch.promote_types(rotation.dtype, torch.float32))
+    off = stiefel.deviation(wide) if wide.dim() == 2 else 0.0
+    rounded = stiefel.tolerance(wide.dtype) < off <= max(ROUNDING, stiefel.tolerance(rotation.dtype))
+    return SubspaceFeaturizer.from_basis(wide, orthonormalize=rounded)
 
 
 def state_of(rotation: Float[Tensor, "d k"]) -> dict[str, Tensor]:

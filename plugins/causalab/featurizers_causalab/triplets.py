@@ -15,25 +15,23 @@ from featurizers.foreign import Foreign
 from featurizers.manifest import MAX_CONFIG_BYTES, parse_json
 
 from featurizers_causalab import units
-from featurizers_causalab.payloads import SELECTED, Payload, featurizer_of, payload_of, selected_of, selection
+from featurizers_causalab.payloads import SELECTED, Payload, featurizer_of, payload_of, same, selected_of, selection
 
 FORWARD, INVERSE, INDICES = "_featurizer", "_inverse_featurizer", "_indices"
 
 
 def names(source: Foreign) -> list[str]:
-    """The names of the units that a source holds files of, with their folders.
+    """The names of the units that a source holds, with their folders.
 
-    A lone list of indices is one where its name is that of a unit: nothing tells then what the features are.
+    Of a unit whose name says that it is one, a single file is enough; of any other both modules are there.
     """
-    found = set()
-    for name in source.names:
-        if name.endswith(INVERSE):
-            found.add(name.removesuffix(INVERSE))
-        elif name.endswith(FORWARD):
-            found.add(name.removesuffix(FORWARD))
-        elif name.endswith(INDICES) and units.parse(name.removesuffix(INDICES).rpartition("/")[2]):
-            found.add(name.removesuffix(INDICES))
-    return sorted(found)
+    files = set(source.names)
+    found = {
+        name.removesuffix(suffix) for suffix in (INVERSE, FORWARD, INDICES) for name in files if name.endswith(suffix)
+    }
+    return sorted(
+        name for name in found if units.parse(name.rpartition("/")[2]) or {name + FORWARD, name + INVERSE} <= files
+    )
 
 
 def read(source: Foreign, name: str) -> Featurizer[Any]:
@@ -79,7 +77,7 @@ def read_payload(source: Foreign, name: str) -> Payload:
     """
     where = f"{source.where}: {shown(name, 200)}"
     forward, inverse = (_part(source, f"{name}{suffix}", where) for suffix in (FORWARD, INVERSE))
-    if not _same(forward["model_info"], inverse["model_info"]):
+    if not same(forward["model_info"], inverse["model_info"]):
         raise ManifestError(where, "the featurizer and its inverse describe different featurizers in their model_info")
     return Payload(forward["model_info"], forward["state_dict"], inverse["state_dict"])
 
@@ -143,16 +141,3 @@ def _indices(source: Foreign, name: str) -> Any:
         return None
     raw = read_bytes(source.path(file, MAX_CONFIG_BYTES), source.where, ManifestError, MAX_CONFIG_BYTES, file)
     return parse_json(raw, source.where, file)
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two descriptions are equal, tensors in them bit for bit."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other)
