@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Self
@@ -45,7 +46,9 @@ def indices_of_subspaces(subspaces: Sequence[Any] | None, partition: Sequence[Se
         UsageError: some examples have one and others do not.
         FeatureIndexError: a part that there is not.
     """
-    if subspaces is None or all(row is None or (len(row) and all(i is None for i in row)) for row in subspaces):
+    if subspaces is None:
+        return None
+    if len(subspaces) and all(row is None or (len(row) and all(i is None for i in row)) for row in subspaces):
         return None
     rows = []
     for row in subspaces:
@@ -56,7 +59,7 @@ def indices_of_subspaces(subspaces: Sequence[Any] | None, partition: Sequence[Se
                 f"part {beyond[0]} is not in the subspace_partition, which has {len(partition)} parts"
             )
         rows.append([int(i) for part in row for i in (partition[part] if partition is not None else [part])])
-    return rows[0] if all(row == rows[0] for row in rows) else rows
+    return rows[0] if rows and all(row == rows[0] for row in rows) else rows
 
 
 class FeatureInterventionConfig(BaseModel):
@@ -263,30 +266,47 @@ INTERVENTIONS: dict[str, type[FeatureIntervention]] = {
 }
 """The core's own, by the names under which they are saved."""
 
-_bound: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
+_bound: weakref.WeakValueDictionary[tuple[str, str], type] = weakref.WeakValueDictionary()
 
 
-def bind(base: type, featurizer: Featurizer[Any]) -> type:
+def bind(base: type, featurizer: Featurizer[Any], **fixed: int) -> type:
     """The subclass of an intervention class that is bound to a featurizer; the same one each time.
 
-    Its name can be imported from this module: by this process the class itself, by any other its base, which
-    takes the featurizer from the state that pyvene loads.
+    Its name can be imported from the module of ``base``, whose ``__getattr__`` is `bound_class`: by this process the
+    class itself, by any other its base, which takes the featurizer from the state that pyvene loads.
+
+    Args:
+        base: a `FeatureIntervention`.
+        featurizer: what its interventions act through.
+        fixed: attributes of the class.
     """
-    name = f"{base.__name__}_{id(featurizer):x}"
-    cls = _bound.get(name)
+    variant = "".join(f"{key}{value}" for key, value in fixed.items())
+    name = f"{base.__name__}_{id(featurizer):x}{variant}"
+    cls = _bound.get((base.__module__, name))
     if cls is None:  # while the class lives it holds its featurizer, so that no other can have its id
-        cls = type(base)(name, (base,), {"bound": featurizer, "__module__": __name__, "__doc__": base.__doc__})
-        _bound[name] = cls
+        cls = type(base)(
+            name, (base,), {"bound": featurizer, "__module__": base.__module__, "__doc__": base.__doc__, **fixed}
+        )
+        _bound[base.__module__, name] = cls
     return cls
 
 
 def unbound(cls: type) -> type:
     """The class that `bind` made this one of, or the class itself."""
-    return cls.__bases__[0] if _bound.get(cls.__name__) is cls else cls
+    return cls.__bases__[0] if _bound.get((cls.__module__, cls.__name__)) is cls else cls
+
+
+def bound_class(module: str, name: str) -> type:
+    """What a bound class of a module is under its name; for the ``__getattr__`` of a module that has such classes.
+
+    Raises:
+        AttributeError: no class of this module is named so.
+    """
+    base = vars(sys.modules[module]).get(name.rpartition("_")[0])
+    if not (isinstance(base, type) and issubclass(base, FeatureIntervention)):
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    return _bound.get((module, name), base)
 
 
 def __getattr__(name: str) -> type:
-    base = next((base for base in INTERVENTIONS.values() if base.__name__ == name.rpartition("_")[0]), None)
-    if base is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _bound.get(name, base)
+    return bound_class(__name__, name)

@@ -315,3 +315,12 @@ def test_a_part_that_there_is_not_is_an_error(part):
     assert indices_of_subspaces([[1], [1]], [[0, 1], [2]]) == [2]
     with pytest.raises(FeatureIndexError, match=f"part {part} is not in the subspace_partition, which has 2 parts"):
         indices_of_subspaces([[part]], [[0, 1], [2]])
+
+
+def test_no_subspaces_at_all_are_every_feature_and_an_empty_list_is_none():
+    from featurizers.pyvene import indices_of_subspaces
+
+    assert indices_of_subspaces(None, None) is None
+    assert indices_of_subspaces([None, None], None) is None
+    assert indices_of_subspaces([], None) == []
+    assert indices_of_subspaces([[], []], None) == []

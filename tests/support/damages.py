@@ -659,3 +659,229 @@ INTERVENABLE = {
     ),
 }
 """Of what `tests.support.intervenables.several` gives, saved."""
+
+
+# ---------------------------------------------------------------------- triplets and bundles of CausalAbstraction
+
+UNIT = "ResidualStream(Layer-7,Token-last_token)"
+STATE, INFO = "state_dict", "model_info"
+ORIGINAL, BASE = "rotate.parametrizations.weight.original", "rotate.parametrizations.weight.0.base"
+
+
+def triplet(how: Callable[[dict[str, Any]], Any], *parts: str) -> Callable[[Path], Any]:
+    """Change what the files of a unit hold, the featurizer's and the inverse's unless one is named."""
+
+    def spoil(folder: Path) -> None:
+        for part in parts or ("featurizer", "inverse_featurizer"):
+            path = folder / f"{UNIT}_{part}"
+            given = torch.load(path, weights_only=True)
+            changed = how(given)
+            torch.save(changed if isinstance(changed, list) else given, path)
+
+    return spoil
+
+
+def _info(*parts: str, **values: Any) -> Callable[[Path], Any]:
+    return triplet(lambda given: given[INFO].update(values), *parts)
+
+
+def _state(how: Callable[[torch.Tensor], torch.Tensor], name: str = BASE, *parts: str) -> Callable[[Path], Any]:
+    return triplet(lambda given: given[STATE].update({name: how(given[STATE][name])}), *parts)
+
+
+def _option(**values: Any) -> Callable[[Path], Any]:
+    return triplet(lambda given: given[INFO]["additional_config"].update(values))
+
+
+def _indices(text: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / f"{UNIT}_indices").write_text(text)
+
+
+def _file(data: bytes, part: str = "featurizer") -> Callable[[Path], Any]:
+    return lambda folder: (folder / f"{UNIT}_{part}").write_bytes(data)
+
+
+def _gone(*parts: str) -> Callable[[Path], Any]:
+    return lambda folder: [(folder / f"{UNIT}_{part}").unlink() for part in parts]
+
+
+def _as_identity(given: dict[str, Any]) -> None:
+    classes = ("IdentityFeaturizerModule", "IdentityInverseFeaturizerModule")
+    given[INFO] |= {"featurizer_class": classes[0], "inverse_featurizer_class": classes[1], "additional_config": {}}
+
+
+def _code(given: dict[str, Any]) -> list[Any]:
+    return [given, _Bomb()]
+
+
+TRIPLETS = {
+    "no inverse": Damage(
+        _gone("inverse_featurizer"), ManifestError, "_inverse_featurizer' is missing; a unit has both"
+    ),
+    "no featurizer": Damage(_gone("featurizer"), ManifestError, "_featurizer' is missing; a unit has both"),
+    "a list alone": Damage(
+        _gone("featurizer", "inverse_featurizer"), ManifestError, "a list of features and nothing that says of what"
+    ),
+    "the inverse of another": Damage(
+        _state(lambda base: base.flip(0), BASE, "inverse_featurizer"), WeightsError, "the rotation of the inverse is"
+    ),
+    "another matrix": Damage(
+        triplet(lambda given: given[INFO]["additional_config"]["rotation_matrix"].neg_()),
+        WeightsError,
+        "the rotation of the rotation_matrix is another one",
+    ),
+    "a matrix of another shape": Damage(_option(rotation_matrix=torch.ones(2, 2)), WeightsError, r"shape \(6, 3\)"),
+    "a matrix of integers": Damage(
+        _option(rotation_matrix=torch.ones(6, 3, dtype=torch.int)), WeightsError, r"no matrix of shape \(6, 3\)"
+    ),
+    "no matrix": Damage(_option(rotation_matrix=None), WeightsError, "the rotation_matrix is no matrix"),
+    "another option": Damage(_option(code="os.system"), ManifestError, "holds rotation_matrix and requires_grad, not"),
+    "requires_grad of text": Damage(_option(requires_grad="yes"), ManifestError, "rotation_matrix and requires_grad"),
+    "two descriptions": Damage(
+        _info("inverse_featurizer", n_features=2), ManifestError, "describe different featurizers"
+    ),
+    "not orthonormal": Damage(
+        triplet(
+            lambda given: (
+                given[STATE][BASE].mul_(2.0),
+                given[INFO]["additional_config"]["rotation_matrix"].mul_(2.0),
+            )
+        ),
+        WeightsError,
+        "not orthonormal",
+    ),
+    "decayed to nothing": Damage(
+        triplet(
+            lambda given: (
+                given[STATE][ORIGINAL].fill_diagonal_(-0.9999),
+                given[INFO]["additional_config"]["rotation_matrix"].zero_(),
+            )
+        ),
+        WeightsError,
+        "not orthonormal",
+    ),
+    "NaN in the base": Damage(_state(lambda base: base * float("nan")), WeightsError, "another one than"),
+    "transposed": Damage(_state(lambda original: original.mT.contiguous(), ORIGINAL), WeightsError, r"\(3, 6\)"),
+    "a narrow base": Damage(_state(lambda base: base[:5, :5].clone()), WeightsError, r"\(6, 3\) and \(5, 5\)"),
+    "a vector": Damage(_state(lambda base: base[0].clone()), WeightsError, "is not a matrix of real numbers"),
+    "integers": Damage(_state(lambda base: base.int()), WeightsError, "is not a matrix of real numbers"),
+    "no base": Damage(triplet(lambda given: given[STATE].pop(BASE)), WeightsError, "the state of a rotation holds"),
+    "one tensor more": Damage(
+        triplet(lambda given: given[STATE].update(x=torch.ones(1))), WeightsError, "the state of a rotation holds"
+    ),
+    "a number for a state": Damage(triplet(lambda given: given.update(state_dict=3)), WeightsError, "not 'int'"),
+    "fewer features": Damage(_info(n_features=2), WeightsError, "says 2 features, but its rotation has 3 columns"),
+    "no number of features": Damage(_info(n_features=None), WeightsError, "says None features"),
+    "true features": Damage(_info(n_features=True), ManifestError, "n_features True"),
+    "minus one features": Damage(_info(n_features=-1), ManifestError, "n_features -1"),
+    "features without end": Damage(_info(n_features=10**30), WeightsError, "a number of more than 64 bits"),
+    "a class of its own": Damage(
+        _info(featurizer_class="MyModule"), ManifestError, "'MyModule'.*featurizer.py defines is never run"
+    ),
+    "a function for a class": Damage(_info(featurizer_class="os.system"), ManifestError, "'os.system'.*is never run"),
+    "a number for a class": Damage(_info(inverse_featurizer_class=1), ManifestError, "inverse_featurizer_class 1"),
+    "one class of two": Damage(
+        _info(featurizer_class="IdentityFeaturizerModule"), ManifestError, "'IdentityFeaturizerModule' and 'Subspace"
+    ),
+    "an identity with tensors": Damage(triplet(_as_identity), WeightsError, "it is an identity, and yet has"),
+    "an id of lists": Damage(_info(featurizer_id=[[]]), ManifestError, r"featurizer_id \[\[\]\]"),
+    "an unknown key": Damage(_info(auto_map="x"), ManifestError, "model_info holds .*'auto_map'"),
+    "a key is missing": Damage(
+        triplet(lambda given: given[INFO].pop("n_features")), ManifestError, r"model_info holds \['featurizer_class'"
+    ),
+    "a list for a description": Damage(
+        triplet(lambda given: given.update(model_info=[1])), ManifestError, "not 'list'"
+    ),
+    "a list of tensors for a description": Damage(
+        triplet(lambda given: given.update(model_info=[torch.ones(2), torch.ones(2)])), ManifestError, "not 'list'"
+    ),
+    "a list": Damage(triplet(lambda given: [given]), WeightsError, "holds model_info and state_dict, not 'list'"),
+    "another file": Damage(triplet(lambda given: given.pop(STATE)), WeightsError, r"not \['model_info'\]"),
+    "code": Damage(triplet(_code), WeightsError, "holds more than tensors, and nothing of it is run"),
+    "a bare pickle": Damage(_file(pickle.dumps(_Bomb())), WeightsError, "it is a bare pickle"),
+    "text": Damage(_file(b"version https://git-lfs.github.com/spec/v1\n"), WeightsError, "cannot be read"),
+    "nothing": Damage(_file(b"", "inverse_featurizer"), WeightsError, "cannot be read"),
+    "a folder": Damage(_folder_named(f"{UNIT}_featurizer"), ManifestError, "_featurizer' is missing"),
+    "a pipe": Damage(_fifo(f"{UNIT}_featurizer"), WeightsError, "is a named pipe"),
+    "a link out": Damage(_link(f"{UNIT}_indices", "/etc/hostname"), ManifestError, "is a link out of this folder"),
+    "a feature too many": Damage(_indices("[0, 3]"), ManifestError, "the feature 3; there are 3, counted from 0"),
+    "a negative feature": Damage(_indices("[-1]"), ManifestError, "the feature -1"),
+    "a feature twice": Damage(_indices("[1, 1]"), ManifestError, "names a feature twice"),
+    "a true feature": Damage(_indices("[true]"), ManifestError, "the feature True"),
+    "half a feature": Damage(_indices("[0.0]"), ManifestError, "the feature 0.0"),
+    "rows of features": Damage(_indices("[[0], [1]]"), ManifestError, r"the feature \[0\]"),
+    "an object of features": Damage(_indices('{"0": 1}'), ManifestError, "not a list of features or null"),
+    "text of features": Damage(_indices("0, 1"), ManifestError, "is not valid JSON"),
+    "a list without end": Damage(_indices("[" + "0," * 600_000 + "0]"), ManifestError, "is larger than 1000000"),
+    "deep lists": Damage(_indices(DEEP), ManifestError, "nested"),
+}
+"""Of a unit with three features of six dimensions, and a list of two of them."""
+
+
+def skeleton(how: Callable[[dict[str, Any]], Any], name: str = "featurizers.meta.json") -> Callable[[Path], Any]:
+    def spoil(folder: Path) -> None:
+        data = json.loads((folder / name).read_text())
+        how(data)
+        (folder / name).write_text(json.dumps(data))
+
+    return spoil
+
+
+def _unit(**values: Any) -> Callable[[Path], Any]:
+    return skeleton(lambda data: data[DAS].update(values), "units_metadata.json")
+
+
+def _payload(how: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
+    return skeleton(lambda data: how(data["skeleton"]["items"][DAS]["items"]))
+
+
+DAS = "ResidualStream(Layer-3,block_output,Token-last_token)"
+BUNDLES = {
+    "another version": Damage(_unit(version="3.0"), ManifestError, "of version '3.0', and '2.0' is read"),
+    "another id": Damage(_unit(id="x"), ManifestError, "says of it neither its own id"),
+    "no description": Damage(_unit(featurizer_info=None), ManifestError, "says of it neither its own id"),
+    "a record of text": Damage(
+        skeleton(lambda data: data.update({DAS: "x"}), "units_metadata.json"), ManifestError, "of version None"
+    ),
+    "features out of range": Damage(_unit(feature_indices=[2]), ManifestError, "the feature 2; there are 2"),
+    "another id than its payload": Damage(
+        _unit(featurizer_info={"id": "x", "n_features": 2, "is_trivial": False}),
+        ManifestError,
+        "describe different featurizers",
+    ),
+    "a featurizer that was not saved": Damage(
+        skeleton(lambda data: data["skeleton"]["items"].pop(DAS)), ManifestError, "whose tensors were not saved"
+    ),
+    "a path for a unit": Damage(
+        skeleton(lambda data: data["skeleton"]["items"].update({"../../x": {"__kind__": "scalar", "value": 1}})),
+        ManifestError,
+        "has the unit '../../x', which units_metadata.json has not",
+    ),
+    "no skeleton": Damage(
+        lambda folder: (folder / "featurizers.meta.json").unlink(), ManifestError, "no file 'featurizers.meta.json'"
+    ),
+    "no tensors": Damage(
+        lambda folder: (folder / "featurizers.safetensors").unlink(), ManifestError, "'featurizers.safetensors'"
+    ),
+    "a newer skeleton": Damage(skeleton(lambda data: data.update(_format_version=2)), ManifestError, "of version 2"),
+    "a skeleton of text": Damage(skeleton(lambda data: data.update(skeleton="x")), WeightsError, "no dict, list"),
+    "a skeleton of a number": Damage(
+        skeleton(lambda data: data.update(skeleton={"__kind__": "scalar", "value": 1})), ManifestError, "no featurizers"
+    ),
+    "a tensor that is not there": Damage(
+        _payload(lambda items: items.update(model_info={"__tref__": "none"})), WeightsError, "lacks the tensor 'none'"
+    ),
+    "a node of no kind": Damage(
+        _payload(lambda items: items.update(model_info={"__kind__": "code"})), WeightsError, "no dict, list, number"
+    ),
+    "a composition": Damage(
+        _payload(lambda items: items.update(stages=items.pop("model_info"))), ManifestError, "compositions are not read"
+    ),
+    "another matrix": Damage(
+        _payload(lambda items: items.update(inverse_state_dict=items["model_info"])), WeightsError, "holds 'rotate"
+    ),
+    "damaged tensors": Damage(
+        lambda folder: (folder / "featurizers.safetensors").write_bytes(b"x" * 20), WeightsError, "not a whole"
+    ),
+}
+"""Of a folder of format 2.0 whose first unit has two features."""
