@@ -24,7 +24,20 @@ from tests.support.damages import CONFIG, OTHERS, SPECIAL, WEIGHTS
 from tests.support.hub import subspace
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
-COMMANDS = ["plugins", "kinds", "info", "list", "pull", "push", "verify", "convert", "demo", "train", "evaluate", "sweep"]
+COMMANDS = [
+    "plugins",
+    "kinds",
+    "info",
+    "list",
+    "pull",
+    "push",
+    "verify",
+    "convert",
+    "demo",
+    "train",
+    "evaluate",
+    "sweep",
+]
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
