@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from featurizers.featurizer import Featurizer as Featurizer
     from featurizers.gates import SigmoidGate as SigmoidGate
     from featurizers.hookspecs import hookimpl as hookimpl
+    from featurizers.intervenables import load_intervenable as load_intervenable
+    from featurizers.intervenables import push_intervenable as push_intervenable
+    from featurizers.intervenables import save_intervenable as save_intervenable
+    from featurizers.interventions import SavedIntervention as SavedIntervention
     from featurizers.loading import create as create
     from featurizers.loading import list_artefacts as list_artefacts
     from featurizers.loading import load as load
@@ -54,6 +58,7 @@ _HOME = {
     "Featurizer": "featurizer",
     "Interchange": "operations",
     "Mask": "operations",
+    "SavedIntervention": "interventions",
     "SigmoidGate": "gates",
     "Site": "sites",
     "Steer": "operations",
@@ -66,8 +71,11 @@ _HOME = {
     "intervene": "backend",
     "list_artefacts": "loading",
     "load": "loading",
+    "load_intervenable": "intervenables",
     "push": "pushing",
+    "push_intervenable": "intervenables",
     "save_collection": "artefact",
+    "save_intervenable": "intervenables",
 }
 
 __all__ = ["PluginInfo", "__version__", "check_plugins", "errors", "kinds", "plugins", *sorted(_HOME)]  # noqa: PLE0604

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ OUT_PROJECTION = ("o_proj", "c_proj", "out_proj", "dense", "wo")
 DOWN_PROJECTION = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo")
 EMBEDDING = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+RESIDUAL = {"block_input", "block_output", "attention_input", "attention_output", "mlp_input", "mlp_output"}
+"""What pyvene calls places that are as wide as the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,20 @@ class Anatomy:
         parts = place.path.split(".")
         indexed = "".join(f"[{part}]" if part.isdecimal() else f".{part}" for part in parts).lstrip(".")
         return f"{indexed}.{place.side}"
+
+    def residual_width(self, component: str) -> int | None:
+        """Width of the residual stream, if a component of pyvene's is known to be as wide; None if it is not."""
+        path = re.sub(r"\[(\d+)\]", r".\1", component.rpartition(".")[0])
+        if component not in RESIDUAL:
+            try:
+                blocks = self.blocks
+            except (SiteError, PluginError):
+                return None
+            parts = "".join(rf"|\.{re.escape(part)}" for part in (blocks.attention, blocks.mlp) if part)
+            if not re.fullmatch(rf"{re.escape(blocks.layers)}\.\d+({parts})", path):
+                return None
+        width = getattr(self._config, "hidden_size", None)
+        return width if isinstance(width, int) else None
 
     def _path(self, site: Site) -> tuple[str, Side]:
         if site.module is not None and site.side is not None:

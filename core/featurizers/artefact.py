@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
@@ -77,6 +77,25 @@ def save_collection(featurizers: Mapping[str, Featurizer[Any]], folder: str | Pa
         UsageError: there are none.
         ArtefactError, ManifestError: as `save`.
     """
+    with writing_collection(featurizers, folder):
+        pass
+    return Path(folder).expanduser()
+
+
+@contextmanager
+def writing_collection(
+    featurizers: Mapping[str, Featurizer[Any]], folder: str | Path, beside: Collection[str] = ()
+) -> Iterator[tuple[Path, dict[str, Manifest]]]:
+    """As `save_collection`; the block may write more files into the new folder, before it takes its place.
+
+    Args:
+        featurizers: by subfolder.
+        folder: where.
+        beside: names of the files at its root that the block writes; old ones are not kept.
+
+    Returns:
+        The new folder, and what the config of each artefact in it says.
+    """
     if not featurizers:
         raise UsageError("a collection holds at least one featurizer")
     target = resolved(folder)
@@ -84,13 +103,14 @@ def save_collection(featurizers: Mapping[str, Featurizer[Any]], folder: str | Pa
         index = Index(artefacts={name: _entry(f) for name, f in featurizers.items()})
     except ValidationError as error:
         raise ManifestError(str(target), explain(error)) from error
-    with _replacing(target, featurizers) as new:
+    with _replacing(target, featurizers, beside) as new:
+        manifests = {}
         for name, featurizer in featurizers.items():
             (new / name).mkdir(parents=True, exist_ok=True)
-            _write(featurizer, new / name, source=f"./{target.name}/{name}")
+            manifests[name] = _write(featurizer, new / name, source=f"./{target.name}/{name}")
         (new / CONFIG_NAME).write_bytes(dump(index))
-        card.write_collection(index, new / CARD_NAME, source=f"./{target.name}")
-    return Path(folder).expanduser()
+        card.write_collection(index, new / CARD_NAME, source=f"./{target.name}", intervenable=bool(beside))
+        yield new, manifests
 
 
 def read_folder(
@@ -125,7 +145,7 @@ def read_folder(
     """
     cls = host().featurizer_class(manifest.kind)
     path = folder / WEIGHTS_NAME
-    with _kind_at_work(manifest.kind, where):
+    with at_work(f"kind {manifest.kind!r}", where):
         config = _config(cls, manifest, where)
         if not path.exists():
             raise WeightsError(where, f"{WEIGHTS_NAME} is missing; other weight formats are not read")
@@ -172,7 +192,7 @@ def most_bytes(manifest: Manifest, where: str) -> int:
         PluginError, ManifestError: as `read_folder`.
     """
     cls = host().featurizer_class(manifest.kind)
-    with _kind_at_work(manifest.kind, where):
+    with at_work(f"kind {manifest.kind!r}", where):
         featurizer = _on_meta(cls, _config(cls, manifest, where), where)
         numbers: int = sum(tensor.numel() for tensor in featurizer.state_dict().values())
         numbers += len(manifest.features) * MOST_OF_A_SET * max(featurizer.n_features or 0, 1)
@@ -180,15 +200,15 @@ def most_bytes(manifest: Manifest, where: str) -> int:
 
 
 @contextmanager
-def _kind_at_work(kind: str, where: str) -> Iterator[None]:
-    """What the code of a kind raises that is not one of our errors, as one that names the kind."""
+def at_work(what: str, where: str) -> Iterator[None]:
+    """What the code of a plugin's class raises that is no error of ours, as one that names the class."""
     try:
         yield
     except FeaturizerError:
         raise
     except Exception as error:
         raise PluginError(
-            f"{where}: the kind {kind!r} failed on it: {type(error).__name__}: {one_line(error)}. "
+            f"{where}: the {what} failed on it: {type(error).__name__}: {one_line(error)}. "
             "If its config is sound, tell the author of its plugin"
         ) from error
 
@@ -234,8 +254,8 @@ def build(cls: type[Featurizer[Any]], config: Mapping[str, Any]) -> Featurizer[A
     return cls(checked)
 
 
-def _write(featurizer: Featurizer[Any], folder: Path, source: str) -> None:
-    """Write the three files into a folder that is nobody's yet."""
+def _write(featurizer: Featurizer[Any], folder: Path, source: str) -> Manifest:
+    """Write the three files into a folder that is nobody's yet, and return what the config says."""
     sets = {f"{weights.SET_PREFIX}{name}": tensor for name, tensor in featurizer.feature_sets.items()}
     digest = weights.write_tensors({**featurizer.state_dict(), **sets}, folder / WEIGHTS_NAME, source)
     try:
@@ -253,6 +273,7 @@ def _write(featurizer: Featurizer[Any], folder: Path, source: str) -> None:
         raise ManifestError(source, explain(error)) from error
     (folder / CONFIG_NAME).write_bytes(dump(manifest))
     card.write(manifest, folder / CARD_NAME, source=source)
+    return manifest
 
 
 def _entry(featurizer: Featurizer[Any]) -> Entry:
@@ -279,12 +300,13 @@ def _owners() -> Mapping[str, list[str]]:
 
 
 @contextmanager
-def _replacing(target: Path, parts: Iterable[str] = ("",)) -> Iterator[Path]:
+def _replacing(target: Path, parts: Iterable[str] = ("",), beside: Collection[str] = ()) -> Iterator[Path]:
     """A new folder that takes the place of ``target``, with its other files and the READMEs that are to be renewed.
 
     Args:
         target: the folder to write or to replace.
         parts: subfolders of the artefacts that it will have.
+        beside: names of other files that are written anew.
     """
     renewed = {"", *parts}
     before: set[str] = set()
@@ -298,7 +320,7 @@ def _replacing(target: Path, parts: Iterable[str] = ("",)) -> Iterator[Path]:
 
     def ours(name: str) -> bool:
         part, _, file = name.rpartition("/")
-        return (part in before and file in RESERVED) or (part in renewed and file == CARD_NAME)
+        return name in beside or (part in before and file in RESERVED) or (part in renewed and file == CARD_NAME)
 
     with replacing(target, ours, check) as new:
         for part in renewed:

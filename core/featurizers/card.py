@@ -57,8 +57,15 @@ def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -
     )
 
 
-def write_collection(index: Index, path: Path, *, source: str) -> None:
-    """Write the card of a collection, or renew our part of the one that is there; arguments as in `write`."""
+def write_collection(index: Index, path: Path, *, source: str, intervenable: bool = False) -> None:
+    """Write the card of a collection, or renew our part of the one that is there.
+
+    Args:
+        index: what the card tells.
+        path: of the card.
+        source: what its snippet loads.
+        intervenable: whether a pyvene model lies beside it.
+    """
     rows = [
         f"| `{name}` | {_code(entry.kind)} | {_text(entry.id)} | {_code(entry.site) if entry.site else ''} |"
         for name, entry in index.artefacts.items()
@@ -72,6 +79,7 @@ def write_collection(index: Index, path: Path, *, source: str) -> None:
         "import featurizers",
         "",
         f"f = featurizers.load({json.dumps(source)}, subfolder={json.dumps(first)})",
+        *([f"intervenable = featurizers.load_intervenable({json.dumps(source)}, model)"] if intervenable else []),
         "```",
         "",
         "| subfolder | kind | id | site |",

@@ -23,6 +23,8 @@ from featurizers.errors import CachedCopyWarning, FeaturizerError, SourceError, 
 from featurizers.manifest import (
     CARD_NAME,
     CONFIG_NAME,
+    INTERVENABLE_NAME,
+    INTERVENABLE_WEIGHTS_NAME,
     MAX_CARD_BYTES,
     MAX_CONFIG_BYTES,
     WEIGHTS_NAME,
@@ -159,6 +161,7 @@ def pull(
 ) -> None:
     """Download an artefact or a whole collection, at one commit."""
     from featurizers.hub import Remote
+    from featurizers.intervenable_record import read_record
     from featurizers.replacing import filling
     from featurizers.sources import HubSource, parse_source
     from featurizers.weights import verify_weights
@@ -177,14 +180,19 @@ def pull(
             verify_weights(weights, read(config, str(part)), str(part))
             _copy([config, weights, part.optional(CARD_NAME, commit, MAX_CARD_BYTES)], new and new / name)
         if isinstance(record, Index):
-            _copy([root / CONFIG_NAME, remote.optional(CARD_NAME, commit, MAX_CARD_BYTES)], new)
+            card = remote.optional(CARD_NAME, commit, MAX_CARD_BYTES)
+            saved = remote.optional(INTERVENABLE_NAME, commit, MAX_CONFIG_BYTES)
+            own = remote.file(INTERVENABLE_WEIGHTS_NAME, commit) if saved else None
+            if own:
+                verify_weights(own, read_record(root, str(remote))[0], str(remote))
+            _copy([root / CONFIG_NAME, card, saved, own], new)
     result = {"folder": str(out or root), "revision": commit, "artefacts": len(names)}
     _print_json(result) if as_json else print(f"{result['folder']} (revision {commit}, artefacts: {len(names)})")
 
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="What save_pretrained or save_collection wrote.")],
+    folder: Annotated[Path, typer.Argument(help="What save_pretrained, save_collection or save_intervenable wrote.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="owner/name.")],
     subfolder: Annotated[str | None, typer.Option(help="Where in the repository to put it.")] = None,
     private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
@@ -193,7 +201,7 @@ def push(
     message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Upload an artefact or a collection to the Hub, in one commit."""
+    """Upload an artefact, a collection or a pyvene model to the Hub, in one commit."""
     from featurizers.pushing import push as upload
 
     commit = upload(

@@ -46,22 +46,24 @@ def convert(featurizer: Featurizer[Any], folder: str | Path, to: str = OURS) -> 
             if lost is None:
                 raise PluginError(f"the plugin {to!r} writes no format of its own")
             back = host().ask("featurizers_read", to, source=of_folder(new, None))
-            if featurizer.id != featurizer.kind and (back is None or back.id != featurizer.id):
-                lost = [*lost, f"The name {featurizer.id!r} is not kept."]
+            lost = [*lost, *_lost(featurizer, back)]
             del back  # which may hold the files open
             for path in new.iterdir():
                 path.rename(scratch / path.name)
             new.rmdir()
     except ConversionError as error:
         raise ConversionError(str(folder), error.problem) from error
-    return [*lost, *_lost_by_all(featurizer)]
+    return lost
 
 
-def _lost_by_all(featurizer: Featurizer[Any]) -> list[str]:
-    """What no format but ours holds."""
+def _lost(featurizer: Featurizer[Any], back: Featurizer[Any] | None) -> list[str]:
+    """What most formats cannot hold, and was not read back."""
     lost = []
-    if featurizer.feature_sets:
-        lost.append(f"The feature sets {', '.join(map(repr, sorted(featurizer.feature_sets)))} are not kept.")
-    if featurizer.site is not None and featurizer.site.position is not None:
-        lost.append(f"The positions {list(featurizer.site.position)} are not kept.")
+    if featurizer.id != featurizer.kind and (back is None or back.id != featurizer.id):
+        lost.append(f"The name {featurizer.id!r} is not kept.")
+    if gone := sorted(featurizer.feature_sets.keys() - (back.feature_sets.keys() if back else set())):
+        lost.append(f"The feature sets {', '.join(map(repr, gone))} are not kept.")
+    positions = None if featurizer.site is None else featurizer.site.position
+    if positions is not None and (back is None or back.site is None or back.site.position != positions):
+        lost.append(f"The positions {list(positions)} are not kept.")
     return lost

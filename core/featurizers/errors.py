@@ -92,17 +92,17 @@ class PluginError(FeaturizerError):
 
 
 class UnknownKindError(PluginError, LookupError):
-    """A kind that no installed plugin registers.
+    """A kind of featurizer or of intervention that no installed plugin registers.
 
     Attributes:
         kind: what was asked for.
         known: the installed kinds.
     """
 
-    def __init__(self, kind: str, known: Iterable[str], hint: str) -> None:
+    def __init__(self, kind: str, known: Iterable[str], hint: str, *, what: str = "featurizer kind") -> None:
         self.kind, self.known = kind, sorted(known)
         super().__init__(
-            f"no installed plugin provides the featurizer kind {shown(kind, 130)}. {hint} "
+            f"no installed plugin provides the {what} {shown(kind, 130)}. {hint} "
             f"Installed kinds: {', '.join(self.known) or 'none'}."
         )
 

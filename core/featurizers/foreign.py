@@ -13,7 +13,7 @@ from featurizers.files import MAX_LEVELS, contained, read_bytes
 from featurizers.manifest import MAX_CONFIG_BYTES, parse_json
 from featurizers.numpy_files import load_npz
 from featurizers.torch_files import load_torch
-from featurizers.weights import DTYPES, Spec, check_finite, is_finite, read_header, shown_names, take_rows
+from featurizers.weights import DTYPES, Spec, aligned, check_finite, is_finite, read_header, shown_names, take_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ class TensorFile:
         return {name: spec.shape for name, spec in self.specs.items()}
 
     def read(self, name: str, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
-        """One tensor, or some of its rows or columns; mapped from the file where it is whole.
+        """One tensor, or some of its rows or columns; one that is whole is mapped where it lies aligned in the file.
 
         Args:
             name: of the tensor.
@@ -72,7 +72,7 @@ class TensorFile:
                     count = self.specs[name].shape[0]
                     tensor = torch.cat([stored[start : start + step][:, columns] for start in range(0, count, step)])
                 else:
-                    tensor = file.get_tensor(name)
+                    tensor = aligned(file.get_tensor(name))
         except (SafetensorError, OSError, ValueError, RuntimeError, IndexError) as error:
             raise WeightsError(self.where, f"{self.path.name}: {name!r} cannot be read: {one_line(error)}") from error
         return tensor

@@ -37,14 +37,16 @@ class SigmoidGate(nn.Module):
 
     @property
     def temperature(self) -> float:
-        """What the logits are divided by; positive."""
+        """What the logits are divided by; positive and finite."""
         return self._temperature
 
     @temperature.setter
     def temperature(self, temperature: float | Tensor) -> None:
         temperature = float(temperature)
-        if not temperature > 0:
-            raise UsageError(f"the temperature of a gate is positive, not {temperature}; for a step use hard=True")
+        if not 0 < temperature < float("inf"):
+            raise UsageError(
+                f"the temperature of a gate is positive and finite, not {temperature}; for a step use hard=True"
+            )
         self._temperature = temperature
 
     def soft(self) -> Float[Tensor, " n_features"]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from featurizers.anatomy import Blocks
     from featurizers.featurizer import Featurizer
     from featurizers.foreign import Foreign
+    from featurizers.interventions import SavedIntervention
     from featurizers.rules import Rule
 
 PROJECT = "featurizers"
@@ -48,6 +49,15 @@ def featurizers_rules(register: Callable[[Rule], None]) -> None:
     """Register the activation rules of this plugin: ``register(rule)`` for each; see `featurizers.activation_rule`.
 
     Called once, when the plugin is loaded. A rule is named as a kind is: the plugin's name, or that, a dot and a word.
+    """
+
+
+@hookspec
+def featurizers_interventions(register: Callable[[type[SavedIntervention]], None]) -> None:
+    """Register the pyvene interventions of this plugin: ``register(MyIntervention)`` for each class.
+
+    Asked of the plugin that is named, when an intervenable is saved or loaded, so that pyvene is imported then and not
+    before. An intervention is named as a kind is: the plugin's name, or that, a dot and a word.
     """
 
 

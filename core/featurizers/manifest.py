@@ -19,6 +19,8 @@ from featurizers.sites import Side, Site
 CONFIG_NAME: Final = "config.json"
 WEIGHTS_NAME: Final = "model.safetensors"
 CARD_NAME: Final = "README.md"
+INTERVENABLE_NAME: Final = "intervenable.json"
+INTERVENABLE_WEIGHTS_NAME: Final = "intervenable.safetensors"
 LIBRARY_NAME: Final = "featurizers"
 FORMAT_VERSION: Final = 1
 MAX_CONFIG_BYTES: Final = 1_000_000

@@ -42,6 +42,7 @@ KIND = re.compile(rf"{NAME.pattern}(\.{NAME.pattern})?")
 # A pip command is printed only for what this project publishes itself, never for a name that a file gives.
 FIRST_PARTY = {
     "autoencoder": "featurizers-autoencoder",
+    "causalab": "featurizers-causalab",
     "dictionary-learning": "featurizers-dictionary-learning",
     "identity": "featurizers-identity",
     "sae-lens": "featurizers-sae-lens",
@@ -382,12 +383,21 @@ def _add(found: dict[str, Any], check: Callable[[str, Any], str], plugin: str, g
 
 
 def _checked_kind(plugin: str, cls: Any) -> str:
-    from pydantic import BaseModel
-
     from featurizers.featurizer import Featurizer
 
-    if not (isinstance(cls, type) and issubclass(cls, Featurizer)):
-        raise PluginError(f"it registers {shown(cls)}, which is not a subclass of featurizers.Featurizer")
+    return checked_class(Featurizer, plugin, cls)
+
+
+def checked_class(base: type, plugin: str, cls: Any) -> str:
+    """The name under which a plugin registers a class, if both are as ``base`` asks.
+
+    Raises:
+        PluginError: they are not.
+    """
+    from pydantic import BaseModel
+
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise PluginError(f"it registers {shown(cls)}, which is not a subclass of featurizers.{base.__name__}")
     kind, config = getattr(cls, "kind", None), getattr(cls, "Config", None)
     if not (isinstance(kind, str) and KIND.fullmatch(kind) and kind.partition(".")[0] == plugin):
         raise PluginError(f"{cls.__name__}.kind is {shown(kind)}; it must be {plugin!r} or start with '{plugin}.'")

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from featurizers import card
 from featurizers.errors import ArtefactError, ManifestError, UsageError, WeightsError
-from featurizers.files import opened, read_bytes
+from featurizers.files import contained, opened, read_bytes
 from featurizers.hub import Remote
+from featurizers.intervenable_record import read_record
 from featurizers.manifest import (
     CARD_NAME,
     CONFIG_NAME,
+    INTERVENABLE_NAME,
+    INTERVENABLE_WEIGHTS_NAME,
     LIBRARY_NAME,
     MAX_CARD_BYTES,
     MAX_CONFIG_BYTES,
@@ -46,13 +49,14 @@ def push(
     commit_message: str | None = None,
     token: str | bool | None = None,
 ) -> CommitInfo:
-    """Upload the artefact or collection in a folder, in one commit.
+    """Upload the artefact, collection or intervenable in a folder, in one commit.
 
     The repository and the branch are created where they are missing. With a subfolder, the index at the root is
     brought up to date in the same commit. What people wrote in the repository's README stays.
 
     Args:
-        folder: what `Featurizer.save_pretrained` or `featurizers.save_collection` wrote.
+        folder: what `Featurizer.save_pretrained`, `featurizers.save_collection` or `featurizers.save_intervenable`
+            wrote.
         repo_id: ``owner/name``.
         subfolder: where in the repository to put an artefact.
         private: whether a new repository is private; the account's default if None.
@@ -86,38 +90,6 @@ def push(
             create_pr=create_pr,
             token=token,
         )
-
-
-def push_files(
-    files: Mapping[str, Path],
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    branch: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    token: str | bool | None = None,
-) -> CommitInfo:
-    """Upload files of a plugin's own, in one commit; the options are those of `push`.
-
-    Args:
-        files: their local paths by their names in the repository.
-        repo_id: ``owner/name``.
-
-    Raises:
-        HubError: the Hub refused.
-    """
-    from huggingface_hub import CommitOperationAdd
-
-    return _commit(
-        repo_id,
-        lambda _: [CommitOperationAdd(name, str(path)) for name, path in files.items()],
-        title=commit_message or "Upload with featurizers",
-        private=private,
-        branch=branch,
-        create_pr=create_pr,
-        token=token,
-    )
 
 
 def _commit(
@@ -208,17 +180,23 @@ def _operations(
         parts = {name: read_local(local, name) for name in record.artefacts}
         entries |= record.artefacts
     added: list[CommitOperationAdd] = []
+    digests = dict[str, str]()
     for place, (folder, part) in parts.items():
         if isinstance(part, Index):
             raise ManifestError(str(folder), "it is a collection inside a collection; push it by itself")
+        digests[place] = part.sha256
         added += [
             CommitOperationAdd(_in(place, CONFIG_NAME), dump(part)),
-            _weights(_in(place, WEIGHTS_NAME), folder, part),
+            _weights(_in(place, WEIGHTS_NAME), folder / WEIGHTS_NAME, part.sha256),
             CommitOperationAdd(_in(place, CARD_NAME), str(_card(repo_id, theirs, folder, part, place, staging))),
         ]
+    intervenable = isinstance(record, Index) and (local / INTERVENABLE_NAME).exists()
+    if intervenable:
+        added += _intervenable(local, digests)
     if entries:
         index = Index(artefacts=dict(sorted(entries.items())))
-        card_path = _card(repo_id, theirs, local if isinstance(record, Index) else None, index, "", staging)
+        prose = local if isinstance(record, Index) else None
+        card_path = _card(repo_id, theirs, prose, index, "", staging, intervenable)
         added += [CommitOperationAdd(CONFIG_NAME, dump(index)), CommitOperationAdd(CARD_NAME, str(card_path))]
     return added
 
@@ -227,7 +205,7 @@ def _in(place: str, name: str) -> str:
     return f"{place}/{name}" if place else name
 
 
-def _weights(place: str, folder: Path, manifest: Manifest) -> CommitOperationAdd:
+def _weights(place: str, path: Path, sha256: str) -> CommitOperationAdd:
     """The upload of the weights that a config is of: another program may be saving to the folder.
 
     Raises:
@@ -235,15 +213,44 @@ def _weights(place: str, folder: Path, manifest: Manifest) -> CommitOperationAdd
     """
     from huggingface_hub import CommitOperationAdd
 
-    with opened(folder / WEIGHTS_NAME, str(folder), WeightsError):
-        added = CommitOperationAdd(place, str(folder / WEIGHTS_NAME))
-    if (found := added.upload_info.sha256.hex()) != manifest.sha256:
+    with opened(path, str(path.parent), WeightsError):
+        added = CommitOperationAdd(place, str(path))
+    if (found := added.upload_info.sha256.hex()) != sha256:
         raise WeightsError(
-            str(folder),
-            f"{WEIGHTS_NAME} has sha256 {found}, its config says {manifest.sha256}: it is damaged, or another program "
+            str(path.parent),
+            f"{path.name} has sha256 {found}, its config says {sha256}: it is damaged, or another program "
             "is saving to the folder; nothing was pushed",
         )
     return added
+
+
+def _intervenable(folder: Path, digests: Mapping[str, str]) -> list[CommitOperationAdd]:
+    """The upload of an intervenable's own two files.
+
+    Args:
+        folder: what holds them.
+        digests: sha256 of each featurizer that goes along.
+
+    Raises:
+        WeightsError: its featurizers or its tensors are other ones.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    where = str(folder)
+    for name in (INTERVENABLE_NAME, INTERVENABLE_WEIGHTS_NAME):
+        contained(folder, folder / name, where, ArtefactError)
+    record, raw = read_record(folder, where)
+    for entry in record.featurizers:
+        if digests.get(entry.subfolder) != entry.sha256:
+            raise WeightsError(
+                where,
+                f"{entry.subfolder} is none of its featurizers, or another than was saved with {INTERVENABLE_NAME}; "
+                "nothing was pushed",
+            )
+    return [
+        CommitOperationAdd(INTERVENABLE_NAME, raw),
+        _weights(INTERVENABLE_WEIGHTS_NAME, folder / INTERVENABLE_WEIGHTS_NAME, record.sha256),
+    ]
 
 
 def _as_entry(subfolder: str, manifest: Manifest, where: str) -> dict[str, Entry]:
@@ -263,6 +270,7 @@ def _card(
     record: Manifest | Index,
     place: str,
     staging: Path,
+    intervenable: bool = False,
 ) -> Path:
     """The card to upload: the repository's own, or else the folder's, with our part of it renewed."""
     target = staging / place / CARD_NAME
@@ -271,7 +279,7 @@ def _card(
     if before is not None and before.exists():
         target.write_bytes(read_bytes(before, str(before.parent), ArtefactError, MAX_CARD_BYTES))
     if isinstance(record, Index):
-        card.write_collection(record, target, source=repo_id)
+        card.write_collection(record, target, source=repo_id, intervenable=intervenable)
     else:
         card.write(record, target, source=repo_id, subfolder=place)
     return target

@@ -9,18 +9,22 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
 import weakref
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from featurizers.artefact import build
-from featurizers.errors import FeatureIndexError, MissingDependencyError, UsageError
+from featurizers.errors import FeatureIndexError, ManifestError, MissingDependencyError, UsageError
 from featurizers.featurizer import Featurizer
 from featurizers.gates import SigmoidGate
 from featurizers.indices import Indices
+from featurizers.interventions import SavedIntervention
+from featurizers.manifest import explain
 from featurizers.plugins import host
 
 try:
@@ -42,7 +46,9 @@ def indices_of_subspaces(subspaces: Sequence[Any] | None, partition: Sequence[Se
         UsageError: some examples have one and others do not.
         FeatureIndexError: a part that there is not.
     """
-    if subspaces is None or all(row is None or (len(row) and all(i is None for i in row)) for row in subspaces):
+    if subspaces is None:
+        return None
+    if len(subspaces) and all(row is None or (len(row) and all(i is None for i in row)) for row in subspaces):
         return None
     rows = []
     for row in subspaces:
@@ -53,16 +59,41 @@ def indices_of_subspaces(subspaces: Sequence[Any] | None, partition: Sequence[Se
                 f"part {beyond[0]} is not in the subspace_partition, which has {len(partition)} parts"
             )
         rows.append([int(i) for part in row for i in (partition[part] if partition is not None else [part])])
-    return rows[0] if all(row == rows[0] for row in rows) else rows
+    return rows[0] if rows and all(row == rows[0] for row in rows) else rows
 
 
-class _FeatureIntervention(TrainableIntervention):  # type: ignore[misc]  # pyvene has no types
-    """What the three classes share: the featurizer as a child module, and a state dict that names its kind.
+class FeatureInterventionConfig(BaseModel):
+    """What is saved of an intervention beside its featurizer and its tensors.
+
+    Attributes:
+        subspace_partition: every feature of each part.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    subspace_partition: list[list[Annotated[int, Field(ge=0)]]] | None = None
+
+
+class FeatureMaskConfig(FeatureInterventionConfig):
+    """As its base, and how the gate's logits become the gate.
+
+    Attributes:
+        temperature: what the logits are divided by.
+        hard: whether the gate is exactly 0 or 1.
+    """
+
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    hard: bool
+
+
+class FeatureIntervention(SavedIntervention, TrainableIntervention):  # type: ignore[misc]  # pyvene has no types
+    """What the three classes share, and a plugin's may: the featurizer as a child module, and a state that names it.
 
     A class that pyvene restores from its own files is not bound to a featurizer; it builds one from the kind and
     the config in the state dict, which is looked up among the installed plugins.
     """
 
+    Config: ClassVar[type[BaseModel]] = FeatureInterventionConfig
     bound: ClassVar[Featurizer[Any] | None] = None
     featurizer: Featurizer[Any]
 
@@ -74,26 +105,61 @@ class _FeatureIntervention(TrainableIntervention):  # type: ignore[misc]  # pyve
             if name in self._buffers:
                 self.register_buffer(name, self._buffers.pop(name), persistent=False)
         if self.bound is not None:
-            self._attach(self.bound)
+            self.attach(self.bound)
 
-    def _attach(self, featurizer: Featurizer[Any]) -> None:
+    def attach(self, featurizer: Featurizer[Any]) -> None:
+        """Take the featurizer; a class with tensors of its own makes them here, when their sizes are known."""
         self.featurizer = featurizer
 
+    @classmethod
+    def from_config(cls, config: Any, part: Featurizer[Any]) -> Self:
+        """The intervention of a config, around a featurizer that others may share."""
+        self = cls()
+        self.attach(part)
+        self.set_config(config)
+        return self
+
+    def get_config(self) -> BaseModel:
+        """The arguments as they are now."""
+        parts = self.subspace_partition
+        return FeatureInterventionConfig(
+            subspace_partition=None if parts is None else [[int(i) for i in part] for part in parts]
+        )
+
+    def set_config(self, config: Any) -> None:
+        """Take the arguments of a config."""
+        self.subspace_partition = config.subspace_partition
+
+    def check(self) -> None:
+        """Raise `FeatureIndexError` if the partition has features that the featurizer has not."""
+        if self.featurizer.n_features is not None:
+            for part in self.subspace_partition or ():
+                self.featurizer.select(part, torch.empty(0))
+
     def get_extra_state(self) -> str:
-        """The kind and the config of the featurizer, as JSON."""
+        """The kind and the config of the featurizer, and the intervention's own config, as JSON."""
         record = {"kind": self.featurizer.kind, "id": self.featurizer.id}
-        return json.dumps({**record, "config": self.featurizer.config.model_dump(mode="json")})
+        configs = {"config": self.featurizer.config, "intervention": self.get_config()}
+        return json.dumps({**record, **{name: config.model_dump(mode="json") for name, config in configs.items()}})
 
     def set_extra_state(self, state: str) -> None:
-        """Build the featurizer that a state dict names, or check that it is the one there."""
+        """Build the featurizer that a state dict names, or check that it is the one there, and take the config.
+
+        Raises:
+            UsageError: the featurizer there is of another kind.
+            ManifestError: the intervention's config is none of this class.
+        """
         record = json.loads(state)
-        if "featurizer" in self._modules:
-            if self.featurizer.kind != record["kind"]:
-                raise UsageError(f"the state is of kind {record['kind']!r}, the featurizer {self.featurizer.kind!r}")
-            return
-        featurizer = build(host().featurizer_class(record["kind"]), record["config"])
-        featurizer.id = record["id"]
-        self._attach(featurizer)
+        if "featurizer" not in self._modules:
+            featurizer = build(host().featurizer_class(record["kind"]), record["config"])
+            featurizer.id = record["id"]
+            self.attach(featurizer)
+        elif self.featurizer.kind != record["kind"]:
+            raise UsageError(f"the state is of kind {record['kind']!r}, the featurizer {self.featurizer.kind!r}")
+        try:
+            self.set_config(self.Config.model_validate(record["intervention"]))
+        except ValidationError as error:
+            raise ManifestError(f"the state of {type(self).__name__}", explain(error)) from error
 
     def _indices(self, subspaces: Sequence[Any] | None) -> Indices:
         return indices_of_subspaces(subspaces, self.subspace_partition)
@@ -103,16 +169,20 @@ class _FeatureIntervention(TrainableIntervention):  # type: ignore[misc]  # pyve
         return f"{type(self).__name__.partition('_')[0]}(id={self.featurizer.id})"
 
 
-class FeatureInterchangeIntervention(_FeatureIntervention, DistributedRepresentationIntervention):  # type: ignore[misc]
+class FeatureInterchangeIntervention(FeatureIntervention, DistributedRepresentationIntervention):  # type: ignore[misc]
     """`Featurizer.interchange` as a pyvene intervention."""
+
+    kind = "interchange"
 
     def forward(self, base: Tensor, source: Tensor, subspaces: Sequence[Any] | None = None, **_: Any) -> Tensor:
         """Base with the features of the source that ``subspaces`` name, all without it."""
         return self.featurizer.interchange(base, source, self._indices(subspaces))
 
 
-class FeatureCollectIntervention(_FeatureIntervention, SourcelessIntervention, CollectIntervention):  # type: ignore[misc]
+class FeatureCollectIntervention(FeatureIntervention, SourcelessIntervention, CollectIntervention):  # type: ignore[misc]
     """`Featurizer.collect` as a pyvene intervention."""
+
+    kind = "collect"
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -125,20 +195,38 @@ class FeatureCollectIntervention(_FeatureIntervention, SourcelessIntervention, C
         return self.featurizer.collect(base, self._indices(subspaces))
 
 
-class FeatureMaskIntervention(_FeatureIntervention, DistributedRepresentationIntervention):  # type: ignore[misc]
+class FeatureMaskIntervention(FeatureIntervention, DistributedRepresentationIntervention):  # type: ignore[misc]
     """`Featurizer.mask` with a trainable gate as a pyvene intervention.
 
     Attributes:
         gate: a `featurizers.SigmoidGate`; soft until ``hard`` is set, in training mode or not.
     """
 
+    kind = "mask"
+    Config = FeatureMaskConfig
     gate: SigmoidGate
 
-    def _attach(self, featurizer: Featurizer[Any]) -> None:
+    def attach(self, featurizer: Featurizer[Any]) -> None:
+        """Take the featurizer, and make a gate for its features.
+
+        Raises:
+            UsageError: it does not say how many there are.
+        """
         if featurizer.n_features is None:
             raise UsageError(f"a mask needs the number of features; create {featurizer.kind!r} with d_in")
-        super()._attach(featurizer)
+        super().attach(featurizer)
         self.gate = SigmoidGate(featurizer.n_features)
+
+    def get_config(self) -> BaseModel:
+        """The arguments as they are now."""
+        return FeatureMaskConfig(
+            **super().get_config().model_dump(), temperature=self.gate.temperature, hard=self.gate.hard
+        )
+
+    def set_config(self, config: Any) -> None:
+        """Take the arguments of a config."""
+        super().set_config(config)
+        self.gate.temperature, self.gate.hard = config.temperature, config.hard
 
     @property
     def mask(self) -> nn.Parameter:
@@ -173,29 +261,52 @@ class FeatureMaskIntervention(_FeatureIntervention, DistributedRepresentationInt
         return self.featurizer.mask(base, source, self.gate())
 
 
-_BASES = {
-    base.__name__: base
-    for base in (FeatureInterchangeIntervention, FeatureCollectIntervention, FeatureMaskIntervention)
+INTERVENTIONS: dict[str, type[FeatureIntervention]] = {
+    base.kind: base for base in (FeatureInterchangeIntervention, FeatureCollectIntervention, FeatureMaskIntervention)
 }
-_bound: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
+"""The core's own, by the names under which they are saved."""
+
+_bound: weakref.WeakValueDictionary[tuple[str, str], type] = weakref.WeakValueDictionary()
 
 
-def bind(base: type, featurizer: Featurizer[Any]) -> type:
+def bind(base: type, featurizer: Featurizer[Any], **fixed: int) -> type:
     """The subclass of an intervention class that is bound to a featurizer; the same one each time.
 
-    Its name can be imported from this module: by this process the class itself, by any other its base, which
-    takes the featurizer from the state that pyvene loads.
+    Its name can be imported from the module of ``base``, whose ``__getattr__`` is `bound_class`: by this process the
+    class itself, by any other its base, which takes the featurizer from the state that pyvene loads.
+
+    Args:
+        base: a `FeatureIntervention`.
+        featurizer: what its interventions act through.
+        fixed: attributes of the class.
     """
-    name = f"{base.__name__}_{id(featurizer):x}"
-    cls = _bound.get(name)
+    variant = "".join(f"{key}{value}" for key, value in fixed.items())
+    name = f"{base.__name__}_{id(featurizer):x}{variant}"
+    cls = _bound.get((base.__module__, name))
     if cls is None:  # while the class lives it holds its featurizer, so that no other can have its id
-        cls = type(base)(name, (base,), {"bound": featurizer, "__module__": __name__, "__doc__": base.__doc__})
-        _bound[name] = cls
+        cls = type(base)(
+            name, (base,), {"bound": featurizer, "__module__": base.__module__, "__doc__": base.__doc__, **fixed}
+        )
+        _bound[base.__module__, name] = cls
     return cls
 
 
+def unbound(cls: type) -> type:
+    """The class that `bind` made this one of, or the class itself."""
+    return cls.__bases__[0] if _bound.get((cls.__module__, cls.__name__)) is cls else cls
+
+
+def bound_class(module: str, name: str) -> type:
+    """What a bound class of a module is under its name; for the ``__getattr__`` of a module that has such classes.
+
+    Raises:
+        AttributeError: no class of this module is named so.
+    """
+    base = vars(sys.modules[module]).get(name.rpartition("_")[0])
+    if not (isinstance(base, type) and issubclass(base, FeatureIntervention)):
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    return _bound.get((module, name), base)
+
+
 def __getattr__(name: str) -> type:
-    base = _BASES.get(name.rpartition("_")[0])
-    if base is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _bound.get(name, base)
+    return bound_class(__name__, name)

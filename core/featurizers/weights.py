@@ -13,16 +13,20 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from featurizers.errors import ManifestError, WeightsError, one_line, shown
 from featurizers.files import looks_like, opened
-from featurizers.manifest import WEIGHTS_NAME, Index, Manifest, repeated
+from featurizers.manifest import CONFIG_NAME, WEIGHTS_NAME, Index, Manifest, repeated
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from featurizers.intervenable_record import IntervenableRecord
+
 MAX_HEADER_BYTES: Final = 10_000_000
 SET_PREFIX: Final = "features."
 """What the names of stored feature sets begin with."""
 
+ALIGNMENT: Final = 64
+"""Bytes, of which torch's own tensors begin at a multiple."""
 METADATA: Final = "__metadata__"
 MAX_AXES: Final = 16
 FLOATS: Final = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
@@ -139,11 +143,25 @@ def _end(extents: list[tuple[int, int, str]]) -> int:
 
 
 def check_header(
-    found: Mapping[str, Spec], expected: Mapping[str, Tensor], feature_sets: list[str], where: str
+    found: Mapping[str, Spec],
+    expected: Mapping[str, Tensor],
+    feature_sets: list[str],
+    where: str,
+    *,
+    file_name: str = WEIGHTS_NAME,
+    config_name: str = CONFIG_NAME,
 ) -> None:
     """Compare a header with the state dict that a config implies.
 
     A floating-point tensor may be stored in any floating-point dtype; every other dtype is exact.
+
+    Args:
+        found: what the header says.
+        expected: the state dict.
+        feature_sets: names of those stored beside it.
+        where: what to call the artefact in an error.
+        file_name: of the tensors.
+        config_name: of the file beside it that implies them.
 
     Raises:
         WeightsError: tensors are missing, unknown, or of another shape or dtype.
@@ -155,7 +173,7 @@ def check_header(
         parts = [f"lacks {shown_names(missing)}"] * bool(missing) + [f"has unknown {shown_names(unknown)}"] * bool(
             unknown
         )
-        raise WeightsError(where, f"{WEIGHTS_NAME} {' and '.join(parts)}; its config.json is of another artefact")
+        raise WeightsError(where, f"{file_name} {' and '.join(parts)}; its {config_name} is of another artefact")
     for name, tensor in expected.items():
         spec = found[name]
         if spec.shape != tuple(tensor.shape):
@@ -201,16 +219,25 @@ def read_tensors(
     try:
         with safe_open(path, framework="pt", device=str(device) if device is not None else "cpu") as file:
             tensors = {
-                name: take_rows(file.get_slice(name), rows[name]) if name in rows else file.get_tensor(name)
+                name: take_rows(file.get_slice(name), rows[name]) if name in rows else aligned(file.get_tensor(name))
                 for name in file.keys()  # noqa: SIM118  # it is no mapping
             }
         if rows:  # one tensor that is mapped would keep the file's pages
             tensors = {name: tensor if name in rows else tensor.clone() for name, tensor in tensors.items()}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # the last for a device that is not there
-        raise WeightsError(where, f"{WEIGHTS_NAME} cannot be read: {one_line(error)}") from error
+        raise WeightsError(where, f"{path.name} cannot be read: {one_line(error)}") from error
     if not allow_nonfinite:
         check_finite(tensors, where)
     return tensors
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor where torch would have put it: products of matrices round by the address that they are at.
+
+    A file is mapped, and its tensors begin anywhere in it. Copied, a featurizer that was saved and loaded gives the
+    bits that it gave.
+    """
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def take_rows(stored: Any, rows: Tensor) -> Tensor:
@@ -280,8 +307,8 @@ def is_finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(tensor.float().sum().isfinite()) or bool(tensor.isfinite().all())
 
 
-def verify_weights(path: Path, record: Manifest | Index, where: str) -> None:
-    """Compare the sha256 of the weights with the one in the config.
+def verify_weights(path: Path, record: Manifest | Index | IntervenableRecord, where: str) -> None:
+    """Compare the sha256 of the weights with the one in the config beside them.
 
     Raises:
         WeightsError: they differ.
@@ -290,7 +317,7 @@ def verify_weights(path: Path, record: Manifest | Index, where: str) -> None:
     if isinstance(record, Index):
         raise ManifestError(where, "it is a collection inside a collection, which no weights belong to")
     if (found := sha256(path, where)) != record.sha256:
-        raise WeightsError(where, f"{WEIGHTS_NAME} has sha256 {found}, its config says {record.sha256}; fetch it again")
+        raise WeightsError(where, f"{path.name} has sha256 {found}, its config says {record.sha256}; fetch it again")
 
 
 def sha256(path: Path, where: str) -> str:

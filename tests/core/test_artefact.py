@@ -548,3 +548,17 @@ def test_replacing_a_collection_keeps_other_files_in_its_parts(tmp_path):
     assert (folder / "a" / "plot.png").read_bytes() == b"mine"
     assert list(featurizers.list_artefacts(folder)) == ["a"]
     assert not (folder / "b" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("d_in", [31, 33, 64])
+def test_products_round_as_before(tmp_path, d_in):
+    """They depend on where a matrix begins in memory, and on how it lies there."""
+    x, source = normal(7, d_in, seed=1), normal(7, d_in, seed=2)
+    drawn = subspace(d_in=d_in, n_features=9)
+    by_rows = drawn.basis.detach().mT.contiguous()
+    made = {"drawn": drawn, "given by rows": SubspaceFeaturizer.from_basis(by_rows.mT)}
+    for name, f in made.items():
+        loaded = featurizers.load(f.save_pretrained(tmp_path / name))
+        assert [t.data_ptr() % 64 for t in loaded.state_dict().values()] == [0] * len(loaded.state_dict())
+        for indices in (None, [0], [2, 5, 7]):
+            assert torch.equal(f.interchange(x, source, indices), loaded.interchange(x, source, indices))

@@ -24,7 +24,20 @@ from tests.support.damages import CONFIG, OTHERS, SPECIAL, WEIGHTS
 from tests.support.hub import subspace
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
-COMMANDS = ["plugins", "kinds", "info", "list", "pull", "push", "verify", "convert", "demo"]
+COMMANDS = [
+    "plugins",
+    "kinds",
+    "info",
+    "list",
+    "pull",
+    "push",
+    "verify",
+    "convert",
+    "demo",
+    "train",
+    "evaluate",
+    "sweep",
+]
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
@@ -350,7 +363,9 @@ def test_help_of_a_command_lists_the_options_of_the_page(command):
     described = re.search(r"Options?: (.*?)\n\n", part[1].replace(".\n\n", "\n\n"), re.DOTALL)
     assert described
     options = set(re.findall(r"--[a-z-]+", described[1])) - {"--help"}
-    known = typer.main.get_command(cli.app).commands[command].params
+    group = typer.main.get_command(cli.app)
+    group.list_commands(None)  # those of plugins too
+    known = group.commands[command].params
     assert options == {name for p in known for name in (*p.opts, *p.secondary_opts) if name.startswith("--")} - {
         "--help"
     }

@@ -5,6 +5,7 @@ from pathlib import Path
 import featurizers
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 FORMATS = sorted((Path(__file__).parents[1] / "fixtures").glob("format-*"))
 X = torch.linspace(-1, 1, 24).reshape(4, 6).sin()
@@ -38,3 +39,35 @@ def test_what_was_recorded_is_there():
     )
     assert f.feature_sets["chosen"].tolist() == [1]
     assert f.metadata == {"accuracy": 0.5, "nested": {"list": [1, None, "é"]}}
+
+
+SUBSPACES = [[[0]] * 2, None, [[1]] * 2]
+"""What the interventions of the saved pyvene model are called with."""
+
+
+def small_gpt2():
+    return GPT2LMHeadModel(
+        GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=5, bos_token_id=None, eos_token_id=None)
+    )
+
+
+def given():
+    """Base and source, ``(2, 1, 8)`` each."""
+    return torch.linspace(-2, 3, 32).sin().reshape(2, 2, 1, 8)
+
+
+def test_an_old_pyvene_model_does_what_it_did():
+    folder = FORMATS[0].parent / "intervenable-1"
+    loaded = featurizers.load_intervenable(folder, small_gpt2())
+    assert list(loaded.representations) == [
+        "layer_0_comp_mlp_output_unit_pos_nunit_1#0",
+        "comp_transformer_h[1]_output_unit_pos_nunit_2#0",
+        "layer_1_comp_attention_output_unit_pos_nunit_1#0",
+    ]
+    first, second, third = loaded.interventions.values()
+    assert first is third
+    assert first is not second
+    lines = (folder / "outputs.txt").read_text().splitlines()
+    for intervention, subspaces, line in zip(loaded.interventions.values(), SUBSPACES, lines, strict=True):
+        expected = torch.tensor([float(number) for number in line.split()]).reshape(2, 1, 8)
+        torch.testing.assert_close(intervention(*given(), subspaces).detach(), expected, rtol=1e-6, atol=1e-6)

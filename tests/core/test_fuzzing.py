@@ -186,3 +186,28 @@ def test_any_config_of_another_library(foreign, data):
     folder, config, document = foreign
     config.write_bytes(changed(document, data))
     load(folder)
+
+
+def test_records_of_pyvene_models(tmp_path_factory):
+    """Whatever stands in ``intervenable.json``, a model comes out or one error that a terminal can be sent."""
+    from tests.support.intervenables import several
+    from tests.support.models import tiny_model
+
+    folder, model = tmp_path_factory.mktemp("pyvene") / "it", tiny_model("gpt2")
+    featurizers.save_intervenable(several(), folder)
+    record = folder / "intervenable.json"
+    sound = record.read_bytes()
+
+    @slow
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        record.write_bytes(changed(json.loads(sound), data) if data.draw(st.booleans()) else spoiled(sound, data))
+        said = ""
+        try:
+            featurizers.load_intervenable(folder, model)
+        except FeaturizerError as error:
+            said = str(error)
+        assert said.isprintable()
+        assert len(said) < 3500
+
+    check()

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import json
 import subprocess
 import sys
 import textwrap
@@ -11,7 +12,7 @@ import pytest
 import pyvene
 import torch
 from featurizers.anatomy import Anatomy
-from featurizers.errors import UsageError
+from featurizers.errors import ManifestError, UsageError
 
 from tests.support.models import WIDTH, prompts, tiny_model
 
@@ -217,6 +218,31 @@ def test_pyvene_saves_and_loads_in_another_process_to_the_same_logits(by, subspa
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("hard", [True, False])
+def test_pyvenes_files_keep_the_partition_and_how_the_gate_is_made(hard, subspace, tmp_path):
+    """What was set on the intervention after it was built, too."""
+    built = intervenable("gpt2", subspace.get_mask_intervention())
+    (mask,) = built.interventions.values()
+    mask.mask.data = torch.linspace(-2, 2, 6)
+    mask.set_temperature(0.3)
+    mask.hard = hard
+    built.save(str(tmp_path / "mask"))
+    again = pyvene.IntervenableModel.load(str(tmp_path / "mask"), tiny_model("gpt2"))
+    assert torch.equal(swapped(again, [3]), swapped(built, [3]))
+    (loaded,) = again.interventions.values()
+    assert (loaded.hard, loaded.gate.temperature) == (hard, 0.3)
+
+    built = intervenable("gpt2", subspace.get_interchange_intervention())
+    (swap,) = built.interventions.values()
+    swap.subspace_partition = [[0, 4], [5]]  # no range
+    built.save(str(tmp_path / "swap"))
+    again = pyvene.IntervenableModel.load(str(tmp_path / "swap"), tiny_model("gpt2"))
+    assert torch.equal(swapped(again, [3], [[[0]] * 3]), swapped(built, [3], [[[0]] * 3]))
+    state = {**json.loads(swap.get_extra_state()), "intervention": {"code": "x"}}
+    with pytest.raises(ManifestError, match="'code': Extra inputs"):
+        swap.set_extra_state(json.dumps(state))
+
+
 def test_without_pyvene_there_is_one_clear_error_with_the_command():
     code = """
         import sys
@@ -289,3 +315,12 @@ def test_a_part_that_there_is_not_is_an_error(part):
     assert indices_of_subspaces([[1], [1]], [[0, 1], [2]]) == [2]
     with pytest.raises(FeatureIndexError, match=f"part {part} is not in the subspace_partition, which has 2 parts"):
         indices_of_subspaces([[part]], [[0, 1], [2]])
+
+
+def test_no_subspaces_at_all_are_every_feature_and_an_empty_list_is_none():
+    from featurizers.pyvene import indices_of_subspaces
+
+    assert indices_of_subspaces(None, None) is None
+    assert indices_of_subspaces([None, None], None) is None
+    assert indices_of_subspaces([], None) == []
+    assert indices_of_subspaces([[], []], None) == []

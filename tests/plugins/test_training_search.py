@@ -134,9 +134,7 @@ def test_a_search_is_the_loop_written_by_hand() -> None:
     progress = [(i + 1) / 6 for i in range(6)]
     rates = [0.02 * (p / 0.25 if p < 0.25 else 1 - 0.95 * (p - 0.25) / 0.75) for p in progress]
     start = featurizers.create("subspace", d_in=WIDTH, n_features=3, seed=0).basis.detach()
-    model().requires_grad_(False)
     basis, losses = by_hand(steps, rates, start, FEW)
-    model().requires_grad_(True)
     torch.testing.assert_close(basis_of(found), basis, atol=1e-4, rtol=1e-4)
     assert [h["loss"] for h in found.history] == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3], rel=1e-4)
 

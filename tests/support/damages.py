@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from featurizers.errors import ArtefactError, FeaturizerError, ManifestError, UnknownKindError, WeightsError
+from featurizers.errors import ArtefactError, FeaturizerError, ManifestError, UnknownKindError, UsageError, WeightsError
 from safetensors.torch import load_file, save_file
 
 from tests.support.hub import edit
@@ -450,3 +451,437 @@ SPECIAL = {
     "card: a link out": Damage(_link("README.md", "/etc/hostname"), ArtefactError, "README.md is a link out of this"),
 }
 """What is no file of the folder at all."""
+
+
+# ---------------------------------------------------------------------- a pyvene model
+
+
+def _of_json(how: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
+    def spoil(folder: Path) -> None:
+        data = json.loads((folder / "intervenable.json").read_text())
+        how(data)
+        (folder / "intervenable.json").write_text(json.dumps(data))
+
+    return spoil
+
+
+def _place(**fields: Any) -> Callable[[Path], Any]:
+    return _of_json(lambda data: data["representations"][0].update(fields))
+
+
+def _intervention(number: int, **fields: Any) -> Callable[[Path], Any]:
+    return _of_json(lambda data: data["interventions"][number].update(fields))
+
+
+def _argument(number: int, **fields: Any) -> Callable[[Path], Any]:
+    return _of_json(lambda data: data["interventions"][number]["config"].update(fields))
+
+
+def _written(text: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "intervenable.json").write_text(text)
+
+
+def _json_literal(old: str, new: str) -> Callable[[Path], Any]:
+    return lambda folder: edit(folder / "intervenable.json", old, new)
+
+
+def _own_tensors(**tensors: torch.Tensor) -> Callable[[Path], Any]:
+    """Others in the place of the interventions' own, with their checksum."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / "intervenable.safetensors"
+        save_file({name.replace("_", "."): tensor for name, tensor in tensors.items()}, path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        _of_json(lambda data: data.update(sha256=digest))(folder)
+
+    return spoil
+
+
+def _flip(name: str) -> Callable[[Path], Any]:
+    def spoil(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    return spoil
+
+
+def _gone(name: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).unlink()
+
+
+def _swapped(folder: Path) -> None:
+    first, other = folder / "featurizer-0", folder / "featurizer-2"
+    first.rename(folder / "x")
+    other.rename(first)
+    (folder / "x").rename(other)
+
+
+GATE = "3_gate_logits"
+
+INTERVENABLE = {
+    "no record": Damage(_gone("intervenable.json"), ManifestError, "intervenable.json cannot be read"),
+    "nothing": Damage(_written(""), ManifestError, "intervenable.json is not valid JSON: it is empty"),
+    "cut": Damage(_cut("intervenable.json", 300), ManifestError, "intervenable.json is not valid JSON"),
+    "a page": Damage(_written("<html>"), ManifestError, "it is a web page"),
+    "a list": Damage(_written("[]"), ManifestError, 'intervenable.json lacks "library_name"'),
+    "another library": Damage(_of_json(lambda d: d.update(library_name="x")), ManifestError, 'lacks "library_name"'),
+    "too large": Damage(_append("intervenable.json", b" " * 1_000_000), ManifestError, "larger than 1000000 bytes"),
+    "deeply nested": Damage(_argument(0, x=json.loads("[" * 70 + "]" * 70)), ManifestError, "more than 64 levels"),
+    "a key twice": Damage(
+        _json_literal('"mode": "parallel"', '"mode": "serial", "mode": "parallel"'), ManifestError, "'mode' is repeated"
+    ),
+    "newer": Damage(
+        _of_json(lambda d: d.update(format_version=2)), ManifestError, "format_version 2.*pip install -U featurizers"
+    ),
+    "version true": Damage(_of_json(lambda d: d.update(format_version=True)), ManifestError, "'format_version'"),
+    "an unknown key": Damage(_of_json(lambda d: d.update(auto_map="x")), ManifestError, "'auto_map': Extra inputs"),
+    "an unknown mode": Damage(_of_json(lambda d: d.update(mode="x")), ManifestError, "'mode'"),
+    "fast 1": Damage(_of_json(lambda d: d.update(use_fast=1)), ManifestError, "'use_fast'"),
+    "no places": Damage(_of_json(lambda d: d.update(representations=[])), ManifestError, "'representations'"),
+    "no featurizers": Damage(_of_json(lambda d: d.update(featurizers=[])), ManifestError, "'featurizers'"),
+    "a key of a place": Damage(
+        _place(intervention_type="os.system"), ManifestError, "'.*intervention_type': Extra inp"
+    ),
+    "a negative layer": Damage(_place(layer=-1), ManifestError, "'representations.0.layer': .* equal to 0"),
+    "a layer far away": Damage(_place(layer=99), UsageError, "pyvene cannot place it in a GPT2LMHeadModel: IndexError"),
+    "no units": Damage(_place(max_number_of_units=0), ManifestError, "'representations.0.max_number_of_units'"),
+    "an unknown unit": Damage(_place(unit="t"), ManifestError, "'pos', 'h' or 'h.pos'"),
+    "a component with code": Damage(
+        _place(component="__class__.output"), ManifestError, "a component is a name of pyv"
+    ),
+    "a component with a call": Damage(_place(component="a().output"), ManifestError, "a component is a name of pyvene"),
+    "a component without a side": Damage(_place(component="transformer.h[1]"), UsageError, "pyvene cannot place it"),
+    "a component that there is not": Damage(_place(component="nowhere"), UsageError, "pyvene cannot place it"),
+    "an intervention too far": Damage(_place(intervention=4), ManifestError, "there is no intervention 4; there are 4"),
+    "an intervention below": Damage(_place(intervention=-1), ManifestError, "'representations.0.intervention'"),
+    "a group alone": Damage(_place(group_key=1), ManifestError, "group_key is given to all representations"),
+    "groups out of order": Damage(
+        _of_json(lambda d: [r.update(group_key=-i) for i, r in enumerate(d["representations"])]),
+        ManifestError,
+        "group_key is given to all representations, as numbers or as strings in order",
+    ),
+    "groups of two types": Damage(
+        _of_json(lambda d: [r.update(group_key=("1", 1)[i % 2]) for i, r in enumerate(d["representations"])]),
+        ManifestError,
+        "group_key is given to all representations",
+    ),
+    "a link to another": Damage(
+        _of_json(lambda d: [r.update(intervention_link_key=0) for r in d["representations"]]),
+        ManifestError,
+        "representation 1 has the intervention 1, but is linked to one that has 0",
+    ),
+    "a class path": Damage(_intervention(0, kind="os.system"), UnknownKindError, "intervention 'os.system'"),
+    "a kind in capitals": Damage(_intervention(0, kind="Mask"), UnknownKindError, "never an import path"),
+    "a kind that no plugin has": Damage(_intervention(0, kind="other"), UnknownKindError, "the package of its author"),
+    "a kind that its plugin lacks": Damage(
+        _intervention(0, kind="subspace.x"), UnknownKindError, "'subspace' registers no intervention of that name"
+    ),
+    "another kind": Damage(
+        _intervention(3, kind="interchange"), ManifestError, "the intervention 'interchange': 'temperature': Extra inp"
+    ),
+    "a featurizer too far": Damage(
+        _intervention(0, featurizer=3), ManifestError, "there is no featurizer 3; there are 3"
+    ),
+    "a featurizer below": Damage(_intervention(0, featurizer=-1), ManifestError, "'interventions.0.featurizer'"),
+    "a featurizer elsewhere": Damage(
+        _of_json(lambda d: d["featurizers"][0].update(subfolder="../x")), ManifestError, "'featurizers.0.subfolder'"
+    ),
+    "a featurizer at an absolute path": Damage(
+        _of_json(lambda d: d["featurizers"][0].update(subfolder="/etc")), ManifestError, "'featurizers.0.subfolder'"
+    ),
+    "a featurizer that there is not": Damage(
+        _of_json(lambda d: d["featurizers"][0].update(subfolder="x")), ManifestError, "x: there is no config.json"
+    ),
+    "two in one subfolder": Damage(
+        _of_json(lambda d: d["featurizers"][0].update(subfolder="featurizer-1")), ManifestError, "in one subfolder"
+    ),
+    "a part too far": Damage(
+        _argument(0, subspace_partition=[[0, 6]]), ManifestError, "feature index 6 is out of rang"
+    ),
+    "a part below": Damage(_argument(0, subspace_partition=[[-1]]), ManifestError, "subspace_partition"),
+    "a part twice over": Damage(
+        _argument(0, subspace_partition=[[1, 1]]), ManifestError, "index 1 .*more than once|rep"
+    ),
+    "parts of text": Damage(_argument(0, subspace_partition="0"), ManifestError, "'subspace_partition'"),
+    "an unknown argument": Damage(_argument(0, code="x"), ManifestError, "'code': Extra inputs"),
+    "a temperature NaN": Damage(
+        _json_literal('"temperature": 0.3', '"temperature": NaN'), ManifestError, "NaN is not a JSON number"
+    ),
+    "a temperature of zero": Damage(_argument(3, temperature=0), ManifestError, "'temperature': .* greater than 0"),
+    "a temperature of text": Damage(_argument(3, temperature="1"), ManifestError, "'temperature'"),
+    "hard as a number": Damage(_argument(3, hard=1), ManifestError, "'hard': "),
+    "no arguments": Damage(_intervention(3, config={}), ManifestError, "'temperature': Field required"),
+    "another checksum": Damage(_of_json(lambda d: d.update(sha256="0" * 64)), WeightsError, "has sha256"),
+    "another checksum of a featurizer": Damage(
+        _of_json(lambda d: d["featurizers"][1].update(sha256="0" * 64)),
+        ManifestError,
+        "featurizer-1 holds another featurizer than was saved",
+    ),
+    "featurizers changed places": Damage(
+        _swapped, ManifestError, "featurizer-0 holds another featurizer than was saved"
+    ),
+    "a flipped bit": Damage(_flip("intervenable.safetensors"), WeightsError, "intervenable.safetensors has sha256"),
+    "a flipped bit in a featurizer": Damage(
+        _flip("featurizer-1/model.safetensors"), WeightsError, "model.safetensors has sha256"
+    ),
+    "no tensors": Damage(_gone("intervenable.safetensors"), WeightsError, "intervenable.safetensors is missing"),
+    "tensors cut": Damage(_cut("intervenable.safetensors", -1), WeightsError, "intervenable.safetensors has .* bytes"),
+    "no featurizer": Damage(_gone("featurizer-1/config.json"), ManifestError, "there is no config.json"),
+    "no weights": Damage(_gone("featurizer-1/model.safetensors"), WeightsError, "model.safetensors is missing"),
+    "a gate too long": Damage(
+        _own_tensors(**{GATE: torch.zeros(6)}),
+        WeightsError,
+        "'3.gate.logits' has shape .6., but its config implies .5.",
+    ),
+    "a gate of numbers": Damage(
+        _own_tensors(**{GATE: torch.zeros(5, dtype=torch.int64)}),
+        WeightsError,
+        "is int64, but its config implies float",
+    ),
+    "a gate NaN": Damage(_own_tensors(**{GATE: torch.full((5,), float("nan"))}), WeightsError, "holds NaN"),
+    "a gate of another": Damage(
+        _own_tensors(**{"2_gate_logits": torch.zeros(5)}),
+        WeightsError,
+        r"intervenable.safetensors lacks \['3.gate.logits'\] and has unknown .*; its intervenable.json is of another",
+    ),
+    "no gate": Damage(_own_tensors(), WeightsError, r"lacks \['3.gate.logits'\]"),
+    "record: pipe": Damage(_fifo("intervenable.json"), ManifestError, "intervenable.json is a named pipe"),
+    "tensors: pipe": Damage(
+        _fifo("intervenable.safetensors"), WeightsError, "intervenable.safetensors is a named pipe"
+    ),
+    "record: link out": Damage(
+        _link("intervenable.json", "../elsewhere/intervenable.json"), ArtefactError, "is a link out of this folder"
+    ),
+    "tensors: link out": Damage(
+        _link("intervenable.safetensors", "../elsewhere/intervenable.safetensors"),
+        ArtefactError,
+        "intervenable.safetensors is a link out of this folder",
+    ),
+}
+"""Of what `tests.support.intervenables.several` gives, saved."""
+
+
+# ---------------------------------------------------------------------- triplets and bundles of CausalAbstraction
+
+UNIT = "ResidualStream(Layer-7,Token-last_token)"
+STATE, INFO = "state_dict", "model_info"
+ORIGINAL, BASE = "rotate.parametrizations.weight.original", "rotate.parametrizations.weight.0.base"
+
+
+def triplet(how: Callable[[dict[str, Any]], Any], *parts: str) -> Callable[[Path], Any]:
+    """Change what the files of a unit hold, the featurizer's and the inverse's unless one is named."""
+
+    def spoil(folder: Path) -> None:
+        for part in parts or ("featurizer", "inverse_featurizer"):
+            path = folder / f"{UNIT}_{part}"
+            given = torch.load(path, weights_only=True)
+            changed = how(given)
+            torch.save(changed if isinstance(changed, list) else given, path)
+
+    return spoil
+
+
+def _info(*parts: str, **values: Any) -> Callable[[Path], Any]:
+    return triplet(lambda given: given[INFO].update(values), *parts)
+
+
+def _state(how: Callable[[torch.Tensor], torch.Tensor], name: str = BASE, *parts: str) -> Callable[[Path], Any]:
+    return triplet(lambda given: given[STATE].update({name: how(given[STATE][name])}), *parts)
+
+
+def _option(**values: Any) -> Callable[[Path], Any]:
+    return triplet(lambda given: given[INFO]["additional_config"].update(values))
+
+
+def _indices(text: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / f"{UNIT}_indices").write_text(text)
+
+
+def _file(data: bytes, part: str = "featurizer") -> Callable[[Path], Any]:
+    return lambda folder: (folder / f"{UNIT}_{part}").write_bytes(data)
+
+
+def _gone(*parts: str) -> Callable[[Path], Any]:
+    return lambda folder: [(folder / f"{UNIT}_{part}").unlink() for part in parts]
+
+
+def _as_identity(given: dict[str, Any]) -> None:
+    classes = ("IdentityFeaturizerModule", "IdentityInverseFeaturizerModule")
+    given[INFO] |= {"featurizer_class": classes[0], "inverse_featurizer_class": classes[1], "additional_config": {}}
+
+
+def _code(given: dict[str, Any]) -> list[Any]:
+    return [given, _Bomb()]
+
+
+TRIPLETS = {
+    "no inverse": Damage(
+        _gone("inverse_featurizer"), ManifestError, "_inverse_featurizer' is missing; a unit has both"
+    ),
+    "no featurizer": Damage(_gone("featurizer"), ManifestError, "_featurizer' is missing; a unit has both"),
+    "a list alone": Damage(
+        _gone("featurizer", "inverse_featurizer"), ManifestError, "a list of features and nothing that says of what"
+    ),
+    "the inverse of another": Damage(
+        _state(lambda base: base.flip(0), BASE, "inverse_featurizer"), WeightsError, "the rotation of the inverse is"
+    ),
+    "another matrix": Damage(
+        triplet(lambda given: given[INFO]["additional_config"]["rotation_matrix"].neg_()),
+        WeightsError,
+        "the rotation of the rotation_matrix is another one",
+    ),
+    "a matrix of another shape": Damage(_option(rotation_matrix=torch.ones(2, 2)), WeightsError, r"shape \(6, 3\)"),
+    "a matrix of integers": Damage(
+        _option(rotation_matrix=torch.ones(6, 3, dtype=torch.int)), WeightsError, r"no matrix of shape \(6, 3\)"
+    ),
+    "no matrix": Damage(_option(rotation_matrix=None), WeightsError, "the rotation_matrix is no matrix"),
+    "another option": Damage(_option(code="os.system"), ManifestError, "holds rotation_matrix and requires_grad, not"),
+    "requires_grad of text": Damage(_option(requires_grad="yes"), ManifestError, "rotation_matrix and requires_grad"),
+    "two descriptions": Damage(
+        _info("inverse_featurizer", n_features=2), ManifestError, "describe different featurizers"
+    ),
+    "not orthonormal": Damage(
+        triplet(
+            lambda given: (
+                given[STATE][BASE].mul_(2.0),
+                given[INFO]["additional_config"]["rotation_matrix"].mul_(2.0),
+            )
+        ),
+        WeightsError,
+        "not orthonormal",
+    ),
+    "decayed to nothing": Damage(
+        triplet(
+            lambda given: (
+                given[STATE][ORIGINAL].fill_diagonal_(-0.9999),
+                given[INFO]["additional_config"]["rotation_matrix"].zero_(),
+            )
+        ),
+        WeightsError,
+        "not orthonormal",
+    ),
+    "NaN in the base": Damage(_state(lambda base: base * float("nan")), WeightsError, "another one than"),
+    "transposed": Damage(_state(lambda original: original.mT.contiguous(), ORIGINAL), WeightsError, r"\(3, 6\)"),
+    "a narrow base": Damage(_state(lambda base: base[:5, :5].clone()), WeightsError, r"\(6, 3\) and \(5, 5\)"),
+    "a vector": Damage(_state(lambda base: base[0].clone()), WeightsError, "is not a matrix of real numbers"),
+    "integers": Damage(_state(lambda base: base.int()), WeightsError, "is not a matrix of real numbers"),
+    "no base": Damage(triplet(lambda given: given[STATE].pop(BASE)), WeightsError, "the state of a rotation holds"),
+    "one tensor more": Damage(
+        triplet(lambda given: given[STATE].update(x=torch.ones(1))), WeightsError, "the state of a rotation holds"
+    ),
+    "a number for a state": Damage(triplet(lambda given: given.update(state_dict=3)), WeightsError, "not 'int'"),
+    "fewer features": Damage(_info(n_features=2), WeightsError, "says 2 features, but its rotation has 3 columns"),
+    "no number of features": Damage(_info(n_features=None), WeightsError, "says None features"),
+    "true features": Damage(_info(n_features=True), ManifestError, "n_features True"),
+    "minus one features": Damage(_info(n_features=-1), ManifestError, "n_features -1"),
+    "features without end": Damage(_info(n_features=10**30), WeightsError, "a number of more than 64 bits"),
+    "a class of its own": Damage(
+        _info(featurizer_class="MyModule"), ManifestError, "'MyModule'.*featurizer.py defines is never run"
+    ),
+    "a function for a class": Damage(_info(featurizer_class="os.system"), ManifestError, "'os.system'.*is never run"),
+    "a number for a class": Damage(_info(inverse_featurizer_class=1), ManifestError, "inverse_featurizer_class 1"),
+    "one class of two": Damage(
+        _info(featurizer_class="IdentityFeaturizerModule"), ManifestError, "'IdentityFeaturizerModule' and 'Subspace"
+    ),
+    "an identity with tensors": Damage(triplet(_as_identity), WeightsError, "it is an identity, and yet has"),
+    "an id of lists": Damage(_info(featurizer_id=[[]]), ManifestError, r"featurizer_id \[\[\]\]"),
+    "an unknown key": Damage(_info(auto_map="x"), ManifestError, "model_info holds .*'auto_map'"),
+    "a key is missing": Damage(
+        triplet(lambda given: given[INFO].pop("n_features")), ManifestError, r"model_info holds \['featurizer_class'"
+    ),
+    "a list for a description": Damage(
+        triplet(lambda given: given.update(model_info=[1])), ManifestError, "not 'list'"
+    ),
+    "a list of tensors for a description": Damage(
+        triplet(lambda given: given.update(model_info=[torch.ones(2), torch.ones(2)])), ManifestError, "not 'list'"
+    ),
+    "a list": Damage(triplet(lambda given: [given]), WeightsError, "holds model_info and state_dict, not 'list'"),
+    "another file": Damage(triplet(lambda given: given.pop(STATE)), WeightsError, r"not \['model_info'\]"),
+    "code": Damage(triplet(_code), WeightsError, "holds more than tensors, and nothing of it is run"),
+    "a bare pickle": Damage(_file(pickle.dumps(_Bomb())), WeightsError, "it is a bare pickle"),
+    "text": Damage(_file(b"version https://git-lfs.github.com/spec/v1\n"), WeightsError, "cannot be read"),
+    "nothing": Damage(_file(b"", "inverse_featurizer"), WeightsError, "cannot be read"),
+    "a folder": Damage(_folder_named(f"{UNIT}_featurizer"), ManifestError, "_featurizer' is missing"),
+    "a pipe": Damage(_fifo(f"{UNIT}_featurizer"), WeightsError, "is a named pipe"),
+    "a link out": Damage(_link(f"{UNIT}_indices", "/etc/hostname"), ManifestError, "is a link out of this folder"),
+    "a feature too many": Damage(_indices("[0, 3]"), ManifestError, "the feature 3; there are 3, counted from 0"),
+    "a negative feature": Damage(_indices("[-1]"), ManifestError, "the feature -1"),
+    "a feature twice": Damage(_indices("[1, 1]"), ManifestError, "names a feature twice"),
+    "a true feature": Damage(_indices("[true]"), ManifestError, "the feature True"),
+    "half a feature": Damage(_indices("[0.0]"), ManifestError, "the feature 0.0"),
+    "rows of features": Damage(_indices("[[0], [1]]"), ManifestError, r"the feature \[0\]"),
+    "an object of features": Damage(_indices('{"0": 1}'), ManifestError, "not a list of features or null"),
+    "text of features": Damage(_indices("0, 1"), ManifestError, "is not valid JSON"),
+    "a list without end": Damage(_indices("[" + "0," * 600_000 + "0]"), ManifestError, "is larger than 1000000"),
+    "deep lists": Damage(_indices(DEEP), ManifestError, "nested"),
+}
+"""Of a unit with three features of six dimensions, and a list of two of them."""
+
+
+def skeleton(how: Callable[[dict[str, Any]], Any], name: str = "featurizers.meta.json") -> Callable[[Path], Any]:
+    def spoil(folder: Path) -> None:
+        data = json.loads((folder / name).read_text())
+        how(data)
+        (folder / name).write_text(json.dumps(data))
+
+    return spoil
+
+
+def _unit(**values: Any) -> Callable[[Path], Any]:
+    return skeleton(lambda data: data[DAS].update(values), "units_metadata.json")
+
+
+def _payload(how: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
+    return skeleton(lambda data: how(data["skeleton"]["items"][DAS]["items"]))
+
+
+DAS = "ResidualStream(Layer-3,block_output,Token-last_token)"
+BUNDLES = {
+    "another version": Damage(_unit(version="3.0"), ManifestError, "of version '3.0', and '2.0' is read"),
+    "another id": Damage(_unit(id="x"), ManifestError, "says of it neither its own id"),
+    "no description": Damage(_unit(featurizer_info=None), ManifestError, "says of it neither its own id"),
+    "a record of text": Damage(
+        skeleton(lambda data: data.update({DAS: "x"}), "units_metadata.json"), ManifestError, "of version None"
+    ),
+    "features out of range": Damage(_unit(feature_indices=[2]), ManifestError, "the feature 2; there are 2"),
+    "another id than its payload": Damage(
+        _unit(featurizer_info={"id": "x", "n_features": 2, "is_trivial": False}),
+        ManifestError,
+        "describe different featurizers",
+    ),
+    "a featurizer that was not saved": Damage(
+        skeleton(lambda data: data["skeleton"]["items"].pop(DAS)), ManifestError, "whose tensors were not saved"
+    ),
+    "a path for a unit": Damage(
+        skeleton(lambda data: data["skeleton"]["items"].update({"../../x": {"__kind__": "scalar", "value": 1}})),
+        ManifestError,
+        "has the unit '../../x', which units_metadata.json has not",
+    ),
+    "no skeleton": Damage(
+        lambda folder: (folder / "featurizers.meta.json").unlink(), ManifestError, "no file 'featurizers.meta.json'"
+    ),
+    "no tensors": Damage(
+        lambda folder: (folder / "featurizers.safetensors").unlink(), ManifestError, "'featurizers.safetensors'"
+    ),
+    "a newer skeleton": Damage(skeleton(lambda data: data.update(_format_version=2)), ManifestError, "of version 2"),
+    "a skeleton of text": Damage(skeleton(lambda data: data.update(skeleton="x")), WeightsError, "no dict, list"),
+    "a skeleton of a number": Damage(
+        skeleton(lambda data: data.update(skeleton={"__kind__": "scalar", "value": 1})), ManifestError, "no featurizers"
+    ),
+    "a tensor that is not there": Damage(
+        _payload(lambda items: items.update(model_info={"__tref__": "none"})), WeightsError, "lacks the tensor 'none'"
+    ),
+    "a node of no kind": Damage(
+        _payload(lambda items: items.update(model_info={"__kind__": "code"})), WeightsError, "no dict, list, number"
+    ),
+    "a composition": Damage(
+        _payload(lambda items: items.update(stages=items.pop("model_info"))), ManifestError, "compositions are not read"
+    ),
+    "another matrix": Damage(
+        _payload(lambda items: items.update(inverse_state_dict=items["model_info"])), WeightsError, "holds 'rotate"
+    ),
+    "damaged tensors": Damage(
+        lambda folder: (folder / "featurizers.safetensors").write_bytes(b"x" * 20), WeightsError, "not a whole"
+    ),
+}
+"""Of a folder of format 2.0 whose first unit has two features."""

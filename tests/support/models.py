@@ -107,9 +107,9 @@ def tiny_model(architecture: str, **overrides: Any) -> nn.Module:
     """A small decoder with random weights in eval mode, the same object at each call: to be read only.
 
     Its weights are large enough for every part to matter, and it has no special tokens, so that ``generate``
-    goes on for as long as it is asked to.
+    goes on for as long as it is asked to. Its parameters learn, also after pyvene froze them in another test.
     """
-    return _build(architecture, tuple(sorted(overrides.items())))
+    return _build(architecture, tuple(sorted(overrides.items()))).requires_grad_(True)
 
 
 def fresh_model(architecture: str, **overrides: Any) -> nn.Module:

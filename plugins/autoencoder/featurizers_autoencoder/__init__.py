@@ -6,17 +6,15 @@ What needs pyvene is imported when it is first used, because pyvene takes second
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from featurizers import SavedIntervention, hookimpl
 
 from featurizers_autoencoder.layers import AutoencoderLayer, AutoencoderLayerBase, JumpReLUAutoencoderLayer
 
 if TYPE_CHECKING:
-    from featurizers_autoencoder.intervenable import (
-        get_intervenable_with_autoencoder,
-        load_intervenable,
-        push_intervenable,
-        save_intervenable,
-    )
+    from featurizers_autoencoder.intervenable import get_intervenable_with_autoencoder
     from featurizers_autoencoder.intervention import AutoencoderIntervention, JumpReLUAutoencoderIntervention
 
 __all__ = [
@@ -26,10 +24,16 @@ __all__ = [
     "JumpReLUAutoencoderIntervention",
     "JumpReLUAutoencoderLayer",
     "get_intervenable_with_autoencoder",
-    "load_intervenable",
-    "push_intervenable",
-    "save_intervenable",
 ]
+
+
+@hookimpl
+def featurizers_interventions(register: Callable[[type[SavedIntervention]], None]) -> None:
+    """Register the two interventions."""
+    from featurizers_autoencoder.intervention import AutoencoderIntervention, JumpReLUAutoencoderIntervention
+
+    register(AutoencoderIntervention)
+    register(JumpReLUAutoencoderIntervention)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
+from featurizers import DictionaryFeaturizer, Featurizer, SavedIntervention
 from featurizers.errors import FeatureIndexError, ManifestError, ShapeError, UsageError
 from featurizers.indices import select
 from featurizers.manifest import explain
@@ -21,6 +22,7 @@ from featurizers_autoencoder.layers import (
     AutoencoderLayerBase,
     JumpReLUAutoencoderLayer,
     SizedLayer,
+    layer_of,
 )
 
 with contextlib.redirect_stdout(io.StringIO()):  # it prints which of its own extras are missing
@@ -29,18 +31,28 @@ with contextlib.redirect_stdout(io.StringIO()):  # it prints which of its own ex
 Count = Annotated[int, Field(gt=0, le=2**31)]
 
 
-class _State(BaseModel):
-    """What a state dict says of an intervention beside its tensors."""
+class AutoencoderConfig(BaseModel):
+    """What is saved of an intervention beside its autoencoder.
+
+    Attributes:
+        interchange_dim: as `AutoencoderIntervention.interchange_dim`.
+        subspace_partition: every latent of each part.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
+    interchange_dim: int | list[int] | None = None
+    subspace_partition: list[list[Annotated[int, Field(ge=0)]]] | None = None
+
+
+class _State(AutoencoderConfig):
+    """What pyvene's state dict says of an intervention beside its tensors."""
+
     autoencoder: str | None
     sizes: Annotated[list[Count], Field(min_length=2, max_length=2)] | None
-    interchange_dim: int | list[int] | None
-    subspace_partition: list[list[Annotated[int, Field(ge=0)]]] | None
 
 
-class AutoencoderIntervention(TrainableIntervention, DistributedRepresentationIntervention):  # type: ignore[misc]
+class AutoencoderIntervention(SavedIntervention, TrainableIntervention, DistributedRepresentationIntervention):  # type: ignore[misc]
     """Base with some latents of the source: base + decode(edited) - decode(latents of base).
 
     The difference keeps what the autoencoder does not reconstruct: with no latent changed, base comes back equal in
@@ -55,6 +67,9 @@ class AutoencoderIntervention(TrainableIntervention, DistributedRepresentationIn
         interchange_dim: which latents: None for all; one number n for the first n; several for those.
     """
 
+    kind: ClassVar[str] = "autoencoder"
+    Config: ClassVar[type[BaseModel]] = AutoencoderConfig
+    part: ClassVar[str] = "autoencoder"
     layer: ClassVar[type[SizedLayer]] = AutoencoderLayer
     autoencoder: AutoencoderLayerBase
     interchange_dim: Tensor | None
@@ -115,16 +130,69 @@ class AutoencoderIntervention(TrainableIntervention, DistributedRepresentationIn
             f"{type(self).__name__} has its source from each call; pass source_representations= to the intervenable"
         )
 
+    def get_config(self) -> AutoencoderConfig:
+        """The latents and the partition."""
+        dims, parts = self.interchange_dim, self.subspace_partition
+        return AutoencoderConfig(
+            interchange_dim=None if dims is None else dims.tolist(),
+            subspace_partition=None if parts is None else [[int(i) for i in part] for part in parts],
+        )
+
+    def set_config(self, config: AutoencoderConfig) -> None:
+        """Choose the latents and the partition.
+
+        Raises:
+            FeatureIndexError: the latents are beyond the autoencoder.
+        """
+        self.subspace_partition = config.subspace_partition
+        self.set_interchange_dim(config.interchange_dim)
+
+    @classmethod
+    def from_config(cls, config: AutoencoderConfig, part: AutoencoderLayerBase) -> Self:
+        """The intervention of a config, around an autoencoder that others may share."""
+        self = cls(autoencoder=part)
+        self.set_config(config)
+        return self
+
+    def check(self) -> None:
+        """Raise `FeatureIndexError` if the partition has latents that the autoencoder has not."""
+        if isinstance(self.autoencoder, SizedLayer):
+            for part in self.subspace_partition or ():
+                select(part, self.autoencoder.latent_dim)
+
+    @staticmethod
+    def to_featurizer(part: AutoencoderLayerBase) -> DictionaryFeaturizer:
+        """The dictionary of an autoencoder.
+
+        Raises:
+            UsageError: it is of a class that no file may name.
+        """
+        if not isinstance(part, SizedLayer) or type(part) is not SAVED.get(part.name):
+            raise UsageError(
+                f"an autoencoder is a {type(part).__name__}, which no file may name. Register it as a kind of "
+                "featurizer, and use its get_interchange_intervention()"
+            )
+        return part.as_featurizer()
+
+    @staticmethod
+    def of_featurizer(featurizer: Featurizer[Any]) -> SizedLayer:
+        """The autoencoder of a dictionary of the rule relu or jumprelu.
+
+        Raises:
+            UsageError: the featurizer is none.
+        """
+        if not isinstance(featurizer, DictionaryFeaturizer):
+            raise UsageError(f"an autoencoder is made of a dictionary, not of a featurizer of kind {featurizer.kind!r}")
+        return layer_of(featurizer)
+
     def get_extra_state(self) -> str:
         """The autoencoder by name and sizes, the latents and the partition, as JSON."""
         layer = self._modules.get("autoencoder")
         known = isinstance(layer, SizedLayer) and type(layer) is SAVED.get(layer.name)
-        dims = self.interchange_dim
         state = _State(
             autoencoder=layer.name if known else None,
             sizes=[layer.input_dim, layer.latent_dim] if known else None,
-            interchange_dim=None if dims is None else dims.tolist(),
-            subspace_partition=self.subspace_partition,
+            **self.get_config().model_dump(),
         )
         return state.model_dump_json()
 
@@ -151,8 +219,7 @@ class AutoencoderIntervention(TrainableIntervention, DistributedRepresentationIn
                 self.autoencoder = SAVED[record.autoencoder](width, latents)
             except (RuntimeError, MemoryError) as error:
                 raise ManifestError(where, f"an autoencoder of {width} by {latents} cannot be made: {error}") from error
-        self.subspace_partition = record.subspace_partition
-        self.set_interchange_dim(record.interchange_dim)
+        self.set_config(record)
 
     def forward(self, base: Tensor, source: Tensor, subspaces: Sequence[Any] | None = None, **_: Any) -> Tensor:
         """Base with the chosen latents of the source.
@@ -202,6 +269,7 @@ class AutoencoderIntervention(TrainableIntervention, DistributedRepresentationIn
 class JumpReLUAutoencoderIntervention(AutoencoderIntervention):
     """`AutoencoderIntervention` of a `JumpReLUAutoencoderLayer`; pyvene calls latent_dim ``low_rank_dimension``."""
 
+    kind: ClassVar[str] = "autoencoder.jumprelu"
     layer: ClassVar[type[SizedLayer]] = JumpReLUAutoencoderLayer
 
     def __init__(self, autoencoder: AutoencoderLayerBase | None = None, **kwargs: Any) -> None:
@@ -213,9 +281,9 @@ class JumpReLUAutoencoderIntervention(AutoencoderIntervention):
 def _whole_numbers(given: Any) -> Tensor | None:
     """The numbers as an integer tensor; None if they are something else."""
     if isinstance(given, Sequence) and not len(given):
-        return torch.zeros(0, dtype=torch.long)
+        return torch.zeros(0, dtype=torch.long, device="cpu")
     try:
-        numbers = torch.as_tensor(given)
+        numbers = torch.as_tensor(given, device="cpu")  # whatever the default device: they are looked at here
     except (TypeError, ValueError, RuntimeError):  # no numbers, of unequal lengths, or beyond 64 bits
         return None
     return None if numbers.dtype == torch.bool or numbers.is_floating_point() or numbers.is_complex() else numbers

@@ -107,7 +107,7 @@ class AutoencoderLayer(SizedLayer):
             "decoder.0.weight": state["W_dec"].T,
             "decoder.0.bias": state["b_dec"],
         }
-        self.load_state_dict({name: tensor.clone() for name, tensor in names.items()}, assign=True)
+        self.load_state_dict({name: _own(tensor) for name, tensor in names.items()}, assign=True)
         return self
 
 
@@ -148,12 +148,27 @@ class JumpReLUAutoencoderLayer(SizedLayer):
         if featurizer.config.pre_bias:
             state["b_enc"] = state["b_enc"] - state["W_enc"] @ state["b_dec"]
         state["W_enc"] = state["W_enc"].T
-        self.load_state_dict({name: state[name].clone() for name in self.state_dict()}, assign=True)
+        self.load_state_dict({name: _own(state[name]) for name in self.state_dict()}, assign=True)
         return self
 
 
 SAVED: dict[str, type[SizedLayer]] = {cls.name: cls for cls in (AutoencoderLayer, JumpReLUAutoencoderLayer)}
 """The classes that files may name."""
+
+
+def layer_of(featurizer: DictionaryFeaturizer) -> SizedLayer:
+    """The autoencoder with the weights of a dictionary of the rule relu or jumprelu.
+
+    Raises:
+        UsageError: the dictionary computes something else.
+    """
+    cls = JumpReLUAutoencoderLayer if featurizer.config.rule == "jumprelu" else AutoencoderLayer
+    return cls.of_featurizer(featurizer)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy that lies in memory as the layer's own parameter does, because a product of matrices rounds by that."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _plain(featurizer: DictionaryFeaturizer, rule: str) -> dict[str, Tensor]:

@@ -110,7 +110,7 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
         _check_orthonormal(basis)
         with torch.device("meta"):
             self = cls(SubspaceConfig(d_in=d_in, n_features=n_features))
-        self.basis = nn.Parameter(basis)
+        self.basis = nn.Parameter(basis.contiguous())  # as it will be when it was saved and loaded
         return self
 
     @classmethod

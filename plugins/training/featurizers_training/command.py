@@ -134,8 +134,9 @@ def train_command(
         return
     Console().print(report.summary(rows))
     print(f"Artefact: {folder}" + (f", {result['url']}" if url is not None else ""))
+    source = str(folder) if folder.is_absolute() else f"./{folder}"
     each = "" if len(sites) == 1 else ", subfolder=…"
-    print(f"Load it:  featurizers.load({str(folder.resolve())!r}{each}).attach(model)")
+    print(f"Load it:  featurizers.load({source!r}{each}).attach(model)")
 
 
 def evaluate_command(

@@ -62,15 +62,15 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> Table:
     """What one search found, and its controls below.
 
     Args:
-        rows: each with a ``name``, and ``accuracy`` by what was measured, ``selected`` at each site, and ``seconds``.
+        rows: each with a ``name``, and ``accuracy`` by what was measured, and ``selected`` at each site.
     """
     measured = list(rows[0]["accuracy"])
-    table = Table("", *measured, "selected", "seconds", caption_justify="left")
+    table = Table("", *measured, "selected", caption_justify="left")
     table.caption = "Interchange-intervention accuracy, with its 95 % confidence interval."
     for row in rows:
         counts = ", ".join("all" if count is None else str(count) for count in row["selected"])
         accuracies = [str(row["accuracy"][name]) for name in measured]
-        table.add_row(escape(row["name"]), *accuracies, counts, f"{row['seconds']:.1f}")
+        table.add_row(escape(row["name"]), *accuracies, counts)
     return table
 
 

@@ -1,0 +1,37 @@
+"""CausalAbstraction's featurizers under their own names, and the files of causalab and the MIB benchmark.
+
+The drop-in for ``neural.featurizers`` is `featurizers_causalab.featurizers`. Nothing that is read is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from featurizers import Featurizer, hookimpl
+from featurizers.foreign import Foreign
+
+from featurizers_causalab import submissions, triplets
+from featurizers_causalab.submissions import read_submission, write_submission
+
+__all__ = ["read_submission", "write_submission"]
+
+
+@hookimpl
+def featurizers_read(source: Foreign) -> Featurizer[Any] | None:
+    """The featurizer of a folder that holds one unit of CausalAbstraction, old or new."""
+    return submissions.one(source)
+
+
+@hookimpl
+def featurizers_resolve(reference: str, repository: Callable[..., Foreign]) -> Featurizer[Any] | None:
+    """The featurizer of one unit of a repository: ``owner/name/FOLDER/UNIT``."""
+    return submissions.resolve(reference, repository)
+
+
+@hookimpl
+def featurizers_write(featurizer: Featurizer[Any], folder: Path) -> list[str] | None:
+    """Write the triplet of one unit."""
+    triplets.write(featurizer, folder / submissions.unit_of(featurizer, str(folder)))
+    return submissions.lost(featurizer)

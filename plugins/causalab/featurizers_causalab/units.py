@@ -1,0 +1,112 @@
+"""Names of units such as ``ResidualStream(Layer-3,Token-last_token)``: which site and which token they mean."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from featurizers.sites import Site
+
+NAME: Final = re.compile(
+    r"(?P<unit>ResidualStream|AttentionHead|AttentionOutput|MLP)"
+    r"\(Layer[-:_](?P<layer>-?\d{1,5})"
+    r"(?:,Head[-:_](?P<head>\d{1,5}))?"
+    r"(?:,(?P<component>[a-z_]{1,40}))?"
+    r",Token[-:_](?P<token>[\w .,\[\]+-]{1,100})\)",
+    re.ASCII,
+)
+SITES: Final = {
+    "block_input": "resid.pre",
+    "block_output": "resid.post",
+    "mlp_output": "mlp.out",
+    "mlp_activation": "mlp.act",
+    "attention_output": "attn.out",
+    "head_attention_value_output": "attn.z",
+}
+"""Components of pyvene, as causalab names them, that are sites here."""
+COMPONENTS: Final = {
+    "ResidualStream": "block_output",
+    "AttentionHead": "head_attention_value_output",
+    "AttentionOutput": "attention_output",
+    "MLP": "mlp_output",
+}
+"""The component of a unit whose name does not say it: the one that the experiments of CausalAbstraction build."""
+LAST: Final = ("last_token", "last")
+"""Names of the token at the end of a prompt."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What the name of a unit says.
+
+    Attributes:
+        site: with its position, where the token is a place in every prompt; None for one that there is not here.
+        token: the name of the token, which only the task that it comes from can find in a prompt.
+    """
+
+    site: Site | None
+    token: str
+
+
+def parse(name: str, component: str | None = None) -> Unit | None:
+    """What the name of a unit says, old or new, with ``-``, ``:`` or ``_`` between its words; None for any other name.
+
+    Args:
+        name: of the unit.
+        component: of pyvene, if it is known from elsewhere.
+
+    Example:
+        >>> parse("ResidualStream(Layer:3,Token:last_token)").site
+        Site(kind='resid.post', layer=3, head=None, module=None, side=None, position=(-1,), model=None, \
+model_revision=None)
+        >>> parse("AttentionHead(Layer-3,Head-5,Token-all)").site.head
+        5
+    """
+    match = NAME.fullmatch(name)
+    if match is None:
+        return None
+    layer, head, token = int(match["layer"]), match["head"], match["token"]
+    kind = SITES.get(component or match["component"] or COMPONENTS[match["unit"]])
+    if kind is None or layer < 0 or (head is not None) != (kind == "attn.z"):
+        return Unit(None, token)
+    return Unit(Site(kind, layer, None if head is None else int(head), position=_positions(token)), token)
+
+
+def name_of(site: Site) -> str | None:
+    """The name that CausalAbstraction gives a unit at a site, None if it has none for it.
+
+    A residual stream is written without its component, as the benchmark's experiments do, where that is the block's
+    output.
+
+    Example:
+        >>> name_of(Site("resid.post", 3, position=(-1,)))
+        'ResidualStream(Layer-3,Token-last_token)'
+    """
+    unit, component = next(
+        ((unit, component) for unit, component in _units() if SITES[component] == site.kind), (None, None)
+    )
+    if unit is None or (unit == "AttentionHead") != (site.head is not None):
+        return None
+    said = "" if component == COMPONENTS[unit] and unit in ("ResidualStream", "AttentionHead") else f",{component}"
+    head = "" if site.head is None else f",Head-{site.head}"
+    return f"{unit}(Layer-{site.layer}{head}{said},Token-{_token(site.position)})"
+
+
+def _units() -> list[tuple[str, str]]:
+    return [*COMPONENTS.items(), ("ResidualStream", "block_input"), ("MLP", "mlp_activation")]
+
+
+def _positions(token: str) -> tuple[int, ...] | None:
+    """The places in every prompt that a token is at: those of a list, and the last one."""
+    if token in LAST:
+        return (-1,)
+    if match := re.fullmatch(r"\[(-?\d{1,6}(?:, -?\d{1,6})*)\]", token, re.ASCII):
+        return tuple(map(int, match[1].split(", ")))
+    return None
+
+
+def _token(position: tuple[int, ...] | None) -> str:
+    if position is None:
+        return "all"
+    return LAST[0] if position == (-1,) else str(list(position))
