@@ -82,7 +82,8 @@ class Report(BaseModel):
         console.print(table)
         for row in self.rows:
             if row.skipped is None:
-                console.print(f"[dim]{row.name}: {row.what}, against {row.peer}. {row.checked}", highlight=False)
+                said = "; ".join(filter(None, (row.checked, row.outcome)))
+                console.print(f"[dim]{row.name}: {row.what}, against {row.peer}. {said}", highlight=False)
             else:
                 console.print(f"{row.name} skipped: {row.skipped}", highlight=False)
         console.print(f"load average {self.load[0]:.1f} before, {self.load[1]:.1f} after", highlight=False)
@@ -103,6 +104,8 @@ class Report(BaseModel):
             else:
                 cells = (f"skipped: {row.skipped}", *["–"] * 5, _required(row))
             lines.append(f"| `{row.name}` | {' | '.join(cells)} |")
+        outcomes = [f"- `{row.name}`: {row.outcome}." for row in self.rows if row.outcome]
+        lines += ["", *outcomes] if outcomes else []
         return "\n".join(lines)
 
 

@@ -127,6 +127,7 @@ class Row(BaseModel):
         cpu_ratio: of the medians of CPU time, which another program on the machine disturbs less; None for sizes
             and for GPUs.
         met: whether the ratio is within its bound, None without a bound or in a quick run.
+        outcome: what whole runs came to.
         skipped: why there are no numbers.
     """
 
@@ -146,6 +147,7 @@ class Row(BaseModel):
     cpu_ratio: float | None = None
     met: bool | None = None
     checked: str = ""
+    outcome: str = ""
     skipped: str | None = None
 
 
@@ -201,7 +203,7 @@ def _time(case: Case, row: Row, settings: Settings) -> None:
         row.ours_cpu = row.theirs_cpu = None
     row.spread = _spread([_ratio(a, b, row.sense) for (a, _), (b, _) in zip(ours, theirs, strict=True)])
     if case.after is not None:
-        row.checked = f"{row.checked}; {case.after()}"
+        row.outcome = case.after()
 
 
 def _ratio(ours: float, theirs: float, sense: Sense) -> float:
