@@ -9,13 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from featurizers import Featurizer, hookimpl
+from featurizers import Featurizer, SavedIntervention, hookimpl
 from featurizers.foreign import Foreign
 
 from featurizers_causalab import submissions, triplets
 from featurizers_causalab.submissions import read_submission, write_submission
 
 __all__ = ["read_submission", "write_submission"]
+
+
+@hookimpl
+def featurizers_interventions(register: Callable[[type[SavedIntervention]], None]) -> None:
+    """Register the interventions, but for that of a function."""
+    from featurizers_causalab.interventions import SAVED
+
+    for cls in SAVED:
+        register(cls)
 
 
 @hookimpl

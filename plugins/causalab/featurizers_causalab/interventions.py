@@ -7,14 +7,15 @@ set ``selected``; ``[]`` is none.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from featurizers import Featurizer
-from featurizers.errors import ShapeError, UsageError
+from featurizers.errors import ConversionError, ShapeError, UsageError
 from featurizers.gates import SigmoidGate
 from featurizers.indices import Indices, Selection
-from featurizers.pyvene import FeatureIntervention, bound_class, indices_of_subspaces
+from featurizers.pyvene import FeatureIntervention, FeatureInterventionConfig, bound_class, indices_of_subspaces
+from pydantic import BaseModel, Field
 from pyvene.models.interventions import (
     CollectIntervention,
     DistributedRepresentationIntervention,
@@ -22,11 +23,27 @@ from pyvene.models.interventions import (
 )
 from torch import Tensor, nn
 
+from featurizers_causalab.pairs import PairFeaturizer
 from featurizers_causalab.payloads import SELECTED
 
 
 class _Selecting(FeatureIntervention):
     """What all classes share: which features they act on."""
+
+    @staticmethod
+    def to_featurizer(part: Any) -> Featurizer[Any]:
+        """The featurizer to store.
+
+        Raises:
+            ConversionError: the map is that of modules, which no file can hold.
+        """
+        if isinstance(part, PairFeaturizer):
+            raise ConversionError(
+                part.id,
+                "its map is that of modules, which no file can hold; an autoencoder's featurizer is as_featurizer(), "
+                "whose interventions are saved, and a class of your own a plugin's (docs/plugins.md)",
+            )
+        return part  # type: ignore[no-any-return]
 
     def chosen(self, base: Tensor, subspaces: Sequence[Any] | None) -> Selection:
         """The features of base that ``subspaces`` mean; a row of None is all of them for that example."""
@@ -51,6 +68,8 @@ class _Selecting(FeatureIntervention):
 class FeatureInterchangeIntervention(_Selecting, DistributedRepresentationIntervention):  # type: ignore[misc]
     """Features from the source: `Featurizer.interchange`."""
 
+    kind = "causalab.interchange"
+
     def forward(self, base: Tensor, source: Tensor, subspaces: Sequence[Any] | None = None, **_: Any) -> Tensor:
         """Base with the chosen features of the source."""
         return self.featurizer.interchange(base, source, self.chosen(base, subspaces))
@@ -58,6 +77,8 @@ class FeatureInterchangeIntervention(_Selecting, DistributedRepresentationInterv
 
 class FeatureCollectIntervention(_Selecting, SourcelessIntervention, CollectIntervention):  # type: ignore[misc]
     """Features of the base: `Featurizer.collect`."""
+
+    kind = "causalab.collect"
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -68,6 +89,18 @@ class FeatureCollectIntervention(_Selecting, SourcelessIntervention, CollectInte
     ) -> Tensor:
         """The chosen features of base, all ``n_features`` of them unless fewer are named."""
         return self.featurizer.collect(base, self.chosen(base, subspaces))
+
+
+class MaskConfig(FeatureInterventionConfig):
+    """What is saved of a mask beside its featurizer and its logits.
+
+    Attributes:
+        temperature: what the logits are divided by; None until it is set.
+        training: whether the gate is soft.
+    """
+
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+    training: bool
 
 
 class FeatureMaskIntervention(_Selecting, DistributedRepresentationIntervention):  # type: ignore[misc]
@@ -81,6 +114,8 @@ class FeatureMaskIntervention(_Selecting, DistributedRepresentationIntervention)
         temperature: what the logits are divided by; None until it is set.
     """
 
+    kind = "causalab.mask"
+    Config = MaskConfig
     gate: SigmoidGate
     temperature: Tensor | None
     logits: ClassVar[int | None] = None
@@ -93,6 +128,19 @@ class FeatureMaskIntervention(_Selecting, DistributedRepresentationIntervention)
         super().attach(featurizer)
         self.gate = SigmoidGate(self.logits or featurizer.n_features)
         self.temperature = None
+
+    def get_config(self) -> BaseModel:
+        """The arguments as they are now."""
+        temperature = None if self.temperature is None else self.gate.temperature
+        return MaskConfig(**super().get_config().model_dump(), temperature=temperature, training=self.training)
+
+    def set_config(self, config: Any) -> None:
+        """Take the arguments of a config."""
+        super().set_config(config)
+        self.train(config.training)
+        if config.temperature is not None:
+            self.gate.temperature = config.temperature
+            self.temperature = torch.tensor(config.temperature, dtype=self.mask.dtype, device="cpu")
 
     @property
     def mask(self) -> nn.Parameter:
@@ -146,6 +194,7 @@ class FeatureMaskIntervention(_Selecting, DistributedRepresentationIntervention)
 class TiedFeatureMaskIntervention(FeatureMaskIntervention):
     """A mask with one logit for all features."""
 
+    kind = "causalab.tied-mask"
     logits: ClassVar[int | None] = 1
 
     def __str__(self) -> str:
@@ -156,6 +205,8 @@ class TiedFeatureMaskIntervention(FeatureMaskIntervention):
 class FeatureSteeringIntervention(_Selecting, DistributedRepresentationIntervention):  # type: ignore[misc]
     """The source, a vector of the feature space, added to the features: `Featurizer.steer`."""
 
+    kind = "causalab.steering"
+
     def forward(self, base: Tensor, source: Tensor, subspaces: Sequence[Any] | None = None, **_: Any) -> Tensor:
         """Base with the vector added to its chosen features."""
         selection = self.chosen(base, subspaces)
@@ -165,6 +216,8 @@ class FeatureSteeringIntervention(_Selecting, DistributedRepresentationIntervent
 class FeatureReplaceIntervention(_Selecting, DistributedRepresentationIntervention):  # type: ignore[misc]
     """The features replaced by the source, a vector of the feature space: `Featurizer.ablate` with its values."""
 
+    kind = "causalab.replace"
+
     def forward(self, base: Tensor, source: Tensor, subspaces: Sequence[Any] | None = None, **_: Any) -> Tensor:
         """Base with the vector in place of its chosen features."""
         selection = self.chosen(base, subspaces)
@@ -172,7 +225,7 @@ class FeatureReplaceIntervention(_Selecting, DistributedRepresentationInterventi
 
 
 class FeatureInterpolateIntervention(_Selecting, DistributedRepresentationIntervention):  # type: ignore[misc]
-    """Features that a function makes of those of base and source."""
+    """Features that a function makes of those of base and source; no file holds it, because of the function."""
 
     _interpolation: tuple[Callable[..., Tensor], dict[str, Any]] | None = None
 
@@ -199,6 +252,7 @@ class FeatureNoiseIntervention(_Selecting, DistributedRepresentationIntervention
     The noise goes on from call to call, and is the same again after `reset_noise_rng`, on each device by itself.
     """
 
+    kind = "causalab.noise"
     seed: ClassVar[int] = 0
 
     def __init__(self, **kwargs: Any) -> None:
@@ -221,6 +275,18 @@ class FeatureNoiseIntervention(_Selecting, DistributedRepresentationIntervention
         noise = torch.randn(features.shape, generator=generator, device=features.device, dtype=features.dtype)
         scale = source.unsqueeze(1) if 1 < source.dim() < base.dim() else source
         return self.featurizer.steer(base, self.values(noise * scale.to(noise), base, selection), selection)
+
+
+SAVED = (
+    FeatureInterchangeIntervention,
+    FeatureCollectIntervention,
+    FeatureMaskIntervention,
+    TiedFeatureMaskIntervention,
+    FeatureSteeringIntervention,
+    FeatureReplaceIntervention,
+    FeatureNoiseIntervention,
+)
+"""The classes that a file may name."""
 
 
 def __getattr__(name: str) -> type:
