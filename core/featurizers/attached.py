@@ -62,7 +62,7 @@ class Attached:
         for featurizer, own in zip(self.featurizers, sources, strict=True):
             where = _positions(featurizer) if positions is None else positions
             operation = interchange(featurizer, own, positions=where, source_positions=source_positions)
-            operations.setdefault(_site(featurizer), []).append(operation)
+            operations.setdefault(site_of(featurizer), []).append(operation)
         return intervene(self.model, operations)
 
     def __call__(
@@ -76,7 +76,7 @@ class Attached:
         """The selected features of inputs, ``(batch, n_positions, k)`` for each featurizer."""
         found = []
         for featurizer in self.featurizers:
-            site, where = _site(featurizer), _positions(featurizer) if positions is None else positions
+            site, where = site_of(featurizer), _positions(featurizer) if positions is None else positions
             features = collect(self.model, inputs, {site: featurizer}, positions=where)[site]
             chosen = selected(featurizer)
             found.append(features[..., chosen] if chosen is not None and not chosen.is_floating_point() else features)
@@ -114,7 +114,7 @@ def attach(
         raise UsageError("there is no featurizer to attach")
     anatomy = Anatomy(model)
     for featurizer in wanted:
-        anatomy.place(_site(featurizer))
+        anatomy.place(site_of(featurizer))
         selected(featurizer)
         if not any_model:
             _check_model(model, featurizer)
@@ -161,7 +161,12 @@ def selected(featurizer: Featurizer[Any]) -> Tensor | None:
     return select(chosen, featurizer.n_features, chosen.device).as_columns()
 
 
-def _site(featurizer: Featurizer[Any]) -> Site:
+def site_of(featurizer: Featurizer[Any]) -> Site:
+    """Where a featurizer belongs.
+
+    Raises:
+        UsageError: it does not say.
+    """
     if featurizer.site is None:
         raise UsageError(
             f"{featurizer.id!r} does not say where it belongs; set its site: f.site = featurizers.Site('resid.post', 8)"
@@ -170,14 +175,14 @@ def _site(featurizer: Featurizer[Any]) -> Site:
 
 
 def _positions(featurizer: Featurizer[Any]) -> Positions:
-    position = _site(featurizer).position
+    position = site_of(featurizer).position
     return None if position is None else list(position)
 
 
 def _check_model(model: nn.Module, featurizer: Featurizer[Any]) -> None:
     """Both names say something only where they are names of the Hub."""
     there = getattr(getattr(model, "config", None), "_name_or_path", None)
-    found = _site(featurizer).model
+    found = site_of(featurizer).model
     if found and there and found != there and all(name.count("/") == 1 for name in (found, there)):
         if Path(there).exists():
             return

@@ -84,7 +84,7 @@ class Interchange(SourcedOperation):
 
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Base with the source's features."""
-        return self.featurizer.interchange(base, _given(source), self.indices)
+        return self.featurizer.interchange(base, given(source), self.indices)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ class Mask(SourcedOperation):
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Base with the gated features of the source."""
         gate = self.gate() if isinstance(self.gate, nn.Module) else self.gate
-        return self.featurizer.mask(base, _given(source), gate)
+        return self.featurizer.mask(base, given(source), gate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +162,12 @@ class Collect(Operation):
         return self.featurizer.collect(base, self.indices)
 
 
-def _given(source: Tensor | None) -> Tensor:
+def given(source: Tensor | None) -> Tensor:
+    """The activations that an operation's source was made to.
+
+    Raises:
+        UsageError: it is still in the form of inputs.
+    """
     if source is None:
         raise UsageError("the operation has a source in the form of inputs, which only `intervene` can run")
     return source

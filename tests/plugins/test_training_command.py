@@ -208,6 +208,7 @@ def test_several_sites_are_a_collection_that_is_evaluated_at_once(tmp_path):
     own = as_json("evaluate", out, *MODEL, "--pairs", "test.jsonl")
     assert own == by_name  # at the artefacts' own positions, since the records say none
     assert [row["position"] for row in own["featurizers"]] == [[-1], [1]]
+    assert as_json("evaluate", out, *MODEL, "--pairs", "test-named.jsonl") == by_name  # nor are names any
     alone = as_json("evaluate", out, *MODEL, "--pairs", "test.jsonl", "--subfolder", "resid.post-2")
     assert [row["site"] for row in alone["featurizers"]] == ["resid.post:2"]
 
@@ -295,6 +296,7 @@ ERRORS = {
         ("evaluate", "./plain", *MODEL, *PAIRS, "--site", LAST, "--site", LAST),
         "there are 1 featuriz",
     ),
+    "names and no position": (("evaluate", "./sited", *MODEL, *NAMED), "has the names 'subject', 'end'; choose one"),
     "no site": (("evaluate", "./plain", *MODEL, *PAIRS), "does not say where it belongs"),
     "another model": (("evaluate", "./another", *MODEL, *PAIRS), "was found in the model 'owner/x'"),
 }
@@ -304,6 +306,8 @@ ERRORS = {
 def test_what_is_wrong_is_one_line_and_exit_code_1(arguments, words, monkeypatch):
     f = featurizers.create("identity", d_in=WIDTH)
     f.save_pretrained("plain")
+    f.site = featurizers.Site.parse(LAST)
+    f.save_pretrained("sited")
     f.site = featurizers.Site("resid.post", 0).at(model="owner/x")
     f.save_pretrained("another")
     if words.endswith("'owner/x'"):

@@ -13,7 +13,7 @@ from featurizers.errors import UsageError
 from featurizers_training import DAS, DASDBM, DBM, Answers, BoundaryGate, BoundlessDAS, FullVector, RandomSubspace
 from featurizers_training.methods import METHODS
 from featurizers_training.objectives import cross_entropy, logit_difference, named
-from torch import Tensor, nn
+from torch import Tensor
 
 SEARCHES = [DAS(n_features=3), DBM(), DASDBM(n_features=4), BoundlessDAS()]
 
@@ -129,7 +129,7 @@ def test_a_search_through_a_featurizer_is_made_in_its_features() -> None:
     assert inner.shape == (5, 2)
     both = outer @ inner
     torch.testing.assert_close(searched(base, source), base + (source - base) @ both @ both.T)
-    assert [group["params"] for group in DAS(n_features=2).groups(searched)] == [searched.learned]
+    assert [group["params"] for group in DAS(n_features=2).groups([searched])] == [searched.learned]
     masked = DBM().search(8, seed=0, through=through)
     torch.testing.assert_close(masked(base, source), base + (source - base) @ outer @ outer.T / 2)
     assert masked.learned == []
@@ -138,7 +138,7 @@ def test_a_search_through_a_featurizer_is_made_in_its_features() -> None:
 def test_das_and_dbm_at_once_train_both() -> None:
     method = DASDBM(n_features=3, lr=0.2, gate_lr=0.3)
     searched = method.search(8, seed=0, through=None)
-    assert [group["lr"] for group in method.groups(nn.ModuleList([searched]))] == [0.2, 0.3]
+    assert [group["lr"] for group in method.groups([searched])] == [0.2, 0.3]
     base, source = tensors(5, 8)
     q = searched.featurizer.basis.detach()
     torch.testing.assert_close(searched(base, source), base + (source - base) @ q @ q.T / 2)
@@ -147,7 +147,7 @@ def test_das_and_dbm_at_once_train_both() -> None:
 def test_baselines_train_nothing() -> None:
     base, source = tensors(5, 8)
     for method in (FullVector(), RandomSubspace(n_features=3)):
-        assert method.groups(method.search(8, seed=0, through=None)) == []
+        assert method.groups([method.search(8, seed=0, through=None)]) == []
     assert torch.equal(FullVector().search(8, 0, None)(base, source), source)
 
 
@@ -163,7 +163,7 @@ def test_activations_of_half_precision_get_an_edit_that_is_computed_in_single(me
     torch.testing.assert_close(edited, searched(base.float(), source.float()).to(dtype), atol=2e-2, rtol=2e-2)
     assert torch.equal(searched(base, base), base)
     edited.float().sum().backward()
-    for group in method.groups(searched):
+    for group in method.groups([searched]):
         assert all(p.grad is not None and p.grad.isfinite().all() and p.dtype == torch.float32 for p in group["params"])
 
 

@@ -25,6 +25,7 @@ from featurizers_training import (
     evaluate,
     train,
 )
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from tests.support.models import WIDTH, fresh_model, hooks_of, tiny_model
@@ -327,6 +328,40 @@ def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=problem):
             quick(checkpoints=tmp_path / "c", **change)
+
+
+def test_a_checkpoint_holds_what_is_trained_and_leaves_the_featurizer_gone_through_alone(tmp_path: Path) -> None:
+    through, other = (featurizers.create("subspace", d_in=WIDTH, n_features=6, seed=seed) for seed in (2, 3))
+    quick(checkpoints=tmp_path / "c", through=through)
+    with safe_open(tmp_path / "c" / "checkpoint.safetensors", "pt") as file:
+        names = set(file.keys())
+        assert {name for name in names if name.startswith("search.")} == {"search.0"}
+        assert file.get_slice("search.0").get_shape() == [6, 2]
+    before = other.basis.detach().clone()
+    with pytest.raises(UsageError, match="its through differ"):
+        quick(checkpoints=tmp_path / "c", through=other)
+    assert torch.equal(other.basis, before)
+
+
+@pytest.mark.parametrize("method", [FullVector(), DBM(), BoundlessDAS(), DAS(n_features=2)], ids=lambda m: m.name)
+def test_what_an_earlier_search_selected_does_not_count(method: Any) -> None:
+    def found(**sets: Tensor) -> Any:
+        through = featurizers.create("subspace", d_in=WIDTH, n_features=6, seed=2)
+        through.feature_sets |= sets
+        result = quick(method, through=through)
+        assert through.feature_sets.keys() == sets.keys()
+        return result
+
+    plain = found()
+    after = found(selected=torch.tensor([1]), gate_logits=torch.full((6,), -1.0))
+    assert after.accuracy == plain.accuracy
+    assert evaluate(model(), FEW, after.featurizer) == plain.accuracy["train"]
+    assert after.featurizer.feature_sets.keys() == plain.featurizer.feature_sets.keys()
+
+
+def test_a_tied_mask_keeps_a_logit_for_each_feature() -> None:
+    found = quick(DBM(tied=True))
+    assert found.featurizer.feature_sets["gate_logits"].shape == (WIDTH,)
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:

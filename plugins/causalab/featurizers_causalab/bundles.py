@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, Final
 
 from featurizers import Featurizer
+from featurizers.attached import SELECTED
 from featurizers.errors import ManifestError, UsageError, WeightsError, shown
 from featurizers.foreign import Foreign, TensorFile
 from featurizers_identity import IdentityConfig, IdentityFeaturizer
 
 from featurizers_causalab import units
-from featurizers_causalab.payloads import SELECTED, Payload, featurizer_of, selection
+from featurizers_causalab.payloads import Payload, featurizer_of, selection
 
 UNITS: Final = "units_metadata.json"
 SKELETON: Final = "featurizers.meta.json"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import featurizers
 import torch
+from featurizers.attached import SELECTED
 from featurizers.errors import ConversionError, MissingDependencyError, UsageError
 from featurizers.indices import select
 from featurizers_identity import IdentityFeaturizer
@@ -43,7 +44,7 @@ from featurizers_causalab.modules import (
     checked_sae,
 )
 from featurizers_causalab.pairs import PairFeaturizer, featurizer_of_modules
-from featurizers_causalab.payloads import MOST_FEATURES, SELECTED, Payload, featurizer_of, payload_of, selected_of
+from featurizers_causalab.payloads import MOST_FEATURES, Payload, featurizer_of, payload_of, selected_of
 from featurizers_causalab.rotations import subspace_of
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from featurizers import Featurizer
+from featurizers.attached import GATE_LOGITS, SELECTED
 from featurizers.errors import ConversionError, ShapeError, UsageError
 from featurizers.gates import SigmoidGate
 from featurizers.indices import Indices, Selection
@@ -24,7 +25,6 @@ from pyvene.models.interventions import (
 from torch import Tensor, nn
 
 from featurizers_causalab.pairs import PairFeaturizer
-from featurizers_causalab.payloads import SELECTED
 
 
 class _Selecting(FeatureIntervention):
@@ -176,7 +176,7 @@ class FeatureMaskIntervention(_Selecting, DistributedRepresentationIntervention)
         """
         logits = self.mask.detach().expand(self.featurizer.n_features or 1).clone()
         taken = (logits > 0).nonzero()[:, 0]
-        self.featurizer.feature_sets |= {"gate_logits": logits, SELECTED: taken}
+        self.featurizer.feature_sets |= {GATE_LOGITS: logits, SELECTED: taken}
         return [int(index) for index in taken]
 
     def forward(self, base: Tensor, source: Tensor, subspaces: Sequence[Any] | None = None, **_: Any) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import torch
 from featurizers import Featurizer
+from featurizers.attached import SELECTED
 from featurizers.errors import BasisError, ConversionError, ManifestError, WeightsError, printable, shown
 from featurizers.indices import select
 from featurizers_identity import IdentityConfig, IdentityFeaturizer
@@ -17,8 +18,6 @@ from featurizers_causalab.rotations import rotation_of, state_of, subspace_of
 
 SUBSPACE: Final = ("SubspaceFeaturizerModule", "SubspaceInverseFeaturizerModule")
 IDENTITY: Final = ("IdentityFeaturizerModule", "IdentityInverseFeaturizerModule")
-SELECTED: Final = "selected"
-"""The feature set of the features that a unit acts on."""
 KEYS: Final = {"featurizer_class", "inverse_featurizer_class", "n_features"}
 OPTIONAL: Final = {"additional_config", "featurizer_id", "tie_masks"}
 TOLERANCE: Final = 1e-4

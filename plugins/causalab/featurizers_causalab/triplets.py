@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from featurizers import Featurizer
+from featurizers.attached import SELECTED
 from featurizers.errors import ArtefactError, ManifestError, UsageError, WeightsError, one_line, shown
 from featurizers.files import contained, read_bytes
 from featurizers.foreign import Foreign
 from featurizers.manifest import MAX_CONFIG_BYTES, parse_json
 
 from featurizers_causalab import units
-from featurizers_causalab.payloads import SELECTED, Payload, featurizer_of, payload_of, same, selected_of, selection
+from featurizers_causalab.payloads import Payload, featurizer_of, payload_of, same, selected_of, selection
 
 FORWARD, INVERSE, INDICES = "_featurizer", "_inverse_featurizer", "_indices"
 

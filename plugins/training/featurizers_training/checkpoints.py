@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from featurizers import Featurizer
 from featurizers.errors import ManifestError, UsageError
 from featurizers.files import read_bytes
 from featurizers.manifest import parse_json
@@ -32,7 +35,7 @@ class Checkpoint:
 
     def save(
         self,
-        searched: nn.Module,
+        parameters: Sequence[nn.Parameter],
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         history: list[dict[str, Any]],
@@ -43,7 +46,7 @@ class Checkpoint:
         Raises:
             ArtefactError: the folder holds something else.
         """
-        tensors = {f"search.{name}": tensor for name, tensor in searched.state_dict().items()}
+        tensors = {f"search.{i}": parameter.detach() for i, parameter in enumerate(parameters)}
         numbers: dict[str, Any] = {}
         for i, state in optimizer.state_dict()["state"].items():
             for name, value in state.items():
@@ -52,7 +55,7 @@ class Checkpoint:
                 else:
                     numbers[f"{i}.{name}"] = value
         if best is not None:
-            tensors.update({f"best.{name}": tensor for name, tensor in best["state"].items()})
+            tensors.update({f"best.{i}": tensor for i, tensor in enumerate(best["state"])})
         with replacing(self.folder, {STATE_NAME, TENSORS_NAME}.__contains__, self._check) as new:
             digest = write_tensors(tensors, new / TENSORS_NAME, str(self.folder))
             state = {
@@ -66,7 +69,7 @@ class Checkpoint:
             (new / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
     def load(
-        self, searched: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+        self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
     ) -> tuple[list[dict[str, Any]], dict[str, Any] | None] | None:
         """Set the state; returns the history and the best epoch, or None if there is no checkpoint.
 
@@ -89,7 +92,7 @@ class Checkpoint:
         if sha256(path, where) != state.get("sha256"):
             raise ManifestError(where, f"{TENSORS_NAME} is not the one that {STATE_NAME} was written with")
         tensors = read_tensors(path, None, where)
-        searched.load_state_dict(_part(tensors, "search."))
+        put(parameters, _numbered(tensors, "search.", parameters))
         record = optimizer.state_dict()
         states: dict[int, dict[str, Any]] = {}
         for name, value in {**_part(tensors, "optimizer."), **state["optimizer"]}.items():
@@ -97,12 +100,32 @@ class Checkpoint:
             states.setdefault(int(number), {})[key] = value
         optimizer.load_state_dict({**record, "state": states})
         scaler.load_state_dict(state["scaler"])
-        best = state["best"] and {**state["best"], "state": _part(tensors, "best.")}
+        best = state["best"] and {**state["best"], "state": _numbered(tensors, "best.", parameters)}
         return state["history"], best
 
     def _check(self, folder: Path) -> None:
         if any(folder.iterdir()) and not (folder / STATE_NAME).exists():
             raise UsageError(f"{folder} holds something else than a checkpoint; name a new or an empty folder")
+
+
+@torch.no_grad()
+def put(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    """Give parameters the values that were kept of them."""
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+
+
+def fingerprint(featurizer: Featurizer[Any]) -> str:
+    """SHA-256 of what a featurizer computes by: its kind, its config and its tensors."""
+    found = hashlib.sha256(f"{featurizer.kind} {featurizer.config.model_dump_json()};".encode())
+    for name, tensor in featurizer.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _numbered(tensors: dict[str, Tensor], prefix: str, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [tensors[f"{prefix}{i}"] for i in range(len(parameters))]
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import typer
 from accelerate import PartialState
 from featurizers import Featurizer, Site
 from featurizers.anatomy import Anatomy
+from featurizers.attached import site_of
 from featurizers.errors import UsageError
 from featurizers.models import LanguageModel, load_model
 from featurizers.replacing import refuse_full
@@ -22,7 +23,7 @@ from torch import nn
 
 from featurizers_training import options, report
 from featurizers_training.controls import check_controls, controlled
-from featurizers_training.evaluation import Accuracy, evaluate, site_of
+from featurizers_training.evaluation import Accuracy, evaluate
 from featurizers_training.found import Found
 from featurizers_training.methods import Method
 from featurizers_training.pairs import Pairs, Position
@@ -169,10 +170,13 @@ def evaluate_command(
             featurizer.site = place.at(position=old.position, model=old.model, model_revision=old.model_revision)
     loaded = _load(model, device, dtype)
     featurizers.attach(loaded.model, wanted, any_model=any_model)
-    on = _read(pairs, tokenizer=loaded.tokenizer, positions=positions)
-    own = [site_of(featurizer).position for featurizer in wanted]
-    if not positions and all(own) and not any("base_position" in record for record in on.records):
-        on = on.at(*(list(one) for one in own if one is not None))
+    found_at = [site_of(featurizer).position for featurizer in wanted]
+    own: list[Position] = [list(position) for position in found_at if position]
+    if positions or len(own) < len(wanted):
+        on = _read(pairs, tokenizer=loaded.tokenizer, positions=positions)
+    else:  # names are of no use here, and so the records are read at any token first
+        on = _read(pairs, tokenizer=loaded.tokenizer, positions=[-1])
+        on = on.at() if any(map(_says_where, on.records)) else on.at(*own)
     measured = evaluate(loaded.model, on, wanted)
     if not PartialState().is_main_process:
         return
@@ -258,7 +262,8 @@ def sweep_command(
         Console().print(table)
     best = cell.record()
     print(f"Tables and picture: {folder}/table.csv, table.json, heatmap.png")
-    print(f"Best: {best['method']} at {best['site']}, position {best['position']}: {cell.held_out}; in {artefact}")
+    word = "Best search" if found.history else "Best"
+    print(f"{word}: {best['method']} at {best['site']}, position {best['position']}: {cell.held_out}; in {artefact}")
 
 
 def _method_options(
@@ -280,6 +285,11 @@ def _load(name: str, device: str | None, dtype: str) -> LanguageModel:
 def _device(device: str | None) -> Any:
     """The device that was asked for, or that of this process."""
     return PartialState().device if device is None else device
+
+
+def _says_where(record: Mapping[str, Any]) -> bool:
+    """Whether a record says its tokens, and not names to choose from."""
+    return not isinstance(record.get("base_position", {}), Mapping)
 
 
 def _read(path: str, tokenizer: Any, positions: Sequence[Position]) -> Pairs:

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from featurizers import Featurizer, Site
-from featurizers.attached import interchange
-from featurizers.errors import UsageError
+from featurizers import Featurizer
+from featurizers.attached import interchange, site_of
 from torch import Tensor, nn
 
 from featurizers_training.pairs import Pairs
-from featurizers_training.runs import CleanRuns, Work
+from featurizers_training.runs import CleanRuns, Edit, Work
 
 Z_95 = 1.959963984540054
 
@@ -112,30 +111,13 @@ def accuracy_of(runs: CleanRuns, featurizers: Sequence[Featurizer[Any]], *, batc
     return accuracy(runs, work, batch_size=batch_size)
 
 
-def site_of(featurizer: Featurizer[Any]) -> Site:
-    """Where a featurizer belongs.
-
-    Raises:
-        UsageError: it does not say.
-    """
-    if featurizer.site is None:
-        raise UsageError(f"{featurizer.id!r} does not say where it belongs; set its site")
-    return featurizer.site
-
-
-def _fixed(featurizer: Featurizer[Any]) -> Any:
+def _fixed(featurizer: Featurizer[Any]) -> Edit:
     """The interchange of the features that a featurizer selects, as an edit."""
 
     def edit(base: Tensor, source: Tensor) -> Tensor:
         return interchange(featurizer, source).apply(base, source)
 
     return edit
-
-
-def answered(runs: CleanRuns) -> Accuracy:
-    """The share of pairs that the model answers with the label without an intervention."""
-    label, there = runs.labels(range(len(runs)))
-    return Accuracy(int(((runs.answers == label) | ~there).all(-1).sum()), len(runs))
 
 
 @contextmanager

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import featurizers
 import torch
@@ -20,6 +20,8 @@ from featurizers_training.gates import BoundaryGate
 
 Activations: TypeAlias = Callable[[], Tensor]
 """Gives activations ``(n, d_in)``, which cost a run of the model, to whoever wants them."""
+
+Gate = TypeVar("Gate", SigmoidGate, BoundaryGate)
 
 
 class Searched(nn.Module):
@@ -53,7 +55,8 @@ class Searched(nn.Module):
         if self.gate is not None:
             self.featurizer.feature_sets[SELECTED] = self.gate.selected()
             if isinstance(self.gate, SigmoidGate):
-                self.featurizer.feature_sets[GATE_LOGITS] = self.gate.logits.detach().clone()
+                logits = self.gate.logits.detach().expand(self.gate.n_features)
+                self.featurizer.feature_sets[GATE_LOGITS] = logits.clone()
         return self.featurizer
 
 
@@ -89,12 +92,16 @@ class Method(ABC):
         """What is added to the loss, for one site."""
         return torch.zeros(())
 
-    def groups(self, searched: nn.Module) -> list[dict[str, Any]]:
+    @property
+    def rate_of_gates(self) -> float:
+        """Learning rate of the gates' parameters."""
+        return self.lr
+
+    def groups(self, searched: Sequence[Searched]) -> list[dict[str, Any]]:
         """The trained parameters with their learning rates, as an optimizer takes them."""
-        parts = [module for module in searched.modules() if isinstance(module, Searched)]
-        maps = [parameter for part in parts for parameter in part.learned]
-        gates = [parameter for part in parts if part.gate is not None for parameter in part.gate.parameters()]
-        groups = [{"params": maps, "lr": self.lr}, {"params": gates, "lr": getattr(self, "gate_lr", self.lr)}]
+        maps = [parameter for one in searched for parameter in one.learned]
+        gates = [parameter for one in searched if one.gate is not None for parameter in one.gate.parameters()]
+        groups = [{"params": maps, "lr": self.lr}, {"params": gates, "lr": self.rate_of_gates}]
         return [group for group in groups if group["params"]]
 
 
@@ -148,6 +155,11 @@ class DBM(Method):
         if not min(self.temperature) > 0 or not 0 < self.annealing <= 1:
             raise UsageError("temperatures are positive, and annealing is the share of the search, above 0 and up to 1")
 
+    @property
+    def rate_of_gates(self) -> float:
+        """Learning rate of the logits."""
+        return self.gate_lr
+
     def search(
         self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Activations | None = None
     ) -> Searched:
@@ -162,14 +174,12 @@ class DBM(Method):
 
     def anneal(self, searched: Searched, progress: float) -> None:
         """Set the temperature."""
-        assert isinstance(searched.gate, SigmoidGate)
         first, last = self.temperature
-        searched.gate.temperature = first * (last / first) ** min(progress / self.annealing, 1.0)
+        _gate_of(searched, SigmoidGate).temperature = first * (last / first) ** min(progress / self.annealing, 1.0)
 
     def penalty(self, searched: Searched) -> Tensor:
         """The expected number of features that are taken, times ``sparsity``."""
-        assert isinstance(searched.gate, SigmoidGate)
-        return self.sparsity * searched.gate.sparsity_loss()
+        return self.sparsity * _gate_of(searched, SigmoidGate).sparsity_loss()
 
 
 @dataclass(frozen=True)
@@ -215,24 +225,27 @@ class BoundlessDAS(Method):
         if not min(self.temperature) > 0 or not 0 < self.start <= 1:
             raise UsageError("temperatures are positive, and start is a share of the features, above 0 and up to 1")
 
+    @property
+    def rate_of_gates(self) -> float:
+        """Learning rate of the boundary."""
+        return self.gate_lr
+
     def search(
         self, d_in: int, seed: int, through: Featurizer[Any] | None, activations: Activations | None = None
     ) -> Searched:
         """A random rotation, and a boundary at ``start``."""
         featurizer, subspace = _rotation(d_in, None, seed, through)
-        assert subspace.n_features is not None
-        return Searched(featurizer, BoundaryGate(subspace.n_features, self.start, self.temperature[0]), subspace)
+        n_features = subspace.get_parameter("basis").shape[1]
+        return Searched(featurizer, BoundaryGate(n_features, self.start, self.temperature[0]), subspace)
 
     def anneal(self, searched: Searched, progress: float) -> None:
         """Set the temperature."""
-        assert isinstance(searched.gate, BoundaryGate)
         first, last = self.temperature
-        searched.gate.temperature = first * (last / first) ** progress
+        _gate_of(searched, BoundaryGate).temperature = first * (last / first) ** progress
 
     def penalty(self, searched: Searched) -> Tensor:
         """The share of features within the boundary, times ``sparsity``."""
-        assert isinstance(searched.gate, BoundaryGate)
-        return self.sparsity * searched.gate.boundary.squeeze()
+        return self.sparsity * _gate_of(searched, BoundaryGate).boundary.squeeze()
 
 
 @dataclass(frozen=True)
@@ -299,12 +312,27 @@ BASELINES: dict[str, type[Method]] = {cls.name: cls for cls in (FullVector, Rand
 
 
 def _given(d_in: int, through: Featurizer[Any] | None) -> Featurizer[Any]:
-    """The identity, or the featurizer given: its own tensors, with a name, a site and feature sets to be written to."""
+    """The identity, or the featurizer given: its own tensors, with a name, a site and feature sets to be written to.
+
+    What an earlier search selected does not belong to this one.
+    """
     if through is None:
         return featurizers.create("identity", d_in=d_in)
     shared = copy.copy(through)
-    shared.feature_sets = dict(through.feature_sets)
+    sets = through.feature_sets.items()
+    shared.feature_sets = {name: kept for name, kept in sets if name not in (SELECTED, GATE_LOGITS)}
     return shared
+
+
+def _gate_of(searched: Searched, kind: type[Gate]) -> Gate:
+    """The gate that a method made.
+
+    Raises:
+        UsageError: it is that of another method.
+    """
+    if not isinstance(searched.gate, kind):
+        raise UsageError(f"this method trains a {kind.__name__}, not a {type(searched.gate).__name__}")
+    return searched.gate
 
 
 def _rotation(

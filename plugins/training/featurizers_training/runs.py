@@ -15,7 +15,7 @@ from featurizers import Featurizer, Site
 from featurizers.anatomy import Anatomy, first_tensor
 from featurizers.backend import gather, hook, intervene, scatter
 from featurizers.errors import ShapeError, UsageError
-from featurizers.operations import SourcedOperation
+from featurizers.operations import SourcedOperation, given
 from torch import Tensor, nn
 
 from featurizers_training.pairs import Pair, Pairs, Tokens
@@ -55,8 +55,7 @@ class _Edited(SourcedOperation):
 
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Whatever the edit makes of base and source."""
-        assert source is not None, "the sources are tensors"
-        return self.edit(base, source)
+        return self.edit(base, given(source))
 
 
 class CleanRuns:

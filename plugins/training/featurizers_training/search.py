@@ -18,10 +18,10 @@ from featurizers import Featurizer, Site
 from featurizers.errors import UsageError
 from torch import Tensor, nn
 
-from featurizers_training.checkpoints import Checkpoint
+from featurizers_training.checkpoints import Checkpoint, fingerprint, put
 from featurizers_training.evaluation import Accuracy, accuracy, frozen, right
 from featurizers_training.found import Found
-from featurizers_training.methods import Method, Searched
+from featurizers_training.methods import Method
 from featurizers_training.objectives import Answers, Objective, named
 from featurizers_training.pairs import Pairs
 from featurizers_training.progress import Ticker
@@ -172,10 +172,13 @@ class _Search:
         numbers = self.runs.numbers(sites)
         if settings.patience is not None and validation is None:
             raise UsageError("patience needs validation pairs, whose accuracy tells when to stop")
-        self.searched = nn.ModuleList(
-            method.search(self.runs.width(j), settings.seed + i, given, functools.partial(self.runs.activations, j))
+        self.searched = [
+            method.search(self.runs.width(j), settings.seed + i, given, functools.partial(self.runs.activations, j)).to(
+                self.device
+            )
             for i, (j, given) in enumerate(zip(numbers, through, strict=True))
-        ).to(self.device)
+        ]
+        self.through = through
         groups = method.groups(self.searched) or [{"params": [], "lr": method.lr}]
         self.parameters = [p for group in groups for p in group["params"]]
         self.epochs = settings.epochs if self.parameters else 0
@@ -195,9 +198,9 @@ class _Search:
         while len(self.history) < self.epochs and not self._is_stuck():
             self._epoch(len(self.history), ticker)
             if checkpoint is not None and self.processes.is_main_process:
-                checkpoint.save(self.searched, self.optimizer, self.scaler, self.history, self.best)
+                checkpoint.save(self.parameters, self.optimizer, self.scaler, self.history, self.best)
         if self.best is not None and self.settings.patience is not None:
-            self.searched.load_state_dict(self.best["state"])
+            put(self.parameters, self.best["state"])
         self._set(len(self.history) * self.steps_an_epoch, hard=True)
 
     def found(self) -> Found:
@@ -207,7 +210,7 @@ class _Search:
             measured["validation"] = self._accuracy(self.validation)
         return Found(
             method=self.method,
-            featurizers=[_searched(module).found() for module in self.searched],
+            featurizers=[one.found() for one in self.searched],
             sites=self.sites,
             pairs=self.runs.pairs,
             model=self.model,
@@ -224,6 +227,7 @@ class _Search:
             "sites": [str(site) for site in self.sites],
             "pairs": self.runs.pairs.digest(),
             "validation": None if self.validation is None else self.validation.pairs.digest(),
+            "through": [given and fingerprint(given) for given in self.through],
             "parameters": [list(p.shape) for p in self.parameters],
         }
 
@@ -249,7 +253,7 @@ class _Search:
             self._set((epoch + 1) * self.steps_an_epoch, hard=True)
             record["validation"] = self._accuracy(self.validation).value
             if self.best is None or record["validation"] > self.best["accuracy"]:
-                state = {name: tensor.clone() for name, tensor in self.searched.state_dict().items()}
+                state = [parameter.detach().clone() for parameter in self.parameters]
                 self.best = {"epoch": epoch + 1, "accuracy": record["validation"], "state": state}
         self.history.append(record)
 
@@ -258,7 +262,7 @@ class _Search:
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.optimizer.zero_grad()
         own = rows[self.processes.process_index :: self.processes.num_processes]
-        penalty = torch.stack([self.method.penalty(_searched(m)).to(self.device) for m in self.searched]).sum()
+        penalty = torch.stack([self.method.penalty(one).to(self.device) for one in self.searched]).sum()
         size = self.settings.micro_batch or len(rows)
         for start in range(0, len(own), size):
             part = own[start : start + size]
@@ -302,10 +306,10 @@ class _Search:
         factor = progress / warmup if progress < warmup else 1 - 0.95 * (progress - warmup) / (1 - warmup)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        for module in map(_searched, self.searched):
-            self.method.anneal(module, progress)
-            if module.gate is not None:
-                module.gate.hard = hard
+        for one in self.searched:
+            self.method.anneal(one, progress)
+            if one.gate is not None:
+                one.gate.hard = hard
 
     def _is_stuck(self) -> bool:
         if self.settings.patience is None or self.best is None:
@@ -318,18 +322,12 @@ class _Search:
 
     def _work(self, runs: CleanRuns) -> list[Work]:
         """The edits of the search, by the numbers of its sites in these runs."""
-        modules = map(_searched, self.searched)
-        return [Work(j, one.featurizer, one) for j, one in zip(runs.numbers(self.sites), modules, strict=True)]
+        return [Work(j, one.featurizer, one) for j, one in zip(runs.numbers(self.sites), self.searched, strict=True)]
 
     def _resume(self, checkpoint: Checkpoint) -> None:
-        found = checkpoint.load(self.searched, self.optimizer, self.scaler)
+        found = checkpoint.load(self.parameters, self.optimizer, self.scaler)
         if found is not None:
             self.history, self.best = found
-
-
-def _searched(module: nn.Module) -> Searched:
-    assert isinstance(module, Searched)
-    return module
 
 
 def _through(given: Any, site: Site) -> Featurizer[Any] | None:
