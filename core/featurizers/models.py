@@ -57,5 +57,7 @@ def load_model(
     except (OSError, ValueError, ImportError, RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UsageError(f"cannot load the language model {name!r}: {one_line(reason)}") from error
+    if gguf:  # transformers names the folder, which may hold others
+        model.config._name_or_path = str(path)
     revision = getattr(model.config, "_commit_hash", None)
     return LanguageModel(model.eval().requires_grad_(False), tokenizer, revision)

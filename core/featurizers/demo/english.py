@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from featurizers_training import DAS, Pairs, Settings
 from torch import Tensor, nn
 
 from featurizers.anatomy import Anatomy
-from featurizers.demo.search import Pairs, Task
+from featurizers.demo.search import Task
 from featurizers.errors import FeaturizerError
 from featurizers.models import load_model
 from featurizers.sites import Site
@@ -46,7 +47,7 @@ def make_task(source: str, seed: int, n_features: int | None, layers: list[int] 
         UsageError: the model cannot be loaded.
         FeaturizerError: it knows too few countries.
     """
-    model, tokenizer, revision = load_model(source)
+    model, tokenizer, _ = load_model(source)
     names, ids, answers = _known(model, tokenizer)
     if len(names) < FEWEST or len(set(answers.tolist())) < 2:
         raise FeaturizerError(
@@ -60,15 +61,11 @@ def make_task(source: str, seed: int, n_features: int | None, layers: list[int] 
     return Task(
         title=f"{Path(source).name}: on which continent is the country?",
         model=model,
-        model_id=source if revision else Path(source).name,
-        model_revision=revision,
-        train=train,
-        test=test.take(torch.arange(min(len(test), 96))),
+        train=train[:640],
+        test=test[:96],
         sites=_sites(model, layers, 6),
-        n_features=n_features or 4,
-        steps=40,
-        batch=16,
-        lr=0.02,
+        subspace=DAS(n_features=n_features or 4),
+        settings=Settings(epochs=1, batch_size=16, seed=seed),
         notes=[
             f"prompt: {TEMPLATE.format(names[0])!r}",
             f"it tells the continent of {len(names)} countries; {len(held_out)} of them are kept for the test: "
@@ -116,5 +113,6 @@ def _pairs(ids: Tensor, answers: Tensor, rows: list[int], seed: int) -> Pairs:
     base, source = torch.cartesian_prod(pool, pool).unbind(-1)
     differ = (answers[base] != answers[source]).nonzero().squeeze(-1)
     differ = differ[torch.randperm(len(differ), generator=torch.Generator().manual_seed(seed + 1))]
-    base, source = base[differ], source[differ]
-    return Pairs(ids[base], ids[source], answers[source])
+    prompts, labels = ids.tolist(), answers.tolist()
+    columns = zip(base[differ].tolist(), source[differ].tolist(), strict=True)
+    return Pairs.of({"base": prompts[b], "source": prompts[s], "label": labels[s]} for b, s in columns)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import featurizers
-from featurizers.demo import report
-from featurizers.demo.search import POSITIONS, Row, Task, examples, interchange_accuracy, sweep, work
 from featurizers.errors import MissingDependencyError, UsageError
+
+if TYPE_CHECKING:
+    from featurizers.demo.search import Row, Task
 
 
 def run(
@@ -44,6 +45,11 @@ def run(
         FeaturizerError: the model cannot be used, or does not do the task.
     """
     _need_packages()
+    from featurizers_training import evaluate
+
+    from featurizers.demo import report
+    from featurizers.demo.search import METHODS, examples, search
+
     wanted = _layers(layers)
     if model is None and wanted is not None:
         raise UsageError("layers are chosen with --model; the embedded task searches all of its own")
@@ -65,11 +71,11 @@ def run(
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("searching", total=work(task))
-        rows = sweep(task, seed, lambda: progress.advance(bar))
+        bar = progress.add_task("searching", total=len(task.sites) * len(METHODS))
+        rows = search(task, lambda: progress.advance(bar))
     best = max(rows, key=lambda row: row.accuracy["subspace"])
     console.print(report.table(task.title, rows, best))
-    shown = examples(task, best.site, best.found)
+    shown = examples(task, best.found.featurizer)
     for line in shown:
         say(f"  {line}")
     overlap = _overlap_with_planted(task, rows)
@@ -79,9 +85,9 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     picture = out / "accuracy.png"
     report.heat_map(task.title, rows, picture)
-    folder = _save(task, rows, best, seed, out)
+    folder = _save(task, rows, best, out)
     loaded = featurizers.load(folder.resolve(), verify=True)
-    again = interchange_accuracy(task.model, task.test, best.site, loaded)
+    again = evaluate(task.model, task.test, loaded).value
     say(f"Picture:  {picture}")
     say(f"Artefact: {folder} (loaded back: {again:.1%} at {loaded.site}, saved: {best.accuracy['subspace']:.1%})")
     say(f"Load it:  featurizers.load({str(folder.resolve())!r})")
@@ -90,7 +96,7 @@ def run(
     return {
         "task": task.title,
         "notes": task.notes,
-        "n_features": task.n_features,
+        "n_features": task.subspace.n_features,
         "accuracy": {str(row.site): row.accuracy for row in rows},
         "best": str(best.site),
         "examples": shown,
@@ -107,25 +113,17 @@ def _overlap_with_planted(task: Task, rows: list[Row]) -> float | None:
     if task.planted is None:
         return None
     site, planted = task.planted
-    found = next(row.found for row in rows if row.site == site)
+    found = next(row.found.featurizer for row in rows if row.site == site)
     direction = planted.inverse_featurize(torch.ones(1), None)
     return float(found.collect(direction).detach().norm())
 
 
-def _save(task: Task, rows: list[Row], best: Row, seed: int, out: Path) -> Path:
-    """The best subspace as an artefact that says where it belongs and how it was found."""
-    found = best.found
-    found.id = f"{task.title} ({best.site})"[:200]
-    found.site = best.site.at(position=tuple(POSITIONS), model=task.model_id, model_revision=task.model_revision)
-    found.metadata = {
-        "method": "distributed alignment search",
-        "accuracy": {str(row.site): row.accuracy for row in rows},
-        "test_pairs": len(task.test),
-        "train_pairs": len(task.train),
-        "steps": task.steps,
-        "seed": seed,
-    }
-    return found.save_pretrained(out / "artefact")
+def _save(task: Task, rows: list[Row], best: Row, out: Path) -> Path:
+    """The best subspace as an artefact that says where it belongs, how it was found, and what the others gave."""
+    featurizer = best.found.featurizer
+    featurizer.id = f"{task.title} ({best.site})"[:200]
+    featurizer.metadata["accuracy"] = {str(row.site): row.accuracy for row in rows}
+    return best.found.save(out / "artefact")
 
 
 def _layers(text: str | None) -> list[int] | None:
@@ -138,7 +136,7 @@ def _layers(text: str | None) -> list[int] | None:
 
 
 def _need_packages() -> None:
-    for package in ("transformers", "matplotlib"):
+    for package in ("transformers", "matplotlib", "featurizers_training"):
         try:
             __import__(package)
         except ImportError as error:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from featurizers_training import DAS, Pairs, Settings
 from torch import Tensor, nn
 
 import featurizers
-from featurizers.demo.search import POSITIONS, Pairs, Task
+from featurizers.demo.search import Task
 from featurizers.featurizer import Featurizer
 from featurizers.operations import Collect, Interchange
 from featurizers.sites import Site
@@ -18,6 +19,7 @@ ANSWERS = NUMBERS + LETTERS  # token of the first answer
 VOCABULARY = ANSWERS + 2 * LETTERS
 LAYERS, WIDTH = 4, 64
 PLANTED = Site("resid.post", 1)
+POSITIONS = [-1]
 QUIET = 0.5
 """Weight in the loss of the planted direction's share of the variance: what matters need not be what varies."""
 
@@ -46,15 +48,11 @@ def make_task(seed: int, n_features: int | None) -> Task:
     return Task(
         title="A tiny transformer: is the first number below the second?",
         model=model,
-        model_id=None,
-        model_revision=None,
         train=_pairs(shuffled[held_out:], 2048, generator),
         test=_pairs(shuffled[:held_out], 512, generator),
         sites=[Site("embed"), *(Site("resid.post", layer) for layer in range(LAYERS))],
-        n_features=n_features or 1,
-        steps=100,
-        batch=128,
-        lr=0.03,
+        subspace=DAS(n_features=n_features or 1),
+        settings=Settings(epochs=6, batch_size=128, seed=seed),
         notes=[
             f"it answers {accuracy:.1%} of the {len(prompts)} prompts rightly; {held_out} are kept for the test",
             f"it was taught to keep the variable on one random direction of {PLANTED}, with {share:.0%} of the "
@@ -96,7 +94,8 @@ def _pairs(prompts: Tensor, count: int, generator: torch.Generator) -> Pairs:
     pools = [prompts[_variable(prompts) == value] for value in (0, 1)]
     draws = [pool[torch.randint(len(pool), (count,), generator=generator)] for pool in pools]
     source = torch.where(_variable(base).bool().unsqueeze(-1), draws[0], draws[1])
-    return Pairs(base, source, _answer(base, _variable(source)))
+    columns = zip(base.tolist(), source.tolist(), _answer(base, _variable(source)).tolist(), strict=True)
+    return Pairs.of({"base": b, "source": s, "label": answer} for b, s, answer in columns)
 
 
 def _share(activations: Tensor, planted: Featurizer[Any]) -> Tensor:
