@@ -1,0 +1,16 @@
+"""Causal bases: the orthonormal directions of a layer whose ablation moves a model's output most."""
+
+from typing import Any
+
+from featurizers import hookimpl
+
+from featurizers_causal_basis.featurizer import CausalBasisConfig, CausalBasisFeaturizer
+from featurizers_causal_basis.record import BasisRecord, Mode
+
+__all__ = ["BasisRecord", "CausalBasisConfig", "CausalBasisFeaturizer", "Mode"]
+
+
+@hookimpl
+def featurizers_register(register: Any) -> None:
+    """Register the kind ``causal-basis``."""
+    register(CausalBasisFeaturizer)
