@@ -4,10 +4,21 @@ from typing import Any
 
 from featurizers import hookimpl
 
+from featurizers_causal_basis.ablation import ablate_subspace, remove_subspace
+from featurizers_causal_basis.derangement import derange, derangement
 from featurizers_causal_basis.featurizer import CausalBasisConfig, CausalBasisFeaturizer
 from featurizers_causal_basis.record import BasisRecord, Mode
 
-__all__ = ["BasisRecord", "CausalBasisConfig", "CausalBasisFeaturizer", "Mode"]
+__all__ = [
+    "BasisRecord",
+    "CausalBasisConfig",
+    "CausalBasisFeaturizer",
+    "Mode",
+    "ablate_subspace",
+    "derange",
+    "derangement",
+    "remove_subspace",
+]
 
 
 @hookimpl

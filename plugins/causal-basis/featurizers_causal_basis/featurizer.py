@@ -146,7 +146,8 @@ class CausalBasisFeaturizer(Featurizer[CausalBasisConfig]):
         """
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.n_features:
             raise UsageError(f"{self.id!r} has {self.n_features} directions; keep 1 to {self.n_features}, not {k!r}")
-        part = self.of(self.vectors[:, :k], self.energies[:k], self.mean, self.record.first(k), site=self.site)
+        record = self.record.first(k, self.n_features)
+        part = self.of(self.vectors[:, :k], self.energies[:k], self.mean, record, site=self.site)
         part.id, part.revision, part.metadata = self.id, self.revision, dict(self.metadata)
         part.special_tokens = self.special_tokens
         part.feature_sets = {name: _first(chosen, k) for name, chosen in self.feature_sets.items()}
@@ -174,7 +175,7 @@ class CausalBasisFeaturizer(Featurizer[CausalBasisConfig]):
         k = len(columns)
         if not torch.equal(columns, torch.arange(k, device=columns.device)):
             raise UsageError(f"of a causal basis the first directions are loaded alone: indices=range({k})")
-        part = config.model_copy(update={"n_features": k, "record": config.record.first(k)})
+        part = config.model_copy(update={"n_features": k, "record": config.record.first(k, config.n_features)})
         return part, {"directions", "energies"}, {}
 
     # ------------------------------------------------------------------ ablation

@@ -63,7 +63,7 @@ class BasisRecord(BaseModel):
     inversions: Count | None = None
     joint_energy: Finite | None = None
 
-    def first(self, k: int) -> BasisRecord:
-        """The record of the first k vectors: the energies are those of single vectors, the joint one is not theirs."""
+    def first(self, k: int, of: int) -> BasisRecord:
+        """The record of the first k of so many vectors, whose joint energy is not that of all."""
         steps = None if self.steps is None else self.steps[:k]
-        return self.model_copy(update={"steps": steps, "joint_energy": None})
+        return self if k == of else self.model_copy(update={"steps": steps, "joint_energy": None})
