@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 from featurizers.errors import BasisError, ShapeError, SiteError, UsageError
-from featurizers_causal_basis import ablate_subspace, derange, derangement, remove_subspace
+from featurizers_causal_basis import ablate_subspace, derange, remove_subspace
+from featurizers_causal_basis.derangement import derangement
 from torch import nn
 
 from tests.support.models import WIDTH, hooked, hooks_of, module_of, prompts, tiny_model

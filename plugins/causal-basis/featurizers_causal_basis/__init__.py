@@ -5,7 +5,7 @@ from typing import Any
 from featurizers import hookimpl
 
 from featurizers_causal_basis.ablation import ablate_subspace, remove_subspace
-from featurizers_causal_basis.derangement import derange, derangement
+from featurizers_causal_basis.derangement import derange
 from featurizers_causal_basis.featurizer import CausalBasisConfig, CausalBasisFeaturizer
 from featurizers_causal_basis.fidelity import Fidelity, causal_fidelity
 from featurizers_causal_basis.massive import MassiveTokenWarning
@@ -21,7 +21,6 @@ __all__ = [
     "ablate_subspace",
     "causal_fidelity",
     "derange",
-    "derangement",
     "remove_subspace",
 ]
 

@@ -137,6 +137,7 @@ def _orthonormal(A: Tensor, u: Tensor, *, given: bool) -> Tensor:
         raise BasisError(
             f"the columns of the matrix {tuple(matrix.shape)} are more than its rows, or one is zero or not finite"
         )
+    basis: Tensor
     basis, triangle = torch.linalg.qr(matrix / lengths)
     smallest = float(triangle.detach().diagonal().abs().min()) if matrix.shape[1] else 1.0
     if not smallest > max(matrix.shape) * torch.finfo(matrix.dtype).eps:

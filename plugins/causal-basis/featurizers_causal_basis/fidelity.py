@@ -172,7 +172,7 @@ def _values(
     for i in range(len(bases)):
         rows = [values[batch.mask.to(values.device)] for values, batch in zip(features[i], batches, strict=True)]
         # the same order of the tokens for both
-        moved = derange(torch.cat(rows), torch.Generator().manual_seed(seed)).split([len(part) for part in rows])
+        moved = torch.split(derange(torch.cat(rows), torch.Generator().manual_seed(seed)), [len(part) for part in rows])
         for number, (batch, part) in enumerate(zip(batches, moved, strict=True)):
             whole = features[i][number]
             features[i][number] = whole.index_put((batch.mask.to(whole.device),), part)

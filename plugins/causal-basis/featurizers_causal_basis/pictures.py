@@ -34,7 +34,7 @@ def energies_by_layer(bases: Mapping[str, CausalBasisFeaturizer]) -> Figure:
         axes.plot(steps, basis.energies.tolist(), marker="o", markersize=3, label=name, color=_viridis()(shade))
     if all(float(basis.energies[-1]) > 0 for basis in bases.values()):
         axes.set_yscale("log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("vector")
     axes.set_ylabel("energy (nats per token)")
     axes.set_title("Energy of ablating one vector", fontsize=10, loc="left")
