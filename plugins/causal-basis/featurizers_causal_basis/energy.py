@@ -83,11 +83,6 @@ class Energy(abc.ABC):
     def scores(self, uniform: Float[Tensor, " n"]) -> Float[Tensor, "n d"]:
         """∇ log p(y | h) in h of each token of this process, at a y drawn from p(· | h) by a uniform number."""
 
-    @property
-    def unembedding(self) -> Float[Tensor, "vocabulary d"] | None:
-        """What the activations are multiplied with to make logits, where the readout ends so."""
-        return None
-
 
 def draw(log_p: Float[Tensor, "n vocabulary"], uniform: Float[Tensor, " n"]) -> Tensor:
     """One y a row with probability exp(log_p[y])."""

@@ -55,13 +55,6 @@ class ExactEnergy(Energy):
             if form.bias is not None:
                 self._pbias[rows] = p @ form.bias
 
-    @property
-    def unembedding(self) -> Float[Tensor, "vocabulary d"]:
-        """G c T: what activations are multiplied with."""
-        form = self.form
-        centred = form.centre(form.unembedding)
-        return centred if form.translator is None else centred @ form.translator
-
     def value_and_grad(self, v: Float[Tensor, " d"]) -> tuple[float, Float[Tensor, " d"]]:
         """See `Energy.value_and_grad`."""
         form, zc, s = self.form, self._zc, self._s
@@ -123,9 +116,9 @@ class ExactEnergy(Energy):
     def scores(self, uniform: Float[Tensor, " n"]) -> Float[Tensor, "n d"]:
         """See `Energy.scores`; in closed form."""
         form = self.form
-        y = torch.cat(
-            [draw(self._log_p[rows], uniform[rows]) for rows in self._chunks()] or [torch.zeros(0, dtype=torch.long)]
-        )
+        y = torch.empty(len(self._zc), dtype=torch.long, device=self._zc.device)
+        for rows in self._chunks():
+            y[rows] = draw(self._log_p[rows], uniform[rows])
         g = form.unembedding[y] - self._pg
         normal = self._zc / self._s.unsqueeze(-1)
         g = (g - normal * (normal * g).mean(dim=-1, keepdim=True)) / self._s.unsqueeze(-1)

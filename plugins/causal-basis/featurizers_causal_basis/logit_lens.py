@@ -65,6 +65,11 @@ class LogitLens(Readout):
         """What the norm and the head compute, before any cap."""
         return fold(self._norm, self._head, self._factor)
 
+    @property
+    def unembedding(self) -> Float[Tensor, "vocabulary d"]:
+        """See `Readout.unembedding`."""
+        return next(self._head.parameters()).detach()
+
     @functools.cached_property
     def sha256(self) -> str:
         """See `Readout.sha256`: of the norm's tensors, the head's, and what is done to the logits."""
@@ -105,4 +110,3 @@ class LogitLens(Readout):
             f"the logits of {type(self.model).__name__} are not those of its final norm and its head: give a function "
             "from activations to logits instead, or the whole model with token ids"
         )
-

@@ -94,6 +94,11 @@ class Readout(abc.ABC):
         """Hash of the tensors that it is made of; None if they are not known."""
 
     @property
+    def unembedding(self) -> Float[Tensor, "vocabulary d"] | None:
+        """The matrix that makes logits, without the norm's gain; None if there is none that is known."""
+        return None
+
+    @property
     def n_layers(self) -> int | None:
         """Number of blocks; None if it is not known."""
         return None
@@ -145,6 +150,12 @@ class Decoder(Readout):
             return None
         norm, linear = self._decode
         return fold(norm, linear) if type(linear) is nn.Linear else None
+
+    @property
+    def unembedding(self) -> Float[Tensor, "vocabulary d"] | None:
+        """See `Readout.unembedding`: of a linear map, alone or last in a sequence."""
+        last = self._decode[-1] if isinstance(self._decode, nn.Sequential) and len(self._decode) else self._decode
+        return last.weight.detach() if isinstance(last, nn.Linear) else None
 
     @functools.cached_property
     def sha256(self) -> str | None:

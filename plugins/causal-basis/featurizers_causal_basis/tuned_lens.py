@@ -51,7 +51,7 @@ class TunedLens(Readout):
     def __init__(self, model: nn.Module, weights: list[Tensor], biases: list[Tensor] | None = None) -> None:
         self._lens = LogitLens(model)
         self.model: nn.Module = model
-        d = next(self._lens._head.parameters()).shape[-1]
+        d = self._lens.unembedding.shape[-1]
         biases = [torch.zeros(d) for _ in weights] if biases is None else biases
         if len(weights) != self._lens.n_layers or len(biases) != len(weights):
             raise ShapeError(
@@ -88,7 +88,9 @@ class TunedLens(Readout):
         if config.lens_type != "linear_tuned_lens":
             raise ConfigError(f"{where}: the lens is a {config.lens_type!r}; only 'linear_tuned_lens' is read")
         state = load_torch(contained(root, root / "params.pt", where, WeightsError), where)
-        names = [f"{i}.{part}" for i in range(config.num_hidden_layers) for part in ("weight", "bias")[: 1 + config.bias]]
+        names = [
+            f"{i}.{part}" for i in range(config.num_hidden_layers) for part in ("weight", "bias")[: 1 + config.bias]
+        ]
         if not isinstance(state, dict) or set(state) != set(names):
             raise WeightsError(where, f"params.pt does not hold {names[0]!r} to {names[-1]!r} alone")
         for name, tensor in state.items():
@@ -120,6 +122,11 @@ class TunedLens(Readout):
         weight, bias = (part[depth].to(plain.unembedding) for part in (self._weights, self._biases))
         eye = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
         return replace(plain, translator=weight + eye, offset=bias)
+
+    @property
+    def unembedding(self) -> Float[Tensor, "vocabulary d"]:
+        """See `Readout.unembedding`: the model's own."""
+        return self._lens.unembedding
 
     @functools.cached_property
     def sha256(self) -> str:
