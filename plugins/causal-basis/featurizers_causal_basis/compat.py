@@ -1,22 +1,27 @@
 """tuned-lens' causal bases under its own names, signatures and field order, computed here.
 
 ``from featurizers_causal_basis import compat as causal`` stands in for ``from tuned_lens import causal``. What differs
-is what was wrong there: any floating-point dtype, blocks that return tensors, and a lens' own parameters are left as they
-were. As there, randomness is torch's global generator, and no token is left out of a mean; a program that is new calls
-`featurizers_causal_basis.extract_causal_bases`.
+is what was wrong there: any floating-point dtype, tuned lenses, blocks that return tensors, one derangement for a whole
+layer, and a lens' parameters are left as they were. As there, the randomness of ablation is torch's global generator,
+and no token is left out; a new program calls `featurizers_causal_basis.extract_causal_bases`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from featurizers import Site
+from featurizers.errors import UsageError
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from featurizers_causal_basis import ablation, derangement
+from featurizers_causal_basis.extraction import iterate_causal_bases
+from featurizers_causal_basis.lenses import ForeignLens
+from featurizers_causal_basis.readouts import Readout
 from featurizers_causal_basis.record import Mode
 
 
@@ -30,6 +35,40 @@ class CausalBasis(NamedTuple):
 
     energies: Float[Tensor, " k"]
     vectors: Float[Tensor, "d k"]
+
+
+def extract_causal_bases(
+    lens: Readout | Callable[[Tensor, int], Tensor],
+    hiddens: Sequence[Float[Tensor, "*tokens d"]],
+    k: int,
+    *,
+    labels: Int[Tensor, "*tokens"] | None = None,
+    max_iter: int = 100,
+    mode: Mode = "mean",
+) -> Iterator[CausalBasis]:
+    """The causal basis of each layer's input but the last, by the schedule of tuned-lens 0.2.0.
+
+    Args:
+        lens: tuned-lens' own, any callable ``lens(h, layer)``, or a readout of ours.
+        hiddens: of each layer, in transformers' ``hidden_states``; the last one is left out.
+        k: vectors a layer; all if less than 1.
+        labels: not supported: energies are divergences.
+        max_iter: iterations of L-BFGS a vector.
+        mode: what a direction is ablated to.
+
+    Raises:
+        UsageError: there are labels, or an option is none of those allowed.
+        ShapeError: the hidden states do not fit together, or not the lens.
+    """
+    if labels is not None:
+        raise UsageError("energies by cross-entropy with labels are not computed here; leave labels out")
+    readout = lens if isinstance(lens, Readout) else ForeignLens(lens)
+    layers = list(hiddens)[:-1]
+    if not layers:
+        raise UsageError("the last hidden states get no basis, as in tuned-lens: give those of two layers or more")
+    k = layers[0].shape[-1] if k < 1 else k
+    for found in iterate_causal_bases(readout, layers, k, max_iter=max_iter, mode=mode, preset="reference"):
+        yield CausalBasis(found.energies, found.vectors)
 
 
 def remove_subspace(
