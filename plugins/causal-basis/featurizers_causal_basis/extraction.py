@@ -56,6 +56,7 @@ def extract_causal_bases(
     progress: Listener | None = None,
     resume: str | Path | None = None,
     batch_size: int = 8,
+    mask_rule: str | None = None,
     model_id: str | None = None,
     model_revision: str | None = None,
 ) -> list[CausalBasisFeaturizer]:
@@ -89,6 +90,7 @@ def extract_causal_bases(
         progress: called as `Progress` says.
         resume: a folder that finished layers and vectors are written to, and read from if it has some.
         batch_size: prompts that are run together, for token ids.
+        mask_rule: the mask in words, for the record.
         model_id: Hub id of the model, for the record.
         model_revision: commit of the model, likewise.
 
@@ -127,6 +129,7 @@ def extract_causal_bases(
             progress=progress,
             resume=resume,
             batch_size=batch_size,
+            mask_rule=mask_rule,
             model_id=model_id,
             model_revision=model_revision,
         )
@@ -150,6 +153,7 @@ def iterate_causal_bases(
     progress: Listener | None = None,
     resume: str | Path | None = None,
     batch_size: int = 8,
+    mask_rule: str | None = None,
     model_id: str | None = None,
     model_revision: str | None = None,
 ) -> Iterator[CausalBasisFeaturizer]:
@@ -198,7 +202,7 @@ def iterate_causal_bases(
         record = BasisRecord(
             mode=mode,
             side=side,
-            mask=source.mask_rule,
+            mask=mask_rule or source.mask_rule,
             n_tokens=energy.tokens.n,
             readout=source.readout,
             readout_sha256=source.sha256,
