@@ -63,10 +63,10 @@ def read_prompts(path: str | Path, tokenizer: Any, *, tokens: int, length: int, 
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 text = _text(line, f"{path}:{number}", key) if path.suffix == ".jsonl" else line.strip()
-                ids = list(tokenizer(text, truncation=True, max_length=length)["input_ids"])[: skipped + wanted]
-                if len(ids) > skipped:
-                    rows.append(ids)
-                    wanted -= len(ids) - skipped
+                row = list(tokenizer(text, truncation=True, max_length=length)["input_ids"])[: skipped + wanted]
+                if len(row) > skipped:
+                    rows.append(row)
+                    wanted -= len(row) - skipped
                 if wanted <= 0:
                     break
     except (OSError, UnicodeDecodeError) as error:

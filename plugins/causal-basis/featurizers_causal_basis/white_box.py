@@ -60,7 +60,7 @@ def extract_causal_bases(
             raise UsageError("the last hidden states get no basis: give those of two layers or more")
         k = given[0].shape[-1] if k < 1 else k
     call = model.forward if isinstance(model, nn.Module) else model
-    indexed = not isinstance(model, Readout) and "idx" in inspect.signature(call).parameters
+    indexed = not isinstance(call, Readout) and "idx" in inspect.signature(call).parameters
     found = extraction.extract_causal_bases(
         ForeignLens(model) if indexed else model,  # type: ignore[arg-type]  # seen above
         given,
