@@ -12,11 +12,10 @@ from torch import Tensor
 from featurizers_causal_basis.energy import Energy, Tokens, draw
 from featurizers_causal_basis.readouts import AffineNorm
 
-CHUNK = 2**20
-"""Logits that are worked on at a time: few enough to stay in a processor's cache."""
-
-FLOOR = -80.0
-"""The least exponent: exp is many times slower where its result underflows, and e^-80 is nothing beside 1."""
+CHUNK = {"cpu": 2**18}
+"""Logits that are worked on at a time, by device: few enough to stay in a processor's cache."""
+OTHER_CHUNK = 2**25
+"""The same on devices that want much work at once."""
 
 
 @final
@@ -38,7 +37,7 @@ class ExactEnergy(Energy):
     def __init__(self, tokens: Tokens, form: AffineNorm) -> None:
         self.tokens = tokens
         self.form = form = form.to(tokens.h.device, tokens.h.dtype)
-        self._step = max(1, CHUNK // form.unembedding.shape[0])
+        self._step = max(1, CHUNK.get(tokens.h.device.type, OTHER_CHUNK) // len(form.unembedding))
         self._zc = form.translated(tokens.h)
         self._d = self._zc.shape[-1]
         self._s = (self._zc.square().mean(dim=-1) + form.eps).sqrt()
@@ -51,7 +50,7 @@ class ExactEnergy(Energy):
             log_p = self._log_p[rows] = form.log_probs(tokens.h[rows])
             p = log_p.exp()
             self._pg[rows] = p @ form.unembedding
-            self._entropy[rows] = -_dots(p, log_p)
+            self._entropy[rows] = -(p * log_p).sum(dim=-1)
             if form.bias is not None:
                 self._pbias[rows] = p @ form.bias
 
@@ -67,26 +66,23 @@ class ExactEnergy(Energy):
         new = (s * s + (c * c * length - 2 * c * along) / self._d).clamp_min_(form.eps).sqrt_()
         a, b = s / new, c / new
         pu = self._pg @ w
-        columns = u.unsqueeze(-1) if form.bias is None else torch.stack([u, form.bias], dim=-1)
         lse, qlog_p, qu, qbias = (torch.zeros_like(c) for _ in range(4))
         pulled = torch.zeros_like(u)
-        buffer = zc.new_empty(self._step, len(u))
+        first, second = (zc.new_empty(self._step, len(u)) for _ in range(2))
         for rows in self._chunks():
-            log_p, weight = self._log_p[rows], a[rows].unsqueeze(-1)
-            q = torch.mul(log_p, weight, out=buffer[: len(log_p)])
-            q.addr_(b[rows], u, alpha=-1)
+            log_p = self._log_p[rows]
+            moved = torch.mul(log_p, a[rows].unsqueeze(-1), out=first[: len(log_p)])
+            moved.addr_(b[rows], u, alpha=-1)
             if form.bias is not None:
-                q.addr_(1 - a[rows], form.bias)
-            top = q.amax(dim=-1, keepdim=True)
-            q.sub_(top).clamp_(min=FLOOR).exp_()
-            total = q.sum(dim=-1)
-            lse[rows] = top.squeeze(-1) + total.log()
-            qlog_p[rows] = _dots(q, log_p) / total
-            moments = (q @ columns) / total.unsqueeze(-1)
-            qu[rows] = moments[:, 0]
+                moved.addr_(1 - a[rows], form.bias)
+            # torch's softmax is not slowed down by exponents that underflow, as its exp is
+            q = torch.softmax(moved, dim=-1, out=second[: len(log_p)])
+            lse[rows] = moved.amax(dim=-1) - q.amax(dim=-1).log()
+            qu[rows] = q @ u
             if form.bias is not None:
-                qbias[rows] = moments[:, 1]
-            pulled += (b[rows] / total) @ q
+                qbias[rows] = q @ form.bias
+            pulled += b[rows] @ q
+            qlog_p[rows] = torch.mul(q, log_p, out=moved).sum(dim=-1)
         kl = (a - 1) * self._entropy + b * pu - (1 - a) * self._pbias + lse
         by_a = self._entropy + self._pbias + qlog_p - qbias
         by_b = pu - qu
@@ -109,7 +105,7 @@ class ExactEnergy(Energy):
         total = torch.zeros(1, dtype=torch.float64)
         for rows in self._chunks():
             log_p = self._log_p[rows]
-            kl = _dots(log_p.exp(), log_p - self.form.log_probs(ablated[rows]))
+            kl = (log_p.exp() * (log_p - self.form.log_probs(ablated[rows]))).sum(dim=-1)
             total += kl.cpu().double().sum()
         return float(self.tokens.processes.sum(total)) / self.tokens.n
 
@@ -127,8 +123,3 @@ class ExactEnergy(Energy):
 
     def _chunks(self) -> Iterator[slice]:
         return (slice(i, i + self._step) for i in range(0, len(self._zc), self._step))
-
-
-def _dots(x: Tensor, y: Tensor) -> Tensor:
-    """The dot product of each row of x with that of y, without their product in memory."""
-    return torch.bmm(x.unsqueeze(1), y.unsqueeze(2)).reshape(-1)
