@@ -9,7 +9,7 @@ import torch
 from featurizers import Ablate, Interchange, Site
 from featurizers.errors import BasisError, ConfigError, FeatureIndexError, SiteError, UsageError, WeightsError
 from featurizers.testing import FeaturizerContract
-from featurizers_causal_basis import BasisRecord, CausalBasisFeaturizer
+from featurizers_causal_basis import BasisRecord, CausalBasisFeaturizer, LogitLens, extract_causal_bases
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
@@ -243,6 +243,28 @@ def test_energies_are_the_same_natively_in_pyvene_and_by_a_plain_hook(architectu
         assert native == expected
         assert divergence(clean, output.logits.detach()) == expected
     assert f.energies[0] > 1.05 * f.energies[2] > 1e-3
+
+
+@pytest.mark.parametrize(("side", "kind"), [("input", "resid.pre"), ("output", "resid.post")])
+def test_energies_that_were_found_are_those_of_the_features_set_to_their_mean(side, kind):
+    model, ids = tiny_model("llama"), prompts(4, 6)
+    mask = torch.ones(4, 6, dtype=torch.bool)
+    mask[:, 0] = False
+    (f,) = extract_causal_bases(LogitLens(model), ids, 3, side=side, layers=[1], mask=mask, max_iter=10)
+    module, at = module_of(model, "llama", kind, 1)
+    x = read(model, module, at, input_ids=ids)[mask]
+    torch.testing.assert_close(f.mean, x.mean(dim=0))
+    features, error = f.featurize(x)
+
+    def logits(h):
+        return model.lm_head(model.model.norm(h)).detach()
+
+    for j in range(3):
+        edited = features.clone()
+        edited[:, j] = x.mean(dim=0) @ f.vectors[:, j]
+        again = divergence(logits(x), logits(f.inverse_featurize(edited, error)))
+        assert float(f.energies[j]) == pytest.approx(again, rel=1e-4)
+    assert f.record.n_tokens == len(x) == 20
 
 
 def test_the_other_side_of_the_block_gives_other_energies():

@@ -24,7 +24,7 @@ from torch import nn
 from featurizers_causal_basis.extraction import extract_causal_bases
 from featurizers_causal_basis.featurizer import SITES, CausalBasisFeaturizer
 from featurizers_causal_basis.logit_lens import LogitLens
-from featurizers_causal_basis.pictures import energies_by_layer
+from featurizers_causal_basis.pictures import energies_by_layer, matplotlib_figure
 from featurizers_causal_basis.presets import preset_of
 from featurizers_causal_basis.progress import Progress
 from featurizers_causal_basis.prompts import read_prompts
@@ -74,6 +74,7 @@ def fit_command(
         if value not in allowed:
             raise UsageError(f"--{name} is one of {', '.join(allowed)}, not {value!r}")
     refuse_full(out.expanduser())
+    matplotlib_figure()  # missed before the search and not after it
     loaded = load_model(model, device=device, dtype=DTYPES[dtype])
     n_layers = Anatomy(loaded.model).n_layers
     numbers = list(range(n_layers)) if layers is None else _numbers(layers, n_layers)

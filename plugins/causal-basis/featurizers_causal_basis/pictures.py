@@ -26,7 +26,7 @@ def energies_by_layer(bases: Mapping[str, CausalBasisFeaturizer]) -> Figure:
     """
     if not bases:
         raise UsageError("there is no basis to draw")
-    figure = _figure()(figsize=(6.5, 4), layout="constrained")
+    figure = matplotlib_figure()(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
     for number, (name, basis) in enumerate(bases.items()):
         shade = 0.9 * number / max(len(bases) - 1, 1)
@@ -48,7 +48,7 @@ def fidelity_plot(fidelity: Fidelity) -> Figure:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    figure = _figure()(figsize=(5, 4), layout="constrained")
+    figure = matplotlib_figure()(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(fidelity.energies.tolist(), fidelity.model_kl.tolist(), "o", color=_viridis()(0.3), label="causal basis")
     low, high = float(fidelity.control_kl.min()), float(fidelity.control_kl.max())
@@ -64,7 +64,12 @@ def fidelity_plot(fidelity: Fidelity) -> Figure:
     return figure
 
 
-def _figure() -> type[Figure]:
+def matplotlib_figure() -> type[Figure]:
+    """The class of matplotlib's figures, imported.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
