@@ -69,7 +69,7 @@ CASES = {
     "mean": of_hiddens,
     "zero": lambda rank, folder: of_hiddens(rank, folder, mode="zero"),
     "resample": lambda rank, folder: of_hiddens(rank, folder, mode="resample"),
-    "threshold": lambda rank, folder: of_hiddens(rank, folder, min_energy=0.35, preset="reference"),
+    "threshold": lambda rank, folder: of_hiddens(rank, folder, min_energy=1.0, preset="reference"),
     "resumed": resumed,
     "model": of_a_model,
 }

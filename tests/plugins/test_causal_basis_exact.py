@@ -147,7 +147,9 @@ def test_a_factor_on_the_logits_is_found_and_folded_in():
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CohereConfig(vocab_size=30, logit_scale=0.25, pad_token_id=None, bos_token_id=None, eos_token_id=None, **sizes)
+    config = CohereConfig(
+        vocab_size=30, logit_scale=0.25, pad_token_id=None, bos_token_id=None, eos_token_id=None, **sizes
+    )
     model = CohereForCausalLM(config).eval()
     ids = torch.arange(5).unsqueeze(0)
     h = read(model, model.model.layers[0], "output", input_ids=ids)[0]

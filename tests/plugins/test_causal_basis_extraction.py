@@ -1,5 +1,6 @@
 """Causal bases: their definition, their symmetries, and that a run can be gone on with."""
 
+import itertools
 import warnings
 
 import pytest
@@ -149,7 +150,9 @@ def test_several_starts_find_no_less_than_one():
     run = decoder()
     hidden = [hiddens(), hiddens() @ randn(D, D, seed=11)]
     many, one = (extract_causal_bases(run, hidden, 4, preset=preset) for preset in ("multi", "fast"))
-    assert sum(float(basis.energies[0]) for basis in many) >= sum(float(basis.energies[0]) for basis in one) * (1 - 1e-6)
+    assert sum(float(basis.energies[0]) for basis in many) >= sum(float(basis.energies[0]) for basis in one) * (
+        1 - 1e-6
+    )
     assert all(a.record.evaluations > b.record.evaluations for a, b in zip(many, one, strict=True))
 
 
@@ -170,7 +173,7 @@ def test_a_vector_of_too_little_energy_is_left_out():
 def test_inversions_are_counted_in_the_order_of_the_search():
     (basis,) = extract_causal_bases(decoder(), [hiddens()], 6, preset="reference-axes", max_iter=2)
     found = basis.energies[torch.tensor(basis.record.steps).argsort()]
-    assert basis.record.inversions == sum(bool(b > a) for a, b in zip(found, found[1:], strict=False))
+    assert basis.record.inversions == sum(bool(b > a) for a, b in itertools.pairwise(found))
     assert basis.record.inversions > 0
 
 
@@ -305,7 +308,10 @@ def test_blocks_before_the_layer_are_passed_over(monkeypatch):
     remainder = Remainder(model, {"input_ids": prompts(2, 5)}, 2)
     assert remainder.skipping
     ran = []
-    handles = [block.self_attn.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, block in enumerate(model.model.layers)]
+    handles = [
+        block.self_attn.register_forward_hook(lambda *_, i=i: ran.append(i))
+        for i, block in enumerate(model.model.layers)
+    ]
     remainder(remainder.hidden)
     for handle in handles:
         handle.remove()
@@ -330,7 +336,9 @@ def test_a_model_whose_blocks_reach_back_is_run_whole():
 def test_progress_is_told_after_each_evaluation():
     told = []
     (basis,) = extract_causal_bases(decoder(), [hiddens()], 2, progress=told.append)
-    assert [p.energy for p in told if p.found] == pytest.approx(basis.energies[torch.tensor(basis.record.steps).argsort()].tolist())
+    assert [p.energy for p in told if p.found] == pytest.approx(
+        basis.energies[torch.tensor(basis.record.steps).argsort()].tolist()
+    )
     assert [p.vector for p in told if p.found] == [0, 1]
     evaluations = [p.evaluations for p in told if not p.found]
     assert evaluations == list(range(1, basis.record.evaluations + 1))
@@ -407,7 +415,11 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         ({"inputs": [torch.ones(4, D + 1).double()]}, ShapeError, f"the readout is of width {D}"),
         ({"model": 3}, UsageError, "a decoder is a module or a function"),
         ({"model": LogitLens, "inputs": torch.ones(2, 3)}, ShapeError, r"\[h\] for one layer"),
-        ({"model": Decoder(nn.Identity()), "inputs": torch.ones(2, 3, dtype=torch.long)}, UsageError, "has no model to run"),
+        (
+            {"model": Decoder(nn.Identity()), "inputs": torch.ones(2, 3, dtype=torch.long)},
+            UsageError,
+            "has no model to run",
+        ),
     ],
 )
 def test_mistakes_are_explained(options, error, message):

@@ -20,10 +20,11 @@ def singular_vectors(unembedding: Float[Tensor, "vocabulary d"]) -> Float[Tensor
     From the eigenvectors of WᵀW: the matrix of tokens is large, and only one side is wanted.
     """
     gram = torch.zeros(unembedding.shape[1], unembedding.shape[1], dtype=torch.float64)
-    for rows in unembedding.split(2**14):
+    for rows in torch.split(unembedding, 2**14):
         part = rows.to(torch.promote_types(rows.dtype, torch.float32))
         gram += (part.mT @ part).cpu().double()
-    return torch.linalg.eigh(gram).eigenvectors.flip(-1)
+    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
+    return vectors.flip(-1)
 
 
 def outside(v: Float[Tensor, "d *n"], earlier: Float[Tensor, "d j"]) -> Float[Tensor, "d *n"]:
@@ -70,4 +71,5 @@ def quartic_maxima(
 
 
 def _unit(v: Tensor) -> Tensor:
-    return v / v.norm(dim=0).clamp_min(torch.finfo(v.dtype).tiny)
+    lengths: Tensor = v.norm(dim=0)
+    return v / lengths.clamp_min(torch.finfo(v.dtype).tiny)

@@ -31,7 +31,7 @@ class ExactEnergy(Energy):
         KL = (a - 1) H + b p·u - (1 - a) p·bias + logsumexp(l')
 
     where H is the entropy and p·u = (p G)·w. An evaluation costs O(V d + N V) for N tokens and a vocabulary of V,
-    instead of O(N V d), and needs no graph. l is kept, N V numbers; everything else is made a chunk of tokens at a time.
+    instead of O(N V d), and needs no graph. l is kept, N V numbers; the rest is made a chunk of tokens at a time.
     """
 
     def __init__(self, tokens: Tokens, form: AffineNorm) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -81,8 +82,8 @@ def extract_causal_bases(
         mode: what a direction is ablated to: its ``mean`` over tokens, its value in another token (``resample``, one
             derangement for a whole layer), or ``zero``.
         layers: which, all if None.
-        mask: which tokens take part. The attention mask unless given, where there is one. The first token of a prompt is
-            best left out of most models.
+        mask: which tokens take part. The attention mask unless given, where there is one. The first token of a prompt
+            is best left out of most models.
         side: whether the hidden states are the blocks' ``input`` or ``output``.
         preset: ``multi``, ``fast``, ``reference`` or ``reference-axes``; see `featurizers_causal_basis.presets`.
         seed: of everything random.
@@ -158,7 +159,12 @@ def iterate_causal_bases(
     model_revision: str | None = None,
 ) -> Iterator[CausalBasisFeaturizer]:
     """The bases of `extract_causal_bases`, one layer after the other as they are found."""
-    for name, number, least in (("k", k, 1), ("max_iter", max_iter, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+    for name, number, least in (
+        ("k", k, 1),
+        ("max_iter", max_iter, 1),
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+    ):
         if isinstance(number, bool) or not isinstance(number, int) or number < least:
             raise UsageError(f"{name} is a whole number from {least}, not {number!r}")
     if mode not in get_args(Mode) or side not in SITES:
@@ -266,12 +272,11 @@ class _Extraction:
             if self._preset.restarts and scores is None:
                 scores = scores_of(energy, self._step_seed(layer, MOST_RESTARTS - 1))
 
-            def notify(value: float, j: int = j, before: int = state.evaluations) -> None:
-                nonlocal count
-                count += 1
-                self._tell(layer, done, j, value, before + count, found=False)
+            counter = itertools.count(state.evaluations + 1)
 
-            count = 0
+            def notify(value: float, j: int = j, counter: Iterator[int] = counter) -> None:
+                self._tell(layer, done, j, value, next(counter), found=False)
+
             starts = self._starts(energy, scores, state, layer)
             found = search(energy, state.vectors, starts, self._preset, self._max_iter, notify)
             value = energy.direct(found.vector.unsqueeze(-1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import final
 
 import torch
 from featurizers import Anatomy
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from featurizers_causal_basis.differentiated import DifferentiatedEnergy
 from featurizers_causal_basis.energy import Energy, Tokens
 from featurizers_causal_basis.exact import ExactEnergy
+from featurizers_causal_basis.inputs import inputs_of, mask_of, rows_of
 from featurizers_causal_basis.massive import warn_of_massive
 from featurizers_causal_basis.readouts import AffineNorm, Readout, hash_of
 from featurizers_causal_basis.record import Mode
@@ -82,7 +83,7 @@ class HiddenStates(Layers):
                 raise UsageError(
                     f"{readout.name} has no model to run token ids through; give the activations of each layer"
                 )
-            self._inputs, self._mask, self.mask_rule = _prompts(hiddens, mask)
+            self._inputs, self._mask, self.mask_rule = inputs_of(hiddens, mask)
             count: int = Anatomy(readout.model).n_layers
         else:
             self._hiddens = _activations(hiddens, readout, side)
@@ -130,7 +131,7 @@ class HiddenStates(Layers):
         site = f"resid.{'pre' if self._side == 'input' else 'post'}:{layer}"
         n = len(inputs["input_ids"])
         size = self._batch_size
-        parts = [_rows(inputs, slice(i, i + size), n) for i in range(0, n, size)]
+        parts = [rows_of(inputs, slice(i, i + size), n) for i in range(0, n, size)]
         return torch.cat([collect(model, part, [site])[site] for part in parts])  # type: ignore[arg-type]
 
     @staticmethod
@@ -162,7 +163,7 @@ class WholeModel(Layers):
         if model.training:
             raise UsageError("the model is in training mode, in which dropout changes every run; call model.eval()")
         self._model, self._side, self._batch_size = model, side, batch_size
-        self._inputs, self._mask, self.mask_rule = _prompts(inputs, mask)
+        self._inputs, self._mask, self.mask_rule = inputs_of(inputs, mask)
         self._anatomy = Anatomy(model)
 
     @property
@@ -190,7 +191,7 @@ class WholeModel(Layers):
             mask = self._mask[i : i + size]
             if not mask.any():
                 continue
-            remainders.append(Remainder(self._model, _rows(self._inputs, slice(i, i + size), n), depth))
+            remainders.append(Remainder(self._model, rows_of(self._inputs, slice(i, i + size), n), depth))
             masks.append(mask.to(remainders[-1].hidden.device))
             parts.append(slice(start, start := start + int(mask.sum())))
             warn_of_massive(remainders[-1].hidden, masks[-1])
@@ -207,45 +208,14 @@ class WholeModel(Layers):
         return DifferentiatedEnergy(tokens, parts, log_probs)
 
 
-def mask_of(mask: Tensor | None, shape: torch.Size) -> Tensor:
-    """Which tokens take part, as booleans of the tokens' shape.
-
-    Raises:
-        ShapeError: the mask has another shape.
-        UsageError: it leaves out every token.
-    """
-    if mask is None:
-        return torch.ones(shape, dtype=torch.bool)
-    if mask.shape != shape or mask.is_floating_point():
-        raise ShapeError(
-            f"the mask says of each token whether it takes part, as booleans or 0 and 1 {tuple(shape)}, got "
-            f"{mask.dtype} {tuple(mask.shape)}"
-        )
-    if not mask.any():
-        raise UsageError("the mask leaves out every token")
-    return mask.bool()
-
-
-def _prompts(inputs: Inputs, mask: Tensor | None) -> tuple[dict[str, Any], Tensor, str]:
-    """What a model is called with, which tokens take part, and that in words."""
-    ids = inputs.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
-        raise ShapeError("the prompts are token ids (batch, sequence), alone or as the input_ids of a mapping")
-    rule = "every token" if mask is None else "as the mask says"
-    if mask is None and isinstance(attended := inputs.get("attention_mask"), Tensor):
-        mask, rule = attended, "the attention mask"
-    return dict(inputs), mask_of(mask, ids.shape), rule
-
-
 def _activations(hiddens: Sequence[Tensor], readout: Readout, side: Side) -> list[Tensor]:
     """The activations of each layer, checked."""
     found = list(hiddens)
     if not found or not all(isinstance(h, Tensor) and h.is_floating_point() and h.dim() >= 2 for h in found):
         raise ShapeError("the activations are a sequence of real tensors (..., d), one a layer: [h] for one layer")
     if len({h.shape for h in found}) != 1:
-        raise ShapeError(
-            f"the layers' activations have the same shape, got {', '.join(sorted({str(tuple(h.shape)) for h in found}))}"
-        )
+        shapes = ", ".join(sorted({str(tuple(h.shape)) for h in found}))
+        raise ShapeError(f"the layers' activations have the same shape, got {shapes}")
     if readout.n_layers is not None:
         if side == "input" and len(found) == readout.n_layers + 1:
             found.pop()  # what transformers puts last is no block's input, and is normalised already
@@ -255,9 +225,3 @@ def _activations(hiddens: Sequence[Tensor], readout: Readout, side: Side) -> lis
                 f"{side}"
             )
     return [h.detach() for h in found]
-
-
-def _rows(inputs: Inputs, rows: slice, n: int) -> dict[str, Any]:
-    """The inputs of some prompts: of each tensor with a row a prompt, those rows."""
-    each = {name: isinstance(value, Tensor) and value.dim() > 0 and len(value) == n for name, value in inputs.items()}
-    return {name: value[rows] if each[name] else value for name, value in inputs.items()}

@@ -91,7 +91,7 @@ class LogitLens(Readout):
     @torch.no_grad()
     def _find_out(self) -> tuple[float, float | None]:
         """The factor on the logits and their cap."""
-        config = getattr(self.model, "config", None)
+        config: Any = getattr(self.model, "config", None)
         text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
         scale, divisor, cap = (
             getattr(text, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")

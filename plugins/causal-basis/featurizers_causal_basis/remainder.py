@@ -45,11 +45,16 @@ class Remainder:
         self._place = self._anatomy.place(f"resid.pre:{depth}" if depth == 0 else f"resid.post:{depth - 1}")
         self._outputs: list[Any] = [None] * depth
         kept: list[Tensor] = []
+
+        def keep(hidden: Tensor) -> Tensor:
+            kept.append(hidden.detach().clone())
+            return hidden
+
         with torch.no_grad(), ExitStack() as hooks:
             for number in range(depth):
                 handle = self._block(number).register_forward_hook(functools.partial(self._keep_rest, number))
                 hooks.callback(handle.remove)
-            hooks.callback(hook(self._place, lambda hidden: kept.append(hidden.detach().clone()) or hidden).remove)
+            hooks.callback(hook(self._place, keep).remove)
             logits: Tensor = model(**self._inputs).logits
         if len(kept) != 1:
             raise UsageError(f"the model ran {len(kept)} times through the layer in one pass, not once")

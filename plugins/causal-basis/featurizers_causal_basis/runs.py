@@ -103,7 +103,9 @@ class Run:
                 problem = type(error).__name__, str(error)
         known, problem = self.processes.first((known, problem))
         if problem is not None:
-            raise (UsageError(problem[1]) if problem[0] == "UsageError" else ArtefactError(str(self.folder), problem[1]))
+            raise (
+                UsageError(problem[1]) if problem[0] == "UsageError" else ArtefactError(str(self.folder), problem[1])
+            )
         return known
 
     def write(self, layer: int, activations: str, state: LayerState) -> None:
@@ -128,7 +130,9 @@ class Run:
             raise ArtefactError(str(folder), f"cannot be used as the folder of a run: {error.strerror}") from error
         if before is None:
             if any(folder.iterdir()):
-                raise UsageError(f"{folder} has files in it that are of no extraction; give an empty folder or a new one")
+                raise UsageError(
+                    f"{folder} has files in it that are of no extraction; give an empty folder or a new one"
+                )
             _replace(path, json.dumps(self.identity, indent=2, sort_keys=True).encode())
             return
         try:
@@ -143,7 +147,9 @@ class Run:
             differences = "; ".join(
                 f"{name} was {shown(known.get(name))} and is {shown(mine.get(name))}" for name in names
             )
-            raise UsageError(f"{folder} is of another extraction: {differences}. Give another folder, or the same options")
+            raise UsageError(
+                f"{folder} is of another extraction: {differences}. Give another folder, or the same options"
+            )
 
     def _file(self, layer: int) -> Path:
         folder = self.folder or Path()  # the callers looked
@@ -157,14 +163,22 @@ class Run:
                 about = json.loads(file.metadata()["about"])
                 vectors, energies, losers = (file.get_tensor(name) for name in ("vectors", "energies", "losers"))
             state = LayerState(
-                vectors, energies, losers, int(about["evaluations"]), bool(about["finished"]), float(about["joint_energy"])
+                vectors,
+                energies,
+                losers,
+                int(about["evaluations"]),
+                bool(about["finished"]),
+                float(about["joint_energy"]),
             )
             known = about["activations_sha256"]
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise ArtefactError(path.name, f"cannot be read ({error}); delete it, and the layer is begun again") from error
+            raise ArtefactError(
+                path.name, f"cannot be read ({error}); delete it, and the layer is begun again"
+            ) from error
         if known != activations:
             raise UsageError(
-                f"{self.folder} is of another extraction: the activations of layer {layer} were others. Give another folder"
+                f"{self.folder} is of another extraction: the activations of layer {layer} were others. "
+                "Give another folder"
             )
         return state
 

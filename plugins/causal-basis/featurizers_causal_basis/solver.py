@@ -118,7 +118,7 @@ class _Ascent:
         if iterations > 0:
             group = self._optimizer.param_groups[0]
             group["max_iter"], group["max_eval"] = iterations, iterations * 5 // 4 + 1
-            self._optimizer.step(self._closure)
+            self._optimizer.step(self._closure)  # type: ignore[no-untyped-call]
             kept = self._evaluate()
             self._known = {self._key(): kept}
 
