@@ -49,7 +49,7 @@ class Preset:
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("multi", restarts=24, picked=3, losers=1, rounds=((4, 2), (6, 1))),
+        Preset("multi", restarts=24, picked=2, losers=1, rounds=((6, 2), (10, 1))),
         Preset("fast", restarts=24, picked=1, singular=False),
         Preset("reference", logarithm=False, tolerance_grad=1e-7, tolerance_change=1e-9, repeats=True),
         Preset("reference-axes", axes=True, logarithm=False, tolerance_grad=1e-7, tolerance_change=1.2e-7),
