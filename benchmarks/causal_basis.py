@@ -116,7 +116,7 @@ def smollm2() -> Problem:
     text = (ROOT / "docs" / "design.md").read_text() + (ROOT / "docs" / "interventions.md").read_text()
     ids = given.tokenizer(text, return_tensors="pt").input_ids[0, : 4 * 129].reshape(4, 129)
     with torch.no_grad():
-        states = given.model.model(ids, output_hidden_states=True).hidden_states
+        states = given.model(ids, output_hidden_states=True).hidden_states
     hiddens = [states[layer][:, 1:].contiguous() for layer in (15, 25)]
     return Problem(
         "SmolLM2-135M-Instruct, V 49152, inputs of blocks 15 and 25, 512 tokens, k 3", given.model, hiddens, 3

@@ -16,6 +16,8 @@ CHUNK = {"cpu": 2**18}
 """Logits that are worked on at a time, by device: few enough to stay in a processor's cache."""
 OTHER_CHUNK = 2**25
 """The same on devices that want much work at once."""
+PRODUCTS = 2**21
+"""The same, at least, where tokens are multiplied with the unembedding, which is read from memory for each chunk."""
 
 
 @final
@@ -46,10 +48,10 @@ class ExactEnergy(Energy):
         self._pg = torch.empty_like(self._zc)
         self._entropy = self._zc.new_empty(n)
         self._pbias = self._zc.new_zeros(n)
-        for rows in self._chunks():
+        for rows in self._chunks(products=True):
             log_p = self._log_p[rows] = form.log_probs(tokens.h[rows])
             p = log_p.exp()
-            self._pg[rows] = p @ form.unembedding
+            self._pg[rows] = form.scaled(p @ form.unembedding)
             self._entropy[rows] = -(p * log_p).sum(dim=-1)
             if form.bias is not None:
                 self._pbias[rows] = p @ form.bias
@@ -59,7 +61,7 @@ class ExactEnergy(Energy):
         form, zc, s = self.form, self._zc, self._s
         v = v.to(zc)
         w = form.centre(v if form.translator is None else form.translator @ v)
-        u = form.unembedding @ w
+        u = form.unembedding @ form.scaled(w)
         c = self.tokens.deviation @ v
         length, along = w @ w, zc @ w
         # of rounding alone below eps
@@ -90,7 +92,7 @@ class ExactEnergy(Energy):
         by_c = by_b / new + by_square * (2 * c * length - 2 * along) / self._d
         by_w = (
             b @ self._pg
-            - pulled @ form.unembedding
+            - form.scaled(pulled @ form.unembedding)
             + (2 / self._d) * ((by_square @ (c * c)) * w - (by_square * c) @ zc)
         )
         by_w = form.centre(by_w)
@@ -103,7 +105,7 @@ class ExactEnergy(Energy):
         """See `Energy.direct`."""
         ablated = self.tokens.without(vectors)
         total = torch.zeros(1, dtype=torch.float64)
-        for rows in self._chunks():
+        for rows in self._chunks(products=True):
             log_p = self._log_p[rows]
             kl = (log_p.exp() * (log_p - self.form.log_probs(ablated[rows]))).sum(dim=-1)
             total += kl.cpu().double().sum()
@@ -115,11 +117,12 @@ class ExactEnergy(Energy):
         y = torch.empty(len(self._zc), dtype=torch.long, device=self._zc.device)
         for rows in self._chunks():
             y[rows] = draw(self._log_p[rows], uniform[rows])
-        g = form.unembedding[y] - self._pg
+        g = form.scaled(form.unembedding[y]) - self._pg
         normal = self._zc / self._s.unsqueeze(-1)
         g = (g - normal * (normal * g).mean(dim=-1, keepdim=True)) / self._s.unsqueeze(-1)
         g = form.centre(g)
         return g if form.translator is None else g @ form.translator
 
-    def _chunks(self) -> Iterator[slice]:
-        return (slice(i, i + self._step) for i in range(0, len(self._zc), self._step))
+    def _chunks(self, *, products: bool = False) -> Iterator[slice]:
+        step = max(self._step, PRODUCTS // self._log_p.shape[1]) if products else self._step
+        return (slice(i, i + step) for i in range(0, len(self._zc), step))

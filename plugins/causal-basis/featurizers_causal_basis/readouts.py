@@ -19,18 +19,19 @@ from featurizers_causal_basis.norms import recognise
 
 @dataclass(frozen=True, eq=False)
 class AffineNorm:
-    """log p(h) = log_softmax(G n(T h + t) + bias), where n(z) = c(z) / sqrt(|c(z)|²/d + eps).
+    """log p(h) = log_softmax(G n(T h + t) + bias), where n(z) = c(z) / sqrt(|c(z)|²/d + eps) and G = W diag(gain).
 
     A readout of this form needs no product of all tokens with the unembedding to say what ablating a direction does:
     see `featurizers_causal_basis.exact`.
 
     Attributes:
-        unembedding: G, with the norm's gain and any factor on the logits folded in.
+        unembedding: W, which may be the model's own tensor.
         bias: on the logits, with the norm's shift folded in; None for zero.
         eps: added to the variance.
         centred: whether c takes the mean over the width away (LayerNorm) or does nothing (RMSNorm).
         translator: T; None for the identity.
         offset: t; None for zero.
+        gain: the norm's, with any factor on the logits; None for ones.
     """
 
     unembedding: Float[Tensor, "vocabulary d"]
@@ -39,18 +40,23 @@ class AffineNorm:
     centred: bool
     translator: Float[Tensor, "d d"] | None = None
     offset: Float[Tensor, " d"] | None = None
+    gain: Float[Tensor, " d"] | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> AffineNorm:
         """The same with its tensors elsewhere or in another dtype."""
         moved = [
             None if tensor is None else tensor.to(device, dtype)
-            for tensor in (self.unembedding, self.bias, self.translator, self.offset)
+            for tensor in (self.unembedding, self.bias, self.translator, self.offset, self.gain)
         ]
-        return AffineNorm(moved[0], moved[1], self.eps, self.centred, moved[2], moved[3])  # type: ignore[arg-type]
+        return AffineNorm(moved[0], moved[1], self.eps, self.centred, moved[2], moved[3], moved[4])  # type: ignore[arg-type]
 
     def centre(self, z: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
         """c(z)."""
         return z - z.mean(dim=-1, keepdim=True) if self.centred else z
+
+    def scaled(self, z: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """Each column times the gain."""
+        return z if self.gain is None else z * self.gain
 
     def translated(self, h: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
         """c(T h + t)."""
@@ -60,7 +66,7 @@ class AffineNorm:
     def logits(self, h: Float[Tensor, "n d"]) -> Float[Tensor, "n vocabulary"]:
         """Logits, in the dtype of the tensors."""
         z = self.translated(h)
-        z = z * (z.square().mean(dim=-1, keepdim=True) + self.eps).rsqrt()
+        z = self.scaled(z * (z.square().mean(dim=-1, keepdim=True) + self.eps).rsqrt())
         return z @ self.unembedding.mT if self.bias is None else torch.addmm(self.bias, z, self.unembedding.mT)
 
     def log_probs(self, h: Float[Tensor, "n d"]) -> Float[Tensor, "n vocabulary"]:
@@ -164,7 +170,7 @@ class Decoder(Readout):
 
 
 def fold(norm: nn.Module, linear: nn.Module, factor: float = 1.0) -> AffineNorm | None:
-    """A norm and the linear map after it as one formula, its gain, shift and factor folded in; None for other norms."""
+    """A norm and the linear map after it as one formula, with a factor on the logits; None for other norms."""
     weight, bias = (dict(linear.named_parameters(recurse=False)).get(name) for name in ("weight", "bias"))
     if weight is None or weight.dim() != 2 or (found := recognise(norm, weight.shape[1])) is None:
         return None
@@ -174,11 +180,11 @@ def fold(norm: nn.Module, linear: nn.Module, factor: float = 1.0) -> AffineNorm 
     if found.shift is not None:
         moved = unembedding @ found.shift.to(unembedding)
         shift = moved if shift is None else shift + moved
-    if found.gain is not None:
-        unembedding = unembedding * found.gain.to(unembedding)
+    gain = None if found.gain is None else found.gain.to(unembedding)
     if factor != 1.0:
-        unembedding, shift = unembedding * factor, None if shift is None else shift * factor
-    return AffineNorm(unembedding, shift, found.eps, found.centred)
+        gain = (torch.ones_like(unembedding[0]) if gain is None else gain) * factor
+        shift = None if shift is None else shift * factor
+    return AffineNorm(unembedding, shift, found.eps, found.centred, gain=gain)
 
 
 def hash_of(tensors: Iterable[Tensor]) -> str:
