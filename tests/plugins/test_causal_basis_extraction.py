@@ -457,6 +457,8 @@ def test_a_model_in_training_is_refused():
     model = fresh_model("gpt2").train()
     with pytest.raises(UsageError, match=r"model\.eval\(\)"):
         extract_causal_bases(model, prompts(2, 4), 1)
+    with pytest.raises(UsageError, match=r"model\.eval\(\)"):
+        extract_causal_bases(LogitLens(model), prompts(2, 4), 1)
 
 
 # ---------------------------------------------------------------------- against tuned-lens

@@ -83,6 +83,7 @@ class HiddenStates(Layers):
                 raise UsageError(
                     f"{readout.name} has no model to run token ids through; give the activations of each layer"
                 )
+            refuse_training(readout.model)
             self._inputs, self._mask, self.mask_rule = inputs_of(hiddens, mask)
             count: int = Anatomy(readout.model).n_layers
         else:
@@ -160,8 +161,7 @@ class WholeModel(Layers):
     readout = "model"
 
     def __init__(self, model: nn.Module, inputs: Inputs, mask: Tensor | None, side: Side, batch_size: int) -> None:
-        if model.training:
-            raise UsageError("the model is in training mode, in which dropout changes every run; call model.eval()")
+        refuse_training(model)
         self._model, self._side, self._batch_size = model, side, batch_size
         self._inputs, self._mask, self.mask_rule = inputs_of(inputs, mask)
         self._anatomy = Anatomy(model)
@@ -206,6 +206,16 @@ class WholeModel(Layers):
 
         tokens = Tokens.of(torch.cat(taking_part), mode, processes, seed)
         return DifferentiatedEnergy(tokens, parts, log_probs)
+
+
+def refuse_training(model: nn.Module) -> None:
+    """Raise a `UsageError` if the model is in training mode.
+
+    Raises:
+        UsageError: it is.
+    """
+    if model.training:
+        raise UsageError("the model is in training mode, in which dropout changes every run; call model.eval()")
 
 
 def _activations(hiddens: Sequence[Tensor], readout: Readout, side: Side) -> list[Tensor]:

@@ -33,7 +33,6 @@ class Remainder:
 
     Attributes:
         hidden: of the model as it is, ``(batch, sequence, d)``.
-        logits: likewise ``(batch, sequence, vocabulary)``.
         skipping: whether the blocks before the depth are passed over.
     """
 
@@ -58,7 +57,7 @@ class Remainder:
             logits: Tensor = model(**self._inputs).logits
         if len(kept) != 1:
             raise UsageError(f"the model ran {len(kept)} times through the layer in one pass, not once")
-        self.hidden, self.logits = kept[0], logits
+        self.hidden = kept[0]
         self.skipping = True
         with torch.no_grad():
             again = self(self.hidden)
