@@ -7,7 +7,8 @@ from typing import Any, final
 
 import torch
 from featurizers import Anatomy
-from featurizers.backend import collect
+from featurizers.anatomy import Place
+from featurizers.backend import hook
 from featurizers.errors import UsageError
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -98,9 +99,18 @@ class LogitLens(Readout):
         )
         ids = torch.arange(4, device=next(self.model.parameters()).device).unsqueeze(0)
         before = Anatomy(self.model).place("norm.out")
-        site = f"module:{before.path}:input"
-        h = collect(self.model, {"input_ids": ids}, [site])[site][0]
-        wanted: Tensor = self.model(input_ids=ids).logits[0].double()
+        kept: list[Tensor] = []
+
+        def keep(hidden: Tensor) -> Tensor:
+            kept.append(hidden)
+            return hidden
+
+        handle = hook(Place(before.path, before.module, "input"), keep)
+        try:
+            wanted: Tensor = self.model(input_ids=ids).logits[0].double()
+        finally:
+            handle.remove()
+        h = kept[-1][0]
         for factor in (1.0, float(scale or 1.0), 1.0 / float(divisor or 1.0)):
             for limit in (None, None if not cap else float(cap)):
                 found = self._capped(self._logits(h, factor), limit).double()
