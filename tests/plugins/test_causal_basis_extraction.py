@@ -176,6 +176,22 @@ def test_of_several_ascents_the_better_one_goes_on():
         assert energy.value_and_grad(lost)[0] < energy.value_and_grad(found.vector)[0]
 
 
+def test_the_best_loser_of_a_step_is_tried_again_at_the_next(monkeypatch):
+    starts, losers = [], []
+
+    def watched(energy, earlier, given, *rest):
+        found = search(energy, earlier, given, *rest)
+        starts.append(given)
+        losers.append(found.losers)
+        return found
+
+    monkeypatch.setattr("featurizers_causal_basis.extraction.search", watched)
+    extract_causal_bases(decoder(), [hiddens()], 3)
+    for j in (1, 2):
+        assert torch.equal(starts[j][-1], losers[j - 1][0])
+        assert len(starts[j]) > len(losers[j - 1][:1]) + 1
+
+
 def test_a_vector_of_too_little_energy_is_left_out():
     run, h = decoder(), hiddens()
     (basis,) = extract_causal_bases(run, [h], 6)
