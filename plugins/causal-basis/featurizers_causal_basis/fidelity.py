@@ -11,13 +11,14 @@ import torch
 from featurizers import Anatomy, Site
 from featurizers.anatomy import Place
 from featurizers.backend import collect, hook
-from featurizers.errors import ShapeError, UsageError
+from featurizers.errors import UsageError
 from featurizers.operations import Inputs
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from featurizers_causal_basis.derangement import derange
 from featurizers_causal_basis.featurizer import CausalBasisFeaturizer
+from featurizers_causal_basis.inputs import inputs_of, rows_of
 from featurizers_causal_basis.massive import warn_of_massive
 from featurizers_causal_basis.ranks import spearman
 
@@ -91,13 +92,10 @@ def causal_fidelity(
         raise UsageError("the model is in training mode, in which dropout changes every run; call model.eval()")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise UsageError(f"batch_size is a number of prompts, 1 or more, not {batch_size!r}")
-    inputs = {"input_ids": tokens} if isinstance(tokens, Tensor) else dict(tokens)
-    ids = inputs.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.dim() != 2:
-        raise ShapeError("the prompts are token ids (batch, sequence), alone or as the input_ids of a mapping")
-    taking_part = _mask_of(inputs, mask)
+    inputs, taking_part, _ = inputs_of({"input_ids": tokens} if isinstance(tokens, Tensor) else tokens, mask)
+    n_prompts = len(inputs["input_ids"])
     place = Anatomy(model).place(basis.site)
-    batches = [_Batch(_rows(inputs, rows, len(ids)), taking_part[rows]) for rows in _parts(len(ids), batch_size)]
+    batches = [_Batch(rows_of(inputs, rows, n_prompts), taking_part[rows]) for rows in _parts(n_prompts, batch_size)]
     own = copy.deepcopy(basis).to(next(model.parameters()).device)
     bases = [own, _control(own, seed)]
     values = _values(bases, model, batches, seed, basis.site)
@@ -119,30 +117,8 @@ class _Batch:
     mask: Tensor
 
 
-def _mask_of(inputs: Inputs, mask: Tensor | None) -> Tensor:
-    """Which tokens take part, ``(batch, sequence)``."""
-    ids = inputs["input_ids"]
-    given = inputs.get("attention_mask") if mask is None else mask
-    if given is None:
-        return torch.ones_like(ids, dtype=torch.bool)
-    if given.shape != ids.shape or given.is_floating_point():
-        raise ShapeError(
-            f"the mask says of each token whether it takes part, as booleans or 0 and 1 {tuple(ids.shape)}, got "
-            f"{given.dtype} {tuple(given.shape)}"
-        )
-    if not given.any():
-        raise UsageError("the mask leaves out every token")
-    return given.to(device=ids.device, dtype=torch.bool)
-
-
 def _parts(n: int, size: int) -> Iterator[slice]:
     return (slice(i, i + size) for i in range(0, n, size))
-
-
-def _rows(inputs: Inputs, rows: slice, n: int) -> dict[str, Any]:
-    """The inputs of some prompts: of each tensor with a row a prompt, those rows."""
-    each = {name: isinstance(value, Tensor) and value.dim() > 0 and len(value) == n for name, value in inputs.items()}
-    return {name: value[rows] if each[name] else value for name, value in inputs.items()}
 
 
 def _control(basis: CausalBasisFeaturizer, seed: int) -> CausalBasisFeaturizer:
