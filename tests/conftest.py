@@ -15,9 +15,11 @@ def _shapes_are_checked():
     """Calls of the methods that a kind gives fail if a tensor does not have the shape that its signature names."""
     from featurizers.composition import Composition
     from featurizers.dictionary import DictionaryFeaturizer
+    from featurizers_causal_basis import CausalBasisFeaturizer
     from featurizers_identity import IdentityFeaturizer
     from featurizers_subspace import StandardizeFeaturizer, SubspaceFeaturizer
 
-    for cls in (Composition, DictionaryFeaturizer, IdentityFeaturizer, StandardizeFeaturizer, SubspaceFeaturizer):
+    checked = (CausalBasisFeaturizer, Composition, DictionaryFeaturizer, IdentityFeaturizer)
+    for cls in (*checked, StandardizeFeaturizer, SubspaceFeaturizer):
         for name in ("featurize", "inverse_featurize", "encode", "apply_edit"):
             setattr(cls, name, jaxtyped(typechecker=beartype)(getattr(cls, name)))

@@ -42,6 +42,7 @@ KIND = re.compile(rf"{NAME.pattern}(\.{NAME.pattern})?")
 # A pip command is printed only for what this project publishes itself, never for a name that a file gives.
 FIRST_PARTY = {
     "autoencoder": "featurizers-autoencoder",
+    "causal-basis": "featurizers-causal-basis",
     "causalab": "featurizers-causalab",
     "dictionary-learning": "featurizers-dictionary-learning",
     "identity": "featurizers-identity",

@@ -1,0 +1,233 @@
+"""The command ``fit causal-basis``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import featurizers
+import torch
+import typer
+from featurizers import Anatomy
+from featurizers.errors import UsageError
+from featurizers.models import LanguageModel, load_model
+from featurizers.replacing import refuse_full
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from torch import nn
+
+from featurizers_causal_basis.extraction import extract_causal_bases
+from featurizers_causal_basis.featurizer import SITES, CausalBasisFeaturizer
+from featurizers_causal_basis.logit_lens import LogitLens
+from featurizers_causal_basis.pictures import energies_by_layer, matplotlib_figure
+from featurizers_causal_basis.presets import preset_of
+from featurizers_causal_basis.progress import Progress
+from featurizers_causal_basis.prompts import read_prompts
+from featurizers_causal_basis.readouts import Readout
+from featurizers_causal_basis.tuned_lens import TunedLens
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PICTURE = "energies.png"
+
+
+def fit_command(
+    model: Annotated[str, typer.Option("--model", help="Hub id, folder or .gguf file of a language model.")],
+    data: Annotated[str, typer.Option("--data", help="Texts, one a line; in a .jsonl file objects, one a line.")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    layers: Annotated[str | None, typer.Option(help="Such as 4,8,12 or 0-29; all if not given.")] = None,
+    k: Annotated[int, typer.Option("-k", "--vectors", min=1, help="Vectors a layer.")] = 16,
+    readout: Annotated[
+        str, typer.Option(help="logit-lens, tuned-lens:FOLDER, or model, which is slow.")
+    ] = "logit-lens",
+    mode: Annotated[str, typer.Option(help="What a direction is ablated to: mean, resample or zero.")] = "mean",
+    preset: Annotated[str, typer.Option(help="multi, fast, reference or reference-axes.")] = "multi",
+    side: Annotated[str, typer.Option(help="Of the blocks: input or output.")] = "output",
+    min_energy: Annotated[
+        float, typer.Option(min=0.0, help="Leave out vectors of less energy, in nats per token.")
+    ] = 0.0,
+    tokens: Annotated[int, typer.Option(min=2, help="How many tokens take part.")] = 1024,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a prompt at most.")] = 128,
+    mask_first: Annotated[int, typer.Option(min=0, help="Tokens at a prompt's start that take no part.")] = 1,
+    key: Annotated[str, typer.Option(help="Of the text in the objects of a .jsonl file.")] = "text",
+    max_iter: Annotated[int, typer.Option(min=1, help="Iterations of L-BFGS a vector.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts a forward pass.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    checkpoints: Annotated[Path | None, typer.Option(help="Folder to save the state in, and to go on from.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16 or auto.")] = "float32",
+    push: Annotated[str | None, typer.Option(help="Repository of the Hub to upload to, owner/name.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Find the directions of some layers whose ablation moves the output most, and save them."""
+    preset_of(preset)
+    make_readout = _readout(readout)
+    for name, value, allowed in (
+        ("mode", mode, ("mean", "resample", "zero")),
+        ("side", side, tuple(SITES)),
+        ("dtype", dtype, tuple(DTYPES)),
+    ):
+        if value not in allowed:
+            raise UsageError(f"--{name} is one of {', '.join(allowed)}, not {value!r}")
+    refuse_full(out.expanduser())
+    matplotlib_figure()  # missed before the search and not after it
+    loaded = load_model(model, device=device, dtype=DTYPES[dtype])
+    n_layers = Anatomy(loaded.model).n_layers
+    numbers = list(range(n_layers)) if layers is None else _numbers(layers, n_layers)
+    prompts = read_prompts(data, loaded.tokenizer, tokens=tokens, length=length, skipped=mask_first, key=key)
+    where = next(loaded.model.parameters()).device
+    with _Bar(len(numbers) * k, shown=not as_json) as bar:
+        found = extract_causal_bases(
+            make_readout(loaded.model),
+            {"input_ids": prompts.ids.to(where), "attention_mask": prompts.attention.long().to(where)},
+            k,
+            max_iter=max_iter,
+            min_energy=min_energy,
+            mode=mode,  # type: ignore[arg-type]  # checked above
+            layers=numbers,
+            mask=prompts.mask.to(where),
+            mask_rule=prompts.rule,
+            side=side,  # type: ignore[arg-type]
+            preset=preset,
+            seed=seed,
+            progress=bar.tell,
+            resume=checkpoints,
+            batch_size=batch_size,
+            model_id=_name(model, loaded),
+            model_revision=loaded.revision,
+        )
+    if not found:
+        raise UsageError(f"no layer has a direction of {min_energy} nats per token; give a smaller --min-energy")
+    bases = {str(basis.site): _labelled(basis, Path(data).name, prompts.ids.shape[0]) for basis in found}
+    folder = _save(bases, out)
+    energies_by_layer(bases).savefig(folder / PICTURE, dpi=150)
+    result = {
+        "folder": str(folder),
+        "picture": str(folder / PICTURE),
+        "n_tokens": found[0].record.n_tokens,
+        "mask": found[0].record.mask,
+        "units": "nats/token",
+        "layers": [_row(site, basis) for site, basis in bases.items()],
+    }
+    if push is not None:
+        url = featurizers.push(folder, push)
+        result["url"] = url.pr_url or url.commit_url
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=True))
+        return
+    Console().print(_table(bases))
+    print(f"Energies of single vectors, of {result['n_tokens']} tokens: {result['mask']}.")
+    print(f"Artefact: {folder}, picture: {result['picture']}" + (f", {result['url']}" if push is not None else ""))
+
+
+def _readout(text: str) -> Callable[[nn.Module], Readout | nn.Module]:
+    """What makes the readout that an option names of a model.
+
+    Raises:
+        UsageError: it names none.
+    """
+    if text == "logit-lens":
+        return LogitLens
+    if text == "model":
+        return lambda model: model
+    kind, _, folder = text.partition(":")
+    if kind == "tuned-lens" and folder:
+        return lambda model: TunedLens.load(model, folder)
+    raise UsageError(f"--readout is logit-lens, model or tuned-lens:FOLDER, not {text!r}")
+
+
+def _numbers(text: str, most: int) -> list[int]:
+    """Layers from ``4,8,12``, ``0-29`` or both.
+
+    Raises:
+        UsageError: it is not like that, or there is no such layer.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
+        if not match:
+            raise UsageError(
+                f"layers are numbers with commas between, and ranges, such as 4,8,12 or 0-11, not {text!r}"
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first or last >= most:
+            raise UsageError(f"the layers {part.strip()!r} are not in the model, which has those from 0 to {most - 1}")
+        found += range(first, last + 1)
+    return list(dict.fromkeys(found))
+
+
+def _name(model: str, loaded: LanguageModel) -> str:
+    """The model's Hub id, or the last part of a path, which says nothing of this machine."""
+    return model if loaded.revision else Path(model).name or model
+
+
+def _labelled(basis: CausalBasisFeaturizer, data: str, n_prompts: int) -> CausalBasisFeaturizer:
+    basis.id = f"causal basis of {basis.site}"
+    basis.metadata = {**basis.metadata, "data": {"file": data, "prompts": n_prompts}}
+    return basis
+
+
+def _save(bases: dict[str, CausalBasisFeaturizer], out: Path) -> Path:
+    """An artefact of the only layer, or a collection with one a layer."""
+    if len(bases) == 1:
+        return next(iter(bases.values())).save_pretrained(out)
+    return featurizers.save_collection({_subfolder(site): basis for site, basis in bases.items()}, out)
+
+
+def _subfolder(site: str) -> str:
+    return site.replace(":", "-")
+
+
+def _row(site: str, basis: CausalBasisFeaturizer) -> dict[str, Any]:
+    record = basis.record
+    return {
+        "site": site,
+        "subfolder": _subfolder(site),
+        "energies": basis.energies.tolist(),
+        "joint_energy": record.joint_energy,
+        "inversions": record.inversions,
+        "evaluations": record.evaluations,
+    }
+
+
+def _table(bases: dict[str, CausalBasisFeaturizer]) -> Table:
+    table = Table("site")
+    for name in ("vectors", "first", "last", "all at once", "evaluations"):
+        table.add_column(name, justify="right")
+    for site, basis in bases.items():
+        first, last, joint = float(basis.energies[0]), float(basis.energies[-1]), basis.record.joint_energy
+        shown = [f"{number:.4g}" for number in (first, last, joint if joint is not None else float("nan"))]
+        table.add_row(site, str(basis.n_features), *shown, str(basis.record.evaluations))
+    return table
+
+
+class _Bar:
+    """A bar of the vectors with the energy so far, where it is shown and stderr is a terminal."""
+
+    def __init__(self, total: int, *, shown: bool) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        console = Console(stderr=True)
+        self._bar = Bar(*columns, console=console, disable=not (shown and console.is_terminal), transient=True)
+        self._task = self._bar.add_task("", total=total)
+
+    def tell(self, progress: Progress) -> None:
+        """Show how far it is."""
+        self._bar.update(
+            self._task,
+            completed=progress.layers_done * progress.k + progress.vector + progress.found,
+            description=f"layer {progress.layer}, vector {progress.vector + 1}: {progress.energy:.4g} nats, "
+            f"{progress.evaluations} evaluations",
+        )
+
+    def __enter__(self) -> _Bar:
+        """Show it."""
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take it away."""
+        self._bar.stop()

@@ -1,0 +1,85 @@
+"""Pictures of bases and of their fidelity; needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from featurizers.errors import MissingDependencyError, UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from featurizers_causal_basis.featurizer import CausalBasisFeaturizer
+    from featurizers_causal_basis.fidelity import Fidelity
+
+
+def energies_by_layer(bases: Mapping[str, CausalBasisFeaturizer]) -> Figure:
+    """Energies of each basis against the number of the vector, nats per token, logarithmic.
+
+    Args:
+        bases: by what each is called, such as its site.
+
+    Raises:
+        UsageError: there are none.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    if not bases:
+        raise UsageError("there is no basis to draw")
+    figure = matplotlib_figure()(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, basis) in enumerate(bases.items()):
+        shade = 0.9 * number / max(len(bases) - 1, 1)
+        steps = range(1, basis.n_features + 1)
+        axes.plot(steps, basis.energies.tolist(), marker="o", markersize=3, label=name, color=_viridis()(shade))
+    if all(float(basis.energies[-1]) > 0 for basis in bases.values()):
+        axes.set_yscale("log")
+    axes.locator_params(axis="x", integer=True)
+    axes.set_xlabel("vector")
+    axes.set_ylabel("energy (nats per token)")
+    axes.set_title("Energy of ablating one vector", fontsize=10, loc="left")
+    axes.legend(fontsize=8, ncols=1 + len(bases) // 12)
+    return figure
+
+
+def fidelity_plot(fidelity: Fidelity) -> Figure:
+    """Energies by the readout across, effects on the model up, with the range of the random directions.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    figure = matplotlib_figure()(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(fidelity.energies.tolist(), fidelity.model_kl.tolist(), "o", color=_viridis()(0.3), label="causal basis")
+    low, high = float(fidelity.control_kl.min()), float(fidelity.control_kl.max())
+    axes.axhspan(low, high, color="0.8", label="random directions")
+    if min(low, float(fidelity.model_kl.min()), float(fidelity.energies.min())) > 0:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+    rho = fidelity.spearman
+    axes.set_title("" if rho is None else f"Spearman's ρ = {rho:.2f}, {fidelity.n_tokens} tokens", fontsize=10)
+    axes.set_xlabel("energy by the readout (nats per token)")
+    axes.set_ylabel("KL in the model (nats per token)")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def matplotlib_figure() -> type[Figure]:
+    """The class of matplotlib's figures, imported.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            "a picture", "matplotlib", "pip install 'featurizers-causal-basis[plots]'"
+        ) from error
+    return Figure
+
+
+def _viridis() -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"]

@@ -1,0 +1,69 @@
+"""Sums over the tokens of all processes, so that every process decides from the same numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that hold the tokens: those of a group, all if torch.distributed is initialised, or this alone.
+
+    Attributes:
+        group: of torch.distributed; None for all processes, or for this alone.
+    """
+
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        """How many processes."""
+        return dist.get_world_size(self.group) if dist.is_available() and dist.is_initialized() else 1
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        return dist.get_rank(self.group) if self.size > 1 else 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes, in float64 on the CPU."""
+        total = tensor.detach().cpu().double()
+        if self.size == 1:
+            return total
+        total = total.to(self._device())
+        dist.all_reduce(total, group=self.group)
+        return total.cpu()
+
+    def all(self, value: Any) -> list[Any]:
+        """What each process has, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def first(self, value: Any) -> Any:
+        """What process 0 has."""
+        return self.all(value)[0]
+
+    def rows(self, rows: Tensor) -> tuple[Tensor, int]:
+        """The rows of all processes, in the order of their ranks, and where those of this one begin."""
+        if self.size == 1:
+            return rows, 0
+        counts = self.all(len(rows))
+        padded = rows.new_zeros(max(counts), *rows.shape[1:]).to(self._device())
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(gathered, padded, group=self.group)
+        whole = torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+        return whole.to(rows.device), sum(counts[: self.rank])
+
+    def _device(self) -> torch.device:
+        """Where a tensor must be to be sent: NCCL sends from GPUs alone."""
+        nccl = dist.get_backend(self.group) == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

@@ -1,0 +1,79 @@
+"""Prompts of files: which tokens they are, which take part, and what is said of files that are none."""
+
+import json
+
+import pytest
+import torch
+from featurizers.errors import UsageError
+from featurizers_causal_basis.prompts import read_prompts
+
+from tests.support.models import fresh_model, save_language_model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(save_language_model(fresh_model("llama"), tmp_path_factory.mktemp("lm")))
+
+
+def words(*ids):
+    return " ".join(f"w{i}" for i in ids)
+
+
+LINES = [words(1, 2, 3, 4, 5), words(6), words(7, 8, 9)]
+
+
+@pytest.fixture(params=["txt", "jsonl"])
+def file(request, tmp_path):
+    path = tmp_path / f"texts.{request.param}"
+    lines = LINES if request.param == "txt" else [json.dumps({"text": line, "id": 3}) for line in LINES]
+    path.write_text("\n".join([lines[0], "", *lines[1:], "", ""]))
+    return path
+
+
+def read(path, tokenizer, **options):
+    return read_prompts(path, tokenizer, **{"tokens": 100, "length": 50, "skipped": 1, "key": "text", **options})
+
+
+def test_a_text_a_line(file, tokenizer):
+    found = read(file, tokenizer)
+    assert found.ids.tolist() == [[1, 2, 3, 4, 5], [7, 8, 9, 0, 0]]  # of the one word nothing takes part
+    assert found.attention.tolist() == [[True] * 5, [True] * 3 + [False] * 2]
+    assert found.mask.tolist() == [[False] + [True] * 4, [False, True, True, False, False]]
+    assert found.rule == "every token but the first of each prompt"
+    whole = read(file, tokenizer, skipped=0)
+    assert whole.ids.tolist()[1] == [6, 0, 0, 0, 0]
+    assert torch.equal(whole.mask, whole.attention)
+    assert whole.rule == "every token"
+    assert read(file, tokenizer, skipped=2).rule == "every token but the first 2 of each prompt"
+
+
+def test_so_many_tokens_and_no_longer_prompts(file, tokenizer):
+    for tokens in (2, 3, 4, 5, 6):
+        assert int(read(file, tokenizer, tokens=tokens).mask.sum()) == tokens
+    assert read(file, tokenizer, tokens=3).ids.tolist() == [[1, 2, 3, 4]]
+    assert read(file, tokenizer, length=3).ids.tolist() == [[1, 2, 3], [7, 8, 9]]
+
+
+def test_files_that_are_none(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    for content, message in {
+        "{": "a.jsonl:1: it is not JSON",
+        '{"text": "w1 w2 w3"}\n[1]': r"a.jsonl:2: an object with a text under 'text' was expected, not \[1\]",
+        '{"words": "w1"}': "under 'text'",
+        '{"text": 3}': "under 'text'",
+        '{"text": "w1 w2"}': "has 1 tokens that take part",
+        "": "has 0 tokens",
+    }.items():
+        path.write_text(content)
+        with pytest.raises(UsageError, match=message):
+            read(path, tokenizer)
+    path.write_bytes(b'{"text": "\xff"}')
+    with pytest.raises(UsageError, match="cannot read texts"):
+        read(path, tokenizer)
+    for there in (tmp_path, tmp_path / "none.txt"):
+        with pytest.raises(UsageError, match="cannot read texts"):
+            read(there, tokenizer)
+    with pytest.raises(UsageError, match="leave none"):
+        read(path, tokenizer, length=4, skipped=4)
