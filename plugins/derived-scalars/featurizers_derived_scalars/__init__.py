@@ -1,0 +1,1 @@
+"""Scalars derived from a decoder's activations and gradients, in the basis of any featurizer."""
