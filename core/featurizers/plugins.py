@@ -43,6 +43,7 @@ KIND = re.compile(rf"{NAME.pattern}(\.{NAME.pattern})?")
 FIRST_PARTY = {
     "autoencoder": "featurizers-autoencoder",
     "causalab": "featurizers-causalab",
+    "derived-scalars": "featurizers-derived-scalars",
     "dictionary-learning": "featurizers-dictionary-learning",
     "identity": "featurizers-identity",
     "sae-lens": "featurizers-sae-lens",
