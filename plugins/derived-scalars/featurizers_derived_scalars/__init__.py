@@ -1,1 +1,15 @@
 """Scalars derived from a decoder's activations and gradients, in the basis of any featurizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from featurizers import hookimpl
+
+
+@hookimpl(optionalhook=True, trylast=True)
+def featurizers_circuits(model: Any) -> Any:
+    """The layout of any decoder that can be found by following a prompt through it; asked after all other plugins."""
+    from featurizers_derived_scalars.layout import find_layout
+
+    return find_layout(model)

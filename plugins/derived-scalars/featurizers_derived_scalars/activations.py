@@ -9,10 +9,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, final
 
+from featurizers.errors import ArtefactError, FeaturizerError, SiteError, one_line, shown
 from jaxtyping import Int
 from torch import Tensor
-
-from featurizers.errors import ArtefactError, FeaturizerError, SiteError, one_line, shown
 
 from featurizers_derived_scalars.places import KINDS, Pass, Place
 

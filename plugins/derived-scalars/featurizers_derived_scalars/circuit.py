@@ -2,47 +2,146 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import Literal, TypeAlias, final
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias, final
 
+import torch
+from featurizers.errors import ShapeError, SiteError
+from featurizers.plugins import host
+from featurizers.sites import Side
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from featurizers.sites import Side
-
 from featurizers_derived_scalars.activations import Arguments, RawActivations
-from featurizers_derived_scalars.places import Place
+from featurizers_derived_scalars.attention import Deaf
+from featurizers_derived_scalars.layout import BlockLayout, Layout, check_layout, projection, trace_layout
+from featurizers_derived_scalars.norms import Norm
+from featurizers_derived_scalars.places import KINDS, Place
+from featurizers_derived_scalars.replaying import Through, replay
+from featurizers_derived_scalars.running import evaluating, run
+from featurizers_derived_scalars.unembedding import Unembedding, embedding_multiplier
 
-Through: TypeAlias = Literal["q", "k", "v"]
+Half: TypeAlias = Literal["attn", "mlp"]
+
+_IDENTITY = ("resid", "delta", "bias")
 
 
 @final
 class Circuit:
-    """The circuit of one model (interface; bodies follow).
+    """The circuit of one model: where its parts are, what they write and read, and how to compute one anew.
+
+    Made by looking at the model: one prompt of five tokens is followed through it, and every block is checked to be
+    its input plus what attention and MLP add, heads to be ``Σ A·v``, and every norm to be one (see `Norm`). It is made
+    for the weights as they are; make another after they change.
+
+    Works for any decoder of `transformers` whose attention goes through its ``AttentionInterface`` and whose MLPs have
+    one down projection: sequential or parallel blocks, norms before or after, grouped queries, windows, softcaps.
 
     Args:
-        model: a decoder of `transformers` with its language-model head.
+        model: the decoder, with or without its language-model head.
 
-    Attributes: ``model``, ``n_layers``, ``n_heads``, ``d_model``, ``d_head`` (of q and k), ``d_value`` (of v and z),
-    ``n_neurons``, ``d_vocab``, ``parallel`` (whether blocks run attention and MLP side by side).
+    Raises:
+        SiteError: the model is no such decoder; the message names what is missing.
     """
 
-    model: nn.Module
-    n_layers: int
-    n_heads: int
-    d_model: int
-    d_head: int
-    d_value: int
-    n_neurons: int
-    d_vocab: int
-    parallel: bool
-
     def __init__(self, model: nn.Module) -> None:
-        raise NotImplementedError
+        self._model = model
+        # this package's own answer is asked for last
+        self._layout: Layout = host().ask("featurizers_circuits", model=model)
+        trace = trace_layout(model, self._layout)
+        check_layout(model, self._layout, trace)
+        first = self._layout.blocks[0]
+        heard = trace.attention(first.attention)
+        stream, neurons = trace.given(first.block), trace.taken(first.down_projection)
+        if stream is None or neurons is None:
+            raise SiteError(f"{first.block} was not run")
+        self._device, self._dtype = stream.device, stream.dtype
+        self._sizes = {
+            "layers": len(self._layout.blocks),
+            "heads": heard["q"].shape[1],
+            "d_model": stream.shape[-1],
+            "d_head": heard["q"].shape[-1],
+            "d_value": heard["v"].shape[-1],
+            "neurons": neurons.shape[-1],
+            "vocab": trace.logits.shape[-1] if trace.logits is not None else 0,
+        }
+        self._norms = self._find_norms()
+        self._unembedding = Unembedding.of(model, self._layout, trace)
 
-    def places(self, kind: str) -> tuple[Place, ...]:
-        """The places of a kind, by layer; empty if this model has none."""
-        raise NotImplementedError
+    # ---- what there is
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self._model
+
+    @property
+    def layout(self) -> Layout:
+        """Paths of its modules."""
+        return self._layout
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return self._sizes["layers"]
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads of a block."""
+        return self._sizes["heads"]
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self._sizes["d_model"]
+
+    @property
+    def d_head(self) -> int:
+        """Width of a query and of a key."""
+        return self._sizes["d_head"]
+
+    @property
+    def d_value(self) -> int:
+        """Width of a value."""
+        return self._sizes["d_value"]
+
+    @property
+    def n_neurons(self) -> int:
+        """Neurons of the first block; blocks may differ, see `shape`."""
+        return self._sizes["neurons"]
+
+    @property
+    def d_vocab(self) -> int:
+        """Number of logits; 0 for a model without a head."""
+        return self._sizes["vocab"]
+
+    @property
+    def parallel(self) -> bool:
+        """Whether any block runs attention and MLP side by side."""
+        return any(block.parallel for block in self._layout.blocks)
+
+    def __repr__(self) -> str:
+        """Model and sizes."""
+        return f"Circuit({type(self._model).__name__}, {self.n_layers} layers, d_model {self.d_model})"
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """Class and sizes of the model, by which saved activations are told apart."""
+        return {"model": type(self._model).__name__, **self._sizes}
+
+    def block(self, place: Place) -> BlockLayout:
+        """The modules of a place's block.
+
+        Raises:
+            SiteError: the place has no layer, or the model not that many.
+        """
+        if place.layer is None:
+            raise SiteError(f"{place} is in no block")
+        if place.layer >= self.n_layers:
+            last = self.n_layers - 1
+            raise SiteError(f"{place}: {type(self._model).__name__} has {self.n_layers} layers, 0 to {last}")
+        return self._layout.blocks[place.layer]
 
     def check(self, place: Place) -> None:
         """Refuse a place that the model does not have.
@@ -50,56 +149,240 @@ class Circuit:
         Raises:
             SiteError: it does not; the message says why.
         """
-        raise NotImplementedError
+        name, missing = type(self._model).__name__, None
+        block = self.block(place) if place.layer is not None else None
+        if place.kind == "resid.mid" and block is not None and block.parallel:
+            missing = "its attention and MLP run side by side, so that there is no residual stream between them"
+        elif place.kind == "mlp.pre" and block is not None and block.activation is None:
+            missing = "its activation function is no module, or has an unknown name"
+        elif place.kind.startswith("norm.") and self.norm_path(place) is None:
+            missing = "it has no such norm"
+        elif place.kind == "logits" and not self.d_vocab:
+            missing = "it has no language-model head"
+        if missing:
+            raise SiteError(f"{name} has no {place}: {missing}")
+
+    def places(self, kind: str) -> tuple[Place, ...]:
+        """The places of a kind, by layer; empty if this model has none.
+
+        Raises:
+            SiteError: there is no such kind.
+        """
+        if kind not in KINDS:
+            raise SiteError(f"there is no place {kind!r}; kinds are {', '.join(KINDS)}")
+        layers: list[int | None] = list(range(self.n_layers)) if KINDS[kind].layered else [None]
+        return tuple(place for place in (Place(kind, layer) for layer in layers) if self._has(place))
+
+    def _has(self, place: Place) -> bool:
+        try:
+            self.check(place)
+        except SiteError:
+            return False
+        return True
+
+    # ---- where it is
 
     def tap_point(self, place: Place) -> tuple[str, Side] | None:
-        """Module path and side where a place is read; None for one that is not what a module takes or gives."""
-        raise NotImplementedError
+        """Module path and side where a place is read; None for what is in the attention function, or is derived.
+
+        ``attn.delta`` and ``mlp.delta`` are what is found there times the block's factor (1 but for Granite).
+        """
+        self.check(place)
+        if place.kind in ("resid.embed", "resid.final"):
+            return (self._layout.blocks[0].block, "input") if place.kind == "resid.embed" else self._last
+        if place.layer is None:
+            return None
+        block = self.block(place)
+        found: dict[str, tuple[str | None, Side]] = {
+            "resid.pre": (block.block, "input"),
+            "resid.mid": (block.mlp_norm or block.mlp or block.up_projection, "input"),
+            "resid.post": (block.block, "output"),
+            "attn.out": (block.attention, "output"),
+            "attn.delta": (block.attn_post_norm or block.attention, "output"),
+            "mlp.pre": (block.activation, "input"),
+            "mlp.neurons": (block.down_projection, "input"),
+            "mlp.out": (block.mlp or block.down_projection, "output"),
+            "mlp.delta": (block.mlp_post_norm or block.mlp or block.down_projection, "output"),
+        }
+        path, side = found.get(place.kind, (None, "output"))
+        return None if path is None else (path, side)
+
+    @property
+    def _last(self) -> tuple[str, Side]:
+        return self._layout.blocks[-1].block, "output"
+
+    def norm_path(self, place: Place) -> str | None:
+        """The module of a norm, for a place such as ``norm.mlp.scale:3``; None if there is no such norm."""
+        if place.kind == "norm.final.scale":
+            return self._layout.final_norm
+        block = self.block(place)
+        return {
+            "norm.attn.scale": block.attn_norm,
+            "norm.mlp.scale": block.mlp_norm,
+            "norm.attn.post.scale": block.attn_post_norm,
+            "norm.mlp.post.scale": block.mlp_post_norm,
+        }.get(place.kind)
+
+    def norm(self, place: Place) -> Norm | None:
+        """The norm whose scale a place is; None if there is no such norm."""
+        path = self.norm_path(place)
+        return None if path is None else self._norms[path]
+
+    def factor(self, place: Place) -> float:
+        """What ``attn.delta`` (or ``mlp.delta``) is, per unit of what its module gives."""
+        block = self.block(place)
+        return block.attn_factor if place.kind.startswith("attn.") else block.mlp_factor
 
     def order(self, place: Place) -> tuple[int, int]:
         """When a place is computed: layer and stage. What feeds another place has a smaller order.
 
         In parallel blocks attention and MLP have one stage, since neither feeds the other.
         """
-        raise NotImplementedError
+        self.check(place)
+        stage = KINDS[place.kind].stage
+        if place.layer is None:
+            return (0 if place.kind == "resid.embed" else self.n_layers - 1), stage
+        return place.layer, 1 if place.kind.startswith(("mlp.", "norm.mlp")) and self.block(place).parallel else stage
 
     def residual_before(self, place: Place) -> Place:
-        """The residual stream that a place is computed from: ``resid.pre``, ``resid.mid`` or ``resid.final``."""
-        raise NotImplementedError
+        """The residual stream that a place is computed from: ``resid.pre``, ``resid.mid`` or ``resid.final``.
+
+        Raises:
+            SiteError: the place is a residual stream itself, or is not there.
+        """
+        self.check(place)
+        if place.kind in ("logits", "norm.final.scale"):
+            return Place("resid.final")
+        if place.kind.startswith("resid."):
+            raise SiteError(f"{place} is a residual stream, and not computed from one")
+        late = place.kind.startswith(("mlp.", "norm.mlp")) and not self.block(place).parallel
+        return Place("resid.mid" if late else "resid.pre", place.layer)
+
+    # ---- what it writes
 
     def write_matrix(self, place: Place) -> Float[Tensor, "*node d_model"] | None:
         """What one unit of each node writes, but for the scale of a norm behind it; None where it is the identity.
 
-        ``mlp.neurons`` ``(neuron, d_model)``, ``attn.z`` ``(head, d_head, d_model)``. float32 or better.
+        ``mlp.neurons`` ``(neuron, d_model)``, ``attn.z`` ``(head, d_head, d_model)``, in float32 or better;
+        ``attn.out`` and ``mlp.out`` have one where a norm or a factor is behind them.
+
+        Raises:
+            SiteError: the place does not write to the residual stream by itself.
         """
-        raise NotImplementedError
+        half = self._writer(place)
+        if half is None:
+            return None
+        block, norm = self.block(place), self._post_norm(place)
+        if place.kind.endswith(".out"):
+            if norm is None and self.factor(place) == 1.0:
+                return None
+            matrix = torch.eye(self.d_model, device=self._device)
+        else:
+            matrix = self._projection(block, half)[0]
+        matrix = self.factor(place) * (matrix if norm is None else norm.linear(matrix))
+        return matrix.unflatten(0, (self.n_heads, self.d_value)) if place.kind == "attn.z" else matrix
 
     def write_scale(self, place: Place, raw: RawActivations) -> Float[Tensor, "token 1"] | None:
         """What a norm behind the place divides its write by, at each token; None if there is no such norm."""
-        raise NotImplementedError
+        half = self._writer(place)
+        if half is None or self._post_norm(place) is None:
+            return None
+        return raw.scale(f"{half}.post", place.layer)
 
     def write(
         self, place: Place, x: Float[Tensor, "*batch token *node"], raw: RawActivations
     ) -> Float[Tensor, "*batch token d_model"]:
         """What activations at a place add to the residual stream, norms behind it held at their scales: linear in x.
 
-        Places: ``resid.*``, ``attn.{z,out,delta,bias}``, ``mlp.{neurons,out,delta,bias}``. ``attn.z`` takes (head,
-        d_head). Probabilities write through ``attn.z``: multiply them by ``attn.v`` first.
+        Biases are not in it (see `bias_write`), so that for ``attn.z`` it is what the heads add together.
+
+        Args:
+            place: ``resid.*``, ``attn.{z,out,delta,bias}`` or ``mlp.{neurons,out,delta,bias}``.
+            x: like the place's tensor; ``attn.z`` is ``(head, d_head)`` at each token.
+            raw: of the sequence.
+
+        Raises:
+            SiteError: the place does not write by itself; probabilities write through ``attn.z``.
+            ShapeError: x has another shape.
         """
-        raise NotImplementedError
+        matrix = self.write_matrix(place)
+        self._check_shape(place, x, matrix)
+        if matrix is None:
+            return x
+        dtype, axes = torch.promote_types(x.dtype, matrix.dtype), matrix.dim() - 1
+        written = x.to(dtype).flatten(-axes) @ matrix.to(x.device, dtype).flatten(0, -2)
+        scale = self.write_scale(place, raw)
+        return written if scale is None else written / scale.to(x.device, dtype)
 
     def write_vjp(
         self, place: Place, direction: Float[Tensor, "*batch token d_model"], raw: RawActivations
     ) -> Float[Tensor, "*batch token *node"]:
-        """A direction of the residual stream seen from a place: ``(write(x) * direction).sum() == (x * this).sum()``."""
-        raise NotImplementedError
+        """A direction of the residual stream seen from a place: ``(write(x) * direction) == (x * this)`` when summed.
+
+        Raises:
+            SiteError: the place does not write by itself.
+        """
+        matrix = self.write_matrix(place)
+        if matrix is None:
+            return direction
+        dtype = torch.promote_types(direction.dtype, matrix.dtype)
+        scale = self.write_scale(place, raw)
+        direction = direction.to(dtype)
+        if scale is not None:
+            direction = direction / scale.to(direction.device, dtype)
+        seen = direction @ matrix.to(direction.device, dtype).flatten(0, -2).T
+        return seen.unflatten(-1, matrix.shape[:-1])
 
     def bias_write(self, place: Place, raw: RawActivations) -> Float[Tensor, "token d_model"] | None:
         """What ``attn.delta`` (or ``mlp.delta``) holds that no head (or neuron) writes; None if that is nothing.
 
-        Places: ``attn.{z,delta,bias}`` and ``mlp.{neurons,delta,bias}``.
+        The bias of the projection, through a norm behind it, and that norm's own.
+
+        Args:
+            place: ``attn.{z,out,delta,bias}`` or ``mlp.{neurons,out,delta,bias}``.
+            raw: of the sequence.
         """
-        raise NotImplementedError
+        half: Half = "attn" if place.kind.startswith("attn.") else "mlp"
+        out = Place(f"{half}.out", place.layer)
+        bias, norm = self._projection(self.block(place), half)[1], self._post_norm(out)
+        length, device = len(raw.tokens), raw.tokens.device
+        total = None
+        if bias is not None:
+            total = self.write(out, bias.to(device).expand(length, -1), raw)
+        if norm is not None and norm.bias is not None:
+            own = (self.factor(out) * norm.bias).to(device).expand(length, -1)
+            total = own if total is None else total + own
+        return total
+
+    def _writer(self, place: Place) -> Half | None:
+        """Which half of a block a place writes through; None if it is a vector of the residual stream already."""
+        self.check(place)
+        if place.kind.startswith("resid.") or place.kind in ("attn.delta", "attn.bias", "mlp.delta", "mlp.bias"):
+            return None
+        if place.kind in ("attn.z", "attn.out"):
+            return "attn"
+        if place.kind in ("mlp.neurons", "mlp.out"):
+            return "mlp"
+        hint = "; multiply it with attn.v, as attn.z" if place.kind == "attn.probs" else ""
+        raise SiteError(
+            f"{place} does not write to the residual stream by itself{hint}. What does: resid.*, "
+            "attn.z, attn.out, attn.delta, attn.bias, mlp.neurons, mlp.out, mlp.delta, mlp.bias."
+        )
+
+    def _post_norm(self, place: Place) -> Norm | None:
+        half = "attn" if place.kind.startswith("attn.") else "mlp"
+        return self.norm(Place(f"norm.{half}.post.scale", place.layer))
+
+    def _projection(self, block: BlockLayout, half: Half) -> tuple[Tensor, Tensor | None]:
+        path = block.out_projection if half == "attn" else block.down_projection
+        return projection(self._model.get_submodule(path))
+
+    def _check_shape(self, place: Place, x: Tensor, matrix: Tensor | None) -> None:
+        node = (self.d_model,) if matrix is None else tuple(matrix.shape[:-1])
+        if x.dim() < len(node) + 1 or tuple(x.shape[-len(node) :]) != node:
+            raise ShapeError(f"{place} is (*batch, token, {', '.join(map(str, node))}), not {tuple(x.shape)}")
+
+    # ---- how it is computed
 
     def recompute(
         self,
@@ -112,28 +395,78 @@ class Circuit:
     ) -> Tensor:
         """A place's tensor, computed from the residual stream before it, differentiable both ways (`torch.func`).
 
+        The model's own modules are run, with the mask and the positions of the sequence.
+
         Args:
             place: ``attn.{q,k,v,logits,probs,z,out,delta}``, ``mlp.{pre,neurons,out,delta}`` or ``logits``.
             resid: instead of what was captured at `residual_before`.
-            raw: of the sequence: its attention mask and positions, and the scales of its norms.
-            through: for attention, which one of q, k and v follows ``resid``; the others are held constant.
+            raw: of the sequence: what its attention was called with, and the scales of its norms.
+            through: for attention, which one of q, k and v follows ``resid``; derivatives through the others are
+                left out, while their values are those that ``resid`` gives.
             freeze_norm: hold the norm before (and after) at its captured scale.
+
+        Raises:
+            SiteError: the place is none of these, or ``through`` is given outside attention.
+            ShapeError: the residual stream is of another width or length.
         """
-        raise NotImplementedError
-
-    def unembed(self, direction: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
-        """The logits that a direction writes per unit of ``1 / norm.final.scale``: through the final norm's centring
-        and gain, and the unembedding; no bias, no softcap."""
-        raise NotImplementedError
-
-    def token_embeddings(self) -> Float[Tensor, "vocab d_model"]:
-        """What each token's embedding is in the residual stream, without positions."""
-        raise NotImplementedError
+        if resid.dim() != 2 or tuple(resid.shape) != (len(raw.tokens), self.d_model):
+            raise ShapeError(f"the residual stream is {(len(raw.tokens), self.d_model)}, not {tuple(resid.shape)}")
+        return replay(self, place, resid, raw, through=through, freeze_norm=freeze_norm)
 
     def arguments(self, tokens: Int[Tensor, " token"]) -> Mapping[int, Arguments]:
-        """What each attention module is called with for a prompt."""
-        raise NotImplementedError
+        """What each attention module is called with for a prompt, by layer; runs the model once."""
+        found: dict[int, Arguments] = {}
+        tell = {block.attention: functools.partial(found.__setitem__, n) for n, block in enumerate(self._layout.blocks)}
+        with torch.no_grad(), evaluating(self._model):
+            tokens = tokens.to(self.token_device)
+            run(self._model, tokens, {}, listener=Deaf(), arguments=tell, stop_after=self._last[0])
+        return MappingProxyType(found)
 
-    def fingerprint(self) -> dict[str, str | int]:
-        """Class and sizes of the model, by which saved activations are told apart."""
-        raise NotImplementedError
+    @property
+    def token_device(self) -> torch.device:
+        """Where the model wants its token ids."""
+        embeddings: Any = self._model.get_input_embeddings()  # type: ignore[operator]
+        device: torch.device = embeddings.weight.device
+        return device
+
+    # ---- tokens
+
+    @property
+    def unembedding(self) -> Unembedding:
+        """What turns the final norm's output into logits.
+
+        Raises:
+            SiteError: the model has no head, or one that is not found right behind the final norm.
+        """
+        if isinstance(self._unembedding, str):
+            raise SiteError(f"{type(self._model).__name__}: {self._unembedding}")
+        return self._unembedding
+
+    def unembed(self, direction: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
+        """The logits that a direction writes, times the final norm's scale: by its centring and gain, and the head.
+
+        Divide by ``raw.scale("final")``. Without biases, and before a softcap.
+
+        Raises:
+            SiteError: the model has no head.
+        """
+        norm = self.norm(Place("norm.final.scale"))
+        weight = self.unembedding.weight
+        pushed = direction if norm is None else norm.linear(direction)
+        return pushed.to(weight.dtype) @ weight
+
+    def token_embeddings(self) -> Float[Tensor, "vocab d_model"]:
+        """What each token's embedding is in the residual stream, without positions; float32 or better.
+
+        Raises:
+            SiteError: the residual stream does not begin with a multiple of the embedding's weight.
+        """
+        return embedding_multiplier(self)
+
+    def _find_norms(self) -> dict[str, Norm]:
+        paths = [self._layout.final_norm]
+        for block in self._layout.blocks:
+            paths += [block.attn_norm, block.mlp_norm, block.attn_post_norm, block.mlp_post_norm]
+        wanted = {path for path in paths if path is not None}
+        modules = {path: self._model.get_submodule(path) for path in wanted}
+        return {path: Norm.of(module, self.d_model, path, self._device) for path, module in modules.items()}

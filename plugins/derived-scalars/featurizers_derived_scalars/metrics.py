@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, final
 
 import torch
+from featurizers.errors import PositionError, UsageError, shown
 from jaxtyping import Float
 from torch import Tensor
-
-from featurizers.errors import PositionError, UsageError, shown
 
 from featurizers_derived_scalars.places import Need, Place
 
