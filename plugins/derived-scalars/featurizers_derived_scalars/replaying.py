@@ -60,7 +60,7 @@ def replay(
     if through is not None and (through not in ("q", "k", "v") or not place.kind.startswith("attn.")):
         raise UsageError(f"through is 'q', 'k' or 'v', for a place of attention; it is {shown(through)} for {place}")
     parts = tuple(circuit.model.parameters())
-    resid = resid.to(parts[0].dtype) if parts else resid
+    resid = resid.to(parts[0].device, parts[0].dtype) if parts else resid
     with evaluating(circuit.model):
         if place.kind == "logits":
             return circuit.unembedding(_normed(circuit, "final", None, resid, raw, freeze_norm))
