@@ -144,7 +144,7 @@ def _ungrouped(module: nn.Module) -> Iterator[None]:
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
     scaling, softcap = options.get("scaling"), options.get("softcap")
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores: Tensor = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
     if mask is None:

@@ -280,7 +280,7 @@ class Circuit:
         else:
             matrix = self._projection(block, half)[0]
         matrix = self.factor(place) * (matrix if norm is None else norm.linear(matrix))
-        return matrix.unflatten(0, (self.n_heads, self.d_value)) if place.kind == "attn.z" else matrix
+        return matrix.view(self.n_heads, self.d_value, -1) if place.kind == "attn.z" else matrix
 
     def write_scale(self, place: Place, raw: RawActivations) -> Float[Tensor, "token 1"] | None:
         """What a norm behind the place divides its write by, at each token; None if there is no such norm."""
@@ -330,8 +330,8 @@ class Circuit:
         direction = direction.to(dtype)
         if scale is not None:
             direction = direction / scale.to(direction.device, dtype)
-        seen = direction @ matrix.to(direction.device, dtype).flatten(0, -2).T
-        return seen.unflatten(-1, matrix.shape[:-1])
+        seen: Tensor = direction @ matrix.to(direction.device, dtype).flatten(0, -2).T
+        return seen.view(*seen.shape[:-1], *matrix.shape[:-1])
 
     def bias_write(self, place: Place, raw: RawActivations) -> Float[Tensor, "token d_model"] | None:
         """What ``attn.delta`` (or ``mlp.delta``) holds that no head (or neuron) writes; None if that is nothing.

@@ -214,7 +214,7 @@ def _follow(model: nn.Module, trace: Trace, layout: BlockLayout) -> BlockLayout:
     else:
         factors = (*_solve(middle - before, (attn_adds,)), *_solve(after - middle, (mlp_adds,)))
     close = 1e-3 if before.dtype in (torch.float32, torch.float64) else 2e-2
-    exact = [min((1.0, *given, factor), key=lambda known, f=factor: _far(known, f, close)) for factor in factors]
+    exact = [_explained(factor, (1.0, *given), close) for factor in factors]
     return replace(layout, attn_factor=exact[0], mlp_factor=exact[1])
 
 
@@ -306,10 +306,10 @@ def _solve(total: Tensor, parts: tuple[Tensor, ...]) -> tuple[float, ...]:
     return tuple(torch.linalg.lstsq(columns.cpu(), total.double().flatten().cpu()[:, None]).solution[:, 0].tolist())
 
 
-def _far(known: float, factor: float, close: float) -> float:
-    """How ill a number that the block holds explains a factor: any that is close does better than the factor itself."""
-    distance = abs(known - factor) / max(abs(factor), 1e-12)
-    return distance if known != factor and distance <= close else close
+def _explained(factor: float, known: tuple[float, ...], close: float) -> float:
+    """The number that the block holds and that a measured factor is, or else the factor as it was measured."""
+    nearest = min(known, key=lambda number: abs(number - factor))
+    return nearest if abs(nearest - factor) <= close * abs(factor) else factor
 
 
 def _agree(model: nn.Module, first: Tensor, second: Tensor, problem: str) -> None:

@@ -30,7 +30,8 @@ def sequences(inputs: Inputs) -> list[Int[Tensor, " token"]]:
     if isinstance(inputs, Mapping):
         if "input_ids" not in inputs:
             raise UsageError(f"a mapping of inputs needs input_ids; it has {', '.join(map(str, inputs)) or 'nothing'}")
-        inputs, mask = inputs["input_ids"], inputs.get("attention_mask")
+        mask = inputs.get("attention_mask")
+        inputs = inputs["input_ids"]
     rows = _rows(inputs)
     if mask is None:
         return rows

@@ -121,10 +121,7 @@ class Recorder(Listener):
         self.arguments: dict[int, Arguments] = {}
         backward = {place for place, pass_ in wanted if pass_ == "backward"}
         self._tapped = {place for place, _ in wanted} | self._read | set(self._edits)
-        self._tapped |= {
-            Place(place.kind.replace("bias", "delta"), place.layer) for place in backward if _is_bias(place)
-        }
-        self._tapped |= {Place("attn.probs", place.layer) for place in backward if place.kind == "attn.logits"}
+        self._tapped |= {_source(place) for place in backward}
 
     # ---- what the run is to do
 
@@ -271,7 +268,7 @@ class Recorder(Listener):
 
     def differentiate(self, value: Tensor) -> None:
         """Keep the gradients, and the activations that are wanted, and let the graph go."""
-        self._metric = float(value)
+        self._metric = float(value.detach())
         backward = [place for place, pass_ in self._wanted if pass_ == "backward"]
         roots = {place: self._root(place) for place in backward}
         gradients = torch.autograd.grad(value, list(roots.values()), allow_unused=True) if roots else ()
@@ -288,11 +285,7 @@ class Recorder(Listener):
         """The tensor of the graph whose gradient gives that of a place."""
         if place in self._outputs:
             return self._outputs[place]
-        if _is_bias(place):
-            place = Place(place.kind.replace("bias", "delta"), place.layer)
-        elif place.kind == "attn.logits":
-            place = Place("attn.probs", place.layer)
-        return self._held[place]
+        return self._held[_source(place)]
 
     def _gradient(self, place: Place, root: Tensor, gradient: Tensor) -> Tensor:
         if (norm := self._circuit.norm(place) if place in self._outputs else None) is not None:
@@ -343,6 +336,13 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 def _is_bias(place: Place) -> bool:
     return place.kind.endswith(".bias")
+
+
+def _source(place: Place) -> Place:
+    """The place whose gradient gives that of another; most give their own."""
+    if _is_bias(place):
+        return Place(place.kind.replace("bias", "delta"), place.layer)
+    return Place("attn.probs", place.layer) if place.kind == "attn.logits" else place
 
 
 def _norm_name(place: Place) -> str:
