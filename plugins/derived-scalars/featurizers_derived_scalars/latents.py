@@ -119,7 +119,7 @@ def token_write_to_latents(basis: Basis) -> Deriver:
 
 def _gradient(featurizer: Featurizer[Any], latent: int, x: Tensor) -> Tensor:
     flat = x.reshape(len(x), -1)
-    cotangent = flat.new_zeros(len(flat), featurizer.n_features)
+    cotangent = flat.new_zeros(len(flat), featurizer.n_features or flat.shape[-1])
     cotangent[:, latent] = 1
     return exact(featurizer.encode_vjp(flat, cotangent)).reshape(x.shape)
 
@@ -157,7 +157,8 @@ def _check(basis: Basis, latent: int) -> None:
         raise UsageError(f"a latent is a feature of a featurizer, and {basis} has none")
     given = basis.featurizer
     for featurizer in [given] if isinstance(given, Featurizer) else given.values():
-        if not 0 <= latent < featurizer.n_features:
+        most = featurizer.n_features
+        if latent < 0 or (most is not None and latent >= most):
             raise FeatureIndexError(
-                f"there is no latent {latent}: {featurizer.id!r} has those from 0 to {featurizer.n_features - 1}"
+                f"there is no latent {latent} in {featurizer.id!r}; the first is 0, and there are {most}"
             )

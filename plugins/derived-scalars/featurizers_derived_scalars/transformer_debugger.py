@@ -21,7 +21,7 @@ from featurizers.errors import UsageError
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from featurizers_derived_scalars import latents, quantities, reductions
+from featurizers_derived_scalars import edges, latents, node_writes, pair_attribution, quantities, reductions
 from featurizers_derived_scalars.activations import RawActivations
 from featurizers_derived_scalars.axes import exact
 from featurizers_derived_scalars.bases import Basis
@@ -133,7 +133,7 @@ class _Asked(NamedTuple):
     row: Row
     basis: Basis
     target: Node | None
-    index: int | None
+    feature: int | None
 
     @property
     def node(self) -> Node:
@@ -143,7 +143,7 @@ class _Asked(NamedTuple):
     @property
     def latent(self) -> int:
         """The latent, likewise."""
-        return cast(int, self.index)
+        return cast(int, self.feature)
 
     @property
     def signed(self) -> bool:
@@ -157,7 +157,8 @@ def _value(asked: _Asked) -> Deriver:
 
 
 def _scaled(context: Context, x: Tensor) -> Tensor:
-    return x * float(context.circuit.d_head) ** -0.25
+    factor: float = context.circuit.d_head**-0.25
+    return x * factor
 
 
 def _write_to(asked: _Asked) -> Deriver:
@@ -202,7 +203,7 @@ def _in_place_of_residual(node: Node, residuals: Tensor, raw: RawActivations) ->
     featurizer = node.basis.featurizer_at(node.layer)
     found = []
     with torch.no_grad():
-        for rows in residuals.split(size):
+        for rows in torch.split(residuals, size):
             filled = torch.nn.functional.pad(rows, (0, 0, 0, size - len(rows)))
             site = exact(raw.circuit.recompute(place, filled, raw, freeze_norm=False))[: len(rows)]
             site = site if featurizer is None else exact(pre_activations(featurizer, site))
@@ -224,20 +225,25 @@ _QUANTITIES: Final[dict[str, Callable[[_Asked], Deriver]]] = {
     "write_to_latent": lambda asked: latents.write_to_latent(asked.basis, asked.latent),
     "token_write_to_latent": lambda asked: latents.token_write_to_latent(asked.basis, asked.latent),
     "token_write_to_latents": lambda asked: latents.token_write_to_latents(asked.basis),
-    "pair_attribution": lambda asked: quantities.pair_attribution(asked.basis),
-    "node_write": lambda asked: quantities.node_write(asked.node),
-    "node_write_to": lambda asked: quantities.node_write_to(asked.node),
+    "pair_attribution": lambda asked: pair_attribution.pair_attribution(asked.basis),
+    "node_write": lambda asked: node_writes.node_write(asked.node),
+    "node_write_to": lambda asked: node_writes.node_write_to(asked.node),
     "attribution_direction": lambda asked: quantities.direction(NodeGrad(asked.node, times_metric=True)),
-    "edge_to": lambda asked: quantities.edge_to(asked.basis, asked.node),
-    "edge_from": lambda asked: quantities.edge_from(asked.node, asked.basis),
-    "activation_from": lambda asked: quantities.activation_from(asked.node, asked.basis),
+    "edge_to": lambda asked: edges.edge_to(asked.basis, asked.node),
+    "edge_from": lambda asked: edges.edge_from(asked.node, asked.basis),
+    "activation_from": lambda asked: edges.activation_from(asked.node, asked.basis),
     "vocab_activation": _vocab_activation,
     "ones": lambda asked: quantities.ones(asked.basis),
 }
+
+
+def _with_one(deriver: Deriver) -> Deriver:
+    return deriver.map(lambda _, x: x.unsqueeze(-1), name=deriver.name, axes=(*deriver.axes, "one"))
+
 
 _REDUCTIONS: Final[dict[str, Callable[[Deriver], Deriver]]] = {
     "pairs": reductions.pairs,
     "sum_keys": reductions.sum_keys,
     "sum_heads": reductions.sum_heads,
-    "one_of_heads": lambda deriver: reductions.sum_over(deriver, "head", keep_one=True),
+    "one_of_heads": lambda deriver: _with_one(reductions.sum_heads(deriver)),
 }
