@@ -140,7 +140,7 @@ class Basis:
         """
         if not isinstance(self.featurizer, Mapping):
             return self.featurizer
-        if layer not in self.featurizer:
+        if layer is None or layer not in self.featurizer:
             there = ", ".join(map(str, sorted(self.featurizer))) or "none"
             raise UsageError(f"{self} has no featurizer at layer {layer}; layers that have one are {there}")
         return self.featurizer[layer]
@@ -164,11 +164,13 @@ class Basis:
 
     def at(self, layer: int | None) -> str:
         """The place at a layer and the part, for people."""
-        place = str(Place(self.kind, layer))
-        part = "" if self.featurizer is None else f" {self.part}"
-        return place + part + ("" if self.via is None else f" via {self.via}")
+        return str(Place(self.kind, layer)) + self._rest
 
     def __str__(self) -> str:
         """Kind and part, for people."""
+        return self.kind + self._rest
+
+    @property
+    def _rest(self) -> str:
         part = "" if self.featurizer is None else f" {self.part}"
-        return self.kind + part + ("" if self.via is None else f" via {self.via}")
+        return part + (" whole" if self.whole else "") + ("" if self.via is None else f" via {self.via}")

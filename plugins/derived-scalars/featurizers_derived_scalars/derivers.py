@@ -13,7 +13,7 @@ from torch import Tensor
 from featurizers_derived_scalars.activations import RawActivations
 from featurizers_derived_scalars.axes import Axis
 from featurizers_derived_scalars.places import Need
-from featurizers_derived_scalars.sources import DerivedSource, ScalarSource
+from featurizers_derived_scalars.sources import DerivedSource, ScalarSource, bind
 
 if TYPE_CHECKING:
     from featurizers import Featurizer
@@ -95,7 +95,8 @@ class Deriver:
         if wanted is None and self.within is not None:
             every = frozenset({None, *range(circuit.n_layers)})
             kept = frozenset(layer for layer in every if self.within(circuit, layer))
-            wanted = None if kept == every else kept
+            if kept:  # else the sources say what the model lacks, or need nothing that would be used
+                wanted = None if kept == every else kept
         return frozenset[Need]().union(*(source.needs(circuit, wanted) for source in self.sources))
 
     def available(self, raw: RawActivations) -> frozenset[int | None] | None:
@@ -109,6 +110,11 @@ class Deriver:
     def tensor(self, raw: RawActivations, layer: int | None = None) -> Tensor:
         """The result at one layer."""
         return self.fn(Context(raw, layer), *(source.derive(raw, layer) for source in self.sources))
+
+    def bound(self, raw: RawActivations) -> Callable[[int | None], Tensor]:
+        """From a layer to its tensor; what serves every layer is computed once."""
+        sources = [bind(source, raw) for source in self.sources]
+        return lambda layer: self.fn(Context(raw, layer), *(source(layer) for source in sources))
 
     def derive(self, raw: RawActivations, layers: Iterable[int | None] | None = None) -> Scalars:
         """The scalars of a sequence, each layer computed when it is looked up.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, final
 
@@ -143,3 +144,24 @@ class DerivedSource:
     def derive(self, raw: RawActivations, layer: int | None) -> Tensor:
         """The deriver's tensor."""
         return self.deriver.tensor(raw, self.at.source(layer))
+
+
+def bind(source: ScalarSource, raw: RawActivations) -> Callable[[int | None], Tensor]:
+    """From a layer to a source's tensor; a constant one is computed once."""
+    if source.constant:
+        return _once(functools.partial(source.derive, raw))
+    if isinstance(source, DerivedSource):
+        at, inner = source.at, source.deriver.bound(raw)
+        return lambda layer: inner(at.source(layer))
+    return functools.partial(source.derive, raw)
+
+
+def _once(derive: Callable[[int | None], Tensor]) -> Callable[[int | None], Tensor]:
+    kept: list[Tensor] = []
+
+    def answer(layer: int | None) -> Tensor:
+        if not kept:
+            kept.append(derive(layer))
+        return kept[0]
+
+    return answer

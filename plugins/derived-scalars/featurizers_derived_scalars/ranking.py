@@ -1,0 +1,66 @@
+"""`ranked`: the largest of many scalars, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from featurizers_derived_scalars.axes import Axis, pair_of
+from featurizers_derived_scalars.bases import Basis
+from featurizers_derived_scalars.nodes import Node
+
+if TYPE_CHECKING:
+    from featurizers_derived_scalars.scalars import Scalars
+
+
+class Ranked(NamedTuple):
+    """One scalar among the largest.
+
+    Attributes:
+        value: of the scalar.
+        node: which node; None if the scalar is of no nodes.
+        name: of the scalar.
+        layer: of the tensor.
+        at: index into the tensor.
+    """
+
+    value: float
+    node: Node | None
+    name: str
+    layer: int | None
+    at: tuple[int, ...]
+
+
+def ranked(scalars: Scalars, k: int, order: Callable[[Tensor], Tensor]) -> list[Ranked]:
+    """The k scalars that are largest by ``order``, largest first; ties by name, layer and index as they come."""
+    kept: list[tuple[float, Ranked]] = []
+    for key in scalars:
+        tensor = scalars[key]
+        rank = order(tensor).flatten()
+        # a stable sort, since torch.topk breaks ties as it likes; only what may be among the largest is sorted
+        least = torch.topk(rank, min(k, rank.numel())).values[-1:] if rank.numel() else rank
+        candidates = (rank >= least).nonzero().squeeze(-1)
+        best = candidates[torch.sort(rank[candidates], descending=True, stable=True).indices[:k]]
+        for place, index in zip(best.tolist(), zip(*torch.unravel_index(best, tensor.shape), strict=True), strict=True):
+            kept.append((float(rank[place]), _entry(scalars, key, tensor, tuple(map(int, index)))))
+        kept.sort(key=lambda pair: -pair[0])
+        del kept[k:]
+    return [entry for _, entry in kept]
+
+
+def _entry(scalars: Scalars, key: tuple[str, int | None], tensor: Tensor, index: tuple[int, ...]) -> Ranked:
+    name, layer = key
+    about = scalars.about[name]
+    node = None if about.basis is None else node_at(about.basis, layer, about.axes, index)
+    return Ranked(float(tensor[index]), node, name, layer, index)
+
+
+def node_at(basis: Basis, layer: int | None, axes: tuple[Axis, ...], index: tuple[int, ...]) -> Node:
+    """The node of an index into a scalar; axes of the basis that were summed have none."""
+    where: dict[str, int] = dict(zip(axes, index, strict=True))
+    if "pair" in where:
+        where["token"], where["key"] = pair_of(where["pair"])
+    return Node(basis, layer, tuple(0 if axis == "one" else where.get(axis) for axis in basis.axes))
