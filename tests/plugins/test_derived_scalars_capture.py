@@ -260,7 +260,7 @@ def test_probabilities_are_transformers_own(name):
 
 def test_the_gradient_of_a_scale_is_its_derivative():
     """Against a difference: a norm's output is edited to what another scale would give."""
-    circuit, raw = everything("gpt2", freeze_norms=("final",))
+    circuit, raw = everything("gpt2", freeze_norms=())
     place, step = Place("norm.mlp.scale", 1), 5e-3  # transformers takes norms and softmax in float32
     norm, path = circuit.norm(place), circuit.norm_path(place)
     x, scale = forward(raw, "resid.mid", 1), raw.scale("mlp", 1)
