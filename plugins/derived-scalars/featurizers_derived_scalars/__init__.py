@@ -13,3 +13,13 @@ def featurizers_circuits(model: Any) -> Any:
     from featurizers_derived_scalars.layout import find_layout
 
     return find_layout(model)
+
+
+@hookimpl(optionalhook=True)
+def featurizers_scalars(register: Any) -> None:
+    """Register the quantities of this package, and transformer-debugger's names of them."""
+    from featurizers_derived_scalars.plain import plain_specs
+    from featurizers_derived_scalars.transformer_debugger import upstream_specs
+
+    for spec in (*plain_specs(), *upstream_specs()):
+        register(spec)

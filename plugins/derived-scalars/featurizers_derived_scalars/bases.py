@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias, final, get_args
+from typing import Any, Final, Literal, Self, TypeAlias, final, get_args
 
 from featurizers import Featurizer
 from featurizers.errors import SiteError, UsageError, shown
 from featurizers.sites import Site
 
 from featurizers_derived_scalars.axes import Axis
-from featurizers_derived_scalars.places import KINDS, Need, Place
-from featurizers_derived_scalars.sources import need
-
-if TYPE_CHECKING:
-    from featurizers_derived_scalars.circuit import Circuit
+from featurizers_derived_scalars.places import KINDS, Place
 
 Part: TypeAlias = Literal["features", "error", "bias"]
 """Which part of an activation: what its features decode to, the error term, or the rest, which is the decoder's bias
@@ -148,19 +144,6 @@ class Basis:
     def has(self, layer: int | None) -> bool:
         """Whether there are nodes at a layer of a model that has it."""
         return not isinstance(self.featurizer, Mapping) or layer in self.featurizer
-
-    def needs(self, circuit: Circuit, layers: frozenset[int | None] | None = None) -> frozenset[Need]:
-        """What the values of the nodes need.
-
-        Raises:
-            SiteError: the model has no such place; the message says why.
-        """
-        layered = KINDS[self.kind].layered
-        if isinstance(self.featurizer, Mapping) and layered:
-            layers = frozenset(self.featurizer) if layers is None else layers & frozenset(self.featurizer)
-        for layer in ([0] if layers is None else layers) if layered else [None]:
-            circuit.check(Place(self.kind, layer))
-        return frozenset({need(self.kind, "forward", layers)})
 
     def at(self, layer: int | None) -> str:
         """The place at a layer and the part, for people."""

@@ -192,6 +192,22 @@ class Deriver:
         """The same scalar under another name."""
         return dataclasses.replace(self, name=name)
 
+    def only(self, layers: Iterable[int | None]) -> Deriver:
+        """The same scalar at some layers alone; what the others need is not captured for it."""
+        kept, within = frozenset(layers), self.within
+        return dataclasses.replace(
+            self, within=lambda circuit, at: at in kept and (within is None or within(circuit, at))
+        )
+
+    def without(self, layers: Iterable[int | None]) -> Deriver:
+        """The same scalar at all layers but some."""
+        gone, within = frozenset(layers), self.within
+        if not gone:
+            return self
+        return dataclasses.replace(
+            self, within=lambda circuit, at: at not in gone and (within is None or within(circuit, at))
+        )
+
     def as_featurizer(self, raw: RawActivations | None = None, layer: int | None = None) -> Featurizer[Any]:
         """The featurizer that this scalar is, where it is one; see `featurizers_derived_scalars.reverse`.
 

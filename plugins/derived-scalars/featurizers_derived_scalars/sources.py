@@ -91,8 +91,12 @@ class RawSource:
         Raises:
             SiteError: the model has no such place; the message says why.
         """
-        wanted = self.at.sources(layers) if KINDS[self.kind].layered else frozenset({None})
-        for layer in [0 if KINDS[self.kind].layered else None] if wanted is None else wanted:
+        if not KINDS[self.kind].layered:
+            circuit.check(Place(self.kind))
+            return frozenset({need(self.kind, self.pass_)})
+        wanted = self.at.sources(layers)
+        wanted = None if wanted is None else wanted - {None}
+        for layer in [0] if wanted is None else wanted:
             circuit.check(Place(self.kind, layer))
         return frozenset({need(self.kind, self.pass_, wanted)})
 

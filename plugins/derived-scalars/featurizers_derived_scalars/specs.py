@@ -1,17 +1,29 @@
 """`ScalarSpec`: a named quantity with its options, and the registry that any plugin adds to.
 
-Hook: ``featurizers_scalars(register)`` calls ``register(ScalarSpec(...))``.
+A plugin adds quantities by the hook ``featurizers_scalars``:
+
+    @hookimpl(optionalhook=True)
+    def featurizers_scalars(register):
+        register(ScalarSpec("my-plugin.surprise", make, Options, group="surprise", text="how surprising a node is"))
 """
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
 
-from pydantic import BaseModel
+from featurizers.errors import PluginError, UsageError, one_line, shown
+from featurizers.plugins import host
+from pydantic import BaseModel, ValidationError
 
 from featurizers_derived_scalars.derivers import Deriver
+
+NAME: Final = re.compile(r"([a-z0-9]+(-[a-z0-9]+)*\.)?[a-z][a-z0-9_]*")
+"""Lower-case words joined by ``_``; of another plugin with its name and a dot before."""
 
 
 @dataclass(frozen=True)
@@ -19,13 +31,17 @@ class ScalarSpec:
     """A named quantity.
 
     Attributes:
-        name: lower-case words joined by ``_`` or, of another plugin, with its name and a dot before.
+        name: lower-case words joined by ``_``; of another plugin with its name before: ``my-plugin.surprise``.
         make: from the options to the deriver.
-        config: pydantic model of the options; what a field means is its description.
-        group: which scalars have comparable units and are ranked together.
+        config: pydantic model of the options, which forbids unknown ones. Some are filled in by `scalars`, if the model
+            has them: ``kind`` of the basis; ``featurizers``, by kind; ``direction``, that of the metric.
+        group: which scalars have comparable units, and may be ranked together.
         text: what it is, one line.
-        presets: values of options that are fixed (an alias of another spec has some).
+        bases: kinds of place that it is computed of unless one is named; none for a quantity that has no basis.
         aliases: other names.
+
+    Raises:
+        PluginError: the name is no such name, or the config no such model.
     """
 
     name: str
@@ -33,15 +49,85 @@ class ScalarSpec:
     config: type[BaseModel]
     group: str
     text: str
-    presets: Mapping[str, Any] = field(default_factory=dict)
+    bases: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be registered."""
+        for name in (self.name, *self.aliases):
+            if not isinstance(name, str) or not NAME.fullmatch(name):
+                raise PluginError(f"{shown(name)} is no name of a scalar, such as 'write_to' or 'my-plugin.surprise'")
+        config = self.config
+        if (
+            not (isinstance(config, type) and issubclass(config, BaseModel))
+            or config.model_config.get("extra") != "forbid"
+        ):
+            raise PluginError(f'the options of {self.name} are a pydantic model with ConfigDict(extra="forbid")')
+
+    def deriver(self, **options: Any) -> Deriver:
+        """The deriver with these options.
+
+        Raises:
+            UsageError: an option is missing, unknown or of the wrong type; the message names it.
+        """
+        try:
+            return self.make(self.config(**options))
+        except ValidationError as error:
+            faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+            takes = ", ".join(self.config.model_fields) or "none"
+            raise UsageError(
+                f"{self.name} cannot be made of these options: {one_line(faults)}. It takes {takes}."
+            ) from error
 
 
 def specs() -> Mapping[str, ScalarSpec]:
-    """Every registered spec by name and by alias."""
-    raise NotImplementedError
+    """Every registered quantity, by name and by alias.
+
+    Raises:
+        PluginError: two have one name, or one of another plugin has no prefix.
+    """
+    from featurizers_derived_scalars.plain import plain_specs
+    from featurizers_derived_scalars.transformer_debugger import upstream_specs
+
+    own = {spec.name for spec in (*plain_specs(), *upstream_specs())}
+    found: dict[str, ScalarSpec] = {}
+
+    def register(spec: ScalarSpec) -> None:
+        if not isinstance(spec, ScalarSpec):
+            raise PluginError(f"a plugin registers {shown(spec)}, which is no ScalarSpec")
+        for name in (spec.name, *spec.aliases):
+            if name in found:
+                raise PluginError(f"the scalar {name} is registered twice; uninstall one of the plugins that do")
+            if spec.name not in own and "." not in name:
+                raise PluginError(
+                    f"the scalar {name} of another plugin needs the plugin's name before: 'plugin.{name}'"
+                )
+            found[name] = spec
+
+    host().ask("featurizers_scalars", register=register)
+    return MappingProxyType(found)
+
+
+def spec(name: str) -> ScalarSpec:
+    """The registered quantity of a name or an alias, in lower or upper case.
+
+    Raises:
+        UsageError: there is none; the message has names that are like it.
+    """
+    known = specs()
+    if not isinstance(name, str):
+        raise UsageError(f"the name of a scalar is a string, not {shown(name)}")
+    if (found := known.get(name) or known.get(name.lower())) is not None:
+        return found
+    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    hint = f"like it: {', '.join(near)}" if near else f"there are {', '.join(sorted(known))}"
+    raise UsageError(f"there is no scalar {shown(name)}; {hint}. `featurizers scalars --list` shows all.")
 
 
 def deriver(name: str, /, **options: Any) -> Deriver:
-    """The deriver of a registered name: ``deriver("write_to", kind="mlp.neurons")``."""
-    raise NotImplementedError
+    """The deriver of a registered quantity: ``deriver("write_to", kind="mlp.neurons")``.
+
+    Raises:
+        UsageError: there is no such quantity, or the options are not its own.
+    """
+    return spec(name).deriver(**options)
