@@ -52,13 +52,14 @@ _DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "opt": ("OPTConfig", "OPTForCausalLM", _OPT),
     "stablelm": ("StableLmConfig", "StableLmForCausalLM", {**_BASE, "use_qkv_bias": True}),
     "stablelm_parallel": ("StableLmConfig", "StableLmForCausalLM", {**_BASE, "use_parallel_residual": True}),
+    "gptj": ("GPTJConfig", "GPTJForCausalLM", {**_GPT2, "rotary_dim": 4}),
     "cohere": ("CohereConfig", "CohereForCausalLM", {**_BASE, "attention_bias": True}),
     "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {**_BASE, "attention_bias": True, "mlp_bias": True}),
     "granite": ("GraniteConfig", "GraniteForCausalLM", {**_BASE, "attention_bias": True, "mlp_bias": True, **_GRANITE}),
 }
 
 DECODERS = tuple(_DECODERS)
-PARALLEL = ("gpt_neox", "phi", "stablelm_parallel", "cohere")
+PARALLEL = ("gpt_neox", "phi", "stablelm_parallel", "gptj", "cohere")
 POST_NORM = ("gemma2", "gemma3", "olmo2")
 
 

@@ -185,7 +185,11 @@ class RawActivations(Mapping[tuple[Place, Pass], Tensor]):
         if about.get("model") != circuit.fingerprint():
             raise ArtefactError(where, f"it is of {shown(about.get('model'))}, the model is {circuit.fingerprint()}")
         metric, frozen = about.get("metric"), about.get("frozen")
-        if not isinstance(metric, float | None) or not isinstance(frozen, list) or not set(frozen) <= NORMS:
+        if (
+            not isinstance(metric, float | None)
+            or not isinstance(frozen, list)
+            or not all(isinstance(name, str) and name in NORMS for name in frozen)
+        ):
             raise ArtefactError(where, "the header's metric or frozen norms are not what they should be")
         tokens = tensors.pop("tokens", None)
         if tokens is None or tokens.dim() != 1 or tokens.is_floating_point():
@@ -193,11 +197,13 @@ class RawActivations(Mapping[tuple[Place, Pass], Tensor]):
         try:
             values = {_key(name): value for name, value in tensors.items()}
             raw = cls(circuit, tokens, values, metric=metric, frozen=frozenset(frozen))
-            for place, _ in raw:
-                circuit.check(place)
+            for place, pass_ in raw:
+                if tuple(raw[place, pass_].shape) != (shape := circuit.shape(place, len(tokens))):
+                    raise SiteError(f"{place} is {tuple(raw[place, pass_].shape)}; in this model it is {shape}")
+            arguments = circuit.arguments(tokens)
         except FeaturizerError as error:
             raise ArtefactError(where, str(error)) from error
-        return cls(circuit, tokens, values, metric=metric, frozen=raw.frozen, arguments=circuit.arguments(tokens))
+        return cls(circuit, tokens, values, metric=metric, frozen=raw.frozen, arguments=arguments)
 
 
 NORMS: Final = frozenset(kind.removeprefix("norm.").removesuffix(".scale") for kind in KINDS if kind[:4] == "norm")

@@ -77,7 +77,10 @@ def capture(
     for edit in edits:
         circuit.check(edit.place)
     keep = Keeper(device, dtype)
-    return [_capture(circuit, tokens, wanted, scalar, frozen, edits, keep) for tokens in sequences(inputs)]
+    prompts = sequences(inputs)
+    for tokens in prompts:
+        circuit.check_tokens(tokens)
+    return [_capture(circuit, tokens, wanted, scalar, frozen, edits, keep) for tokens in prompts]
 
 
 def _wanted(circuit: Circuit, needs: Iterable[Need], metric: Metric | None) -> frozenset[tuple[Place, Pass]]:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, final
 
 import torch
-from featurizers.errors import ShapeError, SiteError
+from featurizers.errors import ShapeError, SiteError, UsageError
 from featurizers.plugins import host
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -102,7 +102,7 @@ class Circuit(Wiring):
 
     @property
     def n_neurons(self) -> int:
-        """Neurons of the first block; blocks may differ, see `shape`."""
+        """Neurons of the first block; where blocks differ, `shape` tells."""
         return self._sizes["neurons"]
 
     @property
@@ -122,6 +122,30 @@ class Circuit(Wiring):
         """The norm whose scale a place is; None if there is no such norm."""
         path = self.norm_path(place)
         return None if path is None else self._norms[path]
+
+    def shape(self, place: Place, length: int) -> tuple[int, ...]:
+        """The shape of a place's tensor for so many tokens.
+
+        Raises:
+            SiteError: the model does not have it.
+        """
+        self.check(place)
+        sizes = {"token": length, "key": length, "head": self.n_heads, "d_model": self.d_model, "one": 1}
+        sizes |= {"vocab": self.d_vocab, "d_head": self.d_head if place.kind in ("attn.q", "attn.k") else self.d_value}
+        if "neuron" in place.axes:
+            sizes["neuron"] = self._projection(self.block(place), "mlp")[0].shape[0]
+        return tuple(sizes[axis] for axis in place.axes)
+
+    def check_tokens(self, tokens: Int[Tensor, " token"]) -> None:
+        """Refuse ids that the model has no embedding for.
+
+        Raises:
+            UsageError: some are not in the vocabulary.
+        """
+        embeddings: Any = self._model.get_input_embeddings()  # type: ignore[operator]
+        size, lowest, highest = embeddings.weight.shape[0], int(tokens.min()), int(tokens.max())
+        if lowest < 0 or highest >= size:
+            raise UsageError(f"token {lowest if lowest < 0 else highest} is not in the vocabulary, which has {size}")
 
     # ---- what it writes
 
@@ -280,6 +304,7 @@ class Circuit(Wiring):
 
     def arguments(self, tokens: Int[Tensor, " token"]) -> Mapping[int, Arguments]:
         """What each attention module is called with for a prompt, by layer; runs the model once."""
+        self.check_tokens(tokens)
         found: dict[int, Arguments] = {}
         tell = {block.attention: functools.partial(found.__setitem__, n) for n, block in enumerate(self._layout.blocks)}
         with torch.no_grad(), evaluating(self._model):
