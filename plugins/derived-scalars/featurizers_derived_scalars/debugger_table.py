@@ -79,7 +79,7 @@ online_mlp_autoencoder_error_act_times_grad  TM   act_times_grad     mlp.neurons
 online_mlp_autoencoder_error_write_norm      TM   write_norm         mlp.neurons/error   signed
 online_mlp_autoencoder_error_write_to_final_residual_grad TM write_to mlp.neurons/error
 attn_write                                   TKHD write              attn.probs
-attn_write_sum_heads                         TKD  write              attn.probs          sum_heads
+attn_write_sum_heads                         TKD  write_sum          attn.probs
 mlp_write                                    TMD  write              mlp.neurons
 online_autoencoder_write                     TZD  write              any
 attn_weighted_value                          TKHC weighted_value     attn.probs
@@ -91,8 +91,8 @@ resid_post_embedding_proj_to_final_activation_residual_grad T1 write_to_node res
 autoencoder_latent_grad_wrt_residual_input   TD   latent_direction   residual
 autoencoder_latent_grad_wrt_mlp_post_act_input TM latent_direction   mlp.neurons/features
 attn_write_to_latent                         TKH  write_to_latent    attn.delta/features
-attn_write_to_latent_summed_over_heads       TK1  write_to_latent    attn.delta/features one_of_heads
-flattened_attn_write_to_latent_summed_over_heads P1 write_to_latent  attn.delta/features one_of_heads,pairs
+attn_write_to_latent_summed_over_heads       TK1  write_to_latent    attn.delta/features sum_heads
+flattened_attn_write_to_latent_summed_over_heads P1 write_to_latent  attn.delta/features sum_heads,pairs
 flattened_attn_write_to_latent_summed_over_heads_batched PZ pair_attribution attn.delta/features pairs
 attn_write_to_latent_per_sequence_token      TH   token_write_to_latent  attn.delta/features
 attn_write_to_latent_per_sequence_token_batched THZ token_write_to_latents attn.delta/features

@@ -12,12 +12,13 @@ Where its number is not what its name says, the name keeps it, and ours beside i
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple, cast
 
 import torch
-from featurizers.errors import UsageError
+from featurizers.errors import UsageError, shown
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -73,7 +74,8 @@ def upstream(
         ('token', 'neuron')
     """
     if name not in ROWS:
-        raise UsageError(f"transformer-debugger has no scalar {name!r}; its {len(ROWS)} names are in docs")
+        near = difflib.get_close_matches(name, ROWS, n=3, cutoff=0.3)
+        raise UsageError(f"transformer-debugger has no scalar {shown(name)}; like it: {', '.join(near) or 'none'}")
     row = ROWS[name]
     if row.quantity in NEED_A_NODE and node is None:
         raise UsageError(f"{name} is that of one node; give node=Node(basis, layer, index)")
@@ -175,10 +177,22 @@ def _write_to(asked: _Asked) -> Deriver:
 
 
 def _write_sum(asked: _Asked) -> Deriver:
-    def total(context: Context, x: Tensor) -> Tensor:
-        return exact(context.circuit.write(Place(asked.basis.kind, context.layer), x, context.raw))
+    """The writes of all neurons or of all heads together, without those of each."""
 
-    return quantities.value(asked.basis).map(total, name=asked.row.name, axes=asked.row.shape)
+    def neurons(context: Context, x: Tensor) -> Tensor:
+        return exact(context.circuit.write(Place("mlp.neurons", context.layer), x, context.raw))
+
+    def heads(context: Context, probs: Tensor, values: Tensor) -> Tensor:
+        place = Place("attn.z", context.layer)
+        matrix = exact(cast(Tensor, context.circuit.write_matrix(place)))
+        written = torch.einsum("khe,hed->khd", values, matrix)
+        total = torch.einsum("qkh,khd->qkd", probs, written)
+        scale = context.circuit.write_scale(place, context.raw)
+        return total if scale is None else total / exact(scale).unsqueeze(1)
+
+    if asked.basis.kind == "mlp.neurons":
+        return Deriver(asked.row.name, (RawSource("mlp.neurons"),), asked.row.shape, neurons)
+    return Deriver(asked.row.name, (RawSource("attn.probs"), RawSource("attn.v")), asked.row.shape, heads)
 
 
 def _vocab_activation(asked: _Asked) -> Deriver:
@@ -237,13 +251,8 @@ _QUANTITIES: Final[dict[str, Callable[[_Asked], Deriver]]] = {
 }
 
 
-def _with_one(deriver: Deriver) -> Deriver:
-    return deriver.map(lambda _, x: x.unsqueeze(-1), name=deriver.name, axes=(*deriver.axes, "one"))
-
-
 _REDUCTIONS: Final[dict[str, Callable[[Deriver], Deriver]]] = {
     "pairs": reductions.pairs,
     "sum_keys": reductions.sum_keys,
     "sum_heads": reductions.sum_heads,
-    "one_of_heads": lambda deriver: _with_one(reductions.sum_heads(deriver)),
 }
