@@ -185,18 +185,15 @@ class RawActivations(Mapping[tuple[Place, Pass], Tensor]):
         if about.get("model") != circuit.fingerprint():
             raise ArtefactError(where, f"it is of {shown(about.get('model'))}, the model is {circuit.fingerprint()}")
         metric, frozen = about.get("metric"), about.get("frozen")
-        if (
-            not isinstance(metric, float | None)
-            or not isinstance(frozen, list)
-            or not all(isinstance(name, str) and name in NORMS for name in frozen)
-        ):
+        known = [name for name in frozen if isinstance(name, str) and name in NORMS] if isinstance(frozen, list) else []
+        if not isinstance(metric, float | None) or known != frozen:
             raise ArtefactError(where, "the header's metric or frozen norms are not what they should be")
         tokens = tensors.pop("tokens", None)
         if tokens is None or tokens.dim() != 1 or tokens.is_floating_point():
             raise ArtefactError(where, "it has no row of token ids")
         try:
             values = {_key(name): value for name, value in tensors.items()}
-            raw = cls(circuit, tokens, values, metric=metric, frozen=frozenset(frozen))
+            raw = cls(circuit, tokens, values, metric=metric, frozen=frozenset(known))
             for place, pass_ in raw:
                 if tuple(raw[place, pass_].shape) != (shape := circuit.shape(place, len(tokens))):
                     raise SiteError(f"{place} is {tuple(raw[place, pass_].shape)}; in this model it is {shape}")
