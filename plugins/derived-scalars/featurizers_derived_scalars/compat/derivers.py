@@ -43,17 +43,15 @@ TensorFunction = Callable[[tuple[Tensor, ...], LayerIndex, PassType], Tensor]
 
 
 class ScalarSource(ABC):
-    """Something that has a tensor at each of some layers: a raw location or a deriver, in one pass."""
+    """Something that has a tensor at each of some layers: a raw location or a deriver, in one pass.
 
-    @property
-    @abstractmethod
-    def pass_type(self) -> PassType:
-        """Which pass."""
+    Attributes:
+        pass_type: which pass.
+        layer_indexer: which layer of it belongs to a layer of the result.
+    """
 
-    @property
-    @abstractmethod
-    def layer_indexer(self) -> LayerIndexer:
-        """Which layer of it belongs to a layer of the result."""
+    pass_type: PassType
+    layer_indexer: LayerIndexer
 
     @property
     @abstractmethod
@@ -190,7 +188,7 @@ class DerivedScalarSource(ScalarSource):
 class _Whole(ScalarSource):
     """One of the 106 scalars as this library derives it, forward."""
 
-    dst: NamedScalar
+    name: NamedScalar
     inner: Deriver
     pass_type: PassType = PassType.FORWARD
     layer_indexer: LayerIndexer = DEFAULT_LAYER_INDEXER
@@ -198,6 +196,10 @@ class _Whole(ScalarSource):
     @property
     def exists_by_default(self) -> bool:
         return False
+
+    @property
+    def dst(self) -> NamedScalar:
+        return self.name
 
     @property
     def location_within_layer(self) -> LocationWithinLayer | None:

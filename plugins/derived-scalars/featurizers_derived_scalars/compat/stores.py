@@ -136,6 +136,8 @@ def derived(
     layers: Sequence[LayerIndex] | None,
 ) -> ActivationsAndMetadata:
     """The tensors of a source at some layers; all if None."""
+    if layers is not None and source.layers(store.raw) is None:  # one tensor for whichever layer is asked for
+        return ActivationsAndMetadata({layer: source.derive(store.raw, layer) for layer in layers}, dst, pass_type)
     deriver = Deriver(dst.value, (source,), source.axes, lambda _, x: x)
     found = deriver.derive(store.raw, layers)
     return ActivationsAndMetadata({layer: found[name, layer] for name, layer in found}, dst, pass_type)
