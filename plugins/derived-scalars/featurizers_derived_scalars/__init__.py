@@ -23,3 +23,11 @@ def featurizers_scalars(register: Any) -> None:
 
     for spec in (*plain_specs(), *upstream_specs()):
         register(spec)
+
+
+@hookimpl
+def featurizers_register(register: Any) -> None:
+    """Register the kind ``derived-scalars.diagonal``."""
+    from featurizers_derived_scalars.diagonal import DiagonalFeaturizer
+
+    register(DiagonalFeaturizer)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from featurizers_derived_scalars.bases import Basis
     from featurizers_derived_scalars.circuit import Circuit
+    from featurizers_derived_scalars.reverse import Reverse
     from featurizers_derived_scalars.scalars import Scalars
 
 
@@ -60,6 +61,7 @@ class Deriver:
         params: what it was made with, for people and for saved results.
         basis: of the nodes whose scalars these are; None if they are of no nodes.
         within: whether there is a result at a layer of a model; None for at all.
+        reverse: what makes the featurizer that this scalar is; None if it is none.
 
     Example:
         >>> from featurizers_derived_scalars.sources import RawSource
@@ -75,6 +77,7 @@ class Deriver:
     params: Mapping[str, Any] = field(default_factory=dict)
     basis: Basis | None = None
     within: Callable[[Circuit, int | None], bool] | None = None
+    reverse: Reverse | None = None
 
     def __post_init__(self) -> None:
         """Refuse a deriver of nothing."""
@@ -166,6 +169,7 @@ class Deriver:
             axes=self.axes if axes is None else axes,
             fn=fn,
             params={**self.params, **params},
+            reverse=None,
         )
 
     def combine(
@@ -186,6 +190,7 @@ class Deriver:
             axes=self.axes if axes is None else axes,
             fn=fn,
             params={**self.params, **params},
+            reverse=None,
         )
 
     def renamed(self, name: str) -> Deriver:
@@ -208,19 +213,28 @@ class Deriver:
             self, within=lambda circuit, at: at not in gone and (within is None or within(circuit, at))
         )
 
-    def as_featurizer(self, raw: RawActivations | None = None, layer: int | None = None) -> Featurizer[Any]:
-        """The featurizer that this scalar is, where it is one; see `featurizers_derived_scalars.reverse`.
+    def as_featurizer(
+        self, raw: RawActivations, layer: int | None = None, *, token: int | None = None
+    ) -> Featurizer[Any]:
+        """The featurizer that this scalar is, whose features are the scalar; see `featurizers_derived_scalars.reverse`.
+
+        ``value`` is the basis's own; ``write_norm`` with its sign and ``write_to`` weigh each node by a number
+        (`DiagonalFeaturizer`, behind the basis's own featurizer if it has one); ``direction`` is a line
+        (`SubspaceFeaturizer`). It has the site of the place, if `featurizers.Site` has one.
 
         Args:
-            raw: what was captured, for a scalar that depends on it.
+            raw: of any sequence of the model, with what this scalar needs.
             layer: of the place.
+            token: at which the weights are taken, where they are others at each.
 
         Raises:
-            UsageError: this scalar is no featurizer of one place; the message says why.
+            UsageError: this scalar is no map of one place at one token that could be inverted, or it needs a token.
         """
-        from featurizers_derived_scalars.reverse import as_featurizer
+        from featurizers_derived_scalars.reverse import refuse
 
-        return as_featurizer(self, raw, layer)
+        if self.reverse is None:
+            raise refuse(self.name)
+        return self.reverse(raw, layer, token)
 
 
 def _sorted(layers: Iterable[int | None]) -> list[int | None]:

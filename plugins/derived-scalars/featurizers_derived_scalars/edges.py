@@ -26,8 +26,8 @@ from featurizers_derived_scalars.node_writes import node_write
 from featurizers_derived_scalars.nodes import Node
 from featurizers_derived_scalars.places import Need, Place
 from featurizers_derived_scalars.quantities import write_to
-from featurizers_derived_scalars.sources import DerivedSource, RawSource, need
 from featurizers_derived_scalars.reach import after, read_by
+from featurizers_derived_scalars.sources import DerivedSource, RawSource, need
 from featurizers_derived_scalars.views import View
 from featurizers_derived_scalars.writing import total
 

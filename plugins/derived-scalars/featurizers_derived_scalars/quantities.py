@@ -21,8 +21,9 @@ from featurizers_derived_scalars.layer_maps import Unlayered
 from featurizers_derived_scalars.node_writes import node_write
 from featurizers_derived_scalars.nodes import Node
 from featurizers_derived_scalars.places import KINDS
-from featurizers_derived_scalars.sources import RawSource, ScalarSource
 from featurizers_derived_scalars.reach import anywhere, before, writes
+from featurizers_derived_scalars.reverse import by_direction, by_effect, by_length, by_value
+from featurizers_derived_scalars.sources import RawSource, ScalarSource
 from featurizers_derived_scalars.views import View
 from featurizers_derived_scalars.writing import effect, sizes, total
 from featurizers_derived_scalars.writing import writes as write_of
@@ -55,7 +56,14 @@ def value(basis: Basis) -> Deriver:
         return _view(basis, context, x).values
 
     return Deriver(
-        f"value:{basis}", (RawSource(basis.kind),), _entries(basis), fn, {"basis": basis}, basis, anywhere(basis)
+        f"value:{basis}",
+        (RawSource(basis.kind),),
+        _entries(basis),
+        fn,
+        {"basis": basis},
+        basis,
+        anywhere(basis),
+        by_value(basis),
     )
 
 
@@ -141,8 +149,8 @@ def write_norm(basis: Basis, *, signed: bool = False) -> Deriver:
         view = _view(basis, context, x)
         return sizes(view) * view.values.sign() if signed else sizes(view)
 
-    params = {"basis": basis, "signed": signed}
-    return Deriver(f"write_norm:{basis}", _reads_values(basis), basis.axes, fn, params, basis, anywhere(basis))
+    params, reverse = {"basis": basis, "signed": signed}, by_length(basis) if signed else None
+    return Deriver(f"write_norm:{basis}", _reads_values(basis), basis.axes, fn, params, basis, anywhere(basis), reverse)
 
 
 def write_to(basis: Basis, direction: Direction | Node | Tensor | None = None) -> Deriver:
@@ -166,7 +174,8 @@ def write_to(basis: Basis, direction: Direction | Node | Tensor | None = None) -
 
     sources = (*_reads_values(basis), DirectionSource(along))
     params = {"basis": basis, "direction": along}
-    return Deriver(f"write_to:{basis}", sources, basis.axes, fn, params, basis, before(basis, along.place))
+    within, reverse = before(basis, along.place), by_effect(basis, along)
+    return Deriver(f"write_to:{basis}", sources, basis.axes, fn, params, basis, within, reverse)
 
 
 def direction(target: Direction | Node | None = None) -> Deriver:
@@ -176,7 +185,9 @@ def direction(target: Direction | Node | None = None) -> Deriver:
     def fn(_: Context, vector: Tensor) -> Tensor:
         return vector
 
-    return Deriver("direction", (DirectionSource(along),), ("token", "d_model"), fn, {"direction": along})
+    axes: tuple[Axis, ...] = ("token", "d_model")
+    params, reverse = {"direction": along}, by_direction(along)
+    return Deriver("direction", (DirectionSource(along),), axes, fn, params, reverse=reverse)
 
 
 def weighted_value(basis: Basis | None = None) -> Deriver:

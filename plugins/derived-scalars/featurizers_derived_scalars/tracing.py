@@ -18,8 +18,8 @@ from featurizers_derived_scalars.bases import HEADS
 from featurizers_derived_scalars.metrics import Metric
 from featurizers_derived_scalars.nodes import Node
 from featurizers_derived_scalars.places import Need, Place
-from featurizers_derived_scalars.sources import need
 from featurizers_derived_scalars.reach import read_by
+from featurizers_derived_scalars.sources import need
 from featurizers_derived_scalars.views import View, flat
 
 if TYPE_CHECKING:

@@ -53,12 +53,16 @@ def sizes(view: View) -> Tensor:
         written = view.lift(view.values)
         whole: Tensor = torch.linalg.vector_norm(exact(circuit.write(view.place, written, raw)), dim=-1, keepdim=True)
         return whole
+    return view.values.abs() * unit_lengths(view)
+
+
+def unit_lengths(view: View) -> Tensor:
+    """The length of what one unit of each node writes: like the values."""
     if view.featurizer is not None and view.basis.part == "features":
-        return view.values.abs() * _feature_lengths(view, view.featurizer)
-    matrix = circuit.write_matrix(view.place)
-    lengths = view.values.abs()
-    if matrix is not None:
-        lengths = lengths * torch.linalg.vector_norm(exact(matrix), dim=-1)
+        return _feature_lengths(view, view.featurizer)
+    matrix = view.raw.circuit.write_matrix(view.place)
+    ones = torch.ones_like(view.values)
+    lengths = ones if matrix is None else ones * torch.linalg.vector_norm(exact(matrix), dim=-1)
     return _scaled(view, view.place, lengths)
 
 
