@@ -31,3 +31,11 @@ def featurizers_register(register: Any) -> None:
     from featurizers_derived_scalars.diagonal import DiagonalFeaturizer
 
     register(DiagonalFeaturizer)
+
+
+@hookimpl
+def featurizers_commands(app: Any) -> None:
+    """Add ``scalars``."""
+    from featurizers_derived_scalars import command
+
+    app.command("scalars")(command.scalars_command)
