@@ -148,9 +148,10 @@ class NodeGrad(Direction):
         def scalar(resid: Tensor) -> Tensor:
             return node_value(self.node, resid, raw, freeze_norm=self.freeze_norm, output=output)
 
-        gradient: Tensor = torch.func.grad(scalar)(resid)
-        if self.times_metric and not self._through_v:
-            gradient = gradient * metric_at(self.node, raw)
+        with torch.no_grad():  # the model's parameters have no part in it
+            gradient: Tensor = torch.func.grad(scalar)(resid)
+            if self.times_metric and not self._through_v:
+                gradient = gradient * metric_at(self.node, raw)
         return gradient
 
     def __str__(self) -> str:

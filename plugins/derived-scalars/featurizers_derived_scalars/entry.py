@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, final, get_args
 
-from featurizers import Featurizer, Site
+from featurizers import Featurizer
 from featurizers.errors import UsageError, shown
 from torch import Tensor, nn
 
@@ -25,10 +25,8 @@ from featurizers_derived_scalars.scalars import Scalars
 from featurizers_derived_scalars.specs import ScalarSpec, spec
 from featurizers_derived_scalars.tracing import NodeMetric, residual_of
 
-Featurizers: TypeAlias = (
-    "Mapping[str | Site | Place, Featurizer[Any] | Mapping[int, Featurizer[Any]]] | Iterable[Featurizer[Any]]"
-)
-"""Featurizers of places: by site (``"mlp.delta:3"``), by kind (``"mlp.delta"``, one or one for each layer), or
+Featurizers: TypeAlias = "Mapping[Any, Any] | Iterable[Featurizer[Any]]"
+"""Featurizers of places: by `Site`, `Place` or its string (``"mlp.delta:3"``), by kind (``"mlp.delta"``, one or one for each layer), or
 a list of featurizers that say their own site."""
 
 REPLACES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -130,7 +128,9 @@ def plan(
         for layer in chosen:
             circuit.check(Place("resid.pre", layer))
         derivers = [deriver.only({None, *chosen}) for deriver in derivers]
-    return Plan(circuit, tuple(derivers), metric)
+    made = Plan(circuit, tuple(derivers), metric)
+    _ = made.needs  # what the model lacks is said now, and not after a run
+    return made
 
 
 def scalars(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from featurizers import Featurizer
@@ -37,9 +38,9 @@ class OfBasis(BaseModel):
     part: Part = "features"
     whole: bool = False
 
-    def basis(self, via: Via | None = None) -> Basis:
+    def basis(self) -> Basis:
         """The basis that they say."""
-        return Basis(self.kind, self.featurizers.get(self.kind), self.part, via, self.whole)
+        return Basis(self.kind, self.featurizers.get(self.kind), self.part, whole=self.whole)
 
 
 class Whole(OfBasis):
@@ -77,11 +78,23 @@ class Edge(OfBasis):
 
     Attributes:
         node: at its other end.
-        via: which input of heads it goes through.
     """
 
     node: Node
+
+
+class EdgeInto(Edge):
+    """Options of an edge into the nodes of a basis.
+
+    Attributes:
+        via: which input of heads it goes through; it is nothing to nodes of another kind.
+    """
+
     via: Via | None = None
+
+    def into(self) -> Basis:
+        """The basis that they say."""
+        return replace(self.basis(), via=self.via if self.kind in ("attn.probs", "attn.logits") else None)
 
 
 class OfNode(BaseModel):
@@ -125,15 +138,15 @@ def _write_to(options: Towards) -> Deriver:
 
 
 def _edge_to(options: Edge) -> Deriver:
-    return edge_to(options.basis(options.via), options.node)
+    return edge_to(options.basis(), options.node)
 
 
-def _edge_from(options: Edge) -> Deriver:
-    return edge_from(options.node, options.basis(options.via))
+def _edge_from(options: EdgeInto) -> Deriver:
+    return edge_from(options.node, options.into())
 
 
-def _activation_from(options: Edge) -> Deriver:
-    return activation_from(options.node, options.basis(options.via))
+def _activation_from(options: EdgeInto) -> Deriver:
+    return activation_from(options.node, options.into())
 
 
 def _node_write_to(options: NodeTowards) -> Deriver:
@@ -209,9 +222,14 @@ def plain_specs() -> list[ScalarSpec]:
         ScalarSpec("node_write", lambda o: node_write(o.node), one, "write", "what one node writes"),
         ScalarSpec("node_write_to", _node_write_to, NodeTowards, effect, "direct effect of one node"),
         ScalarSpec("edge_to", _edge_to, Edge, effect, "attribution of edges into one node", NODES),
-        ScalarSpec("edge_from", _edge_from, Edge, effect, "attribution of edges out of one node", targets),
+        ScalarSpec("edge_from", _edge_from, EdgeInto, effect, "attribution of edges out of one node", targets),
         ScalarSpec(
-            "activation_from", _activation_from, Edge, "activation", "change of nodes with one node's write", targets
+            "activation_from",
+            _activation_from,
+            EdgeInto,
+            "activation",
+            "change of nodes with one node's write",
+            targets,
         ),
         ScalarSpec(
             "pair_attribution",
