@@ -338,6 +338,9 @@ _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "
         (transformers.FalconConfig(**_SMALL), "AttentionInterface|MLP|was not called"),
         (transformers.MixtralConfig(**_SMALL, intermediate_size=48, num_key_value_heads=2, num_local_experts=2),
          "mixture of experts"),
+        (transformers.Glm4MoeConfig(**_SMALL, intermediate_size=48, moe_intermediate_size=8, num_key_value_heads=2,
+                                    first_k_dense_replace=1, n_routed_experts=2, num_experts_per_tok=1, head_dim=8,
+                                    pad_token_id=None), r"layers\.1\.mlp\.down_proj does not exist.*mixture"),
         (transformers.OPTConfig(**_SMALL, ffn_dim=48, do_layer_norm_before=False, word_embed_proj_dim=32,
                                 max_position_embeddings=64), "input and what attention and MLP add|reads neither"),
     ],
@@ -349,6 +352,13 @@ def test_other_architectures_are_refused_by_name(config, problem):
         Circuit(model)
     assert str(caught.value).startswith(type(model).__name__)
     assert "featurizers_circuits" in str(caught.value)
+
+
+def test_a_model_that_does_not_run_is_named():
+    model = decoder("llama")
+    model.model.layers[1].mlp.up_proj = nn.Linear(WIDTH, 3)
+    with pytest.raises(SiteError, match="LlamaForCausalLM: it cannot run a prompt of 5 tokens: RuntimeError"):
+        Circuit(model)
 
 
 def test_a_model_without_a_head_has_no_logits():

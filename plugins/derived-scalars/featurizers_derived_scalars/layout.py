@@ -8,7 +8,7 @@ from typing import Any, Final, NoReturn
 
 import torch
 from featurizers.anatomy import Anatomy, _first_child
-from featurizers.errors import SiteError
+from featurizers.errors import FeaturizerError, SiteError, one_line
 from torch import Tensor, nn
 
 from featurizers_derived_scalars.attention import Listener, Part
@@ -97,7 +97,13 @@ class Trace(Listener):
             return seen
 
         with torch.no_grad(), evaluating(model):
-            answer = run(model, ids, {point: keep(point) for point in points}, listener=self)
+            try:
+                answer = run(model, ids, {point: keep(point) for point in points}, listener=self)
+            except FeaturizerError:
+                raise
+            except Exception as error:
+                problem = f"it cannot run a prompt of {PROMPT_LENGTH} tokens: {type(error).__name__}: {one_line(error)}"
+                raise SiteError(f"{type(model).__name__}: {problem}") from error
         self.logits: Tensor | None = getattr(answer, "logits", None)
 
     def wants_logits(self, module: nn.Module) -> bool:
@@ -136,6 +142,7 @@ def find_layout(model: nn.Module) -> Layout:
     chain = next((pair for pair in CHAINS if all(_has(first, name) for name in pair)), None)
     if blocks.down_projection is None and chain is None:
         _refuse(model, "no MLP with one down projection was found in its blocks (a mixture of experts has none)")
+    modules = dict(model.named_modules())
     found = []
     for number in range(anatomy.n_layers):
         path = f"{blocks.layers}.{number}"
@@ -147,8 +154,8 @@ def find_layout(model: nn.Module) -> Layout:
             mlp=None if blocks.down_projection is None else f"{path}.{blocks.mlp}",
             up_projection=None if blocks.down_projection or chain is None else f"{path}.{chain[0]}",
         )
-        inside = model.get_submodule(layout.mlp or path)
-        name = _first_child(inside, ACTIVATIONS)
+        inside = modules.get(layout.mlp or path)
+        name = None if inside is None else _first_child(inside, ACTIVATIONS)
         found.append(replace(layout, activation=None if name is None else f"{layout.mlp or path}.{name}"))
     head = _name_of(model, model.get_output_embeddings())  # type: ignore[operator]
     points = {point for layout in found for point in _points(model, layout)}
@@ -273,7 +280,12 @@ def projection(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 def _points(model: nn.Module, layout: BlockLayout) -> set[Point]:
     parts = (layout.block, layout.attention, layout.mlp, layout.out_projection, layout.down_projection)
     more = (layout.up_projection, layout.attn_norm, layout.mlp_norm, layout.attn_post_norm, layout.mlp_post_norm)
-    paths = {path for path in (*parts, *more) if path is not None} | set(_children(model, layout.block))
+    paths = {path for path in (*parts, *more) if path is not None}
+    known = {name for name, _ in model.get_submodule(layout.block).named_modules(prefix=layout.block)}
+    if missing := sorted(paths - known):
+        other = "blocks differ, as where some are a mixture of experts"
+        _refuse(model, f"{missing[0]} does not exist in {layout.block} ({other})")
+    paths |= set(_children(model, layout.block))
     return {(path, side) for path in paths for side in _SIDES}
 
 
