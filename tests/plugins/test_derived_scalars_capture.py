@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from featurizers.errors import ShapeError, SiteError, UsageError
@@ -374,6 +376,17 @@ def test_padding_changes_nothing(name):
         assert torch.equal(raw.tokens, sequence)
         assert raw.metric == single.metric
         assert all(torch.equal(raw[key], single[key]) for key in single)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3"])
+def test_no_graph_is_left_behind(name):
+    circuit = Circuit(decoder(name))
+    gc.collect()
+    raw = capture(circuit, tokens(), needs_of(circuit), metric=METRIC)
+    gc.collect()
+    alive = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and each.grad_fn is not None]
+    assert not [each for each in alive if each.shape[:1] in ((1,), (7,))]
+    assert raw
 
 
 def test_device_and_dtype_of_what_is_kept():

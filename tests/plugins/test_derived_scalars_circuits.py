@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from featurizers import Site, hookimpl
-from featurizers.errors import ShapeError, SiteError, UsageError
+from featurizers.errors import PluginError, ShapeError, SiteError, UsageError
 from featurizers.plugins import host
 from featurizers_derived_scalars.capturing import capture
 from featurizers_derived_scalars.circuit import Circuit
@@ -99,10 +99,11 @@ def test_with_the_norm_frozen_values_are_affine_in_the_stream(captured):
     place = Place("attn.v", 1)
     resid, step = before(circuit, raw, place), noise(7, WIDTH)
     once, twice = (circuit.recompute(place, resid + by * step, raw) for by in (1, 2))
-    here = circuit.recompute(place, resid, raw)
+    once, twice = once.detach(), twice.detach()
+    here = circuit.recompute(place, resid, raw).detach()
     close(twice - here, 2 * (once - here))
     if circuit.norm(Place("norm.attn.scale", 1)) is not None:
-        free = [circuit.recompute(place, resid + by * step, raw, freeze_norm=False) for by in (0, 1, 2)]
+        free = [circuit.recompute(place, resid + by * step, raw, freeze_norm=False).detach() for by in (0, 1, 2)]
         assert float((free[2] - 2 * free[1] + free[0]).norm()) > 1e-3 * float(free[0].norm())
 
 
@@ -417,6 +418,22 @@ def _strange(forward):
             object.__delattr__(self, "o_proj")
 
     return run
+
+
+def test_a_plugin_that_answers_something_else_is_named():
+    class Plugin:
+        @staticmethod
+        @hookimpl(optionalhook=True)
+        def featurizers_circuits(model):
+            return {"blocks": 3}
+
+    manager = host()._manager
+    manager.register(Plugin, "else")
+    try:
+        with pytest.raises(PluginError, match=r"featurizers_circuits gives \{'blocks': 3\}; it gives a Layout"):
+            Circuit(decoder("gpt2"))
+    finally:
+        manager.unregister(name="else")
 
 
 def test_layouts_that_the_model_contradicts_are_refused():

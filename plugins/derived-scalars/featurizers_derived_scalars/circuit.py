@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, final
 
 import torch
-from featurizers.errors import ShapeError, SiteError, UsageError
+from featurizers.errors import PluginError, ShapeError, SiteError, UsageError, shown
 from featurizers.plugins import host
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -47,7 +47,10 @@ class Circuit(Wiring):
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         # this package's own answer is asked for last
-        self._layout: Layout = host().ask("featurizers_circuits", model=model)
+        layout = host().ask("featurizers_circuits", model=model)
+        if not isinstance(layout, Layout):
+            raise PluginError(f"a plugin's featurizers_circuits gives {shown(layout)}; it gives a Layout, or None")
+        self._layout = layout
         trace = trace_layout(model, self._layout)
         check_layout(model, self._layout, trace)
         first = self._layout.blocks[0]
@@ -359,4 +362,8 @@ class Circuit(Wiring):
             paths += [block.attn_norm, block.mlp_norm, block.attn_post_norm, block.mlp_post_norm]
         wanted = {path for path in paths if path is not None}
         modules = {path: self._model.get_submodule(path) for path in wanted}
-        return {path: Norm.of(module, self.d_model, path, self._device) for path, module in modules.items()}
+        found = {}
+        for path, module in modules.items():
+            device = next((parameter.device for parameter in module.parameters()), self._device)
+            found[path] = Norm.of(module, self.d_model, path, device)
+        return found

@@ -83,18 +83,20 @@ class Norm:
 
     def linear(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """``c(x) * gain``: what the frozen norm adds for x, times its scale."""
-        return self.centre(x.to(torch.promote_types(x.dtype, self.gain.dtype))) * self.gain
+        gain = self.gain.to(x.device)
+        return self.centre(x.to(torch.promote_types(x.dtype, gain.dtype))) * gain
 
     def pullback(self, direction: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The adjoint of `linear`."""
-        return self.centre(direction.to(torch.promote_types(direction.dtype, self.gain.dtype)) * self.gain)
+        gain = self.gain.to(direction.device)
+        return self.centre(direction.to(torch.promote_types(direction.dtype, gain.dtype)) * gain)
 
     def frozen(
         self, x: Float[Tensor, "*batch d_model"], scale: Float[Tensor, "*batch 1"]
     ) -> Float[Tensor, "*batch d_model"]:
         """The norm with its scale given."""
-        y = self.linear(x) / scale
-        return y if self.bias is None else y + self.bias
+        y = self.linear(x) / scale.to(x.device)
+        return y if self.bias is None else y + self.bias.to(x.device)
 
     def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The norm."""

@@ -319,8 +319,19 @@ class Recorder(Listener):
             {**self._kept, **{key: self._keep.exactly(scale) for key, scale in scales.items()}},
             metric=self._metric,
             frozen=self._frozen,
-            arguments=self.arguments,
+            arguments={layer: _without_graph(arguments) for layer, arguments in self.arguments.items()},
         )
+
+
+def _without_graph(value: Any) -> Any:
+    """What attention was called with, of which nothing holds on to the graph."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, Arguments):
+        return Arguments(_without_graph(value.positional), _without_graph(value.named))
+    if isinstance(value, dict):
+        return {key: _without_graph(each) for key, each in value.items()}
+    return tuple(map(_without_graph, value)) if isinstance(value, tuple) else value
 
 
 def _in_turn(todo: list[Callable[[Tensor], Tensor]], tensor: Tensor) -> Tensor:
