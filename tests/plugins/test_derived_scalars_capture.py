@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from featurizers.anatomy import Anatomy
 from featurizers.errors import ShapeError, SiteError, UsageError
 from featurizers_derived_scalars.capturing import capture
 from featurizers_derived_scalars.circuit import Circuit
@@ -291,7 +292,7 @@ def test_capturing_leaves_the_model_as_it_was(name):
     frozen, learning, *_ = model.parameters()
     frozen.requires_grad_(False)
     learning.grad = torch.ones_like(learning)
-    model.get_submodule(Circuit(model).layout.blocks[0].block).eval()
+    Anatomy(model).layers[0].eval()
     modes = {key: module.training for key, module in model.named_modules()}
     asks = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
     groups = {key: vars(module).get("num_key_value_groups") for key, module in model.named_modules()}
