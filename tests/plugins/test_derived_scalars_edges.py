@@ -230,7 +230,7 @@ def test_a_node_as_the_metric_of_one_call():
     node = Node(NEURONS, 1, (5, 7))
     found = scalars(shared_decoder("gpt2"), tokens(), ["write_to", "act_times_grad:mlp.neurons"], metric=node)
     raw = captured("gpt2")
-    for basis in NODES:
+    for basis in (HEADS, NEURONS, Basis("resid.embed", whole=True)):
         for (name, layer), tensor in write_to(basis, node).derive(raw).items():
             close(found[name, layer], tensor)
     assert ("write_to:mlp.neurons", 1) not in found

@@ -224,12 +224,18 @@ def test_needs_stop_before_the_direction():
 def test_one_call_is_what_the_parts_are():
     raw = captured("llama")
     found = scalars(shared_decoder("llama"), tokens(), ["write_to", "write_norm:mlp.neurons"], metric=METRIC)
-    for basis in NODES:
+    for kind in ("attn.probs", "mlp.neurons", "resid.embed", "attn.bias", "mlp.bias"):
+        basis = Basis(kind, whole=kind in ("resid.embed", "attn.bias", "mlp.bias"))
         for (name, layer), tensor in write_to(basis).derive(raw).items():
             close(found[name, layer], tensor)
+    found.only([name for name in found.about if name[:8] == "write_to"]).check_complete(direct_total(raw), rtol=1e-6)
     close(found["write_norm:mlp.neurons", 2], write_norm(NEURONS).tensor(raw, 2))
     some = scalars(shared_decoder("llama"), tokens(), "write_to", metric=METRIC, layers=[1])
     assert {layer for _, layer in some} == {None, 1}
+    by_part = scalars(shared_decoder("llama"), tokens(), "write_to:mlp.delta whole", metric=METRIC)
+    assert by_part["write_to:mlp.delta whole", 1].shape == (7, 1)
+    with pytest.raises(UsageError, match="cannot read the basis"):
+        scalars(shared_decoder("llama"), tokens(), "write_to:mlp.delta some", metric=METRIC)
 
 
 def test_several_prompts_are_each_alone():

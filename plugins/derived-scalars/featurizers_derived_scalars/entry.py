@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, final, get_args
 
@@ -26,8 +26,8 @@ from featurizers_derived_scalars.specs import ScalarSpec, spec
 from featurizers_derived_scalars.tracing import NodeMetric, residual_of
 
 Featurizers: TypeAlias = "Mapping[Any, Any] | Iterable[Featurizer[Any]]"
-"""Featurizers of places: by `Site`, `Place` or its string (``"mlp.delta:3"``), by kind (``"mlp.delta"``, one or one for each layer), or
-a list of featurizers that say their own site."""
+"""Featurizers of places: by `Site`, `Place` or its string (``"mlp.delta:3"``); by kind (``"mlp.delta"``), one or one
+for each layer; or a list of featurizers that say their own site."""
 
 REPLACES: Final[Mapping[str, tuple[str, ...]]] = {
     "resid.embed": ("resid.embed",),
@@ -149,7 +149,8 @@ def scalars(
         model: a decoder of `transformers` with its head, or its `Circuit`.
         prompt: token ids of one sequence, or a tokenizer's output for one.
         what: names of quantities, or derivers. ``"write_to"`` is of all default bases, which together are the residual
-            stream; ``"write_to:mlp.neurons"`` of one; any of transformer-debugger's names in lower case will do.
+            stream; ``"write_to:mlp.neurons"`` of one, spelled as a `Basis` prints; any of transformer-debugger's names
+            in lower case will do.
         metric: scalar of the model whose gradient is taken: a `Metric`, a function of the logits, or a `Node`.
         featurizers: bases beside or instead of the units of the places; see `Featurizers`.
         layers: of the results; all if None.
@@ -251,19 +252,41 @@ def _of_spec(
             raise UsageError(f"{found.name} is not of a basis of one's choice; leave ':{kind}' out")
         return [found.deriver(**options)]
     if kind is not None:
-        name, _, part = kind.partition(" ")
-        parts = (part,) if part or "part" in options else get_args(Part) if name in by_kind else ("features",)
-        return [found.deriver(**{"kind": name, **({"part": one} if one else {}), **options}) for one in parts]
+        basis = _basis(kind, fields)
+        parts = get_args(Part) if "part" in fields and basis["kind"] in by_kind else ("features",)
+        if "part" in {**basis, **options}:
+            return [found.deriver(**{**basis, **options})]
+        return [found.deriver(**{**basis, **({"part": part} if len(parts) > 1 else {}), **options}) for part in parts]
     derivers: list[Deriver] = []
-    for basis in found.bases:
-        taken = [by_kind[at] for at, gone in REPLACES.items() if basis in gone and at in by_kind]
-        unfeaturized = {**options, "kind": basis, **({"featurizers": {}} if "featurizers" in fields else {})}
+    for text in found.bases:
+        basis = _basis(text, fields)
+        taken = [by_kind[at] for at, gone in REPLACES.items() if basis["kind"] in gone and at in by_kind]
         if any(not isinstance(given, Mapping) for given in taken):
             continue
-        deriver = found.deriver(**unfeaturized)
+        deriver = found.deriver(**{**options, **basis, **({"featurizers": {}} if "featurizers" in fields else {})})
         derivers.append(deriver.without({layer for given in taken if isinstance(given, Mapping) for layer in given}))
     if "part" in fields:
-        derivers += [
-            found.deriver(**{"kind": at, "part": part, **options}) for at in by_kind for part in get_args(Part)
-        ]
+        whole = any(text.endswith(" whole") for text in found.bases)
+        for at in by_kind:
+            derivers.append(found.deriver(**{"kind": at, **options}))
+            rest: dict[str, Any] = {"kind": at, "whole": True} if whole else {"kind": at}
+            derivers += [found.deriver(**{**rest, "part": part, **options}) for part in ("error", "bias")]
     return derivers
+
+
+def _basis(text: str, fields: Collection[str]) -> dict[str, Any]:
+    """The options of a basis that is spelled as a `Basis` prints: ``mlp.delta error whole``.
+
+    Raises:
+        UsageError: a word after the kind is none of these, or the quantity has no such option.
+    """
+    kind, *words = text.split(" ")
+    found: dict[str, Any] = {"kind": kind}
+    for word in words:
+        option = "whole" if word == "whole" else "part"
+        if (word != "whole" and word not in get_args(Part)) or option not in fields or option in found:
+            raise UsageError(
+                f"cannot read the basis {shown(text)}; write 'mlp.delta', 'mlp.delta error' or 'resid.post whole'"
+            )
+        found[option] = True if word == "whole" else word
+    return found

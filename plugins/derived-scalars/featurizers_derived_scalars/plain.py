@@ -18,8 +18,11 @@ from featurizers_derived_scalars.nodes import Node
 from featurizers_derived_scalars.pair_attribution import pair_attribution
 from featurizers_derived_scalars.specs import ScalarSpec
 
-NODES: Final = ("resid.embed", "attn.probs", "attn.bias", "mlp.neurons", "mlp.bias")
-"""Bases that together are the residual stream: the embedding, heads, neurons, and biases."""
+UNITS: Final = ("resid.embed", "attn.probs", "attn.bias", "mlp.neurons", "mlp.bias")
+"""Bases that together are the residual stream: the embedding, heads, neurons, and biases, each by its units."""
+
+NODES: Final = ("resid.embed whole", "attn.probs", "attn.bias whole", "mlp.neurons", "mlp.bias whole")
+"""The same, where the embedding of a token and a bias are one node each, as they are ranked."""
 
 
 class OfBasis(BaseModel):
@@ -159,7 +162,7 @@ def plain_specs() -> list[ScalarSpec]:
     effect = "effect on the metric"
     targets = ("attn.probs", "mlp.neurons")
     return [
-        ScalarSpec("value", lambda o: quantities.value(o.basis()), of, "activation", "the activations", NODES),
+        ScalarSpec("value", lambda o: quantities.value(o.basis()), of, "activation", "the activations", UNITS),
         ScalarSpec(
             "grad", lambda o: quantities.grad(o.basis()), of, "gradient", "the metric's gradient in them", NODES
         ),
