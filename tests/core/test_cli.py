@@ -34,6 +34,7 @@ COMMANDS = [
     "verify",
     "convert",
     "demo",
+    "scalars",
     "train",
     "evaluate",
     "sweep",
