@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
 
+import torch
 from featurizers.errors import SiteError, UsageError
 from torch import Tensor
 
@@ -111,13 +112,18 @@ class Deriver:
         return found if self.within is None else frozenset(at for at in found if self.within(raw.circuit, at))
 
     def tensor(self, raw: RawActivations, layer: int | None = None) -> Tensor:
-        """The result at one layer."""
-        return self.fn(Context(raw, layer), *(source.derive(raw, layer) for source in self.sources))
+        """The result at one layer, without a graph."""
+        return self.bound(raw)(layer)
 
     def bound(self, raw: RawActivations) -> Callable[[int | None], Tensor]:
-        """From a layer to its tensor; what serves every layer is computed once."""
+        """From a layer to its tensor, without a graph; what serves every layer is computed once."""
         sources = [bind(source, raw) for source in self.sources]
-        return lambda layer: self.fn(Context(raw, layer), *(source(layer) for source in sources))
+
+        def at(layer: int | None) -> Tensor:
+            with torch.no_grad():
+                return self.fn(Context(raw, layer), *(source(layer) for source in sources))
+
+        return at
 
     def derive(self, raw: RawActivations, layers: Iterable[int | None] | None = None) -> Scalars:
         """The scalars of a sequence, each layer computed when it is looked up.

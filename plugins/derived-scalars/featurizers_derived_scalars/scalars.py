@@ -67,7 +67,7 @@ class Scalars(Mapping["tuple[str, int | None]", Tensor]):
         """The scalars of a deriver at layers that it has; what `Deriver.derive` calls."""
         bound = deriver.bound(raw)
         entries: dict[Key, Callable[[], Tensor]] = {
-            (deriver.name, layer): functools.partial(_without_graph, bound, layer) for layer in layers
+            (deriver.name, layer): functools.partial(bound, layer) for layer in layers
         }
         params = {name: str(value) for name, value in deriver.params.items()}
         return cls(entries, {deriver.name: Scalar(deriver.axes, deriver.basis, params)})
@@ -251,11 +251,6 @@ class Scalars(Mapping["tuple[str, int | None]", Tensor]):
         from featurizers_derived_scalars.storing import load
 
         return load(path)
-
-
-def _without_graph(bound: Callable[[int | None], Tensor], layer: int | None) -> Tensor:
-    with torch.no_grad():
-        return bound(layer)
 
 
 def _given(tensor: Tensor) -> Tensor:
