@@ -14,7 +14,7 @@ from featurizers_derived_scalars.bases import Basis
 from featurizers_derived_scalars.entry import scalars
 from featurizers_derived_scalars.metrics import logit_difference
 from featurizers_derived_scalars.ranking import Ranked
-from featurizers_derived_scalars.scalars import Scalar
+from featurizers_derived_scalars.results import Scalar
 from typer.testing import CliRunner
 
 from tests.support.models import LAYERS, MLP_WIDTH, WIDTH, fresh_model, save_language_model

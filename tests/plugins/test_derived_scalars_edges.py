@@ -17,7 +17,7 @@ from featurizers_derived_scalars.node_writes import node_write, node_write_to
 from featurizers_derived_scalars.nodes import Node
 from featurizers_derived_scalars.places import Need
 from featurizers_derived_scalars.quantities import direction, vocab_read, vocab_write, write, write_to
-from featurizers_derived_scalars.scalars import Scalars
+from featurizers_derived_scalars.results import Scalars
 from featurizers_derived_scalars.tracing import NodeMetric, residual_of
 
 from tests.support.decoders import PARALLEL, shared_decoder, tokens

@@ -22,7 +22,7 @@ from featurizers_derived_scalars.quantities import (
     write_to,
 )
 from featurizers_derived_scalars.reductions import sum_channels, sum_heads, sum_keys, sum_nodes
-from featurizers_derived_scalars.scalars import Scalars
+from featurizers_derived_scalars.results import Scalars
 
 from tests.support.decoders import DECODERS, LAYERS, PARALLEL, POST_NORM, WIDTH, shared_decoder, tokens
 from tests.support.derived_scalars import METRIC, backward, captured, close, forward

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from featurizers_derived_scalars.bases import Basis
     from featurizers_derived_scalars.circuit import Circuit
     from featurizers_derived_scalars.reverse import Reverse
-    from featurizers_derived_scalars.scalars import Scalars
+    from featurizers_derived_scalars.results import Scalars
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Deriver:
         Raises:
             SiteError: what it needs was not captured, or a layer has no result.
         """
-        from featurizers_derived_scalars.scalars import Scalars
+        from featurizers_derived_scalars.results import Scalars
 
         return Scalars.of(self, raw, self._chosen(raw, layers))
 

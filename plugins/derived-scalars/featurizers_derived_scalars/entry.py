@@ -21,7 +21,7 @@ from featurizers_derived_scalars.metrics import LogitFunction, Metric
 from featurizers_derived_scalars.nodes import Node
 from featurizers_derived_scalars.places import KINDS, Need, Place
 from featurizers_derived_scalars.prompts import Inputs
-from featurizers_derived_scalars.scalars import Scalars
+from featurizers_derived_scalars.results import Scalars
 from featurizers_derived_scalars.specs import ScalarSpec, spec
 from featurizers_derived_scalars.tracing import NodeMetric, residual_of
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from featurizers_derived_scalars.axes import Axis, pair_of
 from featurizers_derived_scalars.ranking import Ranked
-from featurizers_derived_scalars.scalars import Scalar
+from featurizers_derived_scalars.results import Scalar
 
 _KINDS = {
     "resid.embed": "embedding",

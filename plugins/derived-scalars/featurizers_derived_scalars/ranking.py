@@ -13,7 +13,7 @@ from featurizers_derived_scalars.bases import Basis
 from featurizers_derived_scalars.nodes import Node
 
 if TYPE_CHECKING:
-    from featurizers_derived_scalars.scalars import Scalars
+    from featurizers_derived_scalars.results import Scalars
 
 
 class Ranked(NamedTuple):

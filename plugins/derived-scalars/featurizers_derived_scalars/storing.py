@@ -15,7 +15,7 @@ from featurizers_derived_scalars.axes import Axis
 from featurizers_derived_scalars.bases import Basis, Part, Via
 
 if TYPE_CHECKING:
-    from featurizers_derived_scalars.scalars import Scalars
+    from featurizers_derived_scalars.results import Scalars
 
 FORMAT: Final = "featurizers-derived-scalars"
 
@@ -75,7 +75,7 @@ def load(path: Path | str) -> Scalars:
     """
     from safetensors import SafetensorError, safe_open
 
-    from featurizers_derived_scalars.scalars import Scalar, Scalars
+    from featurizers_derived_scalars.results import Scalar, Scalars
 
     try:
         with safe_open(str(path), "pt") as file:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from featurizers_derived_scalars.scalars import Scalars
+from featurizers_derived_scalars.results import Scalars
 
 Key = tuple[str, int | None]
 
