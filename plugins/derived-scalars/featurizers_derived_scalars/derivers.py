@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from featurizers_derived_scalars.bases import Basis
     from featurizers_derived_scalars.circuit import Circuit
-    from featurizers_derived_scalars.reverse import Reverse
     from featurizers_derived_scalars.results import Scalars
+    from featurizers_derived_scalars.reverse import Reverse
 
 
 @dataclass(frozen=True)
