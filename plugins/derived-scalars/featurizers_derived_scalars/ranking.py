@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from featurizers.errors import UsageError
 from torch import Tensor
 
 from featurizers_derived_scalars.axes import Axis, pair_of
@@ -35,11 +36,17 @@ class Ranked(NamedTuple):
 
 
 def ranked(scalars: Scalars, k: int, order: Callable[[Tensor], Tensor]) -> list[Ranked]:
-    """The k scalars that are largest by ``order``, largest first; ties by name, layer and index as they come."""
+    """The k scalars that are largest by ``order``, largest first; ties by name, layer and index as they come.
+
+    Raises:
+        UsageError: one is not a number.
+    """
     kept: list[tuple[float, Ranked]] = []
     for key in scalars:
         tensor = scalars[key]
         rank = order(tensor).flatten()
+        if bool(rank.isnan().any()):
+            raise UsageError(f"{key[0]} at layer {key[1]} is in places not a number, which has no rank")
         # a stable sort, since torch.topk breaks ties as it likes; only what may be among the largest is sorted
         least = torch.topk(rank, min(k, rank.numel())).values[-1:] if rank.numel() else rank
         candidates = (rank >= least).nonzero().squeeze(-1)

@@ -17,7 +17,7 @@ def sum_over(deriver: Deriver, *axes: Axis) -> Deriver:
     Raises:
         UsageError: the scalar has no such axis.
     """
-    if missing := [axis for axis in axes if axis not in deriver.axes]:
+    if missing := [axis for i, axis in enumerate(axes) if axis not in deriver.axes or axis in axes[:i]]:
         raise UsageError(
             f"{deriver.name} has no axis {', '.join(missing)}; its axes are {', '.join(deriver.axes)}, each summed once"
         )

@@ -80,29 +80,34 @@ class ScalarSpec:
             ) from error
 
 
+def own_specs() -> Mapping[str, ScalarSpec]:
+    """The quantities of this package, by name and by alias; no other plugin is imported."""
+    from featurizers_derived_scalars.plain import plain_specs
+    from featurizers_derived_scalars.transformer_debugger import upstream_specs
+
+    return {name: one for one in (*plain_specs(), *upstream_specs()) for name in (one.name, *one.aliases)}
+
+
 def specs() -> Mapping[str, ScalarSpec]:
-    """Every registered quantity, by name and by alias.
+    """Every registered quantity, by name and by alias; imports all plugins.
 
     Raises:
         PluginError: two have one name, or one of another plugin has no prefix.
     """
-    from featurizers_derived_scalars.plain import plain_specs
-    from featurizers_derived_scalars.transformer_debugger import upstream_specs
-
-    own = {spec.name for spec in (*plain_specs(), *upstream_specs())}
+    own = own_specs()
     found: dict[str, ScalarSpec] = {}
 
-    def register(spec: ScalarSpec) -> None:
-        if not isinstance(spec, ScalarSpec):
-            raise PluginError(f"a plugin registers {shown(spec)}, which is no ScalarSpec")
-        for name in (spec.name, *spec.aliases):
+    def register(one: ScalarSpec) -> None:
+        if not isinstance(one, ScalarSpec):
+            raise PluginError(f"a plugin registers {shown(one)}, which is no ScalarSpec")
+        for name in (one.name, *one.aliases):
             if name in found:
                 raise PluginError(f"the scalar {name} is registered twice; uninstall one of the plugins that do")
-            if spec.name not in own and "." not in name:
+            if one.name not in own and "." not in name:
                 raise PluginError(
                     f"the scalar {name} of another plugin needs the plugin's name before: 'plugin.{name}'"
                 )
-            found[name] = spec
+            found[name] = one
 
     host().ask("featurizers_scalars", register=register)
     return MappingProxyType(found)
@@ -111,17 +116,23 @@ def specs() -> Mapping[str, ScalarSpec]:
 def spec(name: str) -> ScalarSpec:
     """The registered quantity of a name or an alias, in lower or upper case.
 
+    Other plugins are imported only if the name is not one of this package, so that a faulty one does not stand in
+    the way.
+
     Raises:
         UsageError: there is none; the message has names that are like it.
+        PluginError: as `specs`.
     """
-    known = specs()
     if not isinstance(name, str):
         raise UsageError(f"the name of a scalar is a string, not {shown(name)}")
+    if (found := own_specs().get(name.lower())) is not None:
+        return found
+    known = specs()
     if (found := known.get(name) or known.get(name.lower())) is not None:
         return found
     near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
     hint = f"like it: {', '.join(near)}" if near else f"there are {', '.join(sorted(known))}"
-    raise UsageError(f"there is no scalar {shown(name)}; {hint}. `featurizers scalars --list` shows all.")
+    raise UsageError(f"there is no scalar {shown(name)}; {hint}")
 
 
 def deriver(name: str, /, **options: Any) -> Deriver:
