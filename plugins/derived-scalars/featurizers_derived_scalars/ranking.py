@@ -35,27 +35,35 @@ class Ranked(NamedTuple):
     at: tuple[int, ...]
 
 
-def ranked(scalars: Scalars, k: int, order: Callable[[Tensor], Tensor]) -> list[Ranked]:
-    """The k scalars that are largest by ``order``, largest first; ties by name, layer and index as they come.
+def ranked(scalars: Scalars, k: int, *orders: Callable[[Tensor], Tensor]) -> list[Ranked]:
+    """The k scalars that are largest by each order, largest first, in one pass; ties by name, layer and index.
 
     Raises:
         UsageError: one is not a number.
     """
-    kept: list[tuple[float, Ranked]] = []
+    kept: list[list[tuple[float, Ranked]]] = [[] for _ in orders]
     for key in scalars:
         tensor = scalars[key]
-        rank = order(tensor).flatten()
-        if bool(rank.isnan().any()):
+        if bool(tensor.isnan().any()):
             raise UsageError(f"{key[0]} at layer {key[1]} is in places not a number, which has no rank")
-        # a stable sort, since torch.topk breaks ties as it likes; only what may be among the largest is sorted
-        least = torch.topk(rank, min(k, rank.numel())).values[-1:] if rank.numel() else rank
-        candidates = (rank >= least).nonzero().squeeze(-1)
-        best = candidates[torch.sort(rank[candidates], descending=True, stable=True).indices[:k]]
-        for place, index in zip(best.tolist(), zip(*torch.unravel_index(best, tensor.shape), strict=True), strict=True):
-            kept.append((float(rank[place]), _entry(scalars, key, tensor, tuple(map(int, index)))))
-        kept.sort(key=lambda pair: -pair[0])
-        del kept[k:]
-    return [entry for _, entry in kept]
+        for best, order in zip(kept, orders, strict=True):
+            rank = order(tensor).flatten()
+            for place in _largest(rank, k):
+                index = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), tensor.shape))
+                best.append((float(rank[place]), _entry(scalars, key, tensor, index)))
+            best.sort(key=lambda pair: -pair[0])
+            del best[k:]
+    return [entry for best in kept for _, entry in best]
+
+
+def _largest(rank: Tensor, k: int) -> list[int]:
+    """Where the k largest are, largest first, ties as they come; `torch.topk` breaks them as it likes."""
+    if not rank.numel():
+        return []
+    least = torch.topk(rank, min(k, rank.numel())).values[-1]
+    candidates = (rank >= least).nonzero().squeeze(-1)
+    chosen: list[int] = candidates[torch.sort(rank[candidates], descending=True, stable=True).indices[:k]].tolist()
+    return chosen
 
 
 def _entry(scalars: Scalars, key: tuple[str, int | None], tensor: Tensor, index: tuple[int, ...]) -> Ranked:

@@ -159,8 +159,9 @@ class Scalars(Mapping["tuple[str, int | None]", Tensor]):
         if absolute and both_ends:
             raise UsageError("the smallest magnitudes are zeros; leave absolute or both_ends out")
         chosen = self if group is None else self.only(group)
-        top = ranked(chosen, k, (lambda t: t.abs()) if absolute else (lambda t: t))
-        return [*top, *ranked(chosen, k, lambda t: -t)] if both_ends else top
+        if absolute:
+            return ranked(chosen, k, torch.abs)
+        return ranked(chosen, k, torch.positive, torch.neg) if both_ends else ranked(chosen, k, torch.positive)
 
     def sum(self, keep: Collection[Kept] = ()) -> Tensor:
         """The sum over all names, layers and axes but those to keep; accumulated in float64.
