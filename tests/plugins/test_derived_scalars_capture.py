@@ -78,8 +78,8 @@ def test_the_residual_stream_is_the_embedding_and_everything_written_to_it(captu
             own = circuit.bias_write(out, raw)
             projected = circuit.write(out, raw[out, "forward"], raw)
             norm = circuit.norm(Place(f"norm.{half}.post.scale", layer))
-            if norm is None or norm.bias is None:
-                close(projected, written)
+            rest = 0 if norm is None or norm.bias is None else norm.bias  # the bias of a norm is in no module's output
+            close(projected + rest, written)
             assert own is None or own.shape == projected.shape
             total = total + written
             if half == "attn" and circuit.places("resid.mid"):
@@ -92,7 +92,9 @@ def test_biases_are_there_where_the_model_has_them(captured):
     circuit, raw = captured
     for layer, block in enumerate(circuit.layout.blocks):
         for half, path in (("attn", block.out_projection), ("mlp", block.down_projection)):
+            norm = circuit.norm(Place(f"norm.{half}.post.scale", layer))
             has = getattr(circuit.model.get_submodule(path), "bias", None) is not None
+            has = has or (norm is not None and norm.bias is not None)
             assert (circuit.bias_write(Place(f"{half}.delta", layer), raw) is not None) == has
             assert (float(forward(raw, f"{half}.bias", layer).norm()) > 0) == has
 

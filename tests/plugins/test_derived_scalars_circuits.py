@@ -11,6 +11,7 @@ import transformers
 from featurizers import Site, hookimpl
 from featurizers.errors import PluginError, ShapeError, SiteError, UsageError
 from featurizers.plugins import host
+from featurizers_derived_scalars.attention import NAME
 from featurizers_derived_scalars.capturing import capture
 from featurizers_derived_scalars.circuit import Circuit
 from featurizers_derived_scalars.layout import find_layout
@@ -359,6 +360,18 @@ def test_a_model_that_does_not_run_is_named():
     model = decoder("llama")
     model.model.layers[1].mlp.up_proj = nn.Linear(WIDTH, 3)
     with pytest.raises(SiteError, match="LlamaForCausalLM: it cannot run a prompt of 5 tokens: RuntimeError"):
+        Circuit(model)
+
+
+def test_a_model_that_masks_only_plain_attention_is_refused(monkeypatch):
+    """Without a mask of its own for our function, attention would look ahead and say nothing of it."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    model = decoder("llama")
+    Circuit(model)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS, NAME, lambda *_, **__: None)
+    monkeypatch.setattr(type(ALL_MASK_ATTENTION_FUNCTIONS), "register", lambda *_: None)
+    with pytest.raises(SiteError, match="while it is looked into, perhaps for want of a mask"):
         Circuit(model)
 
 

@@ -47,6 +47,7 @@ _DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**_GEMMA, "attention_bias": True}),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**_GEMMA, "attention_bias": True}),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {**_BASE, "attention_bias": True}),
+    "olmo2_biased": ("Olmo2Config", "Olmo2ForCausalLM", {**_BASE, "attention_bias": True}),
     "phi": ("PhiConfig", "PhiForCausalLM", {**_ONE_KV, "partial_rotary_factor": 0.5}),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", _BASE),
     "opt": ("OPTConfig", "OPTForCausalLM", _OPT),
@@ -60,7 +61,7 @@ _DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 DECODERS = tuple(_DECODERS)
 PARALLEL = ("gpt_neox", "phi", "stablelm_parallel", "gptj", "cohere")
-POST_NORM = ("gemma2", "gemma3", "olmo2")
+POST_NORM = ("gemma2", "gemma3", "olmo2", "olmo2_biased")
 
 
 def decoder(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
@@ -73,6 +74,10 @@ def decoder(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> 
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = getattr(transformers, model_name)(config).eval()
+        if name == "olmo2_biased":  # no architecture of transformers has biases in the norms behind its halves
+            for block in model.model.layers:
+                block.post_attention_layernorm = nn.LayerNorm(WIDTH)
+                block.post_feedforward_layernorm = nn.LayerNorm(WIDTH)
         with torch.no_grad():
             for parameter in model.parameters():
                 noise = torch.randn_like(parameter)

@@ -63,18 +63,27 @@ def listening(model: nn.Module, listener: Listener) -> Iterator[None]:
     if not isinstance(model, PreTrainedModel):
         raise SiteError(f"{type(model).__name__} is no model of transformers, so its attention cannot be looked into")
     _register()
+    token = _LISTENER.set(listener)
+    try:
+        with implementation(model, NAME):
+            yield
+    finally:
+        _LISTENER.reset(token)
+
+
+@contextmanager
+def implementation(model: nn.Module, name: str) -> Iterator[None]:
+    """Let a model's attention be computed by the function of a name; its own is back afterwards."""
     configs = _configs(model)
     before = [config._attn_implementation_internal for config in configs]
-    token = _LISTENER.set(listener)
     try:
         for config in configs:
             # The setter that models offer looks for kernels and walks through all modules; this is all that it changes.
-            config._attn_implementation_internal = NAME
+            config._attn_implementation_internal = name
         yield
     finally:
-        _LISTENER.reset(token)
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation_internal = implementation
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation_internal = own
 
 
 def _configs(model: nn.Module) -> list[Any]:
@@ -149,6 +158,7 @@ def _scores(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, 
         scores = softcap * (scores / softcap).tanh()
     if mask is None:
         return scores
+    mask = mask[..., : key.shape[-2]]  # some releases make it as long as a cache might become
     if mask.dtype == torch.bool:
         return scores.masked_fill(~mask, float("-inf"))
     return (scores + mask).masked_fill(mask <= torch.finfo(mask.dtype).min / 2, float("-inf"))

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from featurizers_derived_scalars.activations import Arguments, RawActivations
 from featurizers_derived_scalars.attention import Deaf
-from featurizers_derived_scalars.layout import BlockLayout, Layout, check_layout, projection, trace_layout
+from featurizers_derived_scalars.layout import BlockLayout, Layout, projection, trace_layout
+from featurizers_derived_scalars.layout_checks import check_layout
 from featurizers_derived_scalars.norms import Norm
 from featurizers_derived_scalars.places import Place
 from featurizers_derived_scalars.replaying import Through, replay

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Final, NoReturn
+from typing import Final
 
 import torch
 from featurizers.anatomy import Anatomy, _first_child
-from featurizers.errors import FeaturizerError, SiteError, one_line
+from featurizers.errors import SiteError
 from torch import Tensor, nn
 
-from featurizers_derived_scalars.attention import Listener, Part
-from featurizers_derived_scalars.running import Point, evaluating, run
+from featurizers_derived_scalars.probing import HELP, Trace, refuse, same
+from featurizers_derived_scalars.running import Point
 
 ACTIVATIONS: Final = ("act_fn", "act", "activation_fn", "activation", "activation_func")
 CHAINS: Final = (("fc1", "fc2"), ("up_proj", "down_proj"))
 """Up and down projections that some blocks hold themselves, without an MLP module."""
-
-PROMPT_LENGTH: Final = 5
-HELP: Final = "Write a plugin with the hook featurizers_circuits."
 
 
 @dataclass(frozen=True)
@@ -74,60 +70,6 @@ class Layout:
     head: str | None = None
 
 
-class Trace(Listener):
-    """What the modules of a model took and gave on one short prompt, and its attention.
-
-    Args:
-        model: that is run.
-        points: that are kept.
-    """
-
-    def __init__(self, model: nn.Module, points: Iterable[Point]) -> None:
-        self._model = model
-        self._seen: dict[Point, Tensor] = {}
-        self._heard: dict[nn.Module, dict[Part, Tensor]] = {}
-        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-        ids = torch.arange(1, PROMPT_LENGTH + 1, device=embeddings.weight.device) % embeddings.weight.shape[0]
-
-        def keep(point: Point) -> Any:
-            def seen(tensor: Tensor) -> Tensor:
-                self._seen[point] = tensor if tensor.dim() == 3 else tensor[None]
-                return tensor
-
-            return seen
-
-        with torch.no_grad(), evaluating(model):
-            try:
-                answer = run(model, ids, {point: keep(point) for point in points}, listener=self)
-            except FeaturizerError:
-                raise
-            except Exception as error:
-                problem = f"it cannot run a prompt of {PROMPT_LENGTH} tokens: {type(error).__name__}: {one_line(error)}"
-                raise SiteError(f"{type(model).__name__}: {problem}") from error
-        self.logits: Tensor | None = getattr(answer, "logits", None)
-
-    def wants_logits(self, module: nn.Module) -> bool:
-        """Never."""
-        return False
-
-    def hear(self, module: nn.Module, part: Part, tensor: Tensor) -> Tensor:
-        """The tensor, noted."""
-        self._heard.setdefault(module, {})[part] = tensor
-        return tensor
-
-    def attention(self, path: str) -> dict[Part, Tensor]:
-        """The parts of attention in one module; empty if it computed it by itself."""
-        return self._heard.get(self._model.get_submodule(path), {})
-
-    def taken(self, path: str) -> Tensor | None:
-        """What a module took; None if it was not called with a tensor first."""
-        return self._seen.get((path, "input"))
-
-    def given(self, path: str) -> Tensor | None:
-        """What a module gave."""
-        return self._seen.get((path, "output"))
-
-
 def find_layout(model: nn.Module) -> Layout:
     """The layout of a model, by what flows between the parts of each block.
 
@@ -137,11 +79,11 @@ def find_layout(model: nn.Module) -> Layout:
     anatomy = Anatomy(model)
     blocks, decoder = anatomy.blocks, anatomy.blocks.decoder
     if blocks.attention is None or blocks.out_projection is None:
-        _refuse(model, "no attention module with an output projection was found in its blocks")
+        refuse(model, "no attention module with an output projection was found in its blocks")
     first = anatomy.layers[0]  # type: ignore[index]
     chain = next((pair for pair in CHAINS if all(_has(first, name) for name in pair)), None)
     if blocks.down_projection is None and chain is None:
-        _refuse(model, "no MLP with one down projection was found in its blocks (a mixture of experts has none)")
+        refuse(model, "no MLP with one down projection was found in its blocks (a mixture of experts has none)")
     modules = dict(model.named_modules())
     found = []
     for number in range(anatomy.n_layers):
@@ -162,7 +104,7 @@ def find_layout(model: nn.Module) -> Layout:
     around = _children(model, decoder)
     trace = Trace(model, points | {(path, side) for path in (*around, *([head] if head else [])) for side in _SIDES})
     last = trace.given(found[-1].block)
-    final = next((path for path in around if last is not None and _same(trace.taken(path), last)), None)
+    final = next((path for path in around if last is not None and same(trace.taken(path), last)), None)
     return Layout(tuple(_follow(model, trace, layout) for layout in found), final, head)
 
 
@@ -183,30 +125,30 @@ def _follow(model: nn.Module, trace: Trace, layout: BlockLayout) -> BlockLayout:
     mlp_reads = trace.taken(layout.mlp or layout.up_projection or "")
     mlp_gives = trace.given(layout.mlp or layout.down_projection)
     if before is None or after is None or attention_reads is None or attention_gives is None:
-        _refuse(model, f"{layout.block} or its attention was not called with the residual stream")
+        refuse(model, f"{layout.block} or its attention was not called with the residual stream")
     if mlp_reads is None or mlp_gives is None:
-        _refuse(model, f"the MLP of {layout.block} was not called with the residual stream")
+        refuse(model, f"the MLP of {layout.block} was not called with the residual stream")
     norms = [path for path in _children(model, layout.block) if path not in (layout.attention, layout.mlp)]
 
     def norm_into(reads: Tensor) -> str | None:
-        return next((path for path in norms if _same(trace.given(path), reads)), None)
+        return next((path for path in norms if same(trace.given(path), reads)), None)
 
     def norm_of(gives: Tensor) -> str | None:
-        return next((path for path in norms if _same(trace.taken(path), gives)), None)
+        return next((path for path in norms if same(trace.taken(path), gives)), None)
 
-    attn_norm = None if _same(before, attention_reads) else norm_into(attention_reads)
-    if attn_norm is not None and not _same(trace.taken(attn_norm), before):
-        _refuse(model, f"the norm before attention in {layout.block} does not read the residual stream")
-    if attn_norm is None and not _same(before, attention_reads):
-        _refuse(model, f"attention in {layout.block} reads neither the residual stream nor a norm of it")
+    attn_norm = None if same(before, attention_reads) else norm_into(attention_reads)
+    if attn_norm is not None and not same(trace.taken(attn_norm), before):
+        refuse(model, f"the norm before attention in {layout.block} does not read the residual stream")
+    if attn_norm is None and not same(before, attention_reads):
+        refuse(model, f"attention in {layout.block} reads neither the residual stream nor a norm of it")
     mlp_norm = norm_into(mlp_reads)
     middle = mlp_reads if mlp_norm is None else trace.taken(mlp_norm)
     attn_post, mlp_post = norm_of(attention_gives), norm_of(mlp_gives)
     attn_adds = attention_gives if attn_post is None else trace.given(attn_post)
     mlp_adds = mlp_gives if mlp_post is None else trace.given(mlp_post)
     if middle is None or attn_adds is None or mlp_adds is None:
-        _refuse(model, f"a norm of {layout.block} was not called with a tensor")
-    parallel = _same(middle, before)
+        refuse(model, f"a norm of {layout.block} was not called with a tensor")
+    parallel = same(middle, before)
     layout = replace(
         layout,
         attn_norm=attn_norm,
@@ -223,43 +165,6 @@ def _follow(model: nn.Module, trace: Trace, layout: BlockLayout) -> BlockLayout:
     close = 1e-3 if before.dtype in (torch.float32, torch.float64) else 2e-2
     exact = [_explained(factor, (1.0, *given), close) for factor in factors]
     return replace(layout, attn_factor=exact[0], mlp_factor=exact[1])
-
-
-def check_layout(model: nn.Module, layout: Layout, trace: Trace) -> None:
-    """Refuse a layout that what was traced contradicts.
-
-    Raises:
-        SiteError: heads, neurons and biases do not add up to what a block adds; it says where.
-    """
-    for block in layout.blocks:
-        heard = trace.attention(block.attention)
-        if set(heard) < {"q", "k", "v", "probs", "z"}:
-            kind = type(model.get_submodule(block.attention)).__name__
-            _refuse(model, f"{kind} does not compute attention by the AttentionInterface of transformers")
-        z, written = heard["z"], trace.taken(block.out_projection)
-        if written is None or not _same(z.flatten(2), written.view(*z.shape[:2], -1)):
-            _refuse(model, f"something stands between the heads and the output projection of {block.attention}")
-        _agree(model, heard["probs"] @ heard["v"], z.transpose(1, 2), f"the heads of {block.attention} are not Σ A·v")
-        _linear(model, trace, block.out_projection, block.attention)
-        _linear(model, trace, block.down_projection, block.mlp or block.down_projection)
-        parts = (block.attention, block.attn_post_norm), (block.mlp or block.down_projection, block.mlp_post_norm)
-        attention, mlp = (trace.given(norm or module) for module, norm in parts)
-        before, after = trace.taken(block.block), trace.given(block.block)
-        if attention is None or mlp is None or before is None or after is None:
-            _refuse(model, f"a module of {block.block} was not called with the residual stream")
-        total = before + block.attn_factor * attention + block.mlp_factor * mlp
-        _agree(model, total, after, f"{block.block} is not its input and what attention and MLP add")
-
-
-def _linear(model: nn.Module, trace: Trace, path: str, owner: str) -> None:
-    taken, given, whole = trace.taken(path), trace.given(path), trace.given(owner)
-    if taken is None or given is None or whole is None:
-        _refuse(model, f"{path} was not called (a mixture of experts has no one down projection)")
-    if not _same(given, whole.view(given.shape) if given.numel() == whole.numel() else whole):
-        _refuse(model, f"what {owner} gives is not what its projection {path} gives")
-    weight, bias = projection(model.get_submodule(path))
-    total = taken.to(weight.dtype) @ weight if bias is None else taken.to(weight.dtype) @ weight + bias
-    _agree(model, total, given, f"{path} is not x · weight + bias")
 
 
 def projection(module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -284,7 +189,7 @@ def _points(model: nn.Module, layout: BlockLayout) -> set[Point]:
     known = {name for name, _ in model.get_submodule(layout.block).named_modules(prefix=layout.block)}
     if missing := sorted(paths - known):
         other = "blocks differ, as where some are a mixture of experts"
-        _refuse(model, f"{missing[0]} does not exist in {layout.block} ({other})")
+        refuse(model, f"{missing[0]} does not exist in {layout.block} ({other})")
     paths |= set(_children(model, layout.block))
     return {(path, side) for path in paths for side in _SIDES}
 
@@ -308,10 +213,6 @@ def _name_of(model: nn.Module, module: nn.Module | None) -> str | None:
     return next((name for name, each in model.named_modules() if each is module), None) if module is not None else None
 
 
-def _same(first: Tensor | None, second: Tensor | None) -> bool:
-    return first is not None and second is not None and first.shape == second.shape and torch.equal(first, second)
-
-
 def _solve(total: Tensor, parts: tuple[Tensor, ...]) -> tuple[float, ...]:
     """The numbers by which the parts make up the total, by least squares."""
     columns = torch.stack([part.double().flatten() for part in parts], dim=-1)
@@ -322,14 +223,3 @@ def _explained(factor: float, known: tuple[float, ...], close: float) -> float:
     """The number that the block holds and that a measured factor is, or else the factor as it was measured."""
     nearest = min(known, key=lambda number: abs(number - factor))
     return nearest if abs(nearest - factor) <= close * abs(factor) else factor
-
-
-def _agree(model: nn.Module, first: Tensor, second: Tensor, problem: str) -> None:
-    tolerance = 1e-3 if second.dtype in (torch.float32, torch.float64) else 5e-2
-    first, second = first.double(), second.double().view(first.shape)
-    if float((first - second).norm()) > tolerance * float(second.norm()):
-        _refuse(model, problem)
-
-
-def _refuse(model: nn.Module, problem: str) -> NoReturn:
-    raise SiteError(f"{type(model).__name__}: {problem}. {HELP}")

@@ -10,7 +10,8 @@ from featurizers.errors import SiteError
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from featurizers_derived_scalars.layout import Layout, Trace, projection
+from featurizers_derived_scalars.layout import Layout, projection
+from featurizers_derived_scalars.probing import Trace
 from featurizers_derived_scalars.running import evaluating, run
 
 if TYPE_CHECKING:
