@@ -41,19 +41,32 @@ def ranked(scalars: Scalars, k: int, *orders: Callable[[Tensor], Tensor]) -> lis
     Raises:
         UsageError: one is not a number.
     """
-    kept: list[list[tuple[float, Ranked]]] = [[] for _ in orders]
+    kept: list[list[_Found]] = [[] for _ in orders]
     for key in scalars:
         tensor = scalars[key]
-        if bool(tensor.isnan().any()):
+        flat, shape = tensor.flatten(), tuple(tensor.shape)
+        if bool(flat.isnan().any()):
             raise UsageError(f"{key[0]} at layer {key[1]} is in places not a number, which has no rank")
         for best, order in zip(kept, orders, strict=True):
-            rank = order(tensor).flatten()
-            for place in _largest(rank, k):
-                index = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), tensor.shape))
-                best.append((float(rank[place]), _entry(scalars, key, tensor, index)))
-            best.sort(key=lambda pair: -pair[0])
+            rank = order(flat)
+            places = _largest(rank, k)
+            best.extend(
+                _Found(score, value, key, place, shape)
+                for score, value, place in zip(rank[places].tolist(), flat[places].tolist(), places, strict=True)
+            )
+            best.sort(key=lambda found: -found.score)
             del best[k:]
-    return [entry for best in kept for _, entry in best]
+    return [_entry(scalars, found) for best in kept for found in best]
+
+
+class _Found(NamedTuple):
+    """One scalar that may be among the largest."""
+
+    score: float
+    value: float
+    key: tuple[str, int | None]
+    place: int
+    shape: tuple[int, ...]
 
 
 def _largest(rank: Tensor, k: int) -> list[int]:
@@ -66,11 +79,15 @@ def _largest(rank: Tensor, k: int) -> list[int]:
     return chosen
 
 
-def _entry(scalars: Scalars, key: tuple[str, int | None], tensor: Tensor, index: tuple[int, ...]) -> Ranked:
-    name, layer = key
+def _entry(scalars: Scalars, found: _Found) -> Ranked:
+    (name, layer), rest = found.key, found.place
+    index: list[int] = []
+    for size in reversed(found.shape):
+        rest, at = divmod(rest, size)
+        index.insert(0, at)
     about = scalars.about[name]
-    node = None if about.basis is None else node_at(about.basis, layer, about.axes, index)
-    return Ranked(float(tensor[index]), node, name, layer, index)
+    node = None if about.basis is None else node_at(about.basis, layer, about.axes, tuple(index))
+    return Ranked(found.value, node, name, layer, tuple(index))
 
 
 def node_at(basis: Basis, layer: int | None, axes: tuple[Axis, ...], index: tuple[int, ...]) -> Node:
