@@ -13,7 +13,7 @@ from featurizers_derived_scalars.circuit import Circuit
 from featurizers_derived_scalars.metrics import LogitDifference, Metric, log_probability, logit_difference
 from featurizers_derived_scalars.places import KINDS, Need, Place
 from featurizers_derived_scalars.recording import Edit
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.support.decoders import DECODERS, LAYERS, PARALLEL, POST_NORM, decoder, shared_decoder, tokens
 from tests.support.models import hooks_of
@@ -379,6 +379,67 @@ def test_padding_changes_nothing(name):
         assert torch.equal(raw.tokens, sequence)
         assert raw.metric == single.metric
         assert all(torch.equal(raw[key], single[key]) for key in single)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi", "gemma2", "olmo2_biased", "granite"])
+def test_what_else_is_wanted_changes_nothing(name):
+    """Wherever the graph begins, and whatever is kept beside it."""
+    circuit, raw = everything(name)
+    for place, pass_ in (key for key in raw if key[0].layer in (None, 1)):
+        need = Need(place.kind, pass_, None if place.layer is None else frozenset({place.layer}))
+        [alone] = capture(circuit, tokens(), [need], metric=METRIC)
+        assert torch.equal(alone[place, pass_], raw[place, pass_]), (place, pass_)
+        assert alone.metric == raw.metric
+
+
+@pytest.mark.parametrize(
+    ("wanted", "first"),
+    [("resid.final", 3), ("resid.post:1", 2), ("attn.z:1", 1), ("logits", 3), ("resid.pre:1", 1), ("resid.embed", 0)],
+)
+def test_the_graph_begins_where_the_first_gradient_is_wanted(wanted, first):
+    model, seen = decoder("llama"), []
+    for block in model.model.layers:
+        block.mlp.register_forward_hook(lambda _, __, out: seen.append(out.requires_grad))
+    circuit = Circuit(model)
+    seen.clear()
+    capture(circuit, tokens(), [*Need.of([wanted], "backward"), Need("mlp.neurons")], metric=METRIC)
+    assert seen == [False] * first + [True] * (LAYERS - first)
+    seen.clear()
+    capture(circuit, tokens(), [Need("mlp.neurons")], metric=METRIC)
+    assert seen == [False] * LAYERS
+
+
+def test_what_is_kept_has_memory_of_its_own():
+    circuit = Circuit(decoder("llama"))
+    [raw] = capture(circuit, tokens(), needs_of(circuit), metric=METRIC)
+    for key in raw:
+        storage = raw[key].untyped_storage()
+        assert storage.nbytes() == raw[key].numel() * raw[key].element_size(), key
+
+
+class InPlace(nn.Module):
+    """A part that changes what it was given after it was used."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        with torch.no_grad():
+            x.mul_(2)
+        return y
+
+
+def test_activations_that_the_model_overwrites_are_refused_with_a_gradient():
+    model = decoder("llama")
+    circuit = Circuit(model)
+    model.model.norm = InPlace(model.model.norm)
+    with pytest.raises(SiteError, match=r"resid.final.* changes it in place"):
+        capture(circuit, tokens(), [Need("resid.final"), Need("resid.pre", "backward")], metric=METRIC)
+    [raw] = capture(circuit, tokens(), [Need("resid.final")])
+    [known] = capture(decoder("llama"), tokens(), [Need("resid.final")])
+    assert torch.equal(forward(raw, "resid.final"), forward(known, "resid.final"))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma3"])

@@ -121,12 +121,12 @@ def _capture(
     keep: Keeper,
 ) -> RawActivations:
     read = frozenset() if metric is None else expand(circuit, metric.needs)
-    recorder = Recorder(circuit, wanted, read, frozen, edits, keep, graph=metric is not None)
+    recorder = Recorder(circuit, wanted, read, frozen, edits, keep)
     tokens = tokens.to(circuit.token_device)
     with ExitStack() as stack:
         stack.enter_context(evaluating(circuit.model))
-        stack.enter_context(torch.set_grad_enabled(metric is not None))
-        if metric is not None:
+        stack.enter_context(torch.set_grad_enabled(recorder.graph))
+        if recorder.graph:
             stack.enter_context(without_parameter_gradients(circuit.model))
         answer = run(
             circuit.model,
@@ -139,14 +139,14 @@ def _capture(
         recorder.finish(answer)
         if metric is not None:
             value = metric(recorder.live(tokens))
-            _check_scalar(value)
+            _check_scalar(value, recorder.graph)
             recorder.differentiate(value)
         return recorder.kept(tokens)
 
 
-def _check_scalar(value: object) -> None:
+def _check_scalar(value: object, graph: bool) -> None:
     if not isinstance(value, Tensor) or value.dim() != 0 or not value.is_floating_point():
         what = tuple(value.shape) if isinstance(value, Tensor) else value
         raise UsageError(f"a metric gives one number, a tensor without axes; this gives {shown(what)}")
-    if not value.requires_grad:
+    if graph and not value.requires_grad:
         raise UsageError("the metric does not depend on what the model computes, so that it has no gradient")

@@ -73,6 +73,12 @@ class Keeper:
         """A copy of its own."""
         return self.exactly(tensor).to(self.dtype)
 
+    def adopted(self, tensor: Tensor) -> Tensor:
+        """The tensor itself if it is all of its storage, of which nobody else holds on to anything; else a copy."""
+        tensor = tensor.detach()
+        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        return tensor.to(self.device, self.dtype) if whole else self(tensor)
+
     def exactly(self, tensor: Tensor) -> Tensor:
         """A copy in the dtype that it has: for token ids, and for scales, which are divided by."""
         return tensor.detach().to(self.device, copy=True, memory_format=torch.contiguous_format)
@@ -89,7 +95,6 @@ class Recorder(Listener):
         frozen: norms whose scale is held constant.
         edits: changes to make.
         keep: how to store a tensor.
-        graph: whether there will be a gradient.
     """
 
     def __init__(
@@ -100,16 +105,14 @@ class Recorder(Listener):
         frozen: frozenset[str],
         edits: tuple[Edit, ...],
         keep: Keeper,
-        *,
-        graph: bool,
     ) -> None:
-        self._circuit, self._wanted, self._frozen, self._keep, self._graph = circuit, wanted, frozen, keep, graph
+        self._circuit, self._wanted, self._frozen, self._keep = circuit, wanted, frozen, keep
         self._read = frozenset(place for place, _ in read)
         self._edits: dict[Place, list[Callable[[Tensor], Tensor]]] = {}
         for edit in edits:
             self._edits.setdefault(edit.place, []).append(edit.function)
         self._kept: dict[tuple[Place, Pass], Tensor] = {}
-        self._held: dict[Place, Tensor] = {}  # as the model has them, with their graph
+        self._held: dict[Place, tuple[Tensor, int]] = {}  # as the model has them, with their graph, and their version
         self._scales: dict[Place, Tensor] = {}
         self._outputs: dict[Place, Tensor] = {}  # of norms
         self._normed = torch.empty(0)  # what the norm that is being run took
@@ -119,9 +122,25 @@ class Recorder(Listener):
         }
         self._metric: float | None = None
         self.arguments: dict[int, Arguments] = {}
-        backward = {place for place, pass_ in wanted if pass_ == "backward"}
-        self._tapped = {place for place, _ in wanted} | self._read | set(self._edits)
-        self._tapped |= {_source(place) for place in backward}
+        self._backward = sorted(place for place, pass_ in wanted if pass_ == "backward")
+        self._roots = {_source(place) for place in self._backward}
+        self._tapped = {place for place, _ in wanted} | self._read | set(self._edits) | self._roots
+
+    @property
+    def graph(self) -> bool:
+        """Whether there will be a gradient."""
+        return bool(self._backward)
+
+    def _start(self) -> Point:
+        """Where the graph begins: the latest stream before all that has a gradient or is read."""
+        last = self._circuit.n_layers - 1
+        late = ("resid.post", "resid.final", "norm.final.scale", "logits")
+        starts = [
+            (last if place.layer is None and place.kind in late else place.layer or 0, place.kind in late)
+            for place in {*self._backward, *self._read}
+        ]
+        layer, after = min(starts)
+        return self._circuit.layout.blocks[layer].block, "output" if after else "input"
 
     # ---- what the run is to do
 
@@ -142,8 +161,8 @@ class Recorder(Listener):
     def taps(self) -> dict[Point, Callable[[Tensor], Tensor]]:
         """For each point, what is done with its tensor."""
         found: dict[Point, list[Callable[[Tensor], Tensor]]] = {}
-        if self._graph:
-            found[self._circuit.layout.blocks[0].block, "input"] = [_leaf]
+        if self.graph:
+            found[self._start()] = [_leaf]
         for name, places in self._norm_places().items():
             found.setdefault((name, "input"), []).append(functools.partial(self._measure, places))
             found.setdefault((name, "output"), []).append(functools.partial(self._freeze, places))
@@ -223,21 +242,23 @@ class Recorder(Listener):
 
     def _freeze(self, places: list[Place], tensor: Tensor) -> Tensor:
         norm, names = self._circuit.norm(places[0]), {_norm_name(place) for place in places}
-        if norm is not None and self._graph and names & self._frozen:
+        if norm is not None and self._normed.requires_grad and names & self._frozen:
             y = norm.frozen(self._normed, self._scales[places[0]])
             # the value stays the module's own to the last bit; the derivative is the formula's
             tensor = tensor.detach() + (y - y.detach()).to(tensor.dtype)
         for place in places:
-            if self._graph and (place, "backward") in self._wanted:
+            if (place, "backward") in self._wanted:
                 self._outputs[place] = tensor
         return tensor
 
     def _hold(self, place: Place, tensor: Tensor) -> Tensor:
-        if self._graph:
+        if place in self._roots and not tensor.requires_grad:
             # what an edit put there may have no graph of its own, and has a gradient all the same
-            tensor = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
-            self._held[place] = tensor
-        elif (place, "forward") in self._wanted:
+            tensor = tensor.detach().requires_grad_()
+        wanted = (place, "forward") in self._wanted
+        if place in self._roots or place in self._read or (wanted and tensor.requires_grad):
+            self._held[place] = tensor, tensor._version
+        elif wanted:
             self._kept[place, "forward"] = self._keep(self._shaped(place, tensor))
         return tensor
 
@@ -261,7 +282,7 @@ class Recorder(Listener):
     def live(self, tokens: Int[Tensor, " token"]) -> RawActivations:
         """What the metric may read, with its graph, and the scales."""
         found: dict[tuple[Place, Pass], Tensor] = {
-            (place, "forward"): self._shaped(place, self._held[place]) for place in self._read if place in self._held
+            (place, "forward"): self._shaped(place, self._held[place][0]) for place in self._read if place in self._held
         }
         found.update({(place, "forward"): scale for place, scale in self._scales.items()})
         return RawActivations(self._circuit, tokens, found, frozen=self._frozen, arguments=self.arguments)
@@ -269,23 +290,27 @@ class Recorder(Listener):
     def differentiate(self, value: Tensor) -> None:
         """Keep the gradients, and the activations that are wanted, and let the graph go."""
         self._metric = float(value.detach())
-        backward = [place for place, pass_ in self._wanted if pass_ == "backward"]
-        roots = {place: self._root(place) for place in backward}
-        gradients = torch.autograd.grad(value, list(roots.values()), allow_unused=True) if roots else ()
-        for (place, root), gradient in zip(roots.items(), gradients, strict=True):
+        roots = [self._root(place) for place in self._backward]
+        gradients = list(torch.autograd.grad(value, roots, allow_unused=True)) if roots else []
+        # one by one, so that what is kept and what it is made from are not there together
+        while roots:
+            root, gradient, place = roots.pop(), gradients.pop(), self._backward[len(roots)]
             known = torch.zeros_like(root) if gradient is None else gradient
-            self._kept[place, "backward"] = self._keep(self._gradient(place, root, known))
-        for place, pass_ in self._wanted:
-            if pass_ == "forward" and place in self._held:
-                self._kept[place, "forward"] = self._keep(self._shaped(place, self._held[place]))
-        self._held.clear()
+            self._kept[place, "backward"] = self._keep.adopted(self._gradient(place, root, known))
         self._outputs.clear()
+        for place in list(self._held):
+            tensor, version = self._held.pop(place)
+            if (place, "forward") in self._wanted:
+                if tensor._version != version:
+                    raise SiteError(f"{place} cannot be captured with a gradient: the model changes it in place later")
+                keep = self._keep if place in self._edits else self._keep.adopted
+                self._kept[place, "forward"] = keep(self._shaped(place, tensor))
 
     def _root(self, place: Place) -> Tensor:
         """The tensor of the graph whose gradient gives that of a place."""
         if place in self._outputs:
             return self._outputs[place]
-        return self._held[_source(place)]
+        return self._held[_source(place)][0]
 
     def _gradient(self, place: Place, root: Tensor, gradient: Tensor) -> Tensor:
         if (norm := self._circuit.norm(place) if place in self._outputs else None) is not None:
@@ -341,7 +366,7 @@ def _in_turn(todo: list[Callable[[Tensor], Tensor]], tensor: Tensor) -> Tensor:
 
 
 def _leaf(tensor: Tensor) -> Tensor:
-    """Where the graph begins: the residual stream as it enters the first block."""
+    """Where the graph begins."""
     return tensor.detach().requires_grad_()
 
 
