@@ -394,3 +394,9 @@ def test_bases_refuse_what_fits_no_place():
     assert str(Basis.of(sae)) == "mlp.out features"
     found = scalars(shared_decoder("gpt2"), tokens(), "value", metric=METRIC, featurizers=[sae])
     assert ("value:mlp.out features", 1) in found
+
+
+def test_a_featurizer_on_another_device_is_told():
+    elsewhere = dictionary(32).to("meta")
+    with pytest.raises(UsageError, match="is on meta, and what was captured on cpu"):
+        value(Basis("mlp.delta", elsewhere)).tensor(captured("gpt2"), 1)

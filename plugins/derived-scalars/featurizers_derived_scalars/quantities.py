@@ -252,6 +252,6 @@ def vocab_read(node: Node) -> Deriver:
     token = node.numbers()[1 if node.basis.via in ("k", "v") else 0]
 
     def fn(context: Context, vector: Tensor) -> Tensor:
-        return exact(context.circuit.token_embeddings()) @ vector[token]
+        return exact(context.circuit.token_embeddings()).to(vector.device) @ vector[token]
 
     return Deriver("vocab_read", (DirectionSource(along),), ("vocab",), fn, {"node": node})

@@ -18,10 +18,9 @@ def reaches(circuit: Circuit, place: Place, residual: Place) -> bool:
     """Whether what a place writes is in a residual stream.
 
     The residual stream at an earlier point, or at the same by another name, reaches it too: ``resid.post`` of the
-    last layer is ``resid.final``.
+    last layer is ``resid.final``. Nothing else is at the same point as a residual stream.
     """
-    first, second = _point(circuit, place), _point(circuit, residual)
-    return first < second or (first == second and place.kind.startswith("resid."))
+    return _point(circuit, place) <= _point(circuit, residual)
 
 
 def _point(circuit: Circuit, place: Place) -> tuple[int, int]:

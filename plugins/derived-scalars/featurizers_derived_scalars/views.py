@@ -8,6 +8,7 @@ from typing import Any, final
 
 import torch
 from featurizers import Featurizer
+from featurizers.errors import UsageError
 from torch import Tensor
 
 from featurizers_derived_scalars.activations import RawActivations
@@ -70,8 +71,20 @@ class View:
 
     @cached_property
     def featurizer(self) -> Featurizer[Any] | None:
-        """The featurizer of the layer."""
-        return self.basis.featurizer_at(self.layer)
+        """The featurizer of the layer.
+
+        Raises:
+            UsageError: it is on another device than the activations.
+        """
+        found = self.basis.featurizer_at(self.layer)
+        if found is not None:
+            for tensor in found.state_dict().values():
+                if tensor.device != self.x.device:
+                    raise UsageError(
+                        f"the featurizer {found.id!r} of {self.place} is on {tensor.device}, and what was captured on "
+                        f"{self.x.device}; move it: featurizer.to({str(self.x.device)!r})"
+                    )
+        return found
 
     @cached_property
     def encoded(self) -> tuple[Tensor, Any]:

@@ -62,7 +62,7 @@ def unit_lengths(view: View) -> Tensor:
         return _feature_lengths(view, view.featurizer)
     matrix = view.raw.circuit.write_matrix(view.place)
     ones = torch.ones_like(view.values)
-    lengths = ones if matrix is None else ones * torch.linalg.vector_norm(exact(matrix), dim=-1)
+    lengths = ones if matrix is None else ones * torch.linalg.vector_norm(exact(matrix).to(ones.device), dim=-1)
     return _scaled(view, view.place, lengths)
 
 
@@ -87,14 +87,14 @@ def writes(view: View) -> Tensor:
     matrix = circuit.write_matrix(view.place)
     if matrix is None:
         return torch.diag_embed(view.values)
-    return _scaled(view, view.place, view.values.unsqueeze(-1) * exact(matrix))
+    return _scaled(view, view.place, view.values.unsqueeze(-1) * exact(matrix).to(view.x.device))
 
 
 def _matrix(view: View, place: Place) -> Float[Tensor, "head d_head d_model"]:
     matrix = view.raw.circuit.write_matrix(place)
     if matrix is None:  # a head's output always has a projection
         raise ValueError(f"{place} has no write matrix")
-    return exact(matrix)
+    return exact(matrix).to(view.x.device)
 
 
 def _quadratic(vectors: Float[Tensor, "any head d_head"], matrix: Float[Tensor, "head d_head d_model"]) -> Tensor:
