@@ -258,6 +258,19 @@ def test_a_group_is_ranked_alone():
     assert {entry.name for entry in found.topk(20, group=["write_to:mlp.neurons"])} == {"write_to:mlp.neurons"}
 
 
+def test_other_scalars_of_the_same_nodes_stand_beside():
+    raw = captured("gpt2")
+    made_ = [make(basis) for make in (write_to, act_times_grad, write_norm) for basis in (HEADS, NEURONS)]
+    found = Scalars.union(one.derive(raw) for one in [*made_, pairs(value(HEADS))])
+    top = found.topk(8, group=["write_to:attn.probs", "write_to:mlp.neurons"])
+    assert {entry.node.basis.kind for entry in top} == {"attn.probs", "mlp.neurons"}
+    for entry, values in zip(top, found.beside(top), strict=True):
+        kind = entry.node.basis.kind
+        assert set(values) == {f"{quantity}:{kind}" for quantity in ("write_to", "act_times_grad", "write_norm")}
+        assert values[entry.name] == entry.value
+        assert values[f"write_norm:{kind}"] == float(found[f"write_norm:{kind}", entry.layer][entry.at])
+
+
 def test_nodes_of_reductions():
     raw = captured("gpt2")
     best = pairs(write_to(HEADS)).derive(raw).topk(1)[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -88,6 +88,26 @@ def _entry(scalars: Scalars, found: _Found) -> Ranked:
     about = scalars.about[name]
     node = None if about.basis is None else node_at(about.basis, layer, about.axes, tuple(index))
     return Ranked(found.value, node, name, layer, tuple(index))
+
+
+def beside(scalars: Scalars, entries: Sequence[Ranked]) -> list[dict[str, float]]:
+    """For each entry of a ranking, the values of all scalars of the same node, by name; one layer at a time."""
+    found: list[dict[str, float]] = [{} for _ in entries]
+    for name, layer in scalars:
+        about = scalars.about[name]
+        same = [
+            (values, entry.at)
+            for values, entry in zip(found, entries, strict=True)
+            if entry.node is not None
+            and entry.layer == layer
+            and str(entry.node.basis) == str(about.basis)
+            and scalars.about[entry.name].axes == about.axes
+        ]
+        if same:
+            tensor = scalars[name, layer]
+            for values, at in same:
+                values[name] = float(tensor[at])
+    return found
 
 
 def node_at(basis: Basis, layer: int | None, axes: tuple[Axis, ...], index: tuple[int, ...]) -> Node:

@@ -16,7 +16,7 @@ from torch import Tensor
 from featurizers_derived_scalars.axes import Axis
 from featurizers_derived_scalars.bases import Basis
 from featurizers_derived_scalars.errors import IncompleteError
-from featurizers_derived_scalars.ranking import Ranked, ranked
+from featurizers_derived_scalars.ranking import Ranked, beside, ranked
 
 if TYPE_CHECKING:
     from featurizers_derived_scalars.activations import RawActivations
@@ -162,6 +162,13 @@ class Scalars(Mapping["tuple[str, int | None]", Tensor]):
         if absolute:
             return ranked(chosen, k, torch.abs)
         return ranked(chosen, k, torch.positive, torch.neg) if both_ends else ranked(chosen, k, torch.positive)
+
+    def beside(self, entries: Sequence[Ranked]) -> list[dict[str, float]]:
+        """For each entry of a ranking the values of all scalars of its node, by name: those of one basis and its axes.
+
+        What a table of the largest by one quantity shows of the others, such as attribution beside direct effect.
+        """
+        return beside(self, entries)
 
     def sum(self, keep: Collection[Kept] = ()) -> Tensor:
         """The sum over all names, layers and axes but those to keep; accumulated in float64.
