@@ -388,7 +388,7 @@ def test_bases_refuse_what_fits_no_place():
             fault()
     with pytest.raises(SiteError, match="no result at layer 2"):
         value(Basis("mlp.delta", {1: sae})).derive(captured("gpt2"), [2])
-    with pytest.raises(ShapeError):
+    with pytest.raises(ShapeError, match=r"mlp.neurons:1: .* takes activations of width 32"):
         value(Basis("mlp.neurons", sae)).tensor(captured("gpt2"), 1)
     sae.site = featurizers.Site("mlp.out", 1)
     assert str(Basis.of(sae)) == "mlp.out features"

@@ -38,7 +38,11 @@ REPLACES: Final[Mapping[str, tuple[str, ...]]] = {
     "mlp.out": ("mlp.neurons", "mlp.bias"),
     "mlp.delta": ("mlp.neurons", "mlp.bias"),
 }
-"""Bases of units that a featurizer's nodes stand in for, at the layers that it is at, so that nothing counts twice."""
+"""Bases of units that a featurizer's nodes stand in for, at the layers that it is at, so that nothing counts twice.
+
+Those of the residual stream after its beginning stand in for nothing: they are the sum of what was written before, and
+effects of theirs are beside the effects that sum to the total.
+"""
 
 
 @final

@@ -8,7 +8,7 @@ from typing import Any, final
 
 import torch
 from featurizers import Featurizer
-from featurizers.errors import UsageError
+from featurizers.errors import ShapeError, UsageError
 from torch import Tensor
 
 from featurizers_derived_scalars.activations import RawActivations
@@ -88,10 +88,17 @@ class View:
 
     @cached_property
     def encoded(self) -> tuple[Tensor, Any]:
-        """Features and the featurizer's own error term."""
+        """Features and the featurizer's own error term.
+
+        Raises:
+            ShapeError: the featurizer is of another width than the place.
+        """
         if self.featurizer is None:
             return self.x, None
-        features, error = self.featurizer.featurize(flat(self.x, self.place))
+        try:
+            features, error = self.featurizer.featurize(flat(self.x, self.place))
+        except ShapeError as fault:
+            raise ShapeError(f"{self.place}: {fault}") from fault
         return exact(features), error
 
     @cached_property
