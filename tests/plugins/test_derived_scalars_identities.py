@@ -219,6 +219,7 @@ def test_needs_stop_before_the_direction():
     circuit = Circuit(shared_decoder("gpt2"))
     needs = write_to(NEURONS, MetricGrad(Place("resid.pre", 1))).needs(circuit)
     assert needs == {Need("mlp.neurons", "forward", frozenset({0})), Need("resid.pre", "backward", frozenset({1}))}
+    assert write_to(NEURONS, MetricGrad(Place("resid.pre", 0))).needs(circuit) == frozenset()
 
 
 def test_one_call_is_what_the_parts_are():

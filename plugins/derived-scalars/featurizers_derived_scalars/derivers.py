@@ -97,11 +97,10 @@ class Deriver:
         """
         wanted = None if layers is None else frozenset(layers)
         if wanted is None and self.within is not None:
-            every = frozenset({None, *range(circuit.n_layers)})
-            kept = frozenset(layer for layer in every if self.within(circuit, layer))
-            if kept:  # else the sources say what the model lacks, or need nothing that would be used
-                wanted = None if kept == every else kept
-        return frozenset[Need]().union(*(source.needs(circuit, wanted) for source in self.sources))
+            wanted = frozenset(layer for layer in (None, *range(circuit.n_layers)) if self.within(circuit, layer))
+        needs = frozenset[Need]().union(*(source.needs(circuit, wanted or None) for source in self.sources))
+        # with no layer to derive, asking has said what the model lacks, if it lacks anything; else nothing is needed
+        return frozenset() if wanted == frozenset() else needs
 
     def available(self, raw: RawActivations) -> frozenset[int | None] | None:
         """The layers of the result; None if the sources do not say, since none of them has a layer of its own."""
