@@ -240,6 +240,33 @@ def test_a_node_as_the_metric_of_one_call():
     assert all(not found["act_times_grad:mlp.neurons", layer].any() for layer in later)
 
 
+def test_attributions_to_a_traced_node_are_those_of_hooks_by_hand():
+    """Against autograd through transformers' model with the one norm's scale held by a hook."""
+    model, raw = shared_decoder("llama"), captured("llama")
+    block, scale, kept = model.model.layers[1], raw.scale("mlp", 1), {}
+
+    def keep(layer, args):
+        args[0].retain_grad()
+        kept[layer] = args[0]
+
+    hooks = [
+        model.model.layers[layer].mlp.down_proj.register_forward_pre_hook(lambda _, args, at=layer: keep(at, args))
+        for layer in range(2)
+    ]
+    hooks.append(block.post_attention_layernorm.register_forward_hook(lambda norm, x, _: x[0] / scale * norm.weight))
+    try:
+        model(tokens()[None])
+        kept[1][0, 5, 7].backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad()
+    expected = (kept[0] * kept[0].grad)[0].detach()
+    node = Node(NEURONS, 1, (5, 7))
+    found = scalars(model, tokens(), "act_times_grad:mlp.neurons", metric=node)
+    close(found["act_times_grad:mlp.neurons", 0], expected)
+
+
 def test_head_through_v_as_a_metric_with_its_output():
     raw = captured("llama")
     node = Node(Basis("attn.probs", via="v"), 1, (6, 4, 1))

@@ -89,11 +89,10 @@ def node_value(
         if output is None:
             raise UsageError(f"{node} is no scalar without a direction at the head's output: its values are a vector")
         token, key, head = inside(node, index, (len(raw.tokens), len(raw.tokens), raw.circuit.n_heads))
-        values = raw.circuit.recompute(Place("attn.v", node.layer), resid, raw, through="v", freeze_norm=freeze_norm)[
-            key, head
-        ]
+        of_value = Place("attn.v", node.layer)
+        values = raw.circuit.recompute(of_value, resid, raw, through="v", freeze_norm=freeze_norm)
         weight = exact(raw[node.place, "forward"])[token, key, head].detach()
-        return weight * (exact(values) * output).sum()
+        return weight * (exact(values[key, head]) * output).sum()
     if place.kind.startswith("resid."):
         site = resid
     else:
