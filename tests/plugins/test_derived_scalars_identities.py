@@ -185,6 +185,8 @@ def test_scalars_are_absent_at_and_after_the_direction(raw):
     for kind, last in (("attn.probs", 0), ("mlp.neurons", 0), ("resid.pre", 1), ("resid.post", 0)):
         layers = [layer for _, layer in write_to(Basis(kind), early).derive(raw)]
         assert layers == list(range(last + 1)), kind
+    same = MetricGrad(Place("resid.post", 0))  # the same tensor as resid.pre of the next
+    assert [layer for _, layer in write_to(Basis("resid.pre"), same).derive(raw)] == [0, 1]
     with pytest.raises(SiteError, match="not upstream"):
         write_to(NEURONS, early).derive(raw, [1])
 

@@ -30,6 +30,7 @@ from featurizers_derived_scalars.quantities import (
     write_to,
 )
 from featurizers_derived_scalars.reductions import sum_heads, sum_keys, sum_nodes
+from featurizers_derived_scalars.tracing import pre_activations
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
@@ -257,6 +258,9 @@ def test_pre_activations_of_latents_are_traced():
     normal = (delta - delta.mean(-1, keepdim=True)) / (delta.std(-1, keepdim=True) + 1e-5)
     ((normal[6] - sae.b_dec) @ sae.W_enc[3] + sae.get_parameter("b_enc")[3]).backward()
     close(by_node, resid.grad, 1e-4)
+    relu = dictionary(32, pre_bias=True, normalize="layer-norm")
+    x = forward(raw, "mlp.delta", 1)
+    close(pre_activations(relu, x).relu(), relu.encode(x), 1e-12)
     subspace = Basis("mlp.delta", featurizers.create("subspace", d_in=32, n_features=2).double())
     with pytest.raises(UsageError, match="no known pre-activation"):
         direction(Node(subspace, 1, (6, 1), pre_activation=True)).tensor(raw)
