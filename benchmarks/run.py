@@ -11,6 +11,7 @@ from typing import Annotated
 import artefacts
 import collecting
 import das
+import derived_scalars
 import dictionaries
 import hooks
 import report
@@ -23,7 +24,7 @@ from rich.console import Console
 
 BENCHMARKS = {
     benchmark.name: benchmark
-    for theme in (das, artefacts, collecting, swapping, dictionaries, hooks, training)
+    for theme in (das, artefacts, collecting, swapping, dictionaries, hooks, training, derived_scalars)
     for benchmark in theme.BENCHMARKS
 }
 
@@ -46,7 +47,7 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
     docs: Annotated[bool, typer.Option(help="Write the table into docs/benchmarks.md.")] = False,
     table: Annotated[
-        str | None, typer.Option(help="Which table of it: the device's, dictionaries, or training.")
+        str | None, typer.Option(help="Which table of it: the device's, dictionaries, training or scalars.")
     ] = None,
 ) -> None:
     """Compare the library with its peers, one pair of samples after the other."""

@@ -44,6 +44,7 @@ FIRST_PARTY = {
     "autoencoder": "featurizers-autoencoder",
     "causal-basis": "featurizers-causal-basis",
     "causalab": "featurizers-causalab",
+    "derived-scalars": "featurizers-derived-scalars",
     "dictionary-learning": "featurizers-dictionary-learning",
     "identity": "featurizers-identity",
     "sae-lens": "featurizers-sae-lens",

@@ -35,6 +35,7 @@ COMMANDS = [
     "convert",
     "demo",
     "fit causal-basis",
+    "scalars",
     "train",
     "evaluate",
     "sweep",

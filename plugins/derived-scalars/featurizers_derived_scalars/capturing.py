@@ -1,0 +1,152 @@
+"""`capture`: runs a decoder once a sequence, and keeps the activations and gradients that were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+
+import torch
+from featurizers.artefact import check_placement
+from featurizers.errors import UsageError, shown
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from featurizers_derived_scalars.activations import NORMS, RawActivations
+from featurizers_derived_scalars.circuit import Circuit
+from featurizers_derived_scalars.metrics import LogitFunction, Metric, as_metric
+from featurizers_derived_scalars.places import KINDS, Need, Pass, Place
+from featurizers_derived_scalars.prompts import Inputs, sequences
+from featurizers_derived_scalars.recording import Edit, Keeper, Recorder
+from featurizers_derived_scalars.running import evaluating, run, without_parameter_gradients
+
+
+def capture(
+    model: nn.Module | Circuit,
+    inputs: Inputs,
+    needs: Iterable[Need],
+    *,
+    metric: Metric | LogitFunction | None = None,
+    freeze_norms: Iterable[str] = ("final",),
+    edits: Iterable[Edit] = (),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[RawActivations]:
+    """What the needs name, of each sequence.
+
+    The model runs once a sequence, with its own plain attention, as far as something is needed; what is not needed is
+    not kept. It is left as it was: its attention, its mode, its parameters and their gradients. Gradients of what
+    feeds nothing that the metric reads are zero.
+
+    With the final norm frozen, ``resid.final · gradient`` sums to the metric less what the norm's bias gives, if the
+    metric is linear in the logits and the logits are not capped. Where they are (Gemma 2) the gradient at
+    ``resid.final`` is right, and parts written to the stream still sum to ``resid.final · gradient``, but not to the
+    metric.
+
+    Args:
+        model: a decoder of `transformers`, or its `Circuit`, which saves looking at it again.
+        inputs: token ids of one sequence or of several; or a tokenizer's output with ``attention_mask``, of which
+            the padding is dropped on either side, so that padding never changes a number.
+        needs: what to keep. Backward needs want a metric.
+        metric: scalar whose gradient is taken: a `Metric`, or a function of the logits ``(token, vocab)``.
+        freeze_norms: norms whose scale the gradient takes as constant: of ``final``, ``attn``, ``mlp``,
+            ``attn.post``, ``mlp.post``.
+        edits: changes to make on the way, in order; what is kept is as edited.
+        device: where to put what is kept; where the model has it if None.
+        dtype: of what is kept; as the model has it if None.
+
+    Raises:
+        SiteError: the model is no such decoder, or has no such place.
+        UsageError: inputs, metric or norms are not what they should be, or a backward need has no metric.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=9))
+        >>> needs = [Need("mlp.neurons"), Need("attn.probs", "backward", frozenset({1}))]
+        >>> [raw] = capture(model, [3, 1, 4], needs, metric=lambda logits: logits[-1, 5])
+        >>> raw[Place("mlp.neurons", 0), "forward"].shape, raw[Place("attn.probs", 1), "backward"].shape
+        (torch.Size([3, 32]), torch.Size([3, 3, 2]))
+    """
+    circuit = model if isinstance(model, Circuit) else Circuit(model)
+    check_placement(device, dtype)
+    frozen = frozenset((freeze_norms,) if isinstance(freeze_norms, str) else freeze_norms)
+    if unknown := frozen - NORMS:
+        raise UsageError(f"norms to freeze are {', '.join(sorted(NORMS))}, not {', '.join(map(shown, unknown))}")
+    scalar = None if metric is None else as_metric(metric)
+    wanted = _wanted(circuit, needs, scalar)
+    edits = tuple(edits)
+    for edit in edits:
+        circuit.check(edit.place)
+    keep = Keeper(device, dtype)
+    prompts = sequences(inputs)
+    for tokens in prompts:
+        circuit.check_tokens(tokens)
+    return [_capture(circuit, tokens, wanted, scalar, frozen, edits, keep) for tokens in prompts]
+
+
+def _wanted(circuit: Circuit, needs: Iterable[Need], metric: Metric | None) -> frozenset[tuple[Place, Pass]]:
+    """Every place and pass to keep; what the metric reads is not in it."""
+    wanted = expand(circuit, needs)
+    if metric is None and (backward := sorted(place for place, pass_ in wanted if pass_ == "backward")):
+        raise UsageError(f"the gradient at {backward[0]} needs a metric; give capture(..., metric=...)")
+    return wanted
+
+
+def expand(circuit: Circuit, needs: Iterable[Need]) -> frozenset[tuple[Place, Pass]]:
+    """The places of needs in one model.
+
+    Raises:
+        SiteError: the model has not a place that is named, or none of a kind.
+    """
+    found: set[tuple[Place, Pass]] = set()
+    for need in needs:
+        if need.layers is None:
+            places = circuit.places(need.kind)
+            if not places:
+                circuit.check(Place(need.kind, 0 if KINDS[need.kind].layered else None))
+        else:
+            places = tuple(Place(need.kind, layer) for layer in sorted(need.layers))
+            for place in places:
+                circuit.check(place)
+        found |= {(place, need.pass_) for place in places}
+    return frozenset(found)
+
+
+def _capture(
+    circuit: Circuit,
+    tokens: Int[Tensor, " token"],
+    wanted: frozenset[tuple[Place, Pass]],
+    metric: Metric | None,
+    frozen: frozenset[str],
+    edits: tuple[Edit, ...],
+    keep: Keeper,
+) -> RawActivations:
+    read = frozenset() if metric is None else expand(circuit, metric.needs)
+    recorder = Recorder(circuit, wanted, read, frozen, edits, keep)
+    tokens = tokens.to(circuit.token_device)
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(circuit.model))
+        stack.enter_context(torch.set_grad_enabled(recorder.graph))
+        if recorder.graph:
+            stack.enter_context(without_parameter_gradients(circuit.model))
+        answer = run(
+            circuit.model,
+            tokens,
+            recorder.taps(),
+            listener=recorder,
+            arguments=recorder.tellers(),
+            stop_after=recorder.stop_after(),
+        )
+        recorder.finish(answer)
+        if metric is not None:
+            value = metric(recorder.live(tokens))
+            _check_scalar(value, recorder.graph)
+            recorder.differentiate(value)
+        return recorder.kept(tokens)
+
+
+def _check_scalar(value: object, graph: bool) -> None:
+    if not isinstance(value, Tensor) or value.dim() != 0 or not value.is_floating_point():
+        what = tuple(value.shape) if isinstance(value, Tensor) else value
+        raise UsageError(f"a metric gives one number, a tensor without axes; this gives {shown(what)}")
+    if graph and not value.requires_grad:
+        raise UsageError("the metric does not depend on what the model computes, so that it has no gradient")

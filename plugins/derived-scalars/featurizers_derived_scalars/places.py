@@ -1,0 +1,192 @@
+"""`Place`: one tensor in a decoder's circuit, named the same for every architecture."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple, TypeAlias
+
+from featurizers.errors import SiteError, UsageError, shown
+from featurizers.sites import Site
+
+Axis: TypeAlias = Literal["token", "key", "head", "d_head", "d_model", "neuron", "vocab", "one"]
+"""What an axis of a place's tensor counts; ``token`` is the query's position, ``key`` the position attended to."""
+
+Pass: TypeAlias = Literal["forward", "backward"]
+"""Activations, or the gradient of the metric in them."""
+
+
+class Kind(NamedTuple):
+    """What is known of a kind of place.
+
+    Attributes:
+        axes: of its tensor, for one sequence.
+        layered: whether every block has one.
+        stage: where in a block it is computed; places of one stage and layer do not feed each other's block.
+        text: what it holds.
+    """
+
+    axes: tuple[Axis, ...]
+    layered: bool
+    stage: int
+    text: str
+
+
+_STREAM: Final = ("token", "d_model")
+_HEADS: Final = ("token", "head", "d_head")
+_PAIRS: Final = ("token", "key", "head")
+_NEURONS: Final = ("token", "neuron")
+_SCALE: Final = ("token", "one")
+
+KINDS: Final[dict[str, Kind]] = {
+    "resid.embed": Kind(_STREAM, False, 0, "residual stream entering the first block"),
+    "resid.pre": Kind(_STREAM, True, 0, "residual stream entering a block"),
+    "norm.attn.scale": Kind(_SCALE, True, 1, "what the norm before attention divides by"),
+    "attn.q": Kind(_HEADS, True, 1, "queries, after rotary positions and query norms, not scaled"),
+    "attn.k": Kind(("key", "head", "d_head"), True, 1, "keys, likewise, one a query head"),
+    "attn.v": Kind(("key", "head", "d_head"), True, 1, "values, one a query head"),
+    "attn.logits": Kind(_PAIRS, True, 1, "scores that softmax takes, -inf where masked"),
+    "attn.probs": Kind(_PAIRS, True, 1, "attention probabilities"),
+    "attn.z": Kind(_HEADS, True, 1, "attention-weighted values, the input of the output projection"),
+    "attn.out": Kind(_STREAM, True, 1, "output of the attention module"),
+    "norm.attn.post.scale": Kind(_SCALE, True, 1, "what the norm after attention divides by"),
+    "attn.bias": Kind(_STREAM, True, 1, "the part of attn.delta that no head writes"),
+    "attn.delta": Kind(_STREAM, True, 1, "what attention adds to the residual stream"),
+    "resid.mid": Kind(_STREAM, True, 2, "residual stream between attention and MLP; not in parallel blocks"),
+    "norm.mlp.scale": Kind(_SCALE, True, 3, "what the norm before the MLP divides by"),
+    "mlp.pre": Kind(_NEURONS, True, 3, "what the activation function takes"),
+    "mlp.neurons": Kind(_NEURONS, True, 3, "activations of the neurons, the input of the down projection"),
+    "mlp.out": Kind(_STREAM, True, 3, "output of the MLP module"),
+    "norm.mlp.post.scale": Kind(_SCALE, True, 3, "what the norm after the MLP divides by"),
+    "mlp.bias": Kind(_STREAM, True, 3, "the part of mlp.delta that no neuron writes"),
+    "mlp.delta": Kind(_STREAM, True, 3, "what the MLP adds to the residual stream"),
+    "resid.post": Kind(_STREAM, True, 4, "residual stream leaving a block"),
+    "resid.final": Kind(_STREAM, False, 4, "residual stream leaving the last block"),
+    "norm.final.scale": Kind(_SCALE, False, 5, "what the final norm divides by"),
+    "logits": Kind(("token", "vocab"), False, 6, "logits of the next token"),
+}
+"""Every kind of place. A tensor is per sequence and has no batch axis."""
+
+_SITES: Final = {"resid.pre": "resid.pre", "resid.post": "resid.post", "attn.out": "attn.out", "attn.z": "attn.z",
+                 "mlp.out": "mlp.out", "mlp.act": "mlp.neurons"}  # fmt: skip
+
+
+@functools.total_ordering
+@dataclass(frozen=True)
+class Place:
+    """One tensor in a decoder: a kind and, where every block has one, a layer.
+
+    Wider than `featurizers.Site`, which names what an intervention can write: a place may be a probability, a norm's
+    scale or a bias. Sorted by layer, then in the order of `KINDS`.
+
+    Attributes:
+        kind: one of `KINDS`.
+        layer: block, from 0; None for a kind that the model has once.
+
+    Raises:
+        SiteError: there is no such kind, or the layer is missing or too many.
+
+    Example:
+        >>> Place.parse("mlp.neurons:3")
+        Place(kind='mlp.neurons', layer=3)
+        >>> str(Place("logits"))
+        'logits'
+    """
+
+    kind: str
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what names no tensor."""
+        if self.kind not in KINDS:
+            raise SiteError(f"there is no place {shown(self.kind)}; kinds are {', '.join(KINDS)}")
+        count = isinstance(self.layer, int) and not isinstance(self.layer, bool) and self.layer >= 0
+        if KINDS[self.kind].layered and not count:
+            raise SiteError(f"{self.kind} needs a layer from 0, as in '{self.kind}:3', not {shown(self.layer)}")
+        if not KINDS[self.kind].layered and self.layer is not None:
+            raise SiteError(f"{self.kind} has no layer: the model has it once")
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """What the axes of its tensor count."""
+        return KINDS[self.kind].axes
+
+    def __str__(self) -> str:
+        """The place as `parse` reads it."""
+        return self.kind if self.layer is None else f"{self.kind}:{self.layer}"
+
+    def __lt__(self, other: object) -> bool:
+        """Sorted by layer, unlayered kinds before or after all layers as they are computed."""
+        if not isinstance(other, Place):
+            return NotImplemented
+        return self._key < other._key
+
+    @property
+    def _key(self) -> tuple[float, int]:
+        kinds = list(KINDS)
+        once = -1.0 if self.kind == "resid.embed" else float("inf")
+        return (once if self.layer is None else float(self.layer)), kinds.index(self.kind)
+
+    @classmethod
+    def parse(cls, text: str | Place | Site) -> Place:
+        """The place of a string such as ``mlp.neurons:3``, or of a core site that is a whole tensor.
+
+        Raises:
+            SiteError: the string is not a place, or the site has none (a head, a module path, an embedding's output).
+        """
+        if isinstance(text, Place):
+            return text
+        if isinstance(text, Site):
+            if text.kind not in _SITES or text.head is not None:
+                raise SiteError(f"the site {text} is no place of the circuit; such sites are {', '.join(_SITES)}")
+            return cls(_SITES[text.kind], text.layer)
+        if not isinstance(text, str):
+            raise SiteError(f"a place is a Place or a string such as 'mlp.neurons:3', not {shown(text)}")
+        kind, colon, layer = text.partition(":")
+        if colon and not (layer.isascii() and layer.isdecimal() and len(layer) < 7):
+            raise SiteError(f"cannot read the place {shown(text)}; write 'mlp.neurons:3' or 'logits'")
+        return cls(kind, int(layer) if colon else None)
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a quantity needs captured: one kind at some layers.
+
+    Attributes:
+        kind: one of `KINDS`.
+        pass_: activations, or their gradient.
+        layers: blocks; None for every block that has the kind, and for a kind that the model has once.
+
+    Raises:
+        SiteError: there is no such kind, or layers are given for one that has none.
+        UsageError: there is no such pass.
+    """
+
+    kind: str
+    pass_: Pass = "forward"
+    layers: frozenset[int] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what names no tensor."""
+        if self.pass_ not in ("forward", "backward"):
+            raise UsageError(f"a pass is 'forward' or 'backward', not {shown(self.pass_)}")
+        if self.layers is None:
+            if self.kind not in KINDS:
+                raise SiteError(f"there is no place {shown(self.kind)}; kinds are {', '.join(KINDS)}")
+        else:
+            for layer in self.layers:
+                Place(self.kind, layer)
+
+    @classmethod
+    def of(cls, places: Iterable[Place | str], pass_: Pass = "forward") -> frozenset[Need]:
+        """The needs of some places.
+
+        Example:
+            >>> Need.of(["logits"])
+            frozenset({Need(kind='logits', pass_='forward', layers=None)})
+        """
+        parsed = [Place.parse(place) for place in places]
+        return frozenset(
+            cls(place.kind, pass_, None if place.layer is None else frozenset({place.layer})) for place in parsed
+        )

@@ -1,0 +1,123 @@
+"""What was captured, as a value and as a file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from featurizers.errors import ArtefactError, SiteError
+from featurizers_derived_scalars.activations import RawActivations
+from featurizers_derived_scalars.capturing import capture
+from featurizers_derived_scalars.circuit import Circuit
+from featurizers_derived_scalars.metrics import logit_difference
+from featurizers_derived_scalars.places import KINDS, Need, Place
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tests.support.decoders import shared_decoder, tokens
+
+
+@pytest.fixture(params=["gpt2", "gemma2", "phi"])
+def raw(request):
+    circuit = Circuit(shared_decoder(request.param))
+    needs = [Need(kind, pass_) for kind in KINDS for pass_ in ("forward", "backward") if circuit.places(kind)]
+    return capture(circuit, tokens(), needs, metric=logit_difference(3), freeze_norms=("final", "mlp"))[0]
+
+
+def test_a_file_holds_everything(raw, tmp_path):
+    path = tmp_path / "raw.safetensors"
+    raw.save(path)
+    again = RawActivations.load(path, raw.circuit)
+    assert list(again) == list(raw)
+    assert all(torch.equal(again[key], raw[key]) and again[key].dtype == raw[key].dtype for key in raw)
+    assert torch.equal(again.tokens, raw.tokens)
+    assert (again.metric, again.frozen) == (raw.metric, raw.frozen)
+    assert again.frozen == {"final", "mlp"}
+    # and what it takes to compute more
+    for kind in ("attn.z", "mlp.neurons"):
+        place = Place(kind, 1)
+        resid = again[raw.circuit.residual_before(place), "forward"]
+        for freeze in (True, False):
+            found = again.circuit.recompute(place, resid, again, freeze_norm=freeze)
+            assert torch.equal(found, raw.circuit.recompute(place, resid, raw, freeze_norm=freeze))
+
+
+def test_it_cannot_be_changed(raw):
+    key = (Place("attn.z", 0), "forward")
+    with pytest.raises(TypeError):
+        raw[key] = raw[key]
+    for name in ("tokens", "metric", "frozen", "circuit", "arguments"):
+        with pytest.raises(AttributeError):
+            setattr(raw, name, None)
+    values = {key: raw[key]}
+    made = RawActivations(raw.circuit, raw.tokens, values)
+    values.clear()
+    assert len(made) == 1
+    assert key in made
+    assert (Place("attn.z", 1), "forward") not in made
+    assert "7 tokens" in repr(made)
+    with pytest.raises(SiteError, match=r"attn.z:1 \(forward\) was not captured"):
+        made[Place("attn.z", 1), "forward"]
+    with pytest.raises(SiteError, match=r"axes are token, head, d_head"):
+        RawActivations(raw.circuit, raw.tokens, {key: raw[key][0]})
+
+
+def test_it_is_in_the_order_of_the_model(raw):
+    places = [place for place, _ in raw]
+    assert places == sorted(places)
+    assert places[0] == Place("resid.embed")
+    assert places[-1] == Place("logits")
+
+
+def rewritten(path, change):
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = json.loads(file.metadata()["featurizers"])
+    change(tensors, about)
+    save_file(tensors, path, metadata={"featurizers": json.dumps(about)})
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda tensors, about: about.update(version=2), "format version 2"),
+        (lambda tensors, about: about.update(format="x"), "header does not say so"),
+        (lambda tensors, about: about.update(metric="high"), "metric or frozen"),
+        (lambda tensors, about: about.update(frozen=["all"]), "metric or frozen"),
+        (lambda tensors, about: about.update(frozen=[[]]), "metric or frozen"),
+        (lambda tensors, about: about["model"].update(heads=5), "'heads': 5"),
+        (lambda tensors, about: tensors.pop("tokens"), "no row of token ids"),
+        (lambda tensors, about: tensors.update(tokens=torch.zeros(7)), "no row of token ids"),
+        (lambda tensors, about: tensors.update({"attn.z:0": torch.zeros(7, 4, 8)}), "names no place and pass"),
+        (lambda tensors, about: tensors.update({"attn.zz:0/forward": torch.zeros(7)}), "there is no place"),
+        (lambda tensors, about: tensors.update({"attn.z:9/forward": torch.zeros(7, 4, 8)}), "3 layers"),
+        (lambda tensors, about: tensors.update({"attn.z:0/forward": torch.zeros(6, 4, 8)}), "7 tokens"),
+        (lambda tensors, about: tensors.update({"attn.z:0/forward": torch.zeros(7, 32)}), "axes are"),
+        (lambda tensors, about: tensors.update({"attn.z:0/forward": torch.zeros(7, 5, 8)}), "attn.z:0"),
+        (lambda tensors, about: tensors.update(tokens=torch.full((7,), 999)), "vocabulary"),
+    ],
+)
+def test_a_file_that_is_not_what_it_should_be_is_refused(change, problem, tmp_path):
+    circuit, path = Circuit(shared_decoder("gpt2")), tmp_path / "raw.safetensors"
+    capture(circuit, tokens(), [Need("attn.z")])[0].save(path)
+    rewritten(path, change)
+    with pytest.raises(ArtefactError) as caught:
+        RawActivations.load(path, circuit)
+    assert problem in str(caught.value)
+
+
+def test_what_is_no_such_file_is_refused(tmp_path):
+    circuit, path = Circuit(shared_decoder("gpt2")), tmp_path / "raw.safetensors"
+    for content in (b"", b"\x80\x04text", b"{}"):
+        path.write_bytes(content)
+        with pytest.raises(ArtefactError, match="no captured activations"):
+            RawActivations.load(path, circuit)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ArtefactError, match="header does not say so"):
+        RawActivations.load(path, circuit)
+    with pytest.raises(ArtefactError, match="no captured activations"):
+        RawActivations.load(tmp_path / "nothing", circuit)
+    capture(circuit, tokens(), [Need("attn.z")])[0].save(path)
+    with pytest.raises(ArtefactError, match="LlamaForCausalLM"):
+        RawActivations.load(path, Circuit(shared_decoder("llama")))
