@@ -6,6 +6,7 @@ document. The rows are those of ``python benchmarks/run.py --only scalars``.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import os
@@ -73,9 +74,10 @@ def pair_writes(raw: Any) -> Tensor:
     """The same by way of what each head writes for each pair, as transformer-debugger makes it."""
     place = Place("attn.z", 0)
     probs, values = raw[Place("attn.probs", 0), "forward"], raw[Place("attn.v", 0), "forward"]
-    weighted = einsum("qkh,khe->qkhe", probs, values)
-    writes = einsum("qkhe,hed->qkhd", weighted, raw.circuit.write_matrix(place).to(values.dtype))
-    return einsum("qkhd,qd->qkh", writes, raw[Place("resid.final"), "backward"])
+    matrix, gradient = raw.circuit.write_matrix(place), raw[Place("resid.final"), "backward"]
+    weighted = einsum("qkh,khe->hqke", probs, values)
+    writes = weighted.flatten(1, 2) @ matrix.to(values.dtype)  # (head, pair, d_model), in the order that needs no copy
+    return (writes.unflatten(1, probs.shape[:2]) @ gradient[None, :, :, None]).squeeze(-1).permute(1, 2, 0)
 
 
 def _what(settings: Settings) -> str:
@@ -117,6 +119,7 @@ def _status(name: str) -> int:
 
 def _growth_of(call: Callable[[], object]) -> int:
     """Bytes by which a call raises the greatest resident size above what is resident before."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not to be had for nothing
     Path("/proc/self/clear_refs").write_text("5")  # the greatest size is counted anew
     before = _status("VmRSS")
     call()
@@ -238,7 +241,10 @@ def identities(settings: Settings) -> dict[str, float]:
     """The worst relative error of each identity over all layers and tokens, on a prompt of random tokens."""
     circuit = _model(settings)
     ids = _ids(settings, circuit, settings.size(128, 16))
-    effects = plan(circuit, "write_to", metric=METRIC)
+    with torch.no_grad():  # a difference of some size, since logits are rounded, whatever their difference
+        row = circuit.model(ids[None]).logits[0, -1]
+    metric = logit_difference(int(row.argmax()), int(row.argmin()))
+    effects = plan(circuit, "write_to", metric=metric)
     pieces = [Need(kind) for kind in ("resid.pre", "resid.mid", "resid.post", "attn.z", "mlp.neurons", "resid.final")]
     graded = [Need(kind, "backward") for kind in ("resid.mid", "resid.post")]
     totals = {
@@ -246,7 +252,7 @@ def identities(settings: Settings) -> dict[str, float]:
         "neurons": act_times_grad(Basis("mlp.neurons")),
     }
     needs = frozenset({*effects.needs, *pieces, *graded}).union(*(one.needs(circuit) for one in totals.values()))
-    (raw,) = capture(circuit, ids, needs, metric=METRIC)
+    (raw,) = capture(circuit, ids, needs, metric=metric)
 
     def forward(kind: str, layer: int | None = None) -> Tensor:
         return raw[Place(kind, layer), "forward"]

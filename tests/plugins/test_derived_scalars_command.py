@@ -224,7 +224,7 @@ def test_a_page_without_a_metric_has_lengths(folder):
         (["--featurizer", "./mlp", "--featurizer", "./mlp", *TO], r"two featurizers are at mlp.out:1; give one"),
         (
             ["--featurizer", "mlp.delta:1=./siteless", *TO],
-            rf"takes activations of width {MLP_WIDTH}, got shape ..., {WIDTH}",
+            rf"takes activations of width {MLP_WIDTH}, got shape \(5, {WIDTH}\)",
         ),
         (["--position", "9", *TO], r"the metric is at position 9, but the prompt has 5 tokens"),
         (["--dtype", "int8", *TO], r"a dtype is one of auto, float32, bfloat16, float16, not 'int8'"),

@@ -137,6 +137,7 @@ def _capture(
             stop_after=recorder.stop_after(),
         )
         recorder.finish(answer)
+        del answer  # its logits are large
         if metric is not None:
             value = metric(recorder.live(tokens))
             _check_scalar(value, recorder.graph)

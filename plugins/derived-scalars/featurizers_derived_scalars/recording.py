@@ -290,6 +290,9 @@ class Recorder(Listener):
     def differentiate(self, value: Tensor) -> None:
         """Keep the gradients, and the activations that are wanted, and let the graph go."""
         self._metric = float(value.detach())
+        # what only the metric read may go, such as the logits
+        needed = self._roots | {place for place, pass_ in self._wanted if pass_ == "forward"}
+        self._held = {place: held for place, held in self._held.items() if place in needed}
         roots = [self._root(place) for place in self._backward]
         gradients = list(torch.autograd.grad(value, roots, allow_unused=True)) if roots else []
         # one by one, so that what is kept and what it is made from are not there together
