@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import final
 
 import torch
@@ -53,14 +54,7 @@ class ForeignLens(Readout):
         zero = torch.zeros(1, d, dtype=like.dtype, device=like.device)
         offset = transform(zero, depth)[0]
         translator = (transform(torch.eye(d, dtype=like.dtype, device=like.device), depth) - offset).mT
-        found = AffineNorm(
-            plain.unembedding,
-            plain.bias,
-            plain.eps,
-            plain.centred,
-            translator.to(plain.unembedding),
-            offset.to(plain.unembedding),
-        )
+        found = replace(plain, translator=translator.to(plain.unembedding), offset=offset.to(plain.unembedding))
         probe = torch.randn(4, d, generator=torch.Generator().manual_seed(0)).to(plain.unembedding)
         expected, got = self._lens(probe.to(like.dtype), depth).double(), found.logits(probe).double()
         allowed = AGREES.get(like.dtype, 1e-5) * float(expected.abs().max())
