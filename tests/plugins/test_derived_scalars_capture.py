@@ -409,10 +409,12 @@ def test_the_graph_begins_where_the_first_gradient_is_wanted(wanted, first):
     assert seen == [False] * LAYERS
 
 
-def test_what_is_kept_has_memory_of_its_own():
-    circuit = Circuit(decoder("llama"))
+@pytest.mark.parametrize("name", ["gpt2", "llama", "phi3"])
+def test_what_is_kept_has_memory_of_its_own(name):
+    circuit = Circuit(decoder(name))
     [raw] = capture(circuit, tokens(), needs_of(circuit), metric=METRIC)
     for key in raw:
+        assert raw[key].is_contiguous(), key
         storage = raw[key].untyped_storage()
         assert storage.nbytes() == raw[key].numel() * raw[key].element_size(), key
 

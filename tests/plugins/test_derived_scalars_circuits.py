@@ -340,6 +340,8 @@ _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "
         (transformers.FalconConfig(**_SMALL), "AttentionInterface|MLP|was not called"),
         (transformers.MixtralConfig(**_SMALL, intermediate_size=48, num_key_value_heads=2, num_local_experts=2),
          "mixture of experts"),
+        (transformers.BitNetConfig(**_SMALL, intermediate_size=48, num_key_value_heads=2, pad_token_id=None),
+         "something stands between the heads and the output projection"),
         (transformers.Glm4MoeConfig(**_SMALL, intermediate_size=48, moe_intermediate_size=8, num_key_value_heads=2,
                                     first_k_dense_replace=1, n_routed_experts=2, num_experts_per_tok=1, head_dim=8,
                                     pad_token_id=None), r"layers\.1\.mlp\.down_proj does not exist.*mixture"),
