@@ -1,4 +1,4 @@
-"""Causal bases beside tuned-lens 0.2.0: time, memory and energies.
+"""Causal bases beside tuned-lens 0.2.0 and the schedule that was published first: time, memory and energies.
 
 ``python benchmarks/causal_basis.py FILE.json`` runs everything and writes a report that ``report.py`` puts into the
 document; ``--only NAME`` runs some of it, and ``--picture`` draws how an evaluation grows. Each sample is a process of
@@ -33,6 +33,8 @@ PEERS = os.environ.get("FEATURIZERS_TUNED_LENS")
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "benchmarks-causal-basis.png"
 PEER = "tuned-lens"
+PUBLISHED = "published"
+NAMES = {PEER: "tuned-lens 0.2.0, LogitLens", PUBLISHED: "the schedule that was published first, by autograd"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Comparison:
         preset: of ours.
         required: how many times as fast.
         samples: of each side.
+        peer: a key of `NAMES`.
     """
 
     name: str
@@ -52,13 +55,16 @@ class Comparison:
     preset: str
     required: float | None
     samples: int
+    peer: str = PEER
 
 
 COMPARISONS = (
     Comparison("causal-reference", "toy", "reference", 4.5, 3),
     Comparison("causal-multi", "toy", "multi", 2.5, 3),
+    Comparison("causal-axes", "toy", "reference-axes", None, 3, PUBLISHED),
     Comparison("causal-reference-trained", "trained", "reference", 4.5, 3),
     Comparison("causal-multi-trained", "trained", "multi", 2.5, 3),
+    Comparison("causal-axes-trained", "trained", "reference-axes", None, 3, PUBLISHED),
     Comparison("causal-smollm2", "smollm2", "multi", 10.0, 1),
 )
 
@@ -153,6 +159,49 @@ def theirs(problem: Problem) -> tuple[list[float], int]:
     return [float(basis.energies.sum()) for basis in bases], count - len(bases)
 
 
+def published(problem: Problem) -> tuple[list[float], int]:
+    """The same by one ascent a vector from a unit axis, by autograd through the final norm and the head."""
+    run = nn.Sequential(problem.model.transformer.ln_f, problem.model.lm_head).requires_grad_(False)
+    layers = [_published_layer(run, hidden.flatten(0, -2), problem.k) for hidden in problem.hiddens[:-1]]
+    return [energy for energy, _ in layers], sum(count for _, count in layers)
+
+
+def _published_layer(run: nn.Module, h: Tensor, k: int) -> tuple[float, int]:
+    d, mean, eps = h.shape[1], h.mean(0), torch.finfo(h.dtype).eps
+    basis, total, count = torch.zeros(d, 0), 0.0, 0
+    with torch.no_grad():
+        log_p = run(h).log_softmax(-1)
+
+    def unit(x: Tensor) -> Tensor:
+        rest = x - basis @ (basis.mT @ x)
+        return rest / (rest.norm() + eps)
+
+    def energy(v: Tensor) -> Tensor:
+        log_q = run(h - ((h - mean) @ v).unsqueeze(-1) * v).log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+    def loss() -> Tensor:
+        nonlocal count
+        count += 1
+        optimizer.zero_grad()
+        negative = -energy(unit(v))
+        negative.backward()
+        return negative
+
+    for j in range(k):
+        v = nn.Parameter(unit(torch.eye(d)[:, j]))
+        optimizer = torch.optim.LBFGS([v], line_search_fn="strong_wolfe", max_iter=100, tolerance_change=eps)
+        optimizer.step(loss)
+        with torch.no_grad():
+            found = unit(v)
+            total += float(energy(found))
+            basis = torch.cat([basis, found.unsqueeze(-1)], dim=1)
+    return total, count
+
+
+SIDES = {PEER: theirs, PUBLISHED: published}
+
+
 def sample(case: str, side: str) -> None:
     """Print one sample as JSON: seconds, CPU seconds, memory beyond that of the model and the hidden states."""
     torch.set_num_threads(1)
@@ -169,7 +218,7 @@ def sample(case: str, side: str) -> None:
         problem = CASES[case]()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, cpu = time.perf_counter(), time.process_time()
-    energies, evaluations = theirs(problem) if side == PEER else ours(problem, side)
+    energies, evaluations = SIDES[side](problem) if side in SIDES else ours(problem, side)
     found = {
         "seconds": time.perf_counter() - wall,
         "cpu": time.process_time() - cpu,
@@ -205,9 +254,9 @@ def compare(name: str, comparisons: list[Comparison], folder: Path) -> list[Row]
     """The rows of one case: its sides in turn."""
     samples: dict[str, list[dict[str, Any]]] = {}
     for _ in range(comparisons[0].samples):
-        for side in (*(each.preset for each in comparisons), PEER):
+        for side in dict.fromkeys((*(each.preset for each in comparisons), *(each.peer for each in comparisons))):
             samples.setdefault(side, []).append(run_sample(name, side, folder))
-    return [row(comparison, samples[comparison.preset], samples[PEER]) for comparison in comparisons]
+    return [row(comparison, samples[comparison.preset], samples[comparison.peer]) for comparison in comparisons]
 
 
 def row(comparison: Comparison, mine: list[dict[str, Any]], peers: list[dict[str, Any]]) -> Row:
@@ -221,7 +270,7 @@ def row(comparison: Comparison, mine: list[dict[str, Any]], peers: list[dict[str
     return Row(
         name=comparison.name,
         what=f"preset {comparison.preset}: {a['what']}",
-        peer="tuned-lens 0.2.0, LogitLens",
+        peer=NAMES[comparison.peer],
         required=comparison.required,
         ours=medians[0],
         theirs=medians[2],
