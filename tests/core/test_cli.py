@@ -18,8 +18,8 @@ import typer
 from featurizers import cli
 from featurizers.errors import PluginLoadError
 from featurizers.plugins import host
-from typer.testing import CliRunner
 
+from tests.support.command import run
 from tests.support.damages import CONFIG, OTHERS, SPECIAL, WEIGHTS
 from tests.support.hub import subspace
 
@@ -72,16 +72,6 @@ def here(examples, tmp_path, monkeypatch):
     """A copy of the examples, which is the current folder."""
     shutil.copytree(examples, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
-
-
-def run(*arguments: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr, as a process would give them."""
-    result = CliRunner().invoke(cli.app, list(arguments))
-    if isinstance(result.exception, featurizers.errors.FeaturizerError):
-        return 1, result.stdout, f"error: {result.exception}\n"
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 def process(*arguments: str) -> tuple[int, str, str]:

@@ -7,11 +7,10 @@ import sys
 import featurizers
 import pytest
 import torch
-from featurizers import cli
 from featurizers_causal_basis import LogitLens, extract_causal_bases
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
+from tests.support.command import as_json, run
 from tests.support.models import LAYERS, VOCABULARY, WIDTH, fresh_model, prompts, save_language_model
 
 LENGTH = 6
@@ -32,23 +31,6 @@ def folder(tmp_path_factory):
 def _here(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "160")
-
-
-def run(*arguments):
-    """Exit code, stdout and stderr, as a process would give them."""
-    result = CliRunner().invoke(cli.app, list(map(str, arguments)))
-    if isinstance(result.exception, featurizers.errors.FeaturizerError):
-        return 1, result.stdout, f"error: {result.exception}\n"
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
-
-
-def as_json(*arguments):
-    code, out, error = run(*arguments, "--json")
-    assert code == 0, error
-    assert out.isascii()
-    return json.loads(out)
 
 
 FIT = ("fit", "causal-basis", "--model", "./lm", "--data", "texts.txt", "-k", "2", "--preset", "fast")

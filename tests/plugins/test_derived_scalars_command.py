@@ -1,7 +1,6 @@
 """``featurizers scalars``: what it prints and writes, and how it fails."""
 
 import base64
-import json
 import re
 from html.parser import HTMLParser
 
@@ -9,14 +8,14 @@ import featurizers
 import pytest
 import torch
 from featurizers import cli
-from featurizers_derived_scalars import asking, labels
+from featurizers_derived_scalars import labels
 from featurizers_derived_scalars.bases import Basis
 from featurizers_derived_scalars.entry import scalars
 from featurizers_derived_scalars.metrics import logit_difference
 from featurizers_derived_scalars.ranking import Ranked
 from featurizers_derived_scalars.results import Scalar
-from typer.testing import CliRunner
 
+from tests.support import command
 from tests.support.models import LAYERS, MLP_WIDTH, WIDTH, fresh_model, save_language_model
 
 IDS = [7, 3, 9, 3, 1]
@@ -44,21 +43,11 @@ def _here(folder, monkeypatch):
 
 
 def run(*arguments, model="./lm", prompt=PROMPT):
-    """Exit code, stdout and stderr, as a process would give them."""
-    given = ["scalars", "--model", model, "--prompt", prompt, *map(str, arguments)]
-    result = CliRunner().invoke(cli.app, given)
-    if isinstance(result.exception, featurizers.errors.FeaturizerError):
-        return 1, result.stdout, f"error: {result.exception}\n"
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
+    return command.run("scalars", "--model", model, "--prompt", prompt, *arguments)
 
 
 def as_json(*arguments):
-    code, out, err = run(*arguments, "--json")
-    assert code == 0, err
-    assert out.isascii()
-    return json.loads(out)
+    return command.as_json("scalars", "--model", "./lm", "--prompt", PROMPT, *arguments)
 
 
 TO = ("--target", "w5", "--distractor", "w7")
@@ -250,10 +239,6 @@ def test_a_model_that_there_is_not_is_one_line():
 
 
 # ---------------------------------------------------------------------- labels
-
-
-def test_layers_of_options():
-    assert asking.layer_numbers("3, 0-2,1", 4) == [3, 0, 1, 2]
 
 
 def _labelled(axes, basis, at, name="s"):

@@ -10,10 +10,9 @@ import featurizers
 import featurizers_training as training
 import pytest
 import torch
-from featurizers import cli
 from featurizers_training import command, options
-from typer.testing import CliRunner
 
+from tests.support.command import as_json, run
 from tests.support.models import LAYERS, WIDTH, fresh_model, prompts, save_language_model
 
 LAST = f"resid.post:{LAYERS - 1}"
@@ -45,23 +44,6 @@ def _text(ids):
 def _here(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "160")
-
-
-def run(*arguments):
-    """Exit code, stdout and stderr, as a process would give them."""
-    result = CliRunner().invoke(cli.app, list(map(str, arguments)))
-    if isinstance(result.exception, featurizers.errors.FeaturizerError):
-        return 1, result.stdout, f"error: {result.exception}\n"
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
-
-
-def as_json(*arguments):
-    code, out, _ = run(*arguments, "--json")
-    assert code == 0, out
-    assert out.isascii()
-    return json.loads(out)
 
 
 def in_a_process(*arguments):
@@ -341,10 +323,9 @@ def test_a_command_called_wrongly_ends_with_2(arguments):
     assert "Usage: " in err
 
 
-def test_what_positions_and_layers_are_called():
+def test_what_positions_are_called():
     assert [options.position(text) for text in ("-1", "3", "0+1", "-2+-1", "subject", "1st")] == [
         -1, 3, [0, 1], [-2, -1], "subject", "1st",
     ]  # fmt: skip
-    assert options.numbers("4,0-2,1", 5) == [4, 0, 1, 2]
     sites, positions = options.sites_and_positions(["resid.post:8@subject", "mlp.out:1@-1"])
     assert (list(map(str, sites)), positions) == (["resid.post:8", "mlp.out:1"], ["subject", -1])

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import featurizers
 from featurizers.errors import MissingDependencyError, UsageError
+from featurizers.options import layer_numbers
 
 if TYPE_CHECKING:
     from featurizers.demo.search import Row, Task
@@ -50,7 +51,7 @@ def run(
     from featurizers.demo import report
     from featurizers.demo.search import METHODS, examples, search
 
-    wanted = _layers(layers)
+    wanted = None if layers is None else layer_numbers(layers)
     if model is None and wanted is not None:
         raise UsageError("layers are chosen with --model; the embedded task searches all of its own")
     start = time.perf_counter()
@@ -124,15 +125,6 @@ def _save(task: Task, rows: list[Row], best: Row, out: Path) -> Path:
     featurizer.id = f"{task.title} ({best.site})"[:200]
     featurizer.metadata["accuracy"] = {str(row.site): row.accuracy for row in rows}
     return best.found.save(out / "artefact")
-
-
-def _layers(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"layers are numbers with commas between, such as 4,8,12, not {text!r}") from error
 
 
 def _need_packages() -> None:

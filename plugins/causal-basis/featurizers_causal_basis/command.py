@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import featurizers
-import torch
 import typer
 from featurizers import Anatomy
 from featurizers.errors import UsageError
 from featurizers.models import LanguageModel, load_model
+from featurizers.options import dtype_named, layer_numbers
 from featurizers.replacing import refuse_full
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -31,7 +30,6 @@ from featurizers_causal_basis.prompts import read_prompts
 from featurizers_causal_basis.readouts import Readout
 from featurizers_causal_basis.tuned_lens import TunedLens
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PICTURE = "energies.png"
 
 
@@ -69,15 +67,14 @@ def fit_command(
     for name, value, allowed in (
         ("mode", mode, ("mean", "resample", "zero")),
         ("side", side, tuple(SITES)),
-        ("dtype", dtype, tuple(DTYPES)),
     ):
         if value not in allowed:
             raise UsageError(f"--{name} is one of {', '.join(allowed)}, not {value!r}")
     refuse_full(out.expanduser())
     matplotlib_figure()  # missed before the search and not after it
-    loaded = load_model(model, device=device, dtype=DTYPES[dtype])
+    loaded = load_model(model, device=device, dtype=dtype_named(dtype))
     n_layers = Anatomy(loaded.model).n_layers
-    numbers = list(range(n_layers)) if layers is None else _numbers(layers, n_layers)
+    numbers = list(range(n_layers)) if layers is None else layer_numbers(layers, n_layers)
     prompts = read_prompts(data, loaded.tokenizer, tokens=tokens, length=length, skipped=mask_first, key=key)
     where = next(loaded.model.parameters()).device
     with _Bar(len(numbers) * k, shown=not as_json) as bar:
@@ -138,26 +135,6 @@ def _readout(text: str) -> Callable[[nn.Module], Readout | nn.Module]:
     if kind == "tuned-lens" and folder:
         return lambda model: TunedLens.load(model, folder)
     raise UsageError(f"--readout is logit-lens, model or tuned-lens:FOLDER, not {text!r}")
-
-
-def _numbers(text: str, most: int) -> list[int]:
-    """Layers from ``4,8,12``, ``0-29`` or both.
-
-    Raises:
-        UsageError: it is not like that, or there is no such layer.
-    """
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
-        if not match:
-            raise UsageError(
-                f"layers are numbers with commas between, and ranges, such as 4,8,12 or 0-11, not {text!r}"
-            )
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first or last >= most:
-            raise UsageError(f"the layers {part.strip()!r} are not in the model, which has those from 0 to {most - 1}")
-        found += range(first, last + 1)
-    return list(dict.fromkeys(found))
 
 
 def _name(model: str, loaded: LanguageModel) -> str:

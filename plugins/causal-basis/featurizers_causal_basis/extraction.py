@@ -316,7 +316,7 @@ class _Extraction:
         return starts + list(state.losers.unbind(dim=1))
 
     def _step_seed(self, layer: int, step: int) -> int:
-        return (self._seed * 2**12 + layer) * MOST_RESTARTS + step & (2**63 - 1)
+        return ((self._seed * 2**12 + layer) * MOST_RESTARTS + step) & (2**63 - 1)
 
     def _tell(self, layer: int, done: int, vector: int, energy: float, evaluations: int, *, found: bool) -> None:
         if self._progress is not None:

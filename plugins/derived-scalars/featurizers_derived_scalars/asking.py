@@ -47,26 +47,6 @@ def one_token(tokenizer: Any, text: str, option: str) -> int:
     return int(ids[0])
 
 
-def layer_numbers(text: str, n_layers: int) -> list[int]:
-    """Layers from ``4,8``, ``0-11`` or both.
-
-    Raises:
-        UsageError: it is not like that, or the model has no such layer.
-    """
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
-        if not match:
-            raise UsageError(f"layers are numbers and ranges with commas between, such as 4,8 or 0-11, not {text!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first or last >= n_layers:
-            raise UsageError(
-                f"the layers {part.strip()!r} are not in the model, which has those from 0 to {n_layers - 1}"
-            )
-        found += range(first, last + 1)
-    return list(dict.fromkeys(found))
-
-
 def load_featurizers(texts: Sequence[str], device: torch.device | str | None) -> dict[str, Any]:
     """Featurizers by kind of place, from ``SITE=SOURCE``, or from sources that say their own site.
 

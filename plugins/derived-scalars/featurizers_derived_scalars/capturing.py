@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import torch
 from featurizers.artefact import check_placement
 from featurizers.errors import UsageError, shown
+from featurizers.modes import evaluating, without_parameter_gradients
 from jaxtyping import Int
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from featurizers_derived_scalars.metrics import LogitFunction, Metric, as_metric
 from featurizers_derived_scalars.places import KINDS, Need, Pass, Place
 from featurizers_derived_scalars.prompts import Inputs, sequences
 from featurizers_derived_scalars.recording import Edit, Keeper, Recorder
-from featurizers_derived_scalars.running import evaluating, run, without_parameter_gradients
+from featurizers_derived_scalars.running import run
 
 
 def capture(

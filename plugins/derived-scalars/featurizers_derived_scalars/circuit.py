@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, final
 
 import torch
 from featurizers.errors import PluginError, ShapeError, SiteError, UsageError, shown
+from featurizers.modes import evaluating
 from featurizers.plugins import host
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from featurizers_derived_scalars.layout_checks import check_layout
 from featurizers_derived_scalars.norms import Norm
 from featurizers_derived_scalars.places import Place
 from featurizers_derived_scalars.replaying import Through, replay
-from featurizers_derived_scalars.running import evaluating, run
+from featurizers_derived_scalars.running import run
 from featurizers_derived_scalars.unembedding import Unembedding, embedding_multiplier
 from featurizers_derived_scalars.wiring import Wiring
 

@@ -12,6 +12,7 @@ import torch
 import typer
 from featurizers.errors import UsageError
 from featurizers.models import load_model
+from featurizers.options import dtype_named, layer_numbers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -25,8 +26,6 @@ from featurizers_derived_scalars.nodes import Node
 from featurizers_derived_scalars.ranking import Ranked
 from featurizers_derived_scalars.specs import spec, specs
 from featurizers_derived_scalars.watching import Seen, watched
-
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def _list(wanted: bool) -> None:
@@ -70,17 +69,16 @@ def scalars_command(
     names = [word.strip() for word in what.split(",") if word.strip()]
     for name in names:
         spec(name.partition(":")[0])
-    if dtype not in DTYPES:
-        raise UsageError(f"a dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
+    stored = dtype_named(dtype)
     page_file = None if out is None else _new_page(out.expanduser())
     by_kind = asking.load_featurizers(featurizer or [], device)
-    loaded = load_model(model, device=device, dtype=DTYPES[dtype])
+    loaded = load_model(model, device=device, dtype=stored)
     ids = asking.prompt_ids(loaded.tokenizer, prompt, loaded.model)
     tokens = [loaded.tokenizer.decode([i]) for i in ids]
     metric = _metric(loaded.tokenizer, target or [], distractor or [], position)
     traced = None if node is None else asking.parse_node(node, by_kind)
     circuit = Circuit(loaded.model)
-    chosen = None if layers is None else asking.layer_numbers(layers, circuit.n_layers)
+    chosen = None if layers is None else layer_numbers(layers, circuit.n_layers)
     options = {"node": traced, "latent": latent}
     plans = _plans(circuit, names, metric or traced, by_kind, chosen, options)
     needs = frozenset().union(*(one.needs for one in plans.values()))

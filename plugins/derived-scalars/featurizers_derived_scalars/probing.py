@@ -7,10 +7,11 @@ from typing import Any, Final, NoReturn
 
 import torch
 from featurizers.errors import FeaturizerError, SiteError, one_line
+from featurizers.modes import evaluating
 from torch import Tensor, nn
 
 from featurizers_derived_scalars.attention import Listener, Part, implementation
-from featurizers_derived_scalars.running import Point, evaluating, run
+from featurizers_derived_scalars.running import Point, run
 
 PROMPT_LENGTH: Final = 5
 HELP: Final = "Write a plugin with the hook featurizers_circuits."

@@ -10,11 +10,11 @@ from featurizers.anatomy import Place as Tap
 from featurizers.anatomy import first_tensor
 from featurizers.backend import hook
 from featurizers.errors import SiteError, UsageError, shown
+from featurizers.modes import evaluating
 from torch import Tensor, nn
 
 from featurizers_derived_scalars.attention import Listener, Part, listening
 from featurizers_derived_scalars.places import Place
-from featurizers_derived_scalars.running import evaluating
 
 if TYPE_CHECKING:
     from featurizers_derived_scalars.activations import RawActivations

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any, TypeAlias
 
 from featurizers.anatomy import Place as Tap
@@ -22,31 +22,6 @@ Point: TypeAlias = tuple[str, Side]
 
 class _Stop(BaseException):
     """Ends a run whose rest nobody needs; not an Exception, so that no model handles it."""
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and then as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient, and then as it was: graphs are smaller, and no ``.grad`` is touched."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
 
 
 def run(

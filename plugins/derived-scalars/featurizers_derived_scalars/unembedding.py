@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 from featurizers.errors import SiteError
+from featurizers.modes import evaluating
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from featurizers_derived_scalars.layout import Layout, projection
 from featurizers_derived_scalars.probing import Trace
-from featurizers_derived_scalars.running import evaluating, run
+from featurizers_derived_scalars.running import run
 
 if TYPE_CHECKING:
     from featurizers_derived_scalars.circuit import Circuit

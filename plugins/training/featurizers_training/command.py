@@ -17,6 +17,7 @@ from featurizers.anatomy import Anatomy
 from featurizers.attached import site_of
 from featurizers.errors import UsageError
 from featurizers.models import LanguageModel, load_model
+from featurizers.options import dtype_named, layer_numbers
 from featurizers.replacing import refuse_full
 from rich.console import Console
 from torch import nn
@@ -233,7 +234,7 @@ def sweep_command(
     main = PartialState().is_main_process
     loaded = _load(model, device, dtype)
     n_layers = Anatomy(loaded.model).n_layers
-    numbers = range(n_layers) if layers is None else options.numbers(layers, n_layers)
+    numbers = range(n_layers) if layers is None else layer_numbers(layers, n_layers)
     read = functools.partial(_read, tokenizer=loaded.tokenizer, positions=at[:1])
     kept, held_out = options.hold_out(read(pairs), test, seed, read, "test")
     if held_out is None:
@@ -279,7 +280,7 @@ def _method_options(
 
 
 def _load(name: str, device: str | None, dtype: str) -> LanguageModel:
-    return load_model(name, device=_device(device), dtype=options.dtype(dtype))
+    return load_model(name, device=_device(device), dtype=dtype_named(dtype))
 
 
 def _device(device: str | None) -> Any:

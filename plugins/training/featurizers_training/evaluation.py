@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from featurizers import Featurizer
 from featurizers.attached import interchange, site_of
+from featurizers.modes import frozen
 from torch import Tensor, nn
 
 from featurizers_training.pairs import Pairs
@@ -118,20 +118,3 @@ def _fixed(featurizer: Featurizer[Any]) -> Edit:
         return interchange(featurizer, source).apply(base, source)
 
     return edit
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and without gradients of its own, then as it was."""
-    modes = {module: module.training for module in model.modules()}
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter in learning:
-            parameter.requires_grad_(True)

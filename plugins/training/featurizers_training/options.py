@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from featurizers import Site
 from featurizers.errors import UsageError
 
@@ -39,30 +38,6 @@ def sites_and_positions(texts: Sequence[str]) -> tuple[list[Site], list[Position
     if said and len(said) < len(parts):
         raise UsageError("say the position of each site or of none: --site resid.post:8@-1")
     return [Site.parse(site) for site, _, _ in parts], said
-
-
-def numbers(text: str, most: int) -> list[int]:
-    """Layers from ``4,8,12``, ``0-29`` or both.
-
-    Args:
-        text: of the option.
-        most: how many layers there are.
-
-    Raises:
-        UsageError: it is not like that, or there is no such layer.
-    """
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
-        if not match:
-            raise UsageError(
-                f"layers are numbers with commas between, and ranges, such as 4,8,12 or 0-11, not {text!r}"
-            )
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first or last >= most:
-            raise UsageError(f"the layers {part.strip()!r} are not in the model, which has those from 0 to {most - 1}")
-        found += range(first, last + 1)
-    return list(dict.fromkeys(found))
 
 
 def words(text: str | None) -> list[str]:
@@ -131,18 +106,6 @@ def hold_out(
     if not math.isfinite(share) or not 0 < share < 1:
         raise UsageError(f"--{name} is a file, or a share of the pairs between 0 and 1, not {option!r}")
     return pairs.split(share, seed)
-
-
-def dtype(name: str) -> torch.dtype | None:
-    """The dtype of a model's parameters, None for that which they are stored in.
-
-    Raises:
-        UsageError: it is none.
-    """
-    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise UsageError(f"a dtype is one of {', '.join(known)}, not {name!r}")
-    return known[name]
 
 
 def _option(field: str) -> str:

@@ -16,10 +16,11 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from featurizers import Featurizer, Site
 from featurizers.errors import UsageError
+from featurizers.modes import frozen
 from torch import Tensor, nn
 
 from featurizers_training.checkpoints import Checkpoint, fingerprint, put
-from featurizers_training.evaluation import Accuracy, accuracy, frozen, right
+from featurizers_training.evaluation import Accuracy, accuracy, right
 from featurizers_training.found import Found
 from featurizers_training.methods import Method
 from featurizers_training.objectives import Answers, Objective, named

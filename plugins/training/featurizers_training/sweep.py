@@ -12,11 +12,12 @@ from typing import Any
 from featurizers import Site
 from featurizers.anatomy import Anatomy
 from featurizers.errors import UsageError
+from featurizers.modes import frozen
 from torch import nn
 
 from featurizers_training import report
 from featurizers_training.controls import check_controls, controlled
-from featurizers_training.evaluation import Accuracy, accuracy_of, frozen
+from featurizers_training.evaluation import Accuracy, accuracy_of
 from featurizers_training.found import Found
 from featurizers_training.methods import Method
 from featurizers_training.objectives import Objective, named

@@ -1,0 +1,54 @@
+"""What options say that several commands have: layers, and the dtype of a model."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from featurizers.errors import UsageError
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def layer_numbers(text: str, n_layers: int | None = None) -> list[int]:
+    """Layers from ``4,8,12``, ``0-29`` or both, each once and in the order given.
+
+    Args:
+        text: of the option.
+        n_layers: how many the model has; None if it is not known yet.
+
+    Raises:
+        UsageError: it is not like that, or there is no such layer.
+
+    Example:
+        >>> layer_numbers("4,0-2,1")
+        [4, 0, 1, 2]
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
+        if not match:
+            raise UsageError(
+                f"layers are numbers with commas between, and ranges, such as 4,8,12 or 0-11, not {text!r}"
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise UsageError(f"the layers {part.strip()!r} end before they begin")
+        if n_layers is not None and last >= n_layers:
+            raise UsageError(
+                f"the layers {part.strip()!r} are not in the model, which has those from 0 to {n_layers - 1}"
+            )
+        found += range(first, last + 1)
+    return list(dict.fromkeys(found))
+
+
+def dtype_named(name: str) -> torch.dtype | None:
+    """The dtype of a model's parameters, None for that which they are stored in.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if name not in DTYPES:
+        raise UsageError(f"a dtype is one of {', '.join(DTYPES)}, not {name!r}")
+    return DTYPES[name]
