@@ -19,9 +19,16 @@ from typing import TYPE_CHECKING, Any
 from featurizers import errors
 from featurizers.plugins import PluginInfo, check_plugins, kinds, plugins  # `plugins` is the function, not its module
 
+from featurizers.version import __version__ as __version__
+
 if TYPE_CHECKING:
+    from featurizers.composition import compose as compose
+    from featurizers.artefact import save as save
+    from featurizers.pushing import push_featurizer as push_featurizer
+    from featurizers import pyvene as pyvene
     from featurizers.anatomy import Anatomy as Anatomy
     from featurizers.artefact import save_collection as save_collection
+    from featurizers.attached import Attached as Attached
     from featurizers.attached import attach as attach
     from featurizers.backend import collect as collect
     from featurizers.backend import intervene as intervene
@@ -47,11 +54,12 @@ if TYPE_CHECKING:
     from featurizers.rules import activation_rule as activation_rule
     from featurizers.sites import Site as Site
 
-__version__ = "0.1.0"
+
 
 _HOME = {
     "Ablate": "operations",
     "Anatomy": "anatomy",
+    "Attached": "attached",
     "Collect": "operations",
     "DictionaryFeaturizer": "dictionary",
     "Error": "derivatives",
@@ -65,6 +73,7 @@ _HOME = {
     "activation_rule": "rules",
     "attach": "attached",
     "collect": "backend",
+    "compose": "composition",
     "convert": "converting",
     "create": "loading",
     "hookimpl": "hookspecs",
@@ -73,7 +82,9 @@ _HOME = {
     "load": "loading",
     "load_intervenable": "intervenables",
     "push": "pushing",
+    "push_featurizer": "pushing",
     "push_intervenable": "intervenables",
+    "save": "artefact",
     "save_collection": "artefact",
     "save_intervenable": "intervenables",
 }
@@ -82,6 +93,8 @@ __all__ = ["PluginInfo", "__version__", "check_plugins", "errors", "kinds", "plu
 
 
 def __getattr__(name: str) -> Any:
+    if name == "pyvene":  # a submodule; needs pyvene
+        return importlib.import_module("featurizers.pyvene")
     if name not in _HOME:
         raise AttributeError(f"module 'featurizers' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(f"featurizers.{_HOME[name]}"), name)

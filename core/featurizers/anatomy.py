@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from featurizers.errors import PluginError, SiteError
 from featurizers.plugins import host
+from featurizers.sites import Blocks as Blocks
 from featurizers.sites import Side, Site
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
@@ -23,27 +24,6 @@ EMBEDDING = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddin
 FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 RESIDUAL = {"block_input", "block_output", "attention_input", "attention_output", "mlp_input", "mlp_output"}
 """What pyvene calls places that are as wide as the residual stream."""
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Where a model keeps its blocks: what a plugin's ``featurizers_anatomy`` returns.
-
-    Attributes:
-        decoder: path of the module that owns the blocks and is called with the attention mask.
-        layers: path of the `nn.ModuleList` of blocks.
-        attention: path of the attention module within a block, None if blocks have none.
-        mlp: path of the MLP module within a block, None if blocks have none.
-        out_projection: path of attention's output projection within a block.
-        down_projection: path of the MLP's down projection within a block.
-    """
-
-    decoder: str
-    layers: str
-    attention: str | None = None
-    mlp: str | None = None
-    out_projection: str | None = None
-    down_projection: str | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from torch import Tensor
 from featurizers import card, weights
 from featurizers.errors import (
     ArtefactError,
-    ConfigError,
     FeaturizerError,
     ManifestError,
     PluginError,
@@ -42,6 +41,7 @@ from featurizers.manifest import (
     explain,
     read,
 )
+from featurizers.placement import check_placement as check_placement
 from featurizers.plugins import host
 from featurizers.replacing import replacing, resolved
 
@@ -152,7 +152,7 @@ def read_folder(
         featurizer = _on_meta(cls, config, where)
         weights.check_header(weights.read_header(path, where), featurizer.state_dict(), manifest.features, where)
         if verify:
-            weights.verify_weights(path, manifest, where)
+            weights.verify_weights(path, manifest.sha256, where)
         rows: dict[str, Tensor] = {}
         added: dict[str, Tensor] = {}
         if indices is not None:
@@ -224,34 +224,11 @@ def _on_meta(cls: type[Featurizer[Any]], config: Any, where: str) -> Featurizer[
         raise ManifestError(where, f"the kind {cls.kind!r} refuses its config: {error}") from error
 
 
-def check_placement(device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-    """Raise `UsageError` unless these are the name of a device and a floating-point dtype, or None."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise UsageError(f"dtype is a floating-point torch.dtype such as torch.float16, not {shown(dtype)}")
-    try:
-        torch.device("cpu" if device is None else device)
-    except (RuntimeError, TypeError) as error:
-        raise UsageError(f"device is one such as 'cpu' or 'cuda:0', not {shown(device)}") from error
-
-
 def _config(cls: type[Featurizer[Any]], manifest: Manifest, where: str) -> Any:
     try:
         return cls.Config.model_validate(manifest.config)
     except ValidationError as error:
         raise ManifestError(where, f"the kind {manifest.kind!r} refuses its config: {explain(error)}") from error
-
-
-def build(cls: type[Featurizer[Any]], config: Mapping[str, Any]) -> Featurizer[Any]:
-    """A new featurizer of a class, from the keyword arguments of its config.
-
-    Raises:
-        ConfigError: the kind refuses them.
-    """
-    try:
-        checked = cls.Config.model_validate(dict(config))
-    except ValidationError as error:
-        raise ConfigError(f"{cls.kind}: {explain(error)}") from error
-    return cls(checked)
 
 
 def _write(featurizer: Featurizer[Any], folder: Path, source: str) -> Manifest:

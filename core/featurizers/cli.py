@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from featurizers.commands import Commands
-from featurizers.errors import CachedCopyWarning, FeaturizerError, SourceError, one_line
+from featurizers.errors import CachedCopyWarning, FeaturizerError, ManifestError, SourceError, one_line
 from featurizers.manifest import (
     CARD_NAME,
     CONFIG_NAME,
@@ -177,14 +177,14 @@ def pull(
     with nullcontext() if out is None else filling(out) as new:
         for name, part in parts.items():
             config, weights = part.file(CONFIG_NAME, commit, MAX_CONFIG_BYTES), part.file(WEIGHTS_NAME, commit)
-            verify_weights(weights, read(config, str(part)), str(part))
+            verify_weights(weights, _manifest(read(config, str(part)), str(part)).sha256, str(part))
             _copy([config, weights, part.optional(CARD_NAME, commit, MAX_CARD_BYTES)], new and new / name)
         if isinstance(record, Index):
             card = remote.optional(CARD_NAME, commit, MAX_CARD_BYTES)
             saved = remote.optional(INTERVENABLE_NAME, commit, MAX_CONFIG_BYTES)
             own = remote.file(INTERVENABLE_WEIGHTS_NAME, commit) if saved else None
             if own:
-                verify_weights(own, read_record(root, str(remote))[0], str(remote))
+                verify_weights(own, read_record(root, str(remote))[0].sha256, str(remote))
             _copy([root / CONFIG_NAME, card, saved, own], new)
     result = {"folder": str(out or root), "revision": commit, "artefacts": len(names)}
     _print_json(result) if as_json else print(f"{result['folder']} (revision {commit}, artefacts: {len(names)})")
@@ -282,6 +282,12 @@ def demo(
     result = run(model, out, layers=layers, features=features, seed=seed, quiet=as_json)
     if as_json:
         _print_json(result)
+
+
+def _manifest(record: Manifest | Index, where: str) -> Manifest:
+    if isinstance(record, Index):
+        raise ManifestError(where, "it is a collection inside a collection, which no weights belong to")
+    return record
 
 
 def _entries(artefacts: dict[str, Any]) -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@ from typer.core import TyperGroup
 from typer.main import get_group
 
 from featurizers.errors import PluginError, one_line, shown
-from featurizers.plugins import FIRST_PARTY, host, kinds
+from featurizers.names import FIRST_PARTY
+from featurizers.plugins import host, kinds
 
 
 class Commands(TyperGroup):

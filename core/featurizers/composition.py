@@ -12,7 +12,7 @@ from featurizers.derivatives import Error
 from featurizers.errors import ConfigError, ShapeError
 from featurizers.featurizer import Featurizer
 from featurizers.hookspecs import hookimpl
-from featurizers.plugins import host
+from featurizers.plugins import build, host
 
 
 class StageConfig(BaseModel):
@@ -52,8 +52,6 @@ class Composition(Featurizer[CompositionConfig]):
     Config: ClassVar[type[BaseModel]] = CompositionConfig
 
     def __init__(self, config: CompositionConfig) -> None:
-        from featurizers.artefact import build
-
         super().__init__(config)
         stages = []
         for stage in config.stages:

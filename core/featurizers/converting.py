@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurizers.errors import ConversionError, PluginError
-from featurizers.foreign import of_folder
 from featurizers.plugins import host
+from featurizers.reading import of_folder
 from featurizers.replacing import filling, refuse_full, resolved
 
 if TYPE_CHECKING:

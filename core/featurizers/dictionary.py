@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from featurizers import sparse
 from featurizers.derivatives import Error
 from featurizers.dictionary_config import DictionaryConfig, Units, checked_rule
-from featurizers.errors import ConfigError, FeatureIndexError, ShapeError, UsageError
+from featurizers.errors import ConfigError, FeatureIndexError, ShapeError, UsageError, explain
 from featurizers.featurizer import Featurizer
 from featurizers.hookspecs import hookimpl
 from featurizers.indices import Indices, Selection, positions_of, select
-from featurizers.manifest import explain
 from featurizers.normalization import Normalization, denormalize, normalize
 from featurizers.rules import BUILT_IN
 from featurizers.sparse import Active, SparseFeatures

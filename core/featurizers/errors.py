@@ -7,7 +7,10 @@ act on them. Strings that came from a file or a repository are shown with `repr`
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 MOST: Final = 1000
 """Characters of a message, or of the name of a folder in it."""
@@ -33,6 +36,15 @@ def printable(text: str, most: int) -> str:
     """A text with what cannot be printed escaped, cut to ``most`` characters."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def explain(error: ValidationError) -> str:
+    """One line for each thing that pydantic found wrong."""
+    lines = []
+    for detail in error.errors()[:5]:
+        path = ".".join(str(part) for part in detail["loc"]) or "it"
+        lines.append(f"{shown(path)}: {one_line(detail['msg'])}, got {shown(detail['input'])}")
+    return "; ".join(lines)
 
 
 class FeaturizerError(Exception):

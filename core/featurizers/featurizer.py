@@ -12,6 +12,7 @@ from jaxtyping import Float
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+import featurizers
 from featurizers.derivatives import Derivatives, Error
 from featurizers.errors import ShapeError, UsageError
 from featurizers.indices import Indices, Selection, select
@@ -19,8 +20,6 @@ from featurizers.sites import Site
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
-
-    from featurizers.attached import Attached
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
@@ -341,44 +340,32 @@ class Featurizer(Derivatives, Generic[ConfigT]):
     @final
     def __rshift__(self, other: Featurizer[Any]) -> Featurizer[Any]:
         """``a >> b``: the features of a, featurized by b."""
-        from featurizers.composition import compose
-
-        return compose(self, other)
+        return featurizers.compose(self, other)
 
     @final
     def get_interchange_intervention(self) -> type:
         """A pyvene intervention class that interchanges through this featurizer; needs pyvene."""
-        from featurizers import pyvene
-
-        return pyvene.bind(pyvene.FeatureInterchangeIntervention, self)
+        return featurizers.pyvene.bind(featurizers.pyvene.FeatureInterchangeIntervention, self)
 
     @final
     def get_collect_intervention(self) -> type:
         """A pyvene intervention class that collects this featurizer's features; needs pyvene."""
-        from featurizers import pyvene
-
-        return pyvene.bind(pyvene.FeatureCollectIntervention, self)
+        return featurizers.pyvene.bind(featurizers.pyvene.FeatureCollectIntervention, self)
 
     @final
     def get_mask_intervention(self) -> type:
         """A pyvene intervention class with a trainable gate on each feature; needs pyvene."""
-        from featurizers import pyvene
-
-        return pyvene.bind(pyvene.FeatureMaskIntervention, self)
+        return featurizers.pyvene.bind(featurizers.pyvene.FeatureMaskIntervention, self)
 
     @final
-    def attach(self, model: nn.Module, *, any_model: bool = False) -> Attached:
+    def attach(self, model: nn.Module, *, any_model: bool = False) -> featurizers.Attached:
         """This featurizer at its site of a model, ready to intervene with; see `featurizers.attach`."""
-        from featurizers.attached import attach
-
-        return attach(model, self, any_model=any_model)
+        return featurizers.attach(model, self, any_model=any_model)
 
     @final
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write this featurizer as an artefact and return its folder; see `featurizers.artefact.save`."""
-        from featurizers.artefact import save
-
-        return save(self, folder)
+        return featurizers.save(self, folder)
 
     @classmethod
     @final
@@ -388,9 +375,7 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         Raises:
             UsageError: it holds another kind.
         """
-        from featurizers.loading import load
-
-        loaded = load(source, **options)
+        loaded = featurizers.load(source, **options)
         if not isinstance(loaded, cls):
             raise UsageError(f"{source!s} holds a featurizer of kind {loaded.kind!r}, not a {cls.__name__}")
         return loaded
@@ -398,9 +383,7 @@ class Featurizer(Derivatives, Generic[ConfigT]):
     @final
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
         """Save this featurizer to a repository in one commit; see `featurizers.push` for the options."""
-        from featurizers.pushing import push_featurizer
-
-        return push_featurizer(self, repo_id, **options)
+        return featurizers.push_featurizer(self, repo_id, **options)
 
     # ------------------------------------------------------------------ helpers for kinds
     @final

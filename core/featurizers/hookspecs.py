@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from torch import nn
     from typer import Typer
 
-    from featurizers.anatomy import Blocks
     from featurizers.featurizer import Featurizer
     from featurizers.foreign import Foreign
     from featurizers.interventions import SavedIntervention
     from featurizers.rules import Rule
+    from featurizers.sites import Blocks
 
 PROJECT = "featurizers"
 """Name of the entry-point group and of the pluggy project."""

@@ -32,6 +32,7 @@ from featurizers.manifest import (
 )
 from featurizers.sources import HubSource
 from featurizers.transport import DEADLINE, TIMEOUT, transfer_time, translated, within
+from featurizers.version import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata
@@ -127,8 +128,6 @@ class Remote:
         """What the Hub says of a file, without any of the client's repetitions."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-        from featurizers import __version__
-
         def ask() -> HfFileMetadata:
             return get_hf_file_metadata(
                 hf_hub_url(self.source.repo_id, self._path(name), revision=revision),
@@ -147,8 +146,6 @@ class Remote:
 
     def _download(self, name: str, commit: str | None) -> str:
         from huggingface_hub import hf_hub_download
-
-        from featurizers import __version__
 
         return hf_hub_download(
             self.source.repo_id,
@@ -171,8 +168,6 @@ class Remote:
             HubError: they cannot be listed; without the network nothing is, whatever is cached.
         """
         from huggingface_hub import HfApi
-
-        from featurizers import __version__
 
         if self._offline():
             raise HubOfflineError(

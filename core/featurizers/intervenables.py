@@ -35,7 +35,8 @@ from featurizers.intervenable_record import (
     dump_record,
     read_record,
 )
-from featurizers.interventions import SavedIntervention, class_of, intervention_class
+from featurizers.intervention_lookup import class_of, intervention_class
+from featurizers.interventions import SavedIntervention
 from featurizers.loading import RETRIES, load, manifest_of
 from featurizers.manifest import (
     INTERVENABLE_NAME,
@@ -355,7 +356,7 @@ def _tensors(
     header = read_header(path, where, INTERVENABLE_WEIGHTS_NAME)
     names = {"file_name": INTERVENABLE_WEIGHTS_NAME, "config_name": INTERVENABLE_NAME}
     check_header(header, expected, [], where, **names)
-    verify_weights(path, record, where)
+    verify_weights(path, record.sha256, where)
     return read_tensors(path, device, where)
 
 

@@ -90,8 +90,8 @@ def load(
     """
     from featurizers import artefact
     from featurizers.files import contained
-    from featurizers.foreign import of_folder, of_repository, read
     from featurizers.hub import Remote
+    from featurizers.reading import of_folder, of_repository, read
 
     artefact.check_placement(device, dtype)
     parsed = parse_source(source, revision)
@@ -175,8 +175,8 @@ def _of_catalogue(
     verify: bool,
     hub_options: tuple[Any, ...],
 ) -> Featurizer[Any]:
-    from featurizers.foreign import checked, of_repository
     from featurizers.hub import Remote
+    from featurizers.reading import checked, of_repository
 
     opened = []
 
@@ -238,7 +238,7 @@ def create(kind: str, **config: Any) -> Featurizer[Any]:
         >>> create("subspace", d_in=768, n_features=16, seed=0).n_features
         16
     """
-    from featurizers.artefact import build
+    from featurizers.plugins import build, host
 
     if not isinstance(kind, str):
         raise UsageError(f"a kind is a string such as 'subspace', not {shown(kind)}")

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Final, Literal, NoReturn
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from featurizers.errors import ArtefactError, ManifestError, NotOursError, SiteError, one_line, shown
+from featurizers.errors import ArtefactError, ManifestError, NotOursError, SiteError, explain as explain, one_line, shown
 from featurizers.files import contained, looks_like, read_bytes
-from featurizers.plugins import KIND
+from featurizers.names import KIND
 from featurizers.replacing import recover
 from featurizers.sites import Side, Site
 
@@ -252,15 +252,6 @@ def dump(record: Manifest | Index) -> bytes:
     if len(raw) > MAX_CONFIG_BYTES:
         raise ManifestError("metadata", f"{CONFIG_NAME} would be larger than {MAX_CONFIG_BYTES} bytes")
     return raw
-
-
-def explain(error: ValidationError) -> str:
-    """One line for each thing that pydantic found wrong."""
-    lines = []
-    for detail in error.errors()[:5]:
-        path = ".".join(str(part) for part in detail["loc"]) or "it"
-        lines.append(f"{shown(path)}: {one_line(detail['msg'])}, got {shown(detail['input'])}")
-    return "; ".join(lines)
 
 
 def _check_depth(data: Any, where: str, name: str) -> None:

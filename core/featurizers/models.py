@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from featurizers.artefact import check_placement
 from featurizers.errors import MissingDependencyError, UsageError, one_line
+from featurizers.placement import check_placement
 
 if TYPE_CHECKING:
     from torch import nn

@@ -6,24 +6,17 @@ Each is a frozen description; `featurizers.intervene` carries it out with hooks 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from featurizers.errors import UsageError
 from featurizers.featurizer import Featurizer
 from featurizers.indices import Indices
-
-Positions: TypeAlias = "None | Sequence[int] | Sequence[Sequence[int]] | Tensor"
-"""Tokens of each prompt: ``None`` for all; ``[0, -1]`` for the same of every prompt; ``(batch, n)`` for its own of
-each. They count the prompt's own tokens and not its padding: 0 is the first and -1 the last, whichever side is
-padded."""
-
-Inputs: TypeAlias = "Mapping[str, Any]"
-"""What a model is called with: ``tokenizer(..., return_tensors="pt")``."""
-
+from featurizers.positions import Inputs as Inputs
+from featurizers.positions import Positions as Positions
 
 @dataclass(frozen=True, eq=False)
 class Operation(ABC):

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from featurizers.errors import PositionError, ShapeError
-from featurizers.operations import Positions
+
+
+Positions: TypeAlias = "None | Sequence[int] | Sequence[Sequence[int]] | Tensor"
+"""Tokens of each prompt: ``None`` for all; ``[0, -1]`` for the same of every prompt; ``(batch, n)`` for its own of
+each. They count the prompt's own tokens and not its padding: 0 is the first and -1 the last, whichever side is
+padded."""
+
+Inputs: TypeAlias = "Mapping[str, Any]"
+"""What a model is called with: ``tokenizer(..., return_tensors="pt")``."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from featurizers.manifest import (
 )
 from featurizers.sources import HubSource
 from featurizers.transport import DEADLINE, TIMEOUT, transfer_time, within
+from featurizers.version import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd
@@ -105,8 +106,6 @@ def _commit(
     """One commit on a known parent; the repository and the branch are created where they are missing."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
-
-    from featurizers import __version__
 
     api = HfApi(token=token, library_name=LIBRARY_NAME, library_version=__version__)
 

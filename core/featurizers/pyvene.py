@@ -18,14 +18,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from featurizers.artefact import build
-from featurizers.errors import FeatureIndexError, ManifestError, MissingDependencyError, UsageError
+from featurizers.errors import FeatureIndexError, ManifestError, MissingDependencyError, UsageError, explain
 from featurizers.featurizer import Featurizer
 from featurizers.gates import SigmoidGate
 from featurizers.indices import Indices
 from featurizers.interventions import SavedIntervention
-from featurizers.manifest import explain
-from featurizers.plugins import host
+from featurizers.plugins import build, host
 
 try:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints which of its own extras are missing

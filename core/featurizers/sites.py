@@ -135,5 +135,26 @@ class Site:
         )
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Where a model keeps its blocks: what a plugin's ``featurizers_anatomy`` returns.
+
+    Attributes:
+        decoder: path of the module that owns the blocks and is called with the attention mask.
+        layers: path of the `nn.ModuleList` of blocks.
+        attention: path of the attention module within a block, None if blocks have none.
+        mlp: path of the MLP module within a block, None if blocks have none.
+        out_projection: path of attention's output projection within a block.
+        down_projection: path of the MLP's down projection within a block.
+    """
+
+    decoder: str
+    layers: str
+    attention: str | None = None
+    mlp: str | None = None
+    out_projection: str | None = None
+    down_projection: str | None = None
+
+
 def _is_count(number: object) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and number >= 0

@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from featurizers.errors import ManifestError, WeightsError, one_line, shown
+from featurizers.errors import WeightsError, one_line, shown
 from featurizers.files import looks_like, opened
-from featurizers.manifest import CONFIG_NAME, WEIGHTS_NAME, Index, Manifest, repeated
+from featurizers.manifest import CONFIG_NAME, WEIGHTS_NAME, repeated
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from featurizers.intervenable_record import IntervenableRecord
 
 MAX_HEADER_BYTES: Final = 10_000_000
 SET_PREFIX: Final = "features."
@@ -307,17 +305,14 @@ def is_finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(tensor.float().sum().isfinite()) or bool(tensor.isfinite().all())
 
 
-def verify_weights(path: Path, record: Manifest | Index | IntervenableRecord, where: str) -> None:
+def verify_weights(path: Path, expected: str, where: str) -> None:
     """Compare the sha256 of the weights with the one in the config beside them.
 
     Raises:
         WeightsError: they differ.
-        ManifestError: the config is that of a collection, which has no weights.
     """
-    if isinstance(record, Index):
-        raise ManifestError(where, "it is a collection inside a collection, which no weights belong to")
-    if (found := sha256(path, where)) != record.sha256:
-        raise WeightsError(where, f"{path.name} has sha256 {found}, its config says {record.sha256}; fetch it again")
+    if (found := sha256(path, where)) != expected:
+        raise WeightsError(where, f"{path.name} has sha256 {found}, its config says {expected}; fetch it again")
 
 
 def sha256(path: Path, where: str) -> str:

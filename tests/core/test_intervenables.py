@@ -18,7 +18,7 @@ from featurizers import intervenables
 from featurizers.anatomy import Anatomy
 from featurizers.errors import ArtefactError, MissingDependencyError, PluginError, ShapeError, UsageError
 from featurizers.intervenables import load_intervenable, save_intervenable
-from featurizers.interventions import intervention_class
+from featurizers.intervention_lookup import intervention_class
 from featurizers.plugins import host
 from featurizers.pyvene import FeatureIntervention, FeatureInterventionConfig
 from torch import Tensor, nn

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import featurizers
-from featurizers.artefact import build
 from featurizers.derivatives import Error
 from featurizers.errors import ConfigError, FeatureIndexError, ShapeError
 from featurizers.featurizer import Featurizer
+from featurizers.plugins import build
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 

@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from featurizers import Featurizer
 from featurizers.errors import ConversionError, ManifestError, SourceError, UsageError, shown
-from featurizers.foreign import Foreign, checked, of_folder, of_repository
+from featurizers.foreign import Foreign
+from featurizers.reading import checked, of_folder, of_repository
 from featurizers.hub import Remote
 from featurizers.replacing import filling
 from featurizers.sources import FolderSource, HubSource, parse_source

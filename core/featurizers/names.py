@@ -1,0 +1,35 @@
+"""The names that plugins and kinds may have, and who owns those of this project."""
+
+from __future__ import annotations
+
+import re
+
+NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+KIND = re.compile(rf"{NAME.pattern}(\.{NAME.pattern})?")
+
+# A pip command is printed only for what this project publishes itself, never for a name that a file gives.
+FIRST_PARTY = {
+    "autoencoder": "featurizers-autoencoder",
+    "causal-basis": "featurizers-causal-basis",
+    "causalab": "featurizers-causalab",
+    "derived-scalars": "featurizers-derived-scalars",
+    "dictionary-learning": "featurizers-dictionary-learning",
+    "identity": "featurizers-identity",
+    "sae-lens": "featurizers-sae-lens",
+    "sparsify": "featurizers-sparsify",
+    "standardize": "featurizers-subspace",
+    "subspace": "featurizers-subspace",
+    "training": "featurizers-training",
+}
+OWNERS = {**FIRST_PARTY, "composition": "featurizers", "dictionary": "featurizers"}  # no other may provide these
+
+
+def install_command(kind: str) -> str | None:
+    """The pip command for a first-party kind, None for any other."""
+    distribution = FIRST_PARTY.get(kind.partition(".")[0])
+    return distribution and f"pip install {distribution}"
+
+
+def install_hint(kind: str) -> str:
+    command = install_command(kind)
+    return f"Install it with: {command}." if command else "Install the package of its author."
