@@ -30,9 +30,21 @@ OURS = [
 ]
 with atheris.instrument_imports(include=[*OURS, "zipfile", "pickletools"], enable_loader_override=False):
     import featurizers
-    from featurizers import artefact, foreign, loading, manifest, numpy_files, torch_files, weights  # noqa: F401
     from featurizers.errors import FeaturizerError
-    from featurizers.plugins import host
+    from featurizers.files import (
+        numpy_files,
+        torch_files,
+    )
+    from featurizers.format import external_files as foreign  # noqa: F401
+    from featurizers.format import (
+        manifest,
+        weights,
+    )
+    from featurizers.registry import host
+    from featurizers.store import (
+        artefact,
+        loading,  # noqa: F401
+    )
 
     host().load_all()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import featurizers
 import torch
-from featurizers.indices import Indices
+from featurizers.features import Indices
 from peers import pyvene
 from timing import Benchmark, Case, Settings, same
 from torch import Tensor

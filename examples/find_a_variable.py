@@ -23,9 +23,8 @@ from typing import Annotated, Any
 import featurizers
 import torch
 import typer
-from featurizers.anatomy import Anatomy
 from featurizers.demo.english import COUNTRIES, TEMPLATE
-from featurizers.models import load_model
+from featurizers.models import Anatomy, load_model
 from featurizers_training import DAS, PCA, FullVector, Pairs, RandomSubspace, Settings, evaluate, sweep
 from featurizers_training.report import tables
 from rich.console import Console

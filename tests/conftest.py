@@ -13,8 +13,8 @@ collect_ignore_glob = ["fixtures/*/make.py"]  # they need the packages whose num
 @pytest.fixture(scope="session", autouse=True)
 def _shapes_are_checked():
     """Calls of the methods that a kind gives fail if a tensor does not have the shape that its signature names."""
-    from featurizers.composition import Composition
-    from featurizers.dictionary import DictionaryFeaturizer
+    from featurizers.builtin.composition import Composition
+    from featurizers.builtin.dictionary import DictionaryFeaturizer
     from featurizers_causal_basis import CausalBasisFeaturizer
     from featurizers_identity import IdentityFeaturizer
     from featurizers_subspace import StandardizeFeaturizer, SubspaceFeaturizer

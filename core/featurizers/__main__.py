@@ -1,5 +1,5 @@
 """``python -m featurizers``: the command line."""
 
-from featurizers.cli import main
+from featurizers.cli.app import main
 
 main()

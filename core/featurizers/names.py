@@ -31,5 +31,6 @@ def install_command(kind: str) -> str | None:
 
 
 def install_hint(kind: str) -> str:
+    """Return the sentence that tells how to install the plugin of a kind."""
     command = install_command(kind)
     return f"Install it with: {command}." if command else "Install the package of its author."

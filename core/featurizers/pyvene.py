@@ -19,11 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from featurizers.errors import FeatureIndexError, ManifestError, MissingDependencyError, UsageError, explain
-from featurizers.featurizer import Featurizer
-from featurizers.gates import SigmoidGate
-from featurizers.indices import Indices
-from featurizers.interventions import SavedIntervention
-from featurizers.plugins import build, host
+from featurizers.features.featurizer import Featurizer
+from featurizers.features.gates import SigmoidGate
+from featurizers.features.indices import Indices
+from featurizers.registry.interventions import SavedIntervention
+from featurizers.registry.plugin_host import build, host
 
 try:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints which of its own extras are missing

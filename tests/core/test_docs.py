@@ -12,8 +12,9 @@ from pathlib import Path
 import featurizers
 import pytest
 import torch
-from featurizers import errors, hookspecs
-from featurizers.sites import BLOCK_KINDS, MODEL_KINDS
+from featurizers import errors
+from featurizers.format.sites import BLOCK_KINDS, MODEL_KINDS
+from featurizers.registry import hookspecs
 from featurizers.testing import FeaturizerContract
 
 ROOT = Path(__file__).parents[2]
@@ -177,8 +178,8 @@ def test_every_file_of_the_core_is_listed_once():
 
 
 def test_every_key_of_the_format_is_described():
-    from featurizers import intervenable_record as own
-    from featurizers.manifest import Entry, Index, Manifest, SiteRecord
+    from featurizers.format import intervenable_record as own
+    from featurizers.format.manifest import Entry, Index, Manifest, SiteRecord
 
     text = (ROOT / "docs" / "format.md").read_text()
     ours = (own.IntervenableRecord, own.ModelRecord, own.RepresentationRecord, own.InterventionRecord)

@@ -22,10 +22,10 @@ def modules(code):
         "import featurizers; featurizers.plugins(); featurizers.kinds()",
         "import featurizers; featurizers.Site('resid.post', 3); featurizers.hookimpl",
         "import sys; sys.argv = ['featurizers', 'plugins']\n"
-        "from featurizers.cli import app\n"
+        "from featurizers.cli.app import app\n"
         "app(standalone_mode=False)",
         "import sys; sys.argv = ['featurizers', 'kinds', '--json']\n"
-        "from featurizers.cli import app\n"
+        "from featurizers.cli.app import app\n"
         "app(standalone_mode=False)",
     ],
     ids=["import", "plugins()", "Site and hookimpl", "plugins command", "kinds command"],

@@ -71,8 +71,8 @@ class TestScale(FeaturizerContract):
     def _installed(self, monkeypatch):
         import importlib.metadata
 
-        from featurizers import plugins as _  # noqa: F401
-        from featurizers.plugins import host
+        from featurizers.registry import host
+        from featurizers.registry import host as _  # noqa: F401
 
         monkeypatch.syspath_prepend(str(FOLDER))
         entry = importlib.metadata.EntryPoint("scale", "featurizers_scale", "featurizers")

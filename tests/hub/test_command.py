@@ -7,8 +7,8 @@ import sys
 
 import featurizers
 import pytest
-from featurizers import cli
-from featurizers.cli import app
+from featurizers.cli import app as cli
+from featurizers.cli.app import app
 from typer.testing import CliRunner
 
 from tests.hub.test_failures import DOWNLOADS, LOAD, filled  # noqa: F401  # a fixture

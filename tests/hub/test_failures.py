@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 
 import featurizers
 import pytest
-from featurizers import hub as reading
-from featurizers import pushing, transport
 from featurizers.errors import (
     ArtefactError,
     CachedCopyWarning,
@@ -31,6 +29,9 @@ from featurizers.errors import (
     ManifestError,
     WeightsError,
 )
+from featurizers.hub import repository as reading
+from featurizers.hub import transport
+from featurizers.store import pushing
 
 from tests.support.hub import ALICE_READ, BOB, LoopbackHub, subspace
 

@@ -7,7 +7,7 @@ import json
 import featurizers
 import pytest
 import torch
-from featurizers import cli
+from featurizers.cli import app as cli
 from featurizers.errors import HubNotFoundError, HubOfflineError, ManifestError, WeightsError
 from typer.testing import CliRunner
 
@@ -41,7 +41,7 @@ def test_there_and_back_in_one_commit(hub):
 
 def test_all_is_read_at_one_commit(hub, monkeypatch):
     """Someone pushes after the first file was read."""
-    from featurizers import intervenables
+    from featurizers.store import intervenables
 
     old, new = several(), several()
     for intervention in list(new.interventions.values())[:2]:

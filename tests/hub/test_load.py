@@ -3,7 +3,7 @@
 import featurizers
 import pytest
 from featurizers.errors import UnknownKindError, UsageError, WeightsError
-from featurizers.hub import Remote
+from featurizers.hub.repository import Remote
 
 from tests.support.hub import ALICE, subspace
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from featurizers import cli
+from featurizers.cli import app as cli
 from featurizers.errors import FeaturizerError
 from typer.testing import CliRunner
 

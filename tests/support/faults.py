@@ -21,9 +21,9 @@ from typing import Any
 
 import featurizers
 import torch
-from featurizers.card import END, START
 from featurizers.errors import ManifestError
-from featurizers.manifest import CARD_NAME
+from featurizers.format.card import END, START
+from featurizers.format.manifest import CARD_NAME
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,8 +93,10 @@ import tempfile
 from pathlib import Path
 import featurizers, huggingface_hub
 from huggingface_hub import _commit_api, file_download, hf_api, lfs
-from featurizers import cli, pushing, replacing
-from featurizers.plugins import host
+from featurizers.cli import app as cli
+from featurizers.store import pushing
+from featurizers.files import replacement
+from featurizers.registry.plugin_host import host
 from tests.support import faults
 host().load_all()
 
@@ -110,7 +112,7 @@ def save(folder, seed):
     faults.made(seed).save_pretrained(folder)
 
 def save_in_two_steps(folder, seed):
-    replacing._swap = lambda *_: False
+    replacement._swap = lambda *_: False
     save(folder, seed)
 
 def save_collection(folder, seed):
@@ -142,7 +144,7 @@ def fetch(repo_id, cache):
 
 def member(folder, number, seconds, in_two_steps):
     if in_two_steps:
-        replacing._swap = lambda *_: False
+        replacement._swap = lambda *_: False
     return faults.member(Path(folder), number, seconds, always=not in_two_steps)
 '''
 """The work that a nursery's children can do, by name."""
@@ -206,7 +208,7 @@ def _equal(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool
 
 
 @dataclass
-class Foreign:
+class ExternalFiles:
     """Files of a folder, and prose in its README, that no saver may touch."""
 
     files: dict[str, bytes] = field(default_factory=dict)
@@ -446,7 +448,7 @@ def kills_over(nursery: Nursery, folder: Path, kills: int, work: str = "save", s
     another one each time. The saver that ends well removes what the killed ones left.
     """
     look = seed_in_collection if work == "save_collection" else seed_in
-    killer, numbers, foreign = Killer(nursery, seed), itertools.count(1), Foreign()
+    killer, numbers, foreign = Killer(nursery, seed), itertools.count(1), ExternalFiles()
     for _ in range(5):
         killer.measure(work, folder, old := next(numbers))
     for _ in killer.rounds(kills):
@@ -560,7 +562,7 @@ def kills_of_push(nursery: Nursery, hub: HubProcess, kills: int, seed: int = 0) 
     cache, and so is the prose. What the Hub was sent before a kill may still arrive after it: a commit of an earlier
     push is as good.
     """
-    killer, numbers, foreign = Killer(nursery, seed), itertools.count(1), Foreign()
+    killer, numbers, foreign = Killer(nursery, seed), itertools.count(1), ExternalFiles()
     place = hub.place / "push"
     artefact = place / "artefact"
     repo_id, known, pending = "alice/x", "", set()
@@ -638,7 +640,7 @@ def crowd(nursery: Nursery, folder: Path, seconds: float, processes: int, in_two
 
     Every load is one version; none fails. Every file that was added, before or meanwhile, is there at the end.
     """
-    foreign, result = Foreign(), Crowd()
+    foreign, result = ExternalFiles(), Crowd()
     made(0).save_pretrained(folder)
     foreign.put(folder)
     calls = [("member", folder, number, seconds, in_two_steps) for number in range(1, processes + 1)]

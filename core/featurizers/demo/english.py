@@ -10,11 +10,11 @@ import torch
 from featurizers_training import DAS, Pairs, Settings
 from torch import Tensor, nn
 
-from featurizers.anatomy import Anatomy
 from featurizers.demo.search import Task
 from featurizers.errors import FeaturizerError
-from featurizers.models import load_model
-from featurizers.sites import Site
+from featurizers.format.sites import Site
+from featurizers.models.anatomy import Anatomy
+from featurizers.models.loading import load_model
 
 TEMPLATE = "The country {} is on the continent of"
 COUNTRIES = {

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import featurizers
+from featurizers.cli.options import layer_numbers
 from featurizers.errors import MissingDependencyError, UsageError
-from featurizers.options import layer_numbers
 
 if TYPE_CHECKING:
     from featurizers.demo.search import Row, Task

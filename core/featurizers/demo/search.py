@@ -11,8 +11,8 @@ from featurizers_training import DAS, PCA, Found, FullVector, Method, Pairs, Ran
 from featurizers_training.evaluation import accuracy_of
 from torch import Tensor, nn
 
-from featurizers.featurizer import Featurizer
-from featurizers.sites import Site
+from featurizers.features.featurizer import Featurizer
+from featurizers.format.sites import Site
 
 METHODS = ("full vector", "subspace", "PCA", "random")
 

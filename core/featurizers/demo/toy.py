@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import featurizers
 from featurizers.demo.search import Task
-from featurizers.featurizer import Featurizer
-from featurizers.operations import Collect, Interchange
-from featurizers.sites import Site
+from featurizers.features.featurizer import Featurizer
+from featurizers.format.sites import Site
+from featurizers.models.operations import Collect, Interchange
 
 NUMBERS, LETTERS = 10, 8
 ANSWERS = NUMBERS + LETTERS  # token of the first answer

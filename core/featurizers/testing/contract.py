@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import featurizers
-from featurizers.derivatives import Error
 from featurizers.errors import ConfigError, FeatureIndexError, ShapeError
-from featurizers.featurizer import Featurizer
-from featurizers.plugins import build
+from featurizers.features.derivatives import Error
+from featurizers.features.featurizer import Featurizer
+from featurizers.registry.plugin_host import build
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 

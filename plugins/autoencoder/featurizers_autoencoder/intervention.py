@@ -9,9 +9,8 @@ from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from featurizers import DictionaryFeaturizer, Featurizer, SavedIntervention
-from featurizers.errors import FeatureIndexError, ManifestError, ShapeError, UsageError
-from featurizers.indices import select
-from featurizers.manifest import explain
+from featurizers.errors import FeatureIndexError, ManifestError, ShapeError, UsageError, explain
+from featurizers.features import select
 from featurizers.pyvene import indices_of_subspaces
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor

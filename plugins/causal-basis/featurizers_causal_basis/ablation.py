@@ -8,8 +8,8 @@ from typing import get_args
 
 import torch
 from featurizers import Anatomy, Site
-from featurizers.backend import hook
 from featurizers.errors import BasisError, ShapeError, UsageError
+from featurizers.models import hook
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import featurizers
 import typer
 from featurizers import Anatomy
+from featurizers.cli import dtype_named, layer_numbers
 from featurizers.errors import UsageError
+from featurizers.files import refuse_full
 from featurizers.models import LanguageModel, load_model
-from featurizers.options import dtype_named, layer_numbers
-from featurizers.replacing import refuse_full
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, final, get_args
 import torch
 from featurizers import Site
 from featurizers.errors import ShapeError, UsageError
-from featurizers.operations import Inputs
-from featurizers.sites import Side
+from featurizers.format import Side
+from featurizers.models import Inputs
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 

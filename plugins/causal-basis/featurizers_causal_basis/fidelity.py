@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 from featurizers import Anatomy, Site
-from featurizers.anatomy import Place
-from featurizers.backend import collect, hook
 from featurizers.errors import UsageError
-from featurizers.operations import Inputs
+from featurizers.models import Inputs, Place, collect, hook
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from featurizers.errors import ShapeError, UsageError
-from featurizers.operations import Inputs
+from featurizers.models import Inputs
 from torch import Tensor
 
 

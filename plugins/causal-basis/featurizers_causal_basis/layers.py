@@ -9,10 +9,9 @@ from typing import final
 
 import torch
 from featurizers import Anatomy
-from featurizers.backend import collect
 from featurizers.errors import ShapeError, UsageError
-from featurizers.operations import Inputs
-from featurizers.sites import Side
+from featurizers.format import Side
+from featurizers.models import Inputs, collect
 from jaxtyping import Float
 from torch import Tensor, nn
 

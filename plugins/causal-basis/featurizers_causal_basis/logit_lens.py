@@ -7,9 +7,8 @@ from typing import Any, final
 
 import torch
 from featurizers import Anatomy
-from featurizers.anatomy import Place
-from featurizers.backend import hook
 from featurizers.errors import UsageError
+from featurizers.models import Place, hook
 from jaxtyping import Float
 from torch import Tensor, nn
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from featurizers.sites import Side
+from featurizers.format import Side
 from pydantic import BaseModel, ConfigDict, Field
 
 Mode: TypeAlias = Literal["mean", "resample", "zero"]

@@ -9,10 +9,8 @@ from typing import Any, final
 
 import torch
 from featurizers import Anatomy
-from featurizers.anatomy import first_tensor
-from featurizers.backend import hook
 from featurizers.errors import UsageError
-from featurizers.operations import Inputs
+from featurizers.models import Inputs, first_tensor, hook
 from jaxtyping import Float
 from torch import Tensor, nn
 

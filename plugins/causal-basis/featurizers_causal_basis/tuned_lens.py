@@ -10,8 +10,7 @@ from typing import Annotated, final
 
 import torch
 from featurizers.errors import ConfigError, ShapeError, WeightsError
-from featurizers.files import contained, read_bytes
-from featurizers.torch_files import load_torch
+from featurizers.files import contained, load_torch, read_bytes
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from featurizers import Featurizer, SavedIntervention, hookimpl
-from featurizers.foreign import Foreign
+from featurizers.format import ExternalFiles
 
 from featurizers_causalab import submissions, triplets
 from featurizers_causalab.submissions import read_submission, write_submission
@@ -28,13 +28,13 @@ def featurizers_interventions(register: Callable[[type[SavedIntervention]], None
 
 
 @hookimpl
-def featurizers_read(source: Foreign) -> Featurizer[Any] | None:
+def featurizers_read(source: ExternalFiles) -> Featurizer[Any] | None:
     """The featurizer of a folder that holds one unit of CausalAbstraction, old or new."""
     return submissions.one(source)
 
 
 @hookimpl
-def featurizers_resolve(reference: str, repository: Callable[..., Foreign]) -> Featurizer[Any] | None:
+def featurizers_resolve(reference: str, repository: Callable[..., ExternalFiles]) -> Featurizer[Any] | None:
     """The featurizer of one unit of a repository: ``owner/name/FOLDER/UNIT``."""
     return submissions.resolve(reference, repository)
 

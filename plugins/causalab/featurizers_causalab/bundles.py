@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Final
 
 from featurizers import Featurizer
-from featurizers.attached import SELECTED
 from featurizers.errors import ManifestError, UsageError, WeightsError, shown
-from featurizers.foreign import Foreign, TensorFile
+from featurizers.format import ExternalFiles, TensorFile
+from featurizers.models import SELECTED
 from featurizers_identity import IdentityConfig, IdentityFeaturizer
 
 from featurizers_causalab import units
@@ -21,12 +21,12 @@ SKELETON_VERSION: Final = 1
 NAMED: Final = ("id", "n_features", "is_trivial")
 
 
-def folders(source: Foreign) -> list[str]:
+def folders(source: ExternalFiles) -> list[str]:
     """The folders of a source that hold a bundle, as the beginnings of their files' names."""
     return sorted(name.removesuffix(UNITS) for name in source.names if name.rpartition("/")[2] == UNITS)
 
 
-def read(source: Foreign, folder: str = "") -> dict[str, Featurizer[Any]]:
+def read(source: ExternalFiles, folder: str = "") -> dict[str, Featurizer[Any]]:
     """The featurizers of a bundle by the names of their units.
 
     Args:
@@ -99,7 +99,7 @@ def _payload(payload: Any, where: str) -> Payload:
     return Payload(payload["model_info"], payload["featurizer_state_dict"], payload["inverse_state_dict"])
 
 
-def _payloads(source: Foreign, folder: str) -> dict[str, Any]:
+def _payloads(source: ExternalFiles, folder: str) -> dict[str, Any]:
     """What the skeleton holds, with its tensors; nothing where all units are trivial."""
     if f"{folder}{SKELETON}" not in source.names and f"{folder}{TENSORS}" not in source.names:
         return {}

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import featurizers
 import torch
-from featurizers.attached import SELECTED
 from featurizers.errors import ConversionError, MissingDependencyError, UsageError
-from featurizers.indices import select
+from featurizers.features import select
+from featurizers.models import SELECTED
 from featurizers_identity import IdentityFeaturizer
 from featurizers_subspace import SubspaceFeaturizer as CoreSubspace
 from torch import Tensor, nn

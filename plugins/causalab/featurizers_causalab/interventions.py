@@ -11,10 +11,9 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from featurizers import Featurizer
-from featurizers.attached import GATE_LOGITS, SELECTED
 from featurizers.errors import ConversionError, ShapeError, UsageError
-from featurizers.gates import SigmoidGate
-from featurizers.indices import Indices, Selection
+from featurizers.features import Indices, Selection, SigmoidGate
+from featurizers.models import GATE_LOGITS, SELECTED
 from featurizers.pyvene import FeatureIntervention, FeatureInterventionConfig, bound_class, indices_of_subspaces
 from pydantic import BaseModel, Field
 from pyvene.models.interventions import (

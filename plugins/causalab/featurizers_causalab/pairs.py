@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast, final
 import torch
 from featurizers import Error, Featurizer
 from featurizers.errors import ShapeError
-from featurizers.indices import Indices, Selection
+from featurizers.features import Indices, Selection
 from featurizers_identity import IdentityConfig, IdentityFeaturizer
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn

@@ -7,9 +7,9 @@ from typing import Any, Final
 
 import torch
 from featurizers import Featurizer
-from featurizers.attached import SELECTED
 from featurizers.errors import BasisError, ConversionError, ManifestError, WeightsError, printable, shown
-from featurizers.indices import select
+from featurizers.features import select
+from featurizers.models import SELECTED
 from featurizers_identity import IdentityConfig, IdentityFeaturizer
 from featurizers_subspace import SubspaceFeaturizer
 from torch import Tensor

@@ -11,11 +11,10 @@ from typing import Any, Final
 
 from featurizers import Featurizer
 from featurizers.errors import ConversionError, ManifestError, SourceError, UsageError, shown
-from featurizers.foreign import Foreign
-from featurizers.reading import checked, of_folder, of_repository
-from featurizers.hub import Remote
-from featurizers.replacing import filling
-from featurizers.sources import FolderSource, HubSource, parse_source
+from featurizers.files import filling
+from featurizers.format import ExternalFiles
+from featurizers.hub import FolderSource, HubSource, Remote, parse_source
+from featurizers.store import checked, of_folder, of_repository
 
 from featurizers_causalab import bundles, triplets, units
 
@@ -31,7 +30,7 @@ FOLDER: Final = re.compile(rf"({'|'.join(TASKS)})_({'|'.join(MODELS)})_([\w.-]{{
 PLAIN: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
-def read(source: Foreign) -> dict[str, Featurizer[Any]]:
+def read(source: ExternalFiles) -> dict[str, Featurizer[Any]]:
     """The featurizers of all units of a source, by folder and name as the subfolders of a collection are called.
 
     Raises:
@@ -47,7 +46,7 @@ def read(source: Foreign) -> dict[str, Featurizer[Any]]:
     return found
 
 
-def one(source: Foreign) -> Featurizer[Any] | None:
+def one(source: ExternalFiles) -> Featurizer[Any] | None:
     """The featurizer of a source that holds one unit; None for one that holds none.
 
     Raises:
@@ -63,7 +62,7 @@ def one(source: Foreign) -> Featurizer[Any] | None:
     return next((reader() for reader in readers.values()), None)
 
 
-def resolve(reference: str, repository: Callable[..., Foreign]) -> Featurizer[Any]:
+def resolve(reference: str, repository: Callable[..., ExternalFiles]) -> Featurizer[Any]:
     """The featurizer of one unit of a repository: of ``owner/name/FOLDER/UNIT``.
 
     Raises:
@@ -180,7 +179,7 @@ def lost(featurizer: Featurizer[Any]) -> list[str]:
     return said
 
 
-def _readers(source: Foreign) -> dict[str, Callable[[], Featurizer[Any]]]:
+def _readers(source: ExternalFiles) -> dict[str, Callable[[], Featurizer[Any]]]:
     """What reads each unit of a source, by its folder and name; of a bundle all are read at once.
 
     Raises:
@@ -197,7 +196,7 @@ def _readers(source: Foreign) -> dict[str, Callable[[], Featurizer[Any]]]:
     return {**readers, **bundled}
 
 
-def _triplet(source: Foreign, name: str) -> Featurizer[Any]:
+def _triplet(source: ExternalFiles, name: str) -> Featurizer[Any]:
     return _placed(triplets.read(source, name), name)
 
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from featurizers import Featurizer
-from featurizers.attached import SELECTED
 from featurizers.errors import ArtefactError, ManifestError, UsageError, WeightsError, one_line, shown
 from featurizers.files import contained, read_bytes
-from featurizers.foreign import Foreign
-from featurizers.manifest import MAX_CONFIG_BYTES, parse_json
+from featurizers.format import MAX_CONFIG_BYTES, ExternalFiles, parse_json
+from featurizers.models import SELECTED
 
 from featurizers_causalab import units
 from featurizers_causalab.payloads import Payload, featurizer_of, payload_of, same, selected_of, selection
@@ -21,7 +20,7 @@ from featurizers_causalab.payloads import Payload, featurizer_of, payload_of, sa
 FORWARD, INVERSE, INDICES = "_featurizer", "_inverse_featurizer", "_indices"
 
 
-def names(source: Foreign) -> list[str]:
+def names(source: ExternalFiles) -> list[str]:
     """The names of the units that a source holds, with their folders.
 
     Of a unit whose name says that it is one, a single file is enough; of any other both modules are there.
@@ -35,7 +34,7 @@ def names(source: Foreign) -> list[str]:
     )
 
 
-def read(source: Foreign, name: str) -> Featurizer[Any]:
+def read(source: ExternalFiles, name: str) -> Featurizer[Any]:
     """The featurizer of one unit, the features that it acts on as its feature set ``selected``.
 
     Args:
@@ -69,7 +68,7 @@ def read(source: Foreign, name: str) -> Featurizer[Any]:
     return featurizer
 
 
-def read_payload(source: Foreign, name: str) -> Payload:
+def read_payload(source: ExternalFiles, name: str) -> Payload:
     """What the two files of one unit hold, once they are known to describe the same.
 
     Raises:
@@ -113,7 +112,7 @@ def write(featurizer: Featurizer[Any], path: Path, *, tie_masks: bool = False, i
         raise ArtefactError(str(path), f"its files cannot be written: {one_line(error)}") from error
 
 
-def at(path: str | Path) -> tuple[Foreign, str]:
+def at(path: str | Path) -> tuple[ExternalFiles, str]:
     """The files of one unit of this machine, and its name: of ``FOLDER/NAME``, as `write` takes it."""
     folder, name = Path(path).parent, Path(path).name
     files = (f"{name}{suffix}" for suffix in (FORWARD, INVERSE, INDICES))
@@ -122,10 +121,10 @@ def at(path: str | Path) -> tuple[Foreign, str]:
     def fetch(file: str, _most: int | None) -> Path:
         return contained(folder, folder / file, str(folder), ManifestError)
 
-    return Foreign(str(folder), there, fetch), name
+    return ExternalFiles(str(folder), there, fetch), name
 
 
-def _part(source: Foreign, name: str, where: str) -> dict[str, Any]:
+def _part(source: ExternalFiles, name: str, where: str) -> dict[str, Any]:
     if name not in source.names:
         raise ManifestError(where, f"{shown(name.rpartition('/')[2], 200)} is missing; a unit has both files")
     part = source.torch(name)
@@ -135,7 +134,7 @@ def _part(source: Foreign, name: str, where: str) -> dict[str, Any]:
     return part
 
 
-def _indices(source: Foreign, name: str) -> Any:
+def _indices(source: ExternalFiles, name: str) -> Any:
     """What the list of features says; null where there is none, as the benchmark reads it."""
     file = f"{name}{INDICES}"
     if file not in source.names:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from featurizers.sites import Site
+from featurizers import Site
 
 NAME: Final = re.compile(
     r"(?P<unit>ResidualStream|AttentionHead|AttentionOutput|MLP)"

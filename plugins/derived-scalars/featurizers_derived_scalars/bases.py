@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final, Literal, Self, TypeAlias, final, get_args
 
-from featurizers import Featurizer
+from featurizers import Featurizer, Site
 from featurizers.errors import SiteError, UsageError, shown
-from featurizers.sites import Site
 
 from featurizers_derived_scalars.axes import Axis
 from featurizers_derived_scalars.places import KINDS, Place

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 
 import torch
-from featurizers.artefact import check_placement
 from featurizers.errors import UsageError, shown
-from featurizers.modes import evaluating, without_parameter_gradients
+from featurizers.features import check_placement
+from featurizers.models import evaluating, without_parameter_gradients
 from jaxtyping import Int
 from torch import Tensor, nn
 

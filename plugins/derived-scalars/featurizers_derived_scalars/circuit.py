@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeAlias, final
 
 import torch
 from featurizers.errors import PluginError, ShapeError, SiteError, UsageError, shown
-from featurizers.modes import evaluating
-from featurizers.plugins import host
+from featurizers.models import evaluating
+from featurizers.registry import host
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 

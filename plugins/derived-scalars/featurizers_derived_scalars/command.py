@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from featurizers.cli import dtype_named, layer_numbers
 from featurizers.errors import UsageError
 from featurizers.models import load_model
-from featurizers.options import dtype_named, layer_numbers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
-from featurizers.anatomy import Anatomy, _first_child
 from featurizers.errors import SiteError
+from featurizers.models import Anatomy
+from featurizers.models.anatomy import _first_child
 from torch import Tensor, nn
 
 from featurizers_derived_scalars.probing import HELP, Trace, refuse, same

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, TypeAlias
 
+from featurizers import Site
 from featurizers.errors import SiteError, UsageError, shown
-from featurizers.sites import Site
 
 Axis: TypeAlias = Literal["token", "key", "head", "d_head", "d_model", "neuron", "vocab", "one"]
 """What an axis of a place's tensor counts; ``token`` is the query's position, ``key`` the position attended to."""

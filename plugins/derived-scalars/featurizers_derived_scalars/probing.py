@@ -7,7 +7,7 @@ from typing import Any, Final, NoReturn
 
 import torch
 from featurizers.errors import FeaturizerError, SiteError, one_line
-from featurizers.modes import evaluating
+from featurizers.models import evaluating
 from torch import Tensor, nn
 
 from featurizers_derived_scalars.attention import Listener, Part, implementation

@@ -6,11 +6,9 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Literal, TypeAlias, final
 
 import torch
-from featurizers.anatomy import Place as Tap
-from featurizers.anatomy import first_tensor
-from featurizers.backend import hook
 from featurizers.errors import SiteError, UsageError, shown
-from featurizers.modes import evaluating
+from featurizers.models import Place as Tap
+from featurizers.models import evaluating, first_tensor, hook
 from torch import Tensor, nn
 
 from featurizers_derived_scalars.attention import Listener, Part, listening

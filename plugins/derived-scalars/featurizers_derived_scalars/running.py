@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeAlias
 
-from featurizers.anatomy import Place as Tap
-from featurizers.anatomy import first_tensor
-from featurizers.backend import hook
-from featurizers.sites import Side
+from featurizers.format import Side
+from featurizers.models import Place as Tap
+from featurizers.models import first_tensor, hook
 from jaxtyping import Int
 from torch import Tensor, nn
 

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from featurizers.errors import PluginError, UsageError, one_line, shown
-from featurizers.plugins import host
+from featurizers.registry import host
 from pydantic import BaseModel, ValidationError
 
 from featurizers_derived_scalars.derivers import Deriver

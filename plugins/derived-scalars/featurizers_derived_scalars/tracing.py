@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 from featurizers import DictionaryFeaturizer, Featurizer
+from featurizers.builtin import normalize
 from featurizers.errors import FeatureIndexError, PositionError, UsageError
-from featurizers.normalization import normalize
 from jaxtyping import Float
 from torch import Tensor
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 from featurizers.errors import SiteError
-from featurizers.modes import evaluating
+from featurizers.models import evaluating
 from jaxtyping import Float
 from torch import Tensor, nn
 

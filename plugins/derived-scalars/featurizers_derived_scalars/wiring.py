@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from featurizers.errors import SiteError
-from featurizers.sites import Side
+from featurizers.format import Side
 from torch import nn
 
 from featurizers_derived_scalars.layout import BlockLayout, Layout

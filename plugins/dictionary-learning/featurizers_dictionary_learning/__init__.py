@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from featurizers import Featurizer, hookimpl
-from featurizers.foreign import Foreign
+from featurizers.format import ExternalFiles
 
 from featurizers_dictionary_learning import reading, writing
 from featurizers_dictionary_learning.base import Dictionary
@@ -43,7 +43,7 @@ __all__ = [
 
 
 @hookimpl
-def featurizers_read(source: Foreign) -> Featurizer[Any] | None:
+def featurizers_read(source: ExternalFiles) -> Featurizer[Any] | None:
     """The featurizer in a folder ``{ae.pt, config.json}``."""
     return reading.read(source)
 

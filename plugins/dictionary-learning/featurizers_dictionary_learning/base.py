@@ -9,7 +9,7 @@ from typing import Any, Self, final
 import torch
 from featurizers import DictionaryFeaturizer, Featurizer
 from featurizers.errors import UsageError, WeightsError
-from featurizers.torch_files import load_torch
+from featurizers.files import load_torch
 from torch import Tensor, nn
 
 

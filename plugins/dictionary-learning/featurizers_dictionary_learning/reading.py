@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from featurizers import DictionaryFeaturizer, Featurizer, Site
 from featurizers.errors import ManifestError, UsageError, WeightsError
-from featurizers.foreign import Foreign, of_folder
-from featurizers.indices import select
-from featurizers.weights import check_finite
+from featurizers.features import select
+from featurizers.format import ExternalFiles, check_finite
+from featurizers.store import of_folder
 from torch import Tensor
 
 from featurizers_dictionary_learning.base import Dictionary
@@ -52,7 +52,7 @@ DUMP = {"step", "ae", "optimizer", "config", "norm_factor"}
 SEVERAL_LAYERS = "a CrossCoder reads and writes several layers at once: it is no featurizer of one site"
 
 
-def read(source: Foreign) -> Featurizer[Any] | None:
+def read(source: ExternalFiles) -> Featurizer[Any] | None:
     """The featurizer in a folder ``{ae.pt, config.json}``, in raw units; None for any other.
 
     Raises:
@@ -108,7 +108,7 @@ def load_dictionary(
     return autoencoder.to(device=device, dtype=torch.float32), config
 
 
-def _refuse_of_hub(source: Foreign, config: dict[str, Any]) -> None:
+def _refuse_of_hub(source: ExternalFiles, config: dict[str, Any]) -> None:
     """Raise `ManifestError` for what a fork wrote for the Hub: the options of a class, and safetensors."""
     if not {"activation_dim", "dict_size"} <= config.keys():
         return
@@ -131,7 +131,9 @@ def _has_layers(shapes: dict[str, tuple[int, ...]]) -> bool:
     return len(shapes.get("encoder.weight", ())) == 3
 
 
-def _autoencoder(source: Foreign, config: dict[str, Any]) -> tuple[Dictionary, dict[str, Any], int | float | None]:
+def _autoencoder(
+    source: ExternalFiles, config: dict[str, Any]
+) -> tuple[Dictionary, dict[str, Any], int | float | None]:
     """The autoencoder that a configuration names, for activations as the model has them.
 
     Returns:
@@ -162,7 +164,7 @@ def _autoencoder(source: Foreign, config: dict[str, Any]) -> tuple[Dictionary, d
     return autoencoder, trainer, factor
 
 
-def _state(source: Foreign) -> tuple[Any, Any]:
+def _state(source: ExternalFiles) -> tuple[Any, Any]:
     """What ``ae.pt`` holds as a state dict, and the factor by which the activations were divided in training."""
     state = source.torch(WEIGHTS)
     if not isinstance(state, dict) or not isinstance(state.get("ae"), dict):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from featurizers import Featurizer, hookimpl
-from featurizers.foreign import Foreign
+from featurizers.format import ExternalFiles
 
 from featurizers_sae_lens import catalogue, formats, writing
 from featurizers_sae_lens.matching_pursuit import MatchingPursuitConfig, MatchingPursuitFeaturizer
@@ -23,13 +23,13 @@ def featurizers_register(register: Any) -> None:
 
 
 @hookimpl
-def featurizers_read(source: Foreign) -> Featurizer[Any] | None:
+def featurizers_read(source: ExternalFiles) -> Featurizer[Any] | None:
     """The featurizer in a folder of SAELens, or of a release that its catalogue names."""
     return formats.read(source)
 
 
 @hookimpl
-def featurizers_resolve(reference: str, repository: Callable[..., Foreign]) -> Featurizer[Any] | None:
+def featurizers_resolve(reference: str, repository: Callable[..., ExternalFiles]) -> Featurizer[Any] | None:
     """The featurizer of ``release/id`` in SAELens' catalogue."""
     return catalogue.resolve(reference, repository)
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 from featurizers import DictionaryFeaturizer, Featurizer
-from featurizers.errors import FeaturizerError, ManifestError, UsageError, WeightsError
-from featurizers.manifest import explain
+from featurizers.errors import FeaturizerError, ManifestError, UsageError, WeightsError, explain
 from pydantic import ValidationError
 from torch import Tensor
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from featurizers import Featurizer
 from featurizers.errors import ManifestError, MissingDependencyError, SourceError
-from featurizers.foreign import Foreign
+from featurizers.format import ExternalFiles
 
 from featurizers_sae_lens import formats, scopes, torch_files
 from featurizers_sae_lens.assembly import refuse_other_sites
@@ -28,7 +28,7 @@ REFUSED = {
 """Loaders of SAELens for what is no featurizer of one site."""
 
 
-def resolve(reference: str, repository: Callable[..., Foreign]) -> Featurizer[Any]:
+def resolve(reference: str, repository: Callable[..., ExternalFiles]) -> Featurizer[Any]:
     """The featurizer of ``release/id``.
 
     Args:
@@ -80,7 +80,7 @@ def _load(
     path: str,
     overrides: dict[str, Any],
     scale: float | None,
-    repository: Callable[..., Foreign],
+    repository: Callable[..., ExternalFiles],
     where: str,
 ) -> Featurizer[Any]:
     if loader in ("connor_rob_hook_z", "goodfire", "deepseek_r1", "qwen_scope"):

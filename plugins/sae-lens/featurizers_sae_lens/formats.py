@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from featurizers import Featurizer
 from featurizers.errors import ManifestError, WeightsError
-from featurizers.foreign import Foreign
+from featurizers.format import ExternalFiles
 
 from featurizers_sae_lens import scopes, torch_files
 from featurizers_sae_lens.assembly import refuse_other_sites
@@ -20,7 +20,7 @@ MOST_TENSORS = 32
 """How many tensors a file of an autoencoder may have; each is looked up by itself."""
 
 
-def read(source: Foreign) -> Featurizer[Any] | None:
+def read(source: ExternalFiles) -> Featurizer[Any] | None:
     """The featurizer in a folder, if it holds one of the formats that say by themselves what they are."""
     names = set(source.names)
     if {CONFIG, WEIGHTS} <= names:
@@ -43,7 +43,9 @@ def read(source: Foreign) -> Featurizer[Any] | None:
     return None
 
 
-def folder(source: Foreign, overrides: dict[str, Any] | None = None, scale: float | None = None) -> Featurizer[Any]:
+def folder(
+    source: ExternalFiles, overrides: dict[str, Any] | None = None, scale: float | None = None
+) -> Featurizer[Any]:
     """``cfg.json`` and ``sae_weights.safetensors``, of any version of SAELens.
 
     Args:

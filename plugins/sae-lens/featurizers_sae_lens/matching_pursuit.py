@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
 from featurizers import Error, Featurizer
+from featurizers.builtin import denormalize, normalize
 from featurizers.errors import ConfigError, ShapeError, UsageError
-from featurizers.normalization import denormalize, normalize
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class MatchingPursuitConfig(BaseModel):
         stop_on_duplicate_support: whether a token is done when a step brings it no new feature.
         pre_bias: whether the bias is taken off before and put back after; else there is none.
         normalize: what is done to each token's activations before, and undone after.
-        n_heads: as in `featurizers.dictionary.DictionaryConfig`.
+        n_heads: as in `featurizers.builtin.dictionary.DictionaryConfig`.
         special_tokens: ids of tokens that interventions leave alone.
     """
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from featurizers import Featurizer
 from featurizers.errors import FeatureIndexError, WeightsError
-from featurizers.foreign import Foreign, TensorFile
+from featurizers.format import ExternalFiles, TensorFile
 from torch import Tensor
 
 from featurizers_sae_lens.assembly import assemble, number
@@ -17,7 +17,7 @@ LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.
 
 
 def finish(
-    source: Foreign, cfg: dict[str, Any], tensors: dict[str, Tensor], n_features: int, scale: float | None = None
+    source: ExternalFiles, cfg: dict[str, Any], tensors: dict[str, Tensor], n_features: int, scale: float | None = None
 ) -> Featurizer[Any]:
     """The featurizer of what was read, once its sizes are those that the configuration says.
 
@@ -43,21 +43,21 @@ def finish(
     )
 
 
-def check_sizes(source: Foreign, cfg: dict[str, Any], found: dict[str, int]) -> None:
+def check_sizes(source: ExternalFiles, cfg: dict[str, Any], found: dict[str, int]) -> None:
     """Raise `WeightsError` unless W_dec has the sizes that a configuration gives these names, if it has them."""
     for name, size in found.items():
         if name in cfg and number(cfg, name, source.where) != size:
             raise WeightsError(source.where, f"W_dec is of {size} for {name}, but the configuration says {cfg[name]}")
 
 
-def count_features(file: TensorFile, name: str, source: Foreign, axis: int) -> int:
+def count_features(file: TensorFile, name: str, source: ExternalFiles, axis: int) -> int:
     """How many features there are, by the matrix that has them on this axis; checks those that are wanted."""
     if name not in file.shapes or len(file.shapes[name]) != 2:
         raise WeightsError(source.where, f"{file.path.name} has no matrix {name!r}; it has {sorted(file.shapes)!r}")
     return check_indices(source, file.shapes[name][axis])
 
 
-def check_indices(source: Foreign, n_features: int) -> int:
+def check_indices(source: ExternalFiles, n_features: int) -> int:
     """The number of features, if all that are wanted are among them.
 
     Raises:
@@ -71,7 +71,7 @@ def check_indices(source: Foreign, n_features: int) -> int:
 
 
 def of_arrays(
-    source: Foreign, get: Callable[[str], Any], names: dict[str, str], file_name: str, *, wide: tuple[str, ...]
+    source: ExternalFiles, get: Callable[[str], Any], names: dict[str, str], file_name: str, *, wide: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], int]:
     """Tensors by our names, the features wanted of each, and the number of all features.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from featurizers import Featurizer
 from featurizers.errors import ManifestError, WeightsError
-from featurizers.foreign import Foreign, TensorFile
+from featurizers.format import ExternalFiles, TensorFile
 from torch import Tensor
 
 from featurizers_sae_lens.assembly import number, positive, refuse_other_sites
@@ -27,7 +27,7 @@ def refuse_other_places(place: str) -> None:
         refuse_other_sites(match[1], place)
 
 
-def gemma_scope(source: Foreign, overrides: dict[str, Any]) -> Featurizer[Any]:
+def gemma_scope(source: ExternalFiles, overrides: dict[str, Any]) -> Featurizer[Any]:
     """Gemma Scope 1 (arXiv:2408.05147): ``params.npz``, JumpReLU.
 
     The file says neither the model nor the site. They are taken from the names of the folders, and so is it whether
@@ -70,7 +70,7 @@ def _gemma_model(place: str) -> str | None:
     return f"google/gemma-2-{match[1]}{'-it' if match[2] == 'it' else ''}" if match else None
 
 
-def gemma_scope_2(source: Foreign, overrides: dict[str, Any]) -> Featurizer[Any]:
+def gemma_scope_2(source: ExternalFiles, overrides: dict[str, Any]) -> Featurizer[Any]:
     """Gemma Scope 2: ``params.safetensors`` and, in most folders, ``config.json``; JumpReLU.
 
     Raises:
@@ -129,7 +129,7 @@ def _gemma_2_model(place: str, name: Any) -> str | None:
     return owned.removesuffix("-pt") if "270m" in owned else owned  # the smallest is published without the suffix
 
 
-def llama_scope(source: Foreign, overrides: dict[str, Any], scale: float | None = None) -> Featurizer[Any]:
+def llama_scope(source: ExternalFiles, overrides: dict[str, Any], scale: float | None = None) -> Featurizer[Any]:
     """Llama Scope (arXiv:2410.20526): one threshold, and activations scaled to the norm √d, which is folded in.
 
     Raises:
@@ -155,7 +155,7 @@ def llama_scope(source: Foreign, overrides: dict[str, Any], scale: float | None 
     return finish(source, cfg, tensors, n_features, own if scale is None else scale)
 
 
-def llama_scope_r1(source: Foreign, overrides: dict[str, Any], scale: float | None) -> Featurizer[Any]:
+def llama_scope_r1(source: ExternalFiles, overrides: dict[str, Any], scale: float | None) -> Featurizer[Any]:
     """Llama Scope of the distilled R1: thresholds as logarithms; the scale is the catalogue's.
 
     Raises:
@@ -175,7 +175,7 @@ def llama_scope_r1(source: Foreign, overrides: dict[str, Any], scale: float | No
     return finish(source, cfg, tensors, n_features, scale)
 
 
-def _linear(source: Foreign, file: TensorFile) -> tuple[dict[str, Tensor], int]:
+def _linear(source: ExternalFiles, file: TensorFile) -> tuple[dict[str, Tensor], int]:
     rows = source.indices
     n_features = count_features(file, LINEAR["W_dec"], source, axis=1)
     return {

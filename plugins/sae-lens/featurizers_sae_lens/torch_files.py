@@ -7,13 +7,13 @@ from typing import Any
 
 from featurizers import Featurizer
 from featurizers.errors import ManifestError, WeightsError
-from featurizers.foreign import Foreign
+from featurizers.format import ExternalFiles
 from torch import Tensor
 
 from featurizers_sae_lens.reading import LINEAR, finish, of_arrays
 
 
-def _state_dict(source: Foreign, name: str) -> dict[str, Any]:
+def _state_dict(source: ExternalFiles, name: str) -> dict[str, Any]:
     state = source.torch(name)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         if state.get("norm_factor") not in (None, 1):
@@ -27,7 +27,7 @@ def _state_dict(source: Foreign, name: str) -> dict[str, Any]:
 
 
 def one_file(
-    source: Foreign, name: str, overrides: dict[str, Any] | None = None, place: str | None = None
+    source: ExternalFiles, name: str, overrides: dict[str, Any] | None = None, place: str | None = None
 ) -> Featurizer[Any] | None:
     """A single ``.pt``: Goodfire's, OpenAI's, Qwen Scope's, or DeepSeek's by the names of its tensors; None else.
 
@@ -79,7 +79,7 @@ def _residual(layer: str | None, model: str | None) -> dict[str, Any]:
 
 
 def _openai(
-    source: Foreign, state: dict[str, Any], name: str, place: str, overrides: dict[str, Any]
+    source: ExternalFiles, state: dict[str, Any], name: str, place: str, overrides: dict[str, Any]
 ) -> Featurizer[Any]:
     """OpenAI's GPT-2 autoencoders (arXiv:2406.04093): ReLU, or TopK of layer-normed activations."""
     names = {"W_enc": "encoder.weight", "W_dec": "decoder.weight", "b_enc": "latent_bias", "b_dec": "pre_bias"}
@@ -108,7 +108,7 @@ def _openai(
     return finish(source, cfg, tensors, n_features)
 
 
-def hook_z(source: Foreign, name: str, overrides: dict[str, Any]) -> Featurizer[Any]:
+def hook_z(source: ExternalFiles, name: str, overrides: dict[str, Any]) -> Featurizer[Any]:
     """Attention autoencoders of Kissane and others: ``NAME.pt`` and ``NAME_cfg.json``.
 
     Raises:
@@ -124,7 +124,7 @@ def hook_z(source: Foreign, name: str, overrides: dict[str, Any]) -> Featurizer[
     return finish(source, {**cfg, **sizes}, tensors, n_features)
 
 
-def dictionary_learning(source: Foreign, overrides: dict[str, Any]) -> Featurizer[Any]:
+def dictionary_learning(source: ExternalFiles, overrides: dict[str, Any]) -> Featurizer[Any]:
     """``ae.pt`` and ``config.json`` of dictionary_learning, as its releases in the catalogue are read.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 
 from featurizers import DictionaryFeaturizer, Featurizer
 from featurizers.errors import ConversionError
-from featurizers.weights import write_tensors
+from featurizers.format import write_tensors
 
 from featurizers_sae_lens.assembly import NORMALIZATIONS, RULES
 from featurizers_sae_lens.formats import CONFIG, WEIGHTS

@@ -10,8 +10,7 @@ from typing import Any
 
 from featurizers import DictionaryFeaturizer, Featurizer, Site, hookimpl
 from featurizers.errors import ConversionError, FeaturizerError, ManifestError, SourceError, UsageError, WeightsError
-from featurizers.foreign import Foreign
-from featurizers.weights import write_tensors
+from featurizers.format import ExternalFiles, write_tensors
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 __all__ = ["SparsifyConfig"]
@@ -54,7 +53,7 @@ class SparsifyConfig(BaseModel):
 
 
 @hookimpl
-def featurizers_read(source: Foreign) -> Featurizer[Any] | None:
+def featurizers_read(source: ExternalFiles) -> Featurizer[Any] | None:
     """The featurizer in a folder of sparsify, None for any other.
 
     Raises:
@@ -134,7 +133,7 @@ def _site(hookpoint: str) -> Site | None:
 
 
 @hookimpl
-def featurizers_resolve(reference: str, repository: Callable[..., Foreign]) -> Featurizer[Any] | None:
+def featurizers_resolve(reference: str, repository: Callable[..., ExternalFiles]) -> Featurizer[Any] | None:
     """The featurizer of ``owner/name/hookpoint``, as in ``sparsify:EleutherAI/sae-llama-3-8b-32x/layers.10``.
 
     Raises:

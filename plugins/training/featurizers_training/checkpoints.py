@@ -11,10 +11,8 @@ from typing import Any, Final
 import torch
 from featurizers import Featurizer
 from featurizers.errors import ManifestError, UsageError
-from featurizers.files import read_bytes
-from featurizers.manifest import parse_json
-from featurizers.replacing import replacing, resolved
-from featurizers.weights import read_header, read_tensors, sha256, write_tensors
+from featurizers.files import read_bytes, replacing, resolved
+from featurizers.format import parse_json, read_header, read_tensors, sha256, write_tensors
 from torch import Tensor, nn
 
 STATE_NAME: Final = "checkpoint.json"

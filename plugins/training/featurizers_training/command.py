@@ -13,12 +13,10 @@ import featurizers
 import typer
 from accelerate import PartialState
 from featurizers import Featurizer, Site
-from featurizers.anatomy import Anatomy
-from featurizers.attached import site_of
+from featurizers.cli import dtype_named, layer_numbers
 from featurizers.errors import UsageError
-from featurizers.models import LanguageModel, load_model
-from featurizers.options import dtype_named, layer_numbers
-from featurizers.replacing import refuse_full
+from featurizers.files import refuse_full
+from featurizers.models import Anatomy, LanguageModel, load_model, site_of
 from rich.console import Console
 from torch import nn
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from featurizers import Featurizer
-from featurizers.attached import interchange, site_of
-from featurizers.modes import frozen
+from featurizers.models import frozen, interchange, site_of
 from torch import Tensor, nn
 
 from featurizers_training.pairs import Pairs

@@ -11,8 +11,8 @@ from typing import Any
 
 import featurizers
 from featurizers import Featurizer, Site
-from featurizers.attached import SELECTED
 from featurizers.errors import UsageError
+from featurizers.models import SELECTED
 from torch import nn
 
 from featurizers_training.evaluation import Accuracy

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import featurizers
 import torch
 from featurizers import Featurizer, SigmoidGate
-from featurizers.attached import GATE_LOGITS, SELECTED
 from featurizers.errors import UsageError
+from featurizers.models import GATE_LOGITS, SELECTED
 from featurizers_subspace import SubspaceFeaturizer
 from torch import Tensor, nn
 

@@ -7,7 +7,7 @@ from typing import TypeAlias, TypeVar
 
 import torch
 from featurizers import Site
-from featurizers.backend import collect
+from featurizers.models import collect
 from torch import Tensor, nn
 
 from featurizers_training.pairs import Tokens

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from featurizers import Site
-from featurizers.anatomy import Anatomy
 from featurizers.errors import SiteError
+from featurizers.models import Anatomy
 from torch import Tensor, nn
 
 Wrap = Callable[[Tensor], Any]

@@ -12,10 +12,8 @@ from typing import Any
 import featurizers
 import torch
 from featurizers import Featurizer, Site
-from featurizers.anatomy import Anatomy, first_tensor
-from featurizers.backend import gather, hook, intervene, scatter
 from featurizers.errors import ShapeError, UsageError
-from featurizers.operations import SourcedOperation, given
+from featurizers.models import Anatomy, SourcedOperation, first_tensor, gather, given, hook, intervene, scatter
 from torch import Tensor, nn
 
 from featurizers_training.pairs import Pair, Pairs, Tokens

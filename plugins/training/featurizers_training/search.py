@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from featurizers import Featurizer, Site
 from featurizers.errors import UsageError
-from featurizers.modes import frozen
+from featurizers.models import frozen
 from torch import Tensor, nn
 
 from featurizers_training.checkpoints import Checkpoint, fingerprint, put

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from featurizers import Site
-from featurizers.anatomy import Anatomy
 from featurizers.errors import UsageError
-from featurizers.modes import frozen
+from featurizers.models import Anatomy, frozen
 from torch import nn
 
 from featurizers_training import report

@@ -1,0 +1,171 @@
+"""`a >> b`: the features of one featurizer, featurized by the next."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, final
+
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from featurizers.errors import ConfigError, ShapeError
+from featurizers.features.derivatives import Error
+from featurizers.features.featurizer import Featurizer
+from featurizers.registry.hookspecs import hookimpl
+from featurizers.registry.plugin_host import build, host
+
+
+class StageConfig(BaseModel):
+    """One stage: its kind, its name and its configuration."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    kind: Annotated[str, Field(max_length=128)]
+    id: Annotated[str, Field(min_length=1, max_length=256)]
+    config: dict[str, Any]
+
+
+class CompositionConfig(BaseModel):
+    """Configuration of a `Composition`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    stages: Annotated[list[StageConfig], Field(min_length=2, max_length=64)]
+
+
+@final
+class Composition(Featurizer[CompositionConfig]):
+    """Several featurizers in a row; made by ``a >> b``, which flattens compositions.
+
+    The features are those of the last stage, and the error is the tuple of the stages' errors. An edit of the
+    features is applied from the last stage to the first, each in its own closed form, so that a composition of
+    lossless stages is lossless and an edit that changes nothing gives the base back exactly. Cost: the sum of the
+    stages'.
+
+    Example:
+        >>> import torch, featurizers
+        >>> a = featurizers.create("subspace", d_in=8, n_features=4)
+        >>> b = featurizers.create("subspace", d_in=4, n_features=2)
+        >>> (a >> b).collect(torch.zeros(3, 8)).shape
+        torch.Size([3, 2])
+    """
+
+    kind: ClassVar[str] = "composition"
+    Config: ClassVar[type[BaseModel]] = CompositionConfig
+
+    def __init__(self, config: CompositionConfig) -> None:
+        super().__init__(config)
+        stages = []
+        for stage in config.stages:
+            if stage.kind == self.kind:
+                raise ConfigError("a stage of a composition is not a composition itself; list its stages")
+            stages.append(build(host().featurizer_class(stage.kind), stage.config))
+            stages[-1].id = stage.id
+        self._set_stages(stages)
+
+    @classmethod
+    def of(cls, stages: list[Featurizer[Any]]) -> Composition:
+        """The composition of these very featurizers, which go on being shared with the caller."""
+        self = cls.__new__(cls)
+        records = [StageConfig(kind=s.kind, id=s.id, config=s.config.model_dump(mode="json")) for s in stages]
+        Featurizer.__init__(self, CompositionConfig(stages=records))
+        self._set_stages(stages)
+        return self
+
+    def _set_stages(self, stages: list[Featurizer[Any]]) -> None:
+        width = None
+        for i, stage in enumerate(stages):
+            if width is not None and stage.d_in is not None and stage.d_in != width:
+                before = stages[i - 1]
+                raise ShapeError(
+                    f"cannot compose {before.id!r} ({before.kind}, {width} features) with {stage.id!r} "
+                    f"({stage.kind}), which takes {stage.d_in}"
+                )
+            width = stage.n_features if stage.n_features is not None else stage.d_in or width
+        self.stages = nn.ModuleList(stages)
+        self.d_in = next((stage.d_in for stage in stages if stage.d_in is not None), None)
+        self.n_features = width
+        self.id = " >> ".join(stage.id for stage in stages)
+        self.site = stages[0].site
+        self.special_tokens = tuple(token for stage in stages for token in stage.special_tokens)
+
+    def _stages(self) -> list[Featurizer[Any]]:
+        return list(self.stages)  # type: ignore[arg-type]  # a ModuleList does not know its elements
+
+    def featurize(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Float[Tensor, "*batch n_features"], Error]:
+        """Features of the last stage, and the errors of all, first to last."""
+        errors = []
+        for stage in self._stages():
+            x, error = stage.featurize(x)
+            errors.append(error)
+        return x, tuple(errors)
+
+    def inverse_featurize(
+        self, features: Float[Tensor, "*batch n_features"], error: Error
+    ) -> Float[Tensor, "*batch d_in"]:
+        """The stages' inverses, last to first."""
+        if not isinstance(error, tuple) or len(error) != len(self.stages):
+            raise ShapeError(f"the error of {self.id!r} is a tuple of {len(self.stages)}, one for each stage")
+        for stage, own in zip(reversed(self._stages()), reversed(error), strict=True):
+            features = stage.inverse_featurize(features, own)
+        return features
+
+    def encode(self, x: Float[Tensor, "*batch d_in"], columns: Tensor | None = None) -> Float[Tensor, "*batch k"]:
+        """Features of the last stage alone."""
+        *first, last = self._stages()
+        for stage in first:
+            x = stage.encode(x)
+        return last.encode(x, columns)
+
+    def apply_edit(
+        self,
+        base: Float[Tensor, "*batch d_in"],
+        features: Float[Tensor, "*batch k"],
+        edited: Float[Tensor, "*batch k"],
+        columns: Tensor | None = None,
+    ) -> Float[Tensor, "*batch d_in"]:
+        """The edit of the last stage's features, as an edit of the features before it, and so to the first."""
+        inputs = self._inputs(base)
+        return self._undo(inputs, self._stages()[-1].apply_edit(inputs[-1], features, edited, columns))
+
+    def blend(
+        self, base: Float[Tensor, "*batch d_in"], source: Float[Tensor, "*#batch d_in"], gate: Tensor | None
+    ) -> Float[Tensor, "*batch d_in"]:
+        """The blend of the last stage, as an edit of the features before it, and so to the first."""
+        inputs = self._inputs(base)
+        return self._undo(inputs, self._stages()[-1].blend(inputs[-1], self._inputs(source)[-1], gate))
+
+    def _inputs(self, x: Tensor) -> list[Tensor]:
+        """What each stage takes."""
+        inputs = [x]
+        for stage in self._stages()[:-1]:
+            inputs.append(stage.encode(inputs[-1]))
+        return inputs
+
+    def _undo(self, inputs: list[Tensor], edited: Tensor) -> Tensor:
+        """The input of the first stage, once that of the last is edited."""
+        stages = self._stages()[:-1]
+        for stage, x, produced in zip(reversed(stages), reversed(inputs[:-1]), reversed(inputs[1:]), strict=True):
+            edited = stage.apply_edit(x, produced, edited)
+        return edited
+
+    def check(self) -> None:
+        """Check every stage."""
+        for stage in self._stages():
+            stage.check()
+
+
+def compose(first: Featurizer[Any], second: Featurizer[Any]) -> Composition:
+    """``first >> second``, flattened.
+
+    Raises:
+        ShapeError: the second does not take as many inputs as the first has features.
+    """
+    stages: list[Featurizer[Any]] = []
+    for part in (first, second):
+        stages += part._stages() if isinstance(part, Composition) else [part]
+    return Composition.of(stages)
+
+
+@hookimpl
+def featurizers_register(register: Any) -> None:
+    """Register the kind ``composition``."""
+    register(Composition)

@@ -1,0 +1,74 @@
+"""The configuration of a `DictionaryFeaturizer`, and what in it must fit."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from featurizers.builtin.normalization import Normalization
+from featurizers.errors import ConfigError
+from featurizers.features.rules import Rule
+from featurizers.registry.plugin_host import host
+
+Units: TypeAlias = Literal["raw", "decoder-norm", "folded"]
+
+
+class DictionaryConfig(BaseModel):
+    """Configuration of a `DictionaryFeaturizer`.
+
+    Attributes:
+        d_in: width of the activations.
+        n_features: number of features held.
+        rule: name of the activation rule.
+        rule_options: its numbers, such as ``{"k": 64}``.
+        pre_bias: whether the decoder's bias is taken off before encoding.
+        normalize: what is done to each token's activations before, and undone after decoding.
+        input_scale: the factor of ``normalize="scale"``.
+        n_heads: number of heads whose outputs, side by side, are the activations, 0 for any number; then
+            ``(*batch, n_heads, d_head)`` is taken too.
+        units: what the features are measured in: ``raw``, as the encoder gives them; ``decoder-norm``, multiplied by
+            the norms of their decoder rows; ``folded``, the same with the norms moved into the weights.
+        special_tokens: ids of tokens that interventions leave alone, such as that which begins a sequence.
+        slice_of: number of features of the dictionary that these are a slice of, None for a whole one.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    d_in: Annotated[int, Field(gt=0, le=2**24)]
+    n_features: Annotated[int, Field(gt=0, le=2**31)]
+    rule: Annotated[str, Field(min_length=1, max_length=128)] = "relu"
+    rule_options: dict[str, int | float] = {}
+    pre_bias: bool = False
+    normalize: Normalization = "none"
+    input_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    n_heads: Annotated[int, Field(ge=0, le=2**16)] | None = None
+    units: Units = "raw"
+    special_tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=10_000)] = []
+    slice_of: Annotated[int, Field(gt=0, le=2**31)] | None = None
+
+
+def validate_rule(config: DictionaryConfig) -> Rule:
+    """The rule of a config that fits it.
+
+    Raises:
+        ConfigError: no plugin has the rule, or the fields do not fit each other.
+    """
+    rule = host().rule(config.rule)
+    if set(config.rule_options) != set(rule.options):
+        raise ConfigError(
+            f"the rule {config.rule!r} takes the options {sorted(rule.options)!r}, got {sorted(config.rule_options)!r}"
+        )
+    k = config.rule_options.get("k", 1)
+    if rule.select is not None and not (type(k) is int and 1 <= k <= config.n_features):
+        raise ConfigError(f"k is between 1 and the {config.n_features} features, got {k!r}")
+    if config.rule == "groupmax" and config.n_features % k:
+        raise ConfigError(f"{config.n_features} features do not make {k} equal groups")
+    if config.normalize == "layer-norm" and config.d_in < 2:
+        raise ConfigError("one coordinate has no standard deviation; layer-norm needs d_in of 2 at least")
+    if config.normalize != "scale" and config.input_scale != 1:
+        raise ConfigError(f"input_scale belongs to normalize='scale', not to {config.normalize!r}")
+    if config.n_heads and config.d_in % config.n_heads:
+        raise ConfigError(f"a width of {config.d_in} does not make {config.n_heads} equal heads")
+    if config.slice_of is not None and (config.slice_of < config.n_features or not rule.elementwise):
+        raise ConfigError(f"{config.n_features} features are no slice of {config.slice_of} with rule {config.rule!r}")
+    return rule

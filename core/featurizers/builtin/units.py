@@ -1,0 +1,48 @@
+"""The units of a dictionary's features, and the weights that give them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from featurizers.builtin.dictionary_config import Units
+from featurizers.errors import UsageError
+from featurizers.features.rules import Rule
+
+
+def convert(state: Mapping[str, Tensor], rule: Rule, before: Units, after: Units) -> dict[str, Tensor]:
+    """The state dict of the same dictionary with its features in other units.
+
+    ``decoder_norm``, the norms of the raw decoder rows, is in it unless the units are raw, so that the way back is
+    exact up to rounding.
+
+    Raises:
+        UsageError: the rule's selection would change, or a decoder row is zero.
+    """
+    raw = dict(state)
+    norm = raw.pop("decoder_norm", None)
+    if before == "folded" and norm is not None:
+        raw = _rescaled(raw, rule, 1 / norm)
+    if after == "raw":
+        return raw
+    if norm is None:
+        norm = raw["W_dec"].norm(dim=-1)
+        if not (norm > 0).all():
+            raise UsageError(f"feature {int((norm <= 0).nonzero()[0])} has a decoder row of zeros, and so no unit")
+    converted = raw if after == "decoder-norm" else _rescaled(raw, rule, norm)
+    return {**converted, "decoder_norm": norm}
+
+
+def _rescaled(state: dict[str, Tensor], rule: Rule, factor: Tensor) -> dict[str, Tensor]:
+    """Weights whose features are multiplied by a factor each, with the same x̂."""
+    if rule.scaled is None:
+        raise UsageError(
+            f"the features of the rule {rule.name!r} cannot be rescaled in the weights without changing which of "
+            "them fire; use the units 'decoder-norm'"
+        )
+    rescaled = dict(state)
+    rescaled["W_enc"], rescaled["W_dec"] = state["W_enc"] * factor[:, None], state["W_dec"] / factor[:, None]
+    for name in {"b_enc", *rule.scaled} & state.keys():
+        rescaled[name] = state[name] * factor
+    return rescaled

@@ -1,0 +1,82 @@
+"""The commands of plugins: looked for when a word is not a command of the core, and when all are listed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_group
+
+from featurizers.errors import PluginError, one_line, shown
+from featurizers.names import FIRST_PARTY
+from featurizers.registry.plugin_host import host, kinds
+
+
+class Commands(TyperGroup):
+    """The core's commands and those of plugins, whose groups of one name become one.
+
+    No plugin is imported for a command of the core. Where one of the first two words is a plugin's name, as in
+    ``featurizers fit causal-basis``, that plugin is asked first; if it has no such command, and for ``--help``, all.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._asked: set[str] = set()
+        self._faults: list[str] = []
+        self._conflicts: dict[str, str] = {}
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names of the core's commands, then those of plugins; what is wrong with one is a warning."""
+        self._ask(kinds())
+        for fault in [*self._faults, *self._conflicts.values()]:
+            typer.echo(f"warning: {fault}", err=True)
+        return super().list_commands(ctx)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that the words name.
+
+        Raises:
+            PluginError: it is that of a plugin that is not installed or cannot be used, or of two plugins.
+        """
+        word = args[0]
+        if word not in self.commands:
+            for plugin in args[:2]:
+                if plugin in FIRST_PARTY or plugin in kinds():
+                    host().load(plugin)
+                    self._ask([plugin])
+            if word not in self.commands:
+                self._ask(kinds())
+            if word in self._conflicts:
+                raise PluginError(self._conflicts[word])
+            if word not in self.commands and self._faults:
+                raise PluginError(f"there is no command {shown(word)}, but for these: {'; '.join(self._faults)}")
+        return super().resolve_command(ctx, args)
+
+    def _ask(self, plugins: Iterable[str]) -> None:
+        """Take up the commands of plugins that were not asked yet; one that fails does not hinder the others."""
+        for plugin in plugins:
+            if plugin not in self._asked:
+                self._asked.add(plugin)
+                app = typer.Typer(rich_markup_mode=None)
+                try:
+                    host().ask("featurizers_commands", plugin, app=app)
+                    self._merge(self.commands, get_group(app).commands, plugin)
+                except PluginError as error:
+                    self._faults.append(str(error))
+                except Exception as error:  # typer refuses what was added
+                    self._faults.append(f"the commands of the plugin {plugin!r} cannot be used: {one_line(error)}")
+
+    def _merge(self, known: MutableMapping[str, Any], added: MutableMapping[str, Any], plugin: str, *path: str) -> None:
+        for name, command in added.items():
+            here, words = known.setdefault(name, command), (*path, name)
+            if here is command:
+                continue
+            if isinstance(here, TyperGroup) and isinstance(command, TyperGroup):
+                self._merge(here.commands, command.commands, plugin, *words)
+            else:
+                self._conflicts[words[0]] = (
+                    f"the plugin {plugin!r} adds the command {' '.join(words)!r}, which is there already; "
+                    "uninstall one of the two"
+                )

@@ -1,0 +1,9 @@
+from .derivatives import Error as Error
+from .featurizer import Featurizer as Featurizer
+from .gates import SigmoidGate as SigmoidGate
+from .indices import Indices as Indices
+from .indices import Selection as Selection
+from .indices import select as select
+from .placement import check_placement as check_placement
+from .rules import Rule as Rule
+from .rules import activation_rule as activation_rule

@@ -1,0 +1,415 @@
+"""`Featurizer`: an invertible map between a model's activations and a feature space, and what is done through it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar, final
+
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+import featurizers
+from featurizers.errors import ShapeError, UsageError
+from featurizers.features.derivatives import Derivatives, Error
+from featurizers.features.indices import Indices, Selection, select
+from featurizers.format.sites import Site
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+class Featurizer(Derivatives, Generic[ConfigT]):
+    """Maps activations into a feature space and back: x → (features, error) → x̂.
+
+    A kind gives `featurize` and `inverse_featurize`; everything else follows from them. It may give the closed
+    forms `encode`, `apply_edit` and `blend` too, where they are cheaper than the defaults. Laws, which
+    `featurizers.testing.FeaturizerContract` checks for every kind:
+
+    - ``inverse_featurize(*featurize(x)) == x`` to rounding. For a lossless kind the error is None or zero.
+    - An operation that changes no feature gives ``base`` back, equal in every element in fp32, fp16 and bf16:
+      edits are applied as a difference, ``base + decode(edited) - decode(features)``.
+    - The error carries all that the inverse needs beside the features; nothing is kept on the module.
+    - ``indices=None`` is every feature, ``[]`` is none.
+    - Inputs are never changed in place, returned as they are, or detached; gradients reach the features, the
+      parameters and the inputs.
+
+    Attributes:
+        kind: registered name, stored in artefacts.
+        Config: pydantic model of the kind's configuration; strict, unknown keys forbidden.
+        config: the configuration this featurizer was built from.
+        d_in: width of the activations, None if any width will do.
+        n_features: number of features, None if it is the width of the activations.
+        id: a name for people; its kind unless set.
+        site: where in which model it belongs, if known.
+        revision: commit that it was loaded from, if any.
+        feature_sets: named indices (int64) or masks (any other dtype) that belong to it; saved with it. ``selected``
+            are the features that a search found, which `attach` interchanges.
+        metadata: anything that JSON can hold; saved with it.
+        special_tokens: ids of tokens whose activations `featurizers.intervene` leaves as they are.
+    """
+
+    kind: ClassVar[str]
+    Config: ClassVar[type[BaseModel]]
+
+    config: ConfigT
+    d_in: int | None
+    n_features: int | None
+
+    def __init__(self, config: ConfigT) -> None:
+        super().__init__()
+        self.config = config
+        self.id: str = self.kind
+        self.site: Site | None = None
+        self.revision: str | None = None
+        self.feature_sets: dict[str, Tensor] = {}
+        self.metadata: dict[str, Any] = {}
+        self.special_tokens: tuple[int, ...] = ()
+
+    # ------------------------------------------------------------------ what a kind gives
+    @abstractmethod
+    def featurize(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Float[Tensor, "*batch n_features"], Error]:
+        """Features of x, and the error term that the inverse needs."""
+
+    @abstractmethod
+    def inverse_featurize(
+        self, features: Float[Tensor, "*batch n_features"], error: Error
+    ) -> Float[Tensor, "*batch d_in"]:
+        """The activations that have these features and this error term."""
+
+    def encode(self, x: Float[Tensor, "*batch d_in"], columns: Tensor | None = None) -> Float[Tensor, "*batch k"]:
+        """Features alone, all or those in ``columns`` (int64, ``(k,)``).
+
+        A kind replaces it where this is cheaper than `featurize`. It may return x itself.
+        """
+        features, _ = self.featurize(x)
+        return features if columns is None else features[..., columns]
+
+    def apply_edit(
+        self,
+        base: Float[Tensor, "*batch d_in"],
+        features: Float[Tensor, "*batch k"],
+        edited: Float[Tensor, "*batch k"],
+        columns: Tensor | None = None,
+    ) -> Float[Tensor, "*batch d_in"]:
+        """``base + decode(edited) - decode(features)``, in the dtype of ``base``.
+
+        Every operation goes through this method. The default costs one `featurize` and two inverses; a kind with
+        a linear decoder replaces it by one decoding of the difference.
+
+        Args:
+            base: the activations to edit.
+            features: ``encode(base, columns)``.
+            edited: the values that those features shall have.
+            columns: which features these are, None for all.
+        """
+        full, error = self.featurize(base)
+        if columns is not None:
+            features = full.index_copy(-1, columns, features.to(full.dtype))
+            edited = full.index_copy(-1, columns, edited.to(full.dtype))
+        change = self.inverse_featurize(edited, error) - self.inverse_featurize(features, error)
+        return (base + change).to(base.dtype)
+
+    def blend(
+        self, base: Float[Tensor, "*batch d_in"], source: Float[Tensor, "*#batch d_in"], gate: Tensor | None
+    ) -> Float[Tensor, "*batch d_in"]:
+        """``base`` with its features moved towards those of ``source``: an interchange or a mask of many features.
+
+        The default encodes both and applies the edit. A kind replaces it where most features are zero.
+
+        Args:
+            base: the activations to edit.
+            source: those to take features from.
+            gate: None to take every feature; booleans, which to take; or how far to move each, 0 to 1. Its shape
+                broadcasts against the features.
+        """
+        features = self.encode(base)
+        target = self.encode(source).to(features.dtype).expand_as(features)
+        if gate is None:
+            edited = target
+        elif gate.dtype == torch.bool:
+            edited = torch.where(gate, target, features)
+        else:  # lerp is exact at 0, at 1 and where both ends are equal
+            edited = torch.lerp(features, target, gate.to(features.dtype).expand_as(features))
+        result = self.apply_edit(base, features, edited)
+        # a closed form may hand back what it was given, as the identity's does, and that may be the caller's
+        return result.clone() if result is base or (gate is None and result is edited) else result
+
+    def flatten(self, x: Tensor) -> Float[Tensor, "*batch d_in"]:
+        """X with its activations on the last axis; a kind replaces it to take another layout, such as heads apart.
+
+        Raises:
+            ShapeError: x does not have width ``d_in``.
+        """
+        self.check_width(x)
+        return x
+
+    def select(self, indices: Indices, x: Tensor) -> Selection:
+        """What ``indices`` mean among the features of x; a kind whose features have numbers of their own replaces it.
+
+        Raises:
+            FeatureIndexError: a feature is not there.
+        """
+        return select(indices, self._count(x), x.device)
+
+    @classmethod
+    def sliced(cls, config: ConfigT, columns: Tensor) -> tuple[ConfigT, set[str], dict[str, Tensor]]:
+        """How to load some features alone: what a kind whose features are rows of its tensors replaces.
+
+        Args:
+            config: of the whole.
+            columns: int64 ``(k,)``, which features.
+
+        Returns:
+            The config of the part, the names of the tensors of which the rows ``columns`` are read, and tensors that
+            the part has beside.
+
+        Raises:
+            UsageError: the kind is loaded whole.
+        """
+        raise UsageError(
+            f"a featurizer of kind {cls.kind!r} is loaded whole; give the indices to the operation instead"
+        )
+
+    def check(self) -> None:
+        """Raise a `FeaturizerError` if the tensors do not have the property that the kind promises.
+
+        Called after loading; the default finds nothing wrong.
+        """
+
+    # ------------------------------------------------------------------ operations, final
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Float[Tensor, "*batch n_features"], Error]:
+        """The same as `featurize`."""
+        return self.featurize(x)
+
+    @final
+    def interchange(
+        self,
+        base: Float[Tensor, "*batch d_in"],
+        source: Float[Tensor, "*#batch d_in"],
+        indices: Indices = None,
+    ) -> Float[Tensor, "*batch d_in"]:
+        """``base`` with the chosen features taken from ``source``.
+
+        Interchange intervention of Geiger et al. 2021 (arXiv:2106.02997), through a featurizer as in distributed
+        alignment search (arXiv:2303.02536).
+
+        Raises:
+            ShapeError: base or source does not have width ``d_in``, or they do not broadcast.
+            FeatureIndexError: indices that this featurizer does not have.
+        """
+        shape, base, source = base.shape, self.flatten(base), self.flatten(source)
+        selection = self.select(indices, base)
+        columns = selection.columns
+        if columns is None or 4 * columns.numel() > self._count(
+            base
+        ):  # many are masked, which is faster than gathering
+            gate = None if selection.is_everything else selection.mask_for(base, self._count(base))
+            return self.blend(base, source, gate).reshape(shape)
+        if columns.numel() == 0:
+            return base.clone().reshape(shape)
+        features = self.encode(base, columns)
+        target = self.encode(source, columns).to(features.dtype).expand_as(features)
+        return self._applied(base, features, target, columns).reshape(shape)
+
+    @final
+    def mask(
+        self,
+        base: Float[Tensor, "*batch d_in"],
+        source: Float[Tensor, "*#batch d_in"],
+        gate: Float[Tensor, "*#batch n_features"],
+    ) -> Float[Tensor, "*batch d_in"]:
+        """``base`` with each feature moved towards that of ``source`` by its gate: 0 keeps it, 1 swaps it.
+
+        Differential binary masking, De Cao et al. 2020 (arXiv:2004.14992).
+
+        Raises:
+            ShapeError: base, source or gate has another width.
+        """
+        shape, base, source = base.shape, self.flatten(base), self.flatten(source)
+        if gate.shape[-1:] != (self._count(base),):
+            raise ShapeError(f"the gate has shape {tuple(gate.shape)}, but there are {self._count(base)} features")
+        return self.blend(base, source, gate if gate.is_floating_point() else gate.to(base.dtype)).reshape(shape)
+
+    @final
+    def collect(self, x: Float[Tensor, "*batch d_in"], indices: Indices = None) -> Float[Tensor, "*batch k"]:
+        """Features of x, all or the chosen ones in the order given, in the featurizer's own dtype.
+
+        Raises:
+            ShapeError: x does not have width ``d_in``.
+            FeatureIndexError: indices out of range, or different ones for each example, which make no tensor.
+        """
+        x = self.flatten(x)
+        selection = self.select(indices, x)
+        if selection.differs_by_example:
+            raise UsageError("collect takes the same indices for every example; collect all and index the result")
+        features = self.encode(x, selection.as_columns())
+        return features.clone() if features is x else features
+
+    @final
+    def steer(
+        self, base: Float[Tensor, "*batch d_in"], delta: float | Tensor, indices: Indices = None
+    ) -> Float[Tensor, "*batch d_in"]:
+        """``base`` with ``delta`` added to the chosen features.
+
+        Args:
+            base: activations.
+            delta: a number, or a tensor whose last axis follows ``indices`` (all features if they are None or
+                differ by example); in units of the features.
+            indices: which features.
+        """
+        return self._edit(base, indices, lambda features: features + _values(delta, features))
+
+    @final
+    def ablate(
+        self, base: Float[Tensor, "*batch d_in"], indices: Indices = None, value: float | Tensor = 0.0
+    ) -> Float[Tensor, "*batch d_in"]:
+        """``base`` with the chosen features set to ``value``: zero, a mean, or any other.
+
+        Args:
+            base: activations.
+            indices: which features.
+            value: a number, or a tensor whose last axis follows ``indices`` as in `steer`.
+        """
+        return self._edit(base, indices, lambda features: _values(value, features))
+
+    def _edit(self, base: Tensor, indices: Indices, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply a change, which may bring values that follow the indices, to the chosen features of base."""
+        shape, base = base.shape, self.flatten(base)
+        selection = self.select(indices, base)
+        columns = selection.as_columns()
+        if columns is not None and columns.numel() == 0:
+            return base.clone().reshape(shape)
+        features = self.encode(base, columns)
+        edited = change(features)
+        if selection.differs_by_example:
+            edited = torch.where(selection.mask_for(features, self._count(base)), edited, features)
+        return self._applied(base, features, edited, columns).reshape(shape)
+
+    def _applied(self, base: Tensor, features: Tensor, edited: Tensor, columns: Tensor | None) -> Tensor:
+        """`apply_edit`, whose closed form may hand back what it was given, as the identity's does."""
+        result = self.apply_edit(base, features, edited, columns)
+        return result.clone() if result is base or result is edited else result
+
+    # ------------------------------------------------------------------ splicing
+    @final
+    def splice(
+        self,
+        x: Float[Tensor, "*batch d_in"],
+        tap: Callable[[Tensor], Tensor | None],
+        *,
+        error_grad: Literal["live", "stop"] = "live",
+    ) -> Float[Tensor, "*batch d_in"]:
+        """x, routed through its features: ``tap`` sees them, and may return others.
+
+        The value is that of x unless the tap changes a feature; what the splice is for is the gradient, which
+        reaches the tapped features: they are a copy, since the gradient of the features that are both added and
+        taken away is exactly zero.
+
+        Args:
+            x: activations.
+            tap: called once with the features; what it returns replaces them, None keeps them.
+            error_grad: whether the gradient flows to x through the error term as well (``live``), or through the
+                features alone (``stop``: the error is held constant, as SAELens' error term is).
+
+        Example:
+            >>> import torch, featurizers
+            >>> x = torch.randn(2, 8, requires_grad=True)
+            >>> seen = []
+            >>> f = featurizers.create("subspace", d_in=8, n_features=2)
+            >>> f.splice(x, lambda z: (z.retain_grad(), seen.append(z))[1]).sum().backward()
+            >>> seen[0].grad.shape
+            torch.Size([2, 2])
+        """
+        if error_grad not in ("live", "stop"):
+            raise UsageError(f"error_grad must be 'live' or 'stop', not {error_grad!r}")
+        shape, x = x.shape, self.flatten(x)
+        features = self.encode(x)
+        tapped = features.clone()
+        changed = tap(tapped)
+        if error_grad == "stop":
+            x, features = x.detach(), features.detach()
+        return self.apply_edit(x, features, tapped if changed is None else changed).reshape(shape)
+
+    # ------------------------------------------------------------------ composition, pyvene, artefacts
+    @final
+    def __rshift__(self, other: Featurizer[Any]) -> Featurizer[Any]:
+        """``a >> b``: the features of a, featurized by b."""
+        return featurizers.compose(self, other)
+
+    @final
+    def get_interchange_intervention(self) -> type:
+        """A pyvene intervention class that interchanges through this featurizer; needs pyvene."""
+        return featurizers.pyvene.bind(featurizers.pyvene.FeatureInterchangeIntervention, self)
+
+    @final
+    def get_collect_intervention(self) -> type:
+        """A pyvene intervention class that collects this featurizer's features; needs pyvene."""
+        return featurizers.pyvene.bind(featurizers.pyvene.FeatureCollectIntervention, self)
+
+    @final
+    def get_mask_intervention(self) -> type:
+        """A pyvene intervention class with a trainable gate on each feature; needs pyvene."""
+        return featurizers.pyvene.bind(featurizers.pyvene.FeatureMaskIntervention, self)
+
+    @final
+    def attach(self, model: nn.Module, *, any_model: bool = False) -> featurizers.Attached:
+        """This featurizer at its site of a model, ready to intervene with; see `featurizers.attach`."""
+        return featurizers.attach(model, self, any_model=any_model)
+
+    @final
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write this featurizer as an artefact and return its folder; see `featurizers.store.artefact.save`."""
+        return featurizers.save(self, folder)
+
+    @classmethod
+    @final
+    def from_pretrained(cls, source: str | Path, **options: Any) -> Self:
+        """The same as `featurizers.load`, for a source that must hold this class.
+
+        Raises:
+            UsageError: it holds another kind.
+        """
+        loaded = featurizers.load(source, **options)
+        if not isinstance(loaded, cls):
+            raise UsageError(f"{source!s} holds a featurizer of kind {loaded.kind!r}, not a {cls.__name__}")
+        return loaded
+
+    @final
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+        """Save this featurizer to a repository in one commit; see `featurizers.push` for the options."""
+        return featurizers.push_featurizer(self, repo_id, **options)
+
+    # ------------------------------------------------------------------ helpers for kinds
+    @final
+    def check_width(self, x: Tensor) -> None:
+        """Raise `ShapeError` unless the last axis of x has ``d_in`` elements and x is floating point."""
+        width = x.shape[-1] if x.dim() else None
+        if width is None or (self.d_in is not None and width != self.d_in):
+            raise ShapeError(
+                f"{self.id!r} ({self.kind}) takes activations of width {self.d_in}, got shape {tuple(x.shape)}"
+            )
+        if not x.is_floating_point():
+            raise ShapeError(f"{self.id!r} ({self.kind}) takes floating-point activations, got {x.dtype}")
+
+    def _count(self, x: Tensor) -> int:
+        return x.shape[-1] if self.n_features is None else self.n_features
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows beside the class name."""
+        return f"id={self.id!r}, d_in={self.d_in}, n_features={self.n_features}"
+
+
+def _values(value: float | Tensor, features: Tensor) -> Tensor:
+    given = torch.as_tensor(value, device=features.device).to(features.dtype)
+    try:
+        return given.expand_as(features)
+    except RuntimeError as error:
+        raise ShapeError(
+            f"values of shape {tuple(given.shape)} do not fit the selected features {tuple(features.shape)}"
+        ) from error

@@ -1,0 +1,12 @@
+from .external_files import ExternalFiles as ExternalFiles
+from .external_files import TensorFile as TensorFile
+from .manifest import MAX_CONFIG_BYTES as MAX_CONFIG_BYTES
+from .manifest import parse_json as parse_json
+from .sites import Blocks as Blocks
+from .sites import Side as Side
+from .sites import Site as Site
+from .weights import check_finite as check_finite
+from .weights import read_header as read_header
+from .weights import read_tensors as read_tensors
+from .weights import sha256 as sha256
+from .weights import write_tensors as write_tensors

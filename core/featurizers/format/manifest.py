@@ -1,0 +1,288 @@
+"""`config.json`: what an artefact says of itself. Reading it imports neither torch nor a plugin."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NoReturn
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from featurizers.errors import ArtefactError, ManifestError, NotOursError, SiteError, explain, one_line, shown
+from featurizers.files.regular import contained, looks_like, read_bytes
+from featurizers.files.replacement import recover
+from featurizers.format.sites import Side, Site
+from featurizers.names import KIND
+
+CONFIG_NAME: Final = "config.json"
+WEIGHTS_NAME: Final = "model.safetensors"
+CARD_NAME: Final = "README.md"
+INTERVENABLE_NAME: Final = "intervenable.json"
+INTERVENABLE_WEIGHTS_NAME: Final = "intervenable.safetensors"
+LIBRARY_NAME: Final = "featurizers"
+FORMAT_VERSION: Final = 1
+MAX_CONFIG_BYTES: Final = 1_000_000
+MAX_CARD_BYTES: Final = 10_000_000
+MAX_DEPTH: Final = 64
+"""How deeply the JSON of a config may be nested."""
+
+RESERVED: Final = {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME}
+
+
+def _not_a_file(subfolder: str) -> str:
+    if RESERVED.intersection(subfolder.split("/")):
+        raise ValueError(f"{', '.join(sorted(RESERVED))} are files")
+    return subfolder
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it holds characters that cannot be printed")
+    return text
+
+
+Name = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_printable)]
+FormatVersion = Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)]
+FeatureSetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Subfolder = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$", max_length=512),
+    AfterValidator(_not_a_file),
+]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class SiteRecord(_Record):
+    """A `Site` as JSON."""
+
+    kind: Name
+    layer: Annotated[int, Field(ge=0, le=100_000)] | None = None
+    head: Annotated[int, Field(ge=0, le=100_000)] | None = None
+    module: Name | None = None
+    side: Side | None = None
+    position: Annotated[list[int], Field(max_length=100_000)] | None = None
+    model: Name | None = None
+    model_revision: Name | None = None
+
+    @classmethod
+    def of(cls, site: Site) -> SiteRecord:
+        """The record of a site."""
+        fields = {name: getattr(site, name) for name in cls.model_fields}
+        return cls(**{**fields, "position": None if site.position is None else list(site.position)})
+
+    def site(self) -> Site:
+        """The site of a record."""
+        fields = self.model_dump()
+        return Site(**{**fields, "position": None if self.position is None else tuple(self.position)})
+
+
+class Entry(_Record):
+    """One artefact in an `Index`."""
+
+    kind: Name
+    id: Name
+    site: Name | None = None
+
+
+class Manifest(_Record):
+    """The ``config.json`` of one artefact, format version 1.
+
+    Attributes:
+        kind: registered name of the featurizer; looked up among the installed plugins and nowhere else.
+        id: a name for people.
+        config: configuration that the kind's ``Config`` validates.
+        site: where in which model it belongs.
+        features: names of the feature sets stored beside the weights.
+        saved_with: distributions and versions that wrote it.
+        sha256: of ``model.safetensors``.
+        metadata: anything.
+    """
+
+    library_name: Literal["featurizers"] = "featurizers"
+    format_version: FormatVersion = FORMAT_VERSION
+    kind: Annotated[str, Field(max_length=128)]
+    id: Name
+    config: dict[str, Any]
+    site: SiteRecord | None = None
+    features: list[FeatureSetName] = []
+    saved_with: dict[Name, Name] = {}
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    metadata: dict[str, Any] = {}
+
+    @field_validator("features")
+    @classmethod
+    def _features(cls, features: list[str]) -> list[str]:
+        if len(set(features)) < len(features):
+            raise ValueError("a feature set is named twice")
+        return features
+
+    @field_validator("kind")
+    @classmethod
+    def _kind(cls, kind: str) -> str:
+        if not KIND.fullmatch(kind):
+            raise ValueError("a kind is lower-case words joined by '-', never an import path")
+        return kind
+
+    def entry(self) -> Entry:
+        """What an index says of this artefact."""
+        return Entry(kind=self.kind, id=self.id, site=None if self.site is None else str(self.site.site()))
+
+
+class Index(_Record):
+    """The ``config.json`` at the root of a folder of several artefacts.
+
+    Attributes:
+        artefacts: subfolder of each, and what it holds.
+    """
+
+    library_name: Literal["featurizers"] = "featurizers"
+    format_version: FormatVersion = FORMAT_VERSION
+    artefacts: dict[Subfolder, Entry]
+
+
+def read(path: Path, where: str) -> Manifest | Index:
+    """The manifest or index in a ``config.json``.
+
+    Args:
+        path: the file.
+        where: what to call its artefact in an error.
+
+    Raises:
+        ManifestError: it is not one, or was written by a newer version.
+    """
+    return parse(read_bytes(path, where, ManifestError, MAX_CONFIG_BYTES), where)
+
+
+def named_folder(folder: Path, subfolder: str | None) -> Path:
+    """The folder of a name that may begin with ``~``."""
+    try:
+        return folder.expanduser() / (subfolder or "")
+    except RuntimeError:  # there is no such user
+        return folder / (subfolder or "")
+
+
+def read_local(folder: Path, subfolder: str | None) -> tuple[Path, Manifest | Index]:
+    """The folder of an artefact or a collection, and its ``config.json``; none of its files may lie elsewhere.
+
+    Raises:
+        ManifestError: there is none.
+        ArtefactError: a file is a link out of the folder.
+    """
+    root = named_folder(folder, None)
+    folder = named_folder(folder, subfolder)
+    try:
+        if not (folder / CONFIG_NAME).exists():
+            recover(root.resolve())
+        there = (folder / CONFIG_NAME).exists()
+    except (OSError, RuntimeError, ValueError):  # a name that no folder can have
+        there = False
+    where = str(folder)
+    if not there:
+        raise ManifestError(
+            where,
+            f"there is no {CONFIG_NAME}; give the folder that save_pretrained wrote, or convert another one",
+        )
+    for name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME):
+        contained(root, folder / name, where, ArtefactError)
+    return folder, read(folder / CONFIG_NAME, where)
+
+
+def parse(raw: bytes, where: str) -> Manifest | Index:
+    """As `read`, from the bytes of the file."""
+    data = parse_json(raw, where, CONFIG_NAME)
+    if not isinstance(data, dict) or data.get("library_name") != LIBRARY_NAME:
+        raise (NotOursError if isinstance(data, dict) else ManifestError)(
+            where, f'{CONFIG_NAME} was not written by featurizers: it lacks "library_name": "{LIBRARY_NAME}"'
+        )
+    version = data.get("format_version")
+    if type(version) is int and version > FORMAT_VERSION:
+        raise ManifestError(
+            where,
+            f"it has format_version {shown(version)}, and this version of featurizers reads up to {FORMAT_VERSION}. "
+            "Upgrade with: pip install -U featurizers",
+        )
+    try:
+        record = (Index if "artefacts" in data else Manifest).model_validate(data)
+        if isinstance(record, Manifest) and record.site is not None:
+            record.site.site()
+    except ValidationError as error:
+        raise ManifestError(where, f"{CONFIG_NAME}: {explain(error)}") from error
+    except SiteError as error:
+        raise ManifestError(where, f"{CONFIG_NAME}: {error}") from error
+    return record
+
+
+def parse_json(raw: bytes, where: str, name: str) -> Any:
+    """What strict JSON says: no repeated key, no NaN or infinity, not too large and not too deep.
+
+    Raises:
+        ManifestError: it is not that.
+    """
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise ManifestError(where, f"{name} is larger than {MAX_CONFIG_BYTES} bytes")
+    try:
+        data = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+        )
+    except (ValueError, RecursionError) as error:
+        reason = looks_like(raw[:100]) or ("it is nested too deeply" if isinstance(error, RecursionError) else error)
+        raise ManifestError(where, f"{name} is not valid JSON: {one_line(reason)}") from error
+    _check_depth(data, where, name)
+    return data
+
+
+def dump(record: Manifest | Index) -> bytes:
+    """The bytes of a ``config.json``.
+
+    Raises:
+        ManifestError: its free metadata is not JSON, or is too large to be read again.
+    """
+    try:
+        raw = (json.dumps(record.model_dump(), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ManifestError("metadata", f"cannot be written as JSON: {error}") from error
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise ManifestError("metadata", f"{CONFIG_NAME} would be larger than {MAX_CONFIG_BYTES} bytes")
+    return raw
+
+
+def _check_depth(data: Any, where: str, name: str) -> None:
+    level, depth = [data], 0
+    while level := [v for x in level if isinstance(x, dict | list) for v in (x.values() if isinstance(x, dict) else x)]:
+        if (depth := depth + 1) > MAX_DEPTH:
+            raise ManifestError(where, f"{name} is nested more than {MAX_DEPTH} levels deep")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        raise ValueError(f"the key {shown(repeated(key for key, _ in pairs))} is repeated")
+    return data
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """The first name that occurs a second time."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{shown(number, 40)} is too large a number")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")

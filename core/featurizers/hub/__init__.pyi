@@ -1,0 +1,4 @@
+from .repository import Remote as Remote
+from .sources import FolderSource as FolderSource
+from .sources import HubSource as HubSource
+from .sources import parse_source as parse_source

@@ -1,0 +1,193 @@
+"""`attach`: featurizers at the sites that they were found at, ready to intervene with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from torch import Tensor, nn
+
+from featurizers.errors import ShapeError, UsageError
+from featurizers.features.featurizer import Featurizer
+from featurizers.features.indices import select
+from featurizers.format.sites import Site
+from featurizers.models.anatomy import Anatomy
+from featurizers.models.backend import collect, intervene
+from featurizers.models.operations import Interchange, Mask, Operation
+from featurizers.models.positions import Inputs, Positions
+
+SELECTED: Final = "selected"
+"""The feature set of the features that a search found: numbers, or a gate between 0 and 1 for each."""
+GATE_LOGITS: Final = "gate_logits"
+"""The feature set of the logits of a search's gate, one a feature, from which a search may go on."""
+
+Source: TypeAlias = "Inputs | Sequence[Inputs]"
+
+
+class Attached:
+    """Featurizers at their sites of one model; what `attach` returns.
+
+    The features that take part are those of the feature set ``selected``, all if there is none; the tokens are those
+    of ``site.position``, all if it says none.
+    """
+
+    def __init__(self, model: nn.Module, featurizers: Sequence[Featurizer[Any]]) -> None:
+        self.model = model
+        self.featurizers = tuple(featurizers)
+
+    def __repr__(self) -> str:
+        """The model's class and the sites."""
+        sites = ", ".join(str(featurizer.site) for featurizer in self.featurizers)
+        return f"{type(self).__name__}({type(self.model).__name__}, {sites})"
+
+    def interchange(
+        self, source: Source, *, positions: Positions = None, source_positions: Positions = None
+    ) -> AbstractContextManager[dict[Site, Tensor]]:
+        """A context in which the model runs with the selected features of a source.
+
+        Args:
+            source: inputs of the model, or one such for each featurizer.
+            positions: tokens of the base; those of each site unless given.
+            source_positions: tokens of the source; ``positions`` unless given.
+
+        Raises:
+            UsageError: the sources are not one, or one a featurizer.
+            SiteError, PositionError, ShapeError: as `featurizers.intervene`.
+        """
+        sources = [source] * len(self.featurizers) if isinstance(source, Mapping) else list(source)
+        if len(sources) != len(self.featurizers):
+            raise UsageError(f"give one source, or one for each of the {len(self.featurizers)} sites")
+        operations: dict[Site, list[Operation]] = {}
+        for featurizer, own in zip(self.featurizers, sources, strict=True):
+            where = _positions(featurizer) if positions is None else positions
+            operation = interchange(featurizer, own, positions=where, source_positions=source_positions)
+            operations.setdefault(site_of(featurizer), []).append(operation)
+        return intervene(self.model, operations)
+
+    def __call__(
+        self, base: Inputs, source: Source, *, positions: Positions = None, source_positions: Positions = None
+    ) -> Any:
+        """What the model returns for the base with the selected features of the source; arguments as `interchange`."""
+        with self.interchange(source, positions=positions, source_positions=source_positions):
+            return self.model(**base)
+
+    def collect(self, inputs: Inputs, *, positions: Positions = None) -> list[Tensor]:
+        """The selected features of inputs, ``(batch, n_positions, k)`` for each featurizer."""
+        found = []
+        for featurizer in self.featurizers:
+            site, where = site_of(featurizer), _positions(featurizer) if positions is None else positions
+            features = collect(self.model, inputs, {site: featurizer}, positions=where)[site]
+            chosen = selected(featurizer)
+            found.append(features[..., chosen] if chosen is not None and not chosen.is_floating_point() else features)
+        return found
+
+
+def attach(
+    model: nn.Module, featurizers: Featurizer[Any] | Iterable[Featurizer[Any]], *, any_model: bool = False
+) -> Attached:
+    """Featurizers at the sites of a model that their artefacts name, ready to intervene with.
+
+    Args:
+        model: a decoder, as in `featurizers.intervene`.
+        featurizers: one or several, whose ``site`` says where.
+        any_model: take another model than the one that an artefact names.
+
+    Raises:
+        UsageError: a featurizer has no site, or was found in another model of the Hub.
+        SiteError: the model does not have a site.
+        ShapeError, FeatureIndexError: the features selected are not those of the featurizer.
+
+    Example:
+        >>> import torch, featurizers
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=20)).eval()
+        >>> f = featurizers.create("subspace", d_in=8, n_features=3)
+        >>> f.site = featurizers.Site("resid.post", 0).at(position=(-1,))
+        >>> f.feature_sets["selected"] = torch.tensor([0, 2])
+        >>> base, source = ({"input_ids": torch.tensor([ids])} for ids in ([1, 2, 3], [4, 5]))
+        >>> featurizers.attach(model, f)(base, source).logits.shape
+        torch.Size([1, 3, 20])
+    """
+    wanted = [featurizers] if isinstance(featurizers, Featurizer) else list(featurizers)
+    if not wanted:
+        raise UsageError("there is no featurizer to attach")
+    anatomy = Anatomy(model)
+    for featurizer in wanted:
+        anatomy.place(site_of(featurizer))
+        selected(featurizer)
+        if not any_model:
+            _check_model(model, featurizer)
+    return Attached(model, wanted)
+
+
+def interchange(
+    featurizer: Featurizer[Any],
+    source: Tensor | Inputs,
+    *,
+    positions: Positions = None,
+    source_positions: Positions = None,
+) -> Operation:
+    """The interchange of the features that a featurizer's artefact selects.
+
+    Raises:
+        ShapeError, FeatureIndexError: the features selected are not those of the featurizer.
+    """
+    chosen = selected(featurizer)
+    if chosen is not None and chosen.is_floating_point():
+        return Mask(featurizer, source=source, gate=chosen, positions=positions, source_positions=source_positions)
+    return Interchange(
+        featurizer, source=source, indices=chosen, positions=positions, source_positions=source_positions
+    )
+
+
+def selected(featurizer: Featurizer[Any]) -> Tensor | None:
+    """The features that a search found, int64 numbers or a floating-point gate; None for all.
+
+    Raises:
+        ShapeError: a gate has another number of features.
+        FeatureIndexError: a number is out of range or repeated.
+    """
+    chosen = featurizer.feature_sets.get(SELECTED)
+    if chosen is None or featurizer.n_features is None:
+        return chosen
+    if chosen.is_floating_point():
+        if chosen.shape != (featurizer.n_features,):
+            raise ShapeError(
+                f"{featurizer.id!r}: the gate {SELECTED!r} has shape {tuple(chosen.shape)}, but there are "
+                f"{featurizer.n_features} features"
+            )
+        return chosen
+    return select(chosen, featurizer.n_features, chosen.device).as_columns()
+
+
+def site_of(featurizer: Featurizer[Any]) -> Site:
+    """Where a featurizer belongs.
+
+    Raises:
+        UsageError: it does not say.
+    """
+    if featurizer.site is None:
+        raise UsageError(
+            f"{featurizer.id!r} does not say where it belongs; set its site: f.site = featurizers.Site('resid.post', 8)"
+        )
+    return featurizer.site
+
+
+def _positions(featurizer: Featurizer[Any]) -> Positions:
+    position = site_of(featurizer).position
+    return None if position is None else list(position)
+
+
+def _check_model(model: nn.Module, featurizer: Featurizer[Any]) -> None:
+    """Both names say something only where they are names of the Hub."""
+    there = getattr(getattr(model, "config", None), "_name_or_path", None)
+    found = site_of(featurizer).model
+    if found and there and found != there and all(name.count("/") == 1 for name in (found, there)):
+        if Path(there).exists():
+            return
+        raise UsageError(
+            f"{featurizer.id!r} was found in the model {found!r}, and this one is {there!r}; "
+            "attach it with any_model=True if that is what you want"
+        )

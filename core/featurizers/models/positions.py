@@ -1,0 +1,121 @@
+"""Where the tokens that an operation names are in the batch that a model is computing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from featurizers.errors import PositionError, ShapeError
+
+Positions: TypeAlias = "None | Sequence[int] | Sequence[Sequence[int]] | Tensor"
+"""Tokens of each prompt: ``None`` for all; ``[0, -1]`` for the same of every prompt; ``(batch, n)`` for its own of
+each. They count the prompt's own tokens and not its padding: 0 is the first and -1 the last, whichever side is
+padded."""
+
+Inputs: TypeAlias = "Mapping[str, Any]"
+"""What a model is called with: ``tokenizer(..., return_tensors="pt")``."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass: what it computes of which sequences.
+
+    Attributes:
+        start: how many tokens are cached already: 0 for a prompt, more while generating.
+        seen_prompt: whether this pass, or one before it in the same context, began at the first token.
+        attention_mask: ``(batch, total)``, 1 for a token and 0 for padding; None where nothing is padded.
+        prompt_columns: how many columns the prompt has, while ``generate`` runs.
+        opaque_mask: whether the model was given a mask in a form that does not show the padding.
+        tokens: ids ``(batch, sequence)`` of what this pass computes; None where the model was given embeddings.
+    """
+
+    start: int
+    seen_prompt: bool
+    attention_mask: Tensor | None
+    opaque_mask: bool = False
+    prompt_columns: int | None = None
+    tokens: Tensor | None = None
+
+
+def columns(positions: Positions, hidden: Tensor, current: Pass, *, prompt_only: bool = False) -> Tensor | None:
+    """Columns ``(batch, n)`` of ``hidden`` ``(batch, sequence, d)`` that hold these positions of the prompt.
+
+    None means that all of ``hidden`` is meant. Call it for passes that compute the prompt only.
+
+    Args:
+        positions: as an operation names them.
+        hidden: activations of the pass.
+        current: the pass.
+        prompt_only: whether no positions mean those of the prompt, where the pass computes generated tokens as well.
+
+    Raises:
+        PositionError: a prompt is too short for a position, is computed in parts, or its padding is unknown.
+        ShapeError: positions are given for activations that are not ``(batch, sequence, d)``.
+    """
+    if positions is None and (not prompt_only or current.prompt_columns in (None, *hidden.shape[1:2])):
+        return None
+    if hidden.dim() != 3:
+        raise ShapeError(
+            f"the site has activations {tuple(hidden.shape)}, not (batch, sequence, width): it has no positions"
+        )
+    length = hidden.shape[1] if current.prompt_columns is None else current.prompt_columns
+    if length > hidden.shape[1]:
+        raise PositionError(
+            f"the prompt of {length} tokens is computed {hidden.shape[1]} at a time, so that its end is not known; "
+            "generate without prefill_chunk_size"
+        )
+    batch = hidden.shape[0]
+    if positions is None:
+        return torch.arange(length, device=hidden.device).expand(batch, -1)
+    try:
+        wanted = torch.as_tensor(positions, device=hidden.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PositionError(
+            f"positions must be a list of integers or one such list of equal length an example, not {positions!r}"
+        ) from error
+    if wanted.is_floating_point() or wanted.dtype == torch.bool or wanted.dim() not in (1, 2):
+        raise PositionError(f"positions must be a list of integers or one such list an example, not {positions!r}")
+    if wanted.dim() == 2 and wanted.shape[0] != batch:
+        raise PositionError(f"positions are given for {wanted.shape[0]} examples, but the batch has {batch}")
+    wanted = wanted.expand(batch, -1)
+    if current.opaque_mask:
+        raise PositionError(
+            "the attention mask is not of shape (batch, sequence), so padding cannot be told from tokens; "
+            "pass a two-dimensional mask or use positions=None"
+        )
+    mask = current.attention_mask
+    if mask is None:
+        mask = torch.ones(batch, length, dtype=torch.long, device=hidden.device)
+    mask = mask.to(hidden.device)[:, :length] != 0
+    lengths = mask.sum(-1, keepdim=True)
+    from_start = torch.where(wanted < 0, wanted + lengths, wanted)
+    bad = (from_start < 0) | (from_start >= lengths)
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        raise PositionError(
+            f"position {int(wanted[row, column])} is not in prompt {row}, which has {int(lengths[row])} tokens"
+        )
+    # tokens keep their order and come before the padding's columns in a stable sort
+    order = torch.argsort((~mask).int(), dim=-1, stable=True)
+    return order.gather(-1, from_start)
+
+
+def are_tokens(ids: Sequence[int], hidden: Tensor, chosen: Tensor | None, current: Pass) -> Tensor:
+    """Which of the chosen columns of ``hidden`` hold one of these tokens: booleans ``(batch, n, 1)``.
+
+    Raises:
+        PositionError: the model was not given token ids, or the site has no positions.
+    """
+    tokens = current.tokens
+    if tokens is None or tokens.shape != hidden.shape[:2]:
+        raise PositionError(
+            "the featurizer leaves special tokens alone, and the tokens of these activations are not known: give the "
+            "model input_ids, and choose a site with an axis of positions"
+        )
+    tokens = tokens.to(hidden.device)
+    chosen_tokens = tokens if chosen is None else tokens.gather(1, chosen)
+    return torch.isin(chosen_tokens, torch.tensor(ids, device=hidden.device)).unsqueeze(-1)

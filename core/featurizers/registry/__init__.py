@@ -1,0 +1,8 @@
+"""The plugins: hook specifications, discovery and import, and the table of kinds, rules and interventions.
+
+This room imports `featurizers.features` and the rooms below it. Listing plugins imports neither torch nor a plugin.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,178 @@
+"""The plugin host: a loader of plugins that also keeps the kinds and the activation rules that they register."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from featurizers.errors import ConfigError, PluginError, UnknownKindError, explain, shown
+from featurizers.names import FIRST_PARTY, KIND, NAME, OWNERS, install_command, install_hint
+from featurizers.registry.loader import PluginInfo, PluginLoader
+
+if TYPE_CHECKING:  # listing the plugins must not import torch
+    from collections.abc import Callable, Mapping
+
+    from torch import nn
+
+    from featurizers.features.featurizer import Featurizer
+    from featurizers.features.rules import Rule
+    from featurizers.format.sites import Blocks
+
+__all__ = ["FIRST_PARTY", "KIND", "NAME", "OWNERS", "PluginHost", "PluginInfo", "build", "check_plugins"]
+__all__ += ["checked_class", "host", "install_command", "kinds", "plugins"]
+
+RULES_OWNER = "dictionary"  # the plugin of the core that registers the activation rules without a prefix
+
+
+class PluginHost(PluginLoader):
+    """The installed plugins of one process; `host` gives the only one that programs need."""
+
+    def __init__(self) -> None:
+        self._classes: dict[str, type[Featurizer[Any]]] = {}
+        self._rules: dict[str, Rule] = {}
+        self._owned_rules: dict[str, set[str]] = {}
+        super().__init__()
+
+    def featurizer_class(self, kind: str) -> type[Featurizer[Any]]:
+        """The class that is registered for a kind; imports the plugin that owns it and no other.
+
+        Raises:
+            UnknownKindError: it is not registered, or not a kind's name at all.
+            PluginError: the plugin that owns it cannot be used.
+        """
+        if kind not in self._classes:
+            if not KIND.fullmatch(kind):
+                hint = "A kind is lower-case words joined by '-', never an import path."
+                raise UnknownKindError(kind, self._entries, hint)
+            self.load(kind.partition(".")[0])
+        if kind not in self._classes:
+            hint = f"The plugin {kind!r} provides no kind of that name; its README says what it does."
+            known = {*self._entries, *self._classes}
+            raise UnknownKindError(kind, known, hint if self.is_loaded(kind) else install_hint(kind))
+        return self._classes[kind]
+
+    def rule(self, name: str) -> Rule:
+        """The activation rule of a name; imports the plugin that owns it and no other.
+
+        Raises:
+            ConfigError: no installed plugin registers it.
+            PluginError: the plugin that owns it cannot be used.
+        """
+        self.load(RULES_OWNER)
+        if name not in self._rules and KIND.fullmatch(name) and (owner := name.partition(".")[0]) in self._entries:
+            self.load(owner)
+        if name not in self._rules:
+            known = ", ".join(sorted(self._rules))
+            raise ConfigError(f"no installed plugin has the activation rule {shown(name)}; known rules: {known}")
+        return self._rules[name]
+
+    def anatomy(self, model: nn.Module) -> Blocks | None:
+        """What the ``featurizers_anatomy`` hooks of the plugins loaded so far say of a model; faults as in `ask`."""
+        found: Blocks | None = self._first("featurizers_anatomy", None, {"model": model})
+        return found
+
+    def _collect(self, name: str) -> None:
+        classes: dict[str, type[Featurizer[Any]]] = {}
+        rules: dict[str, Rule] = {}
+        for hook in self._hooks("featurizers_register", name):
+            hook.function(*(functools.partial(_add, classes, _checked_kind, name) for _ in hook.argnames))
+        for hook in self._hooks("featurizers_rules", name):
+            hook.function(*(functools.partial(_add, rules, _checked_rule, name) for _ in hook.argnames))
+        if rules and name != RULES_OWNER:
+            self.load(RULES_OWNER)
+            if taken := self._rules.keys() & rules:
+                raise PluginError(f"it registers the rule {shown(taken.pop())}, which is the core's")
+        self._classes.update(classes)
+        self._rules.update(rules)
+        self._owned_rules[name] = set(rules)
+
+    def _forget(self, name: str) -> None:
+        super()._forget(name)
+        self._classes = {kind: cls for kind, cls in self._classes.items() if kind.partition(".")[0] != name}
+        owned = self._owned_rules.pop(name, set())  # the core's own are named like no plugin, or like any
+        self._rules = {title: rule for title, rule in self._rules.items() if title not in owned}
+
+
+@functools.cache
+def host() -> PluginHost:
+    """The plugin host of this process."""
+    return PluginHost()
+
+
+def plugins() -> list[PluginInfo]:
+    """Every installed plugin with its state; imports none of them."""
+    return host().plugins()
+
+
+def check_plugins() -> list[PluginInfo]:
+    """Every installed plugin, all imported: for a program's own CI, where a plugin that is left out is a failure.
+
+    Raises:
+        PluginError: some cannot be used; the message names each of them.
+    """
+    host().load_all()
+    if errors := [str(info.error) for info in plugins() if info.state != "loaded"]:
+        raise PluginError("; ".join(errors))
+    return plugins()
+
+
+def kinds() -> list[str]:
+    """Names of the installed kinds, by their entry points; imports none of them."""
+    return sorted(host()._entries)
+
+
+def build(cls: type[Featurizer[Any]], config: Mapping[str, Any]) -> Featurizer[Any]:
+    """A new featurizer of a class, from the keyword arguments of its config.
+
+    Raises:
+        ConfigError: the kind refuses them.
+    """
+    from pydantic import ValidationError
+
+    try:
+        checked = cls.Config.model_validate(dict(config))
+    except ValidationError as error:
+        raise ConfigError(f"{cls.kind}: {explain(error)}") from error
+    return cls(checked)
+
+
+def _add(found: dict[str, Any], check: Callable[[str, Any], str], plugin: str, given: Any) -> None:
+    if (name := check(plugin, given)) in found:
+        raise PluginError(f"it registers {shown(name)} twice")
+    found[name] = given
+
+
+def _checked_kind(plugin: str, cls: Any) -> str:
+    from featurizers.features.featurizer import Featurizer
+
+    return checked_class(Featurizer, plugin, cls)
+
+
+def checked_class(base: type, plugin: str, cls: Any) -> str:
+    """The name under which a plugin registers a class, if both are as ``base`` asks.
+
+    Raises:
+        PluginError: they are not.
+    """
+    from pydantic import BaseModel
+
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise PluginError(f"it registers {shown(cls)}, which is not a subclass of featurizers.{base.__name__}")
+    kind, config = getattr(cls, "kind", None), getattr(cls, "Config", None)
+    if not (isinstance(kind, str) and KIND.fullmatch(kind) and kind.partition(".")[0] == plugin):
+        raise PluginError(f"{cls.__name__}.kind is {shown(kind)}; it must be {plugin!r} or start with '{plugin}.'")
+    if not (isinstance(config, type) and issubclass(config, BaseModel)):
+        raise PluginError(f"{cls.__name__}.Config is {shown(config)}; it must be a pydantic model")
+    if not (config.model_config.get("strict") and config.model_config.get("extra") == "forbid"):
+        raise PluginError(f'{cls.__name__}.Config needs model_config = ConfigDict(strict=True, extra="forbid")')
+    return kind
+
+
+def _checked_rule(plugin: str, rule: Any) -> str:
+    from featurizers.features.rules import Rule
+
+    if not isinstance(rule, Rule):
+        raise PluginError(f"it registers {shown(rule)}, which is not made by featurizers.activation_rule")
+    if plugin != RULES_OWNER and not (KIND.fullmatch(rule.name) and rule.name.partition(".")[0] == plugin):
+        raise PluginError(f"its rule is named {shown(rule.name)}; it must be {plugin!r} or start with '{plugin}.'")
+    return rule.name

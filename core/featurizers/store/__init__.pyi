@@ -1,0 +1,12 @@
+from .artefact import save as save
+from .artefact import save_collection as save_collection
+from .converting import convert as convert
+from .loading import create as create
+from .loading import list_artefacts as list_artefacts
+from .loading import load as load
+from .loading import manifest_of as manifest_of
+from .pushing import push as push
+from .pushing import push_featurizer as push_featurizer
+from .reading import checked as checked
+from .reading import of_folder as of_folder
+from .reading import of_repository as of_repository

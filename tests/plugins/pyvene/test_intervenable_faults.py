@@ -1,0 +1,97 @@
+"""Saved pyvene models that were damaged: one clear error each, for little memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from featurizers import pyvene
+from featurizers.errors import ArtefactError, ManifestError
+from featurizers.store.intervenables import load_intervenable, save_intervenable
+
+from tests.support.damages import INTERVENABLE
+from tests.support.intervenables import several
+from tests.support.models import tiny_model
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize("damage", INTERVENABLE.values(), ids=INTERVENABLE)
+def test_every_damage_is_one_clear_error(damage, tmp_path):
+    folder = save_intervenable(several(), tmp_path / "it")
+    damage.spoil(folder)
+    with pytest.raises(damage.error, match=damage.words) as caught:
+        load_intervenable(folder, tiny_model("gpt2"))
+    assert type(caught.value) is damage.error
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 3000
+
+
+def test_a_folder_that_there_is_not(tmp_path):
+    with pytest.raises(ManifestError, match=r"none: intervenable\.json cannot be read: No such file"):
+        load_intervenable(tmp_path / "none", tiny_model("gpt2"))
+
+
+@pytest.mark.parametrize("name", ["\0", "x" * 5000, "~nobody-of-this-name/x", "\x1b[2J", "\udcff", "a\nb"])
+def test_names_that_no_folder_has(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtefactError) as caught:
+        load_intervenable(Path(name), tiny_model("gpt2"))
+    assert str(caught.value).isprintable()
+
+
+def test_tensors_are_made_when_the_file_was_looked_at(tmp_path, monkeypatch):
+    """However many features a featurizer says that it has."""
+    made = []
+
+    class Gate(pyvene.SigmoidGate):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self.logits.device.type)
+
+    folder = save_intervenable(several(), tmp_path / "it")
+    monkeypatch.setattr(pyvene, "SigmoidGate", Gate)
+    load_intervenable(folder, tiny_model("gpt2"))
+    assert made == ["meta"]
+
+
+EVERY_DAMAGE = """
+import resource, shutil, tempfile, time
+from pathlib import Path
+
+import featurizers
+from featurizers.errors import FeaturizerError
+from tests.support.damages import INTERVENABLE
+from tests.support.intervenables import several
+from tests.support.models import tiny_model
+
+scratch = Path(tempfile.mkdtemp())
+model = tiny_model("gpt2")
+whole = featurizers.save_intervenable(several(), scratch / "whole")
+featurizers.load_intervenable(whole, model)
+used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
+for number, (name, damage) in enumerate(INTERVENABLE.items()):
+    folder = Path(shutil.copytree(whole, scratch / str(number) / "a"))
+    damage.spoil(folder)
+    before = time.process_time()
+    try:
+        featurizers.load_intervenable(folder, model)
+    except FeaturizerError as error:
+        assert type(error) is damage.error, (name, error)
+    else:
+        raise AssertionError(f"{name} was loaded")
+    assert time.process_time() - before < 20, name
+print("refused", number + 1)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_every_damage_costs_less_than_300_mb():
+    command = [sys.executable, "-c", EVERY_DAMAGE]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) == len(INTERVENABLE)
