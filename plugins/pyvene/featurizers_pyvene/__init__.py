@@ -6,6 +6,7 @@ pyvene only when an intervention class is asked for.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import lazy_loader
@@ -18,8 +19,6 @@ def __getattr__(name: str) -> Any:
 
     There is no ``__dir__``: pluggy looks at each name that it lists, which would import pyvene.
     """
-    if name in __all__ or name.startswith("_"):
+    if name in __all__ or "Intervention_" not in name:
         return _public(name)
-    from featurizers_pyvene import interventions
-
-    return getattr(interventions, name)
+    return getattr(importlib.import_module("featurizers_pyvene.interventions"), name)
