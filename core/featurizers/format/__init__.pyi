@@ -5,6 +5,7 @@ from .external_files import TensorFile as TensorFile
 from .manifest import INTERVENABLE_NAME as INTERVENABLE_NAME
 from .manifest import INTERVENABLE_WEIGHTS_NAME as INTERVENABLE_WEIGHTS_NAME
 from .manifest import LIBRARY_NAME as LIBRARY_NAME
+from .fingerprints import fingerprint as fingerprint
 from .manifest import MAX_CONFIG_BYTES as MAX_CONFIG_BYTES
 from .manifest import Index as Index
 from .manifest import Manifest as Manifest
@@ -15,6 +16,10 @@ from .sites import Blocks as Blocks
 from .sites import Side as Side
 from .sites import Site as Site
 from .weights import MAX_HEADER_BYTES as MAX_HEADER_BYTES
+from .state_files import read_json as read_json
+from .state_files import read_state as read_state
+from .state_files import write_json as write_json
+from .state_files import write_state as write_state
 from .weights import check_finite as check_finite
 from .weights import check_header as check_header
 from .weights import read_header as read_header
