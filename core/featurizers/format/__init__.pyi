@@ -5,9 +5,9 @@ from .external_files import TensorFile as TensorFile
 from .fingerprints import fingerprint as fingerprint
 from .manifest import INTERVENABLE_NAME as INTERVENABLE_NAME
 from .manifest import INTERVENABLE_WEIGHTS_NAME as INTERVENABLE_WEIGHTS_NAME
-from .manifest import Index as Index
 from .manifest import LIBRARY_NAME as LIBRARY_NAME
 from .manifest import MAX_CONFIG_BYTES as MAX_CONFIG_BYTES
+from .manifest import Index as Index
 from .manifest import Manifest as Manifest
 from .manifest import Name as Name
 from .manifest import Subfolder as Subfolder

@@ -1,9 +1,9 @@
 from .anatomy import Anatomy as Anatomy
 from .anatomy import Place as Place
 from .anatomy import first_tensor as first_tensor
-from .attached import Attached as Attached
 from .attached import GATE_LOGITS as GATE_LOGITS
 from .attached import SELECTED as SELECTED
+from .attached import Attached as Attached
 from .attached import attach as attach
 from .attached import interchange as interchange
 from .attached import site_of as site_of
