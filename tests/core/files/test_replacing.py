@@ -334,7 +334,7 @@ def test_a_file_that_is_taken_away_while_it_is_kept(folder, monkeypatch, what):
     (folder / "notes.txt").write_text("mine")
     others = replacement._others
 
-    def seen(place: Path, ours: replacement.Ours):
+    def seen(place: Path, ours: replacement.Rewritten):
         for name in others(place, ours):
             if name == ("deep/new" if what == "file" else "deep") and place == folder:
                 (folder / "deep" / "new").unlink(missing_ok=True)
