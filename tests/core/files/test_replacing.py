@@ -223,7 +223,7 @@ def test_files_are_kept_as_the_same_files(folder, monkeypatch):
         new = path.lstat()
         assert new.st_mode == old.st_mode, path
         assert stat.S_ISDIR(old.st_mode) or new.st_ino == old.st_ino, path
-    assert {*folder.rglob("*")} == names | {folder / name for name in faults.OURS}
+    assert {*folder.rglob("*")} == names | {folder / name for name in faults.ARTEFACT_FILES}
     assert os.readlink(folder / "link") == "deep/er/notes.txt"
     alone(folder)
 
