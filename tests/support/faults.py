@@ -589,7 +589,9 @@ def kills_of_push(nursery: Nursery, hub: HubProcess, kills: int, seed: int = 0) 
             killer.check(version == new, f"{version} in a new repository instead of {new}")
             continue
         history = hub.history(repo_id)
-        killer.check(history[commit] == ARTEFACT_FILES | {".gitattributes"}, f"the commit holds {sorted(history[commit])}")
+        killer.check(
+            history[commit] == ARTEFACT_FILES | {".gitattributes"}, f"the commit holds {sorted(history[commit])}"
+        )
         if commit == known:
             killer.check(version == old, f"{version} at the commit of {old}")
             killer.check(killed, f"a push of {new} without a commit")
