@@ -1,4 +1,4 @@
-"""`Anatomy`: where a decoder of `transformers` keeps the modules that sites name, found by looking at it."""
+"""`Anatomy`: finds the module that a site means in a model, by looking at the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from featurizers.models.projections import input_width
 from featurizers.registry.plugin_host import host
 
 RESIDUAL = {"block_input", "block_output", "attention_input", "attention_output", "mlp_input", "mlp_output"}
-"""What pyvene calls places that are as wide as the residual stream."""
+"""pyvene's names for places that are as wide as the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Place:
     """A site in one model.
 
     Attributes:
-        path: the module's name in ``model.named_modules()``.
+        path: name of the module in ``model.named_modules()``.
         module: the module.
-        side: whether the activations are its first input or its (first) output.
-        columns: the part of the last axis that is the site, for a head.
+        side: ``input`` for its first input, ``output`` for its (first) output.
+        columns: part of the last axis that belongs to the site, for a head; None for the whole axis.
     """
 
     path: str
@@ -38,7 +38,10 @@ class Place:
 
 
 class Anatomy:
-    """The sites of one model.
+    """Sites of one model.
+
+    The blocks are found when they are first asked for. Make a new `Anatomy` after the model has changed: that takes
+    some microseconds.
 
     Args:
         model: a decoder of `transformers`, with or without its language-model head, or a module that a plugin's
@@ -60,21 +63,21 @@ class Anatomy:
 
     @functools.cached_property
     def blocks(self) -> Blocks:
-        """Where the model keeps its blocks.
+        """Paths of the blocks and of their parts.
 
         Raises:
-            SiteError: they cannot be found.
+            SiteError: no blocks were found.
         """
         return self._find_blocks()
 
     @property
     def layers(self) -> nn.Module:
-        """The list of blocks."""
+        """List of blocks."""
         return submodule(self.model, self.blocks.layers)
 
     @property
     def decoder(self) -> nn.Module:
-        """The module that owns the blocks and is called with the attention mask; the model if none are found."""
+        """Module that owns the blocks and is called with the attention mask; the model if it has no blocks."""
         try:
             return submodule(self.model, self.blocks.decoder)
         except SiteError:  # module sites need no blocks
@@ -86,10 +89,10 @@ class Anatomy:
         return len(self.layers)  # type: ignore[arg-type]
 
     def place(self, site: Site | str) -> Place:
-        """The module, side and columns that a site means in this model.
+        """Return the module, side and columns that a site means in this model.
 
         Raises:
-            SiteError: the model does not have it; the message names what is missing.
+            SiteError: the model does not have the site; the message names what is missing.
         """
         site = Site.parse(site)
         path, side = self._path(site)
@@ -100,7 +103,11 @@ class Anatomy:
         return Place(path, module, side, None if site.head is None else self._head(site, site.head, module))
 
     def pyvene_component(self, site: Site | str) -> str:
-        """The site as pyvene writes a module path: ``model.layers[8].output``."""
+        """Return a site in the form of a module path of pyvene: ``model.layers[8].output``.
+
+        Raises:
+            SiteError: the model does not have the site, or the site is a head.
+        """
         place = self.place(site)
         if place.columns is not None:
             raise SiteError(f"{site}: pyvene selects a head by its unit 'h', not by a module path")
@@ -109,7 +116,7 @@ class Anatomy:
         return f"{indexed}.{place.side}"
 
     def residual_width(self, component: str) -> int | None:
-        """Width of the residual stream, if a component of pyvene's is known to be as wide; None if it is not."""
+        """Return the width of the residual stream if a pyvene component is known to be as wide, else None."""
         path = re.sub(r"\[(\d+)\]", r".\1", component.rpartition(".")[0])
         if component not in RESIDUAL:
             try:
@@ -184,7 +191,11 @@ _HELP = "Name the module itself, as in 'module:PATH:output', or write a plugin w
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The activations in what a module takes or returns: a tensor, or the first of a tuple."""
+    """Return the activations in a module's input or output: the tensor itself, or the first of a tuple.
+
+    Raises:
+        SiteError: there is no tensor.
+    """
     tensor = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(tensor, Tensor):
         raise SiteError(f"the site carries {type(output).__name__}, not a tensor of activations; choose another module")

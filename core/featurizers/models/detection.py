@@ -1,8 +1,8 @@
-"""Finding the blocks of a decoder by the names of its modules.
+"""Finds the blocks of a decoder by the names of its modules.
 
-Nothing is remembered: the model is looked at anew each time, which takes some ten microseconds, so that the answer is
-right after blocks were added, removed, replaced or wrapped. Hence the direct use of ``_modules``, which is ten times as
-fast as ``named_children()``.
+Nothing is cached: each call walks the model again, which takes some ten microseconds, so that the result is right after
+blocks were added, removed, replaced or wrapped. For this speed the code reads ``_modules`` directly, which is ten times
+as fast as ``named_children()``.
 """
 
 from __future__ import annotations
