@@ -1,5 +1,6 @@
 from .composition import Composition as Composition
 from .composition import compose as compose
 from .dictionary import DictionaryFeaturizer as DictionaryFeaturizer
-from .normalization import denormalize as denormalize
+from .linear_decoder import LinearDecoderFeaturizer as LinearDecoderFeaturizer
+from .normalization import Normalization as Normalization
 from .normalization import normalize as normalize

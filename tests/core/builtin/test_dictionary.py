@@ -220,8 +220,8 @@ def test_encoding_a_few_features_reads_their_rows_alone():
 def test_chunks_give_what_the_whole_gives(rule, monkeypatch):
     f = dictionary(rule, pre_bias=True)
     x = batch(7)
-    monkeypatch.setattr("featurizers.builtin.dictionary.CHUNK", 10)
-    active = f._active(x, share=1.0)
+    monkeypatch.setattr("featurizers.builtin.encoder.CHUNK", 10)
+    active = f._encoder().active(x, share=1.0)
     assert active is not None
     assert (active.rows.diff() >= 0).all(), "they are ordered by token"
     found = torch.zeros(7, 64).index_put((active.rows, active.columns), active.values)
@@ -435,7 +435,7 @@ REFUSED = {
     "an import path": ({"rule": "os.system"}, "no installed plugin has the activation rule 'os.system'"),
     "an option too many": ({"rule_options": {"k": 3}}, r"takes the options \[\]"),
     "an option missing": ({"rule": "topk"}, r"takes the options \['k'\]"),
-    "k of none": ({"rule": "topk", "rule_options": {"k": 0}}, "k is between 1 and the 16 features, got 0"),
+    "k of none": ({"rule": "topk", "rule_options": {"k": 0}}, "k must be between 1 and the 16 features, got 0"),
     "k of too many": ({"rule": "topk", "rule_options": {"k": 17}}, "got 17"),
     "k of a part": ({"rule": "topk", "rule_options": {"k": 1.5}}, "got 1.5"),
     "unequal groups": ({"rule": "groupmax", "rule_options": {"k": 3}}, "do not make 3 equal groups"),
@@ -443,7 +443,7 @@ REFUSED = {
     "a negative scale": ({"normalize": "scale", "input_scale": -1.0}, "greater than 0"),
     "unequal heads": ({"n_heads": 3}, "do(es)? not make 3 equal heads"),
     "an unknown normalisation": ({"normalize": "batch-norm"}, "normalize"),
-    "a slice of less": ({"slice_of": 3}, "no slice of 3"),
+    "a slice of less": ({"slice_of": 3}, "cannot be a slice of 3"),
 }
 
 
@@ -465,7 +465,7 @@ def test_tensors_that_do_not_fit_are_refused():
         DictionaryFeaturizer.from_tensors(w, w, threshold=1.0)
     with pytest.raises(ConfigError, match=r"special_tokens\.0"):
         DictionaryFeaturizer.from_tensors(w, w, special_tokens=["a"])
-    with pytest.raises(UsageError, match="the error that featurize gave"):
+    with pytest.raises(UsageError, match="the error that featurize returned"):
         dictionary().inverse_featurize(torch.zeros(1, 64), None)
 
 

@@ -96,7 +96,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"soft_cap": 3}, r"unknown keys \['soft_cap'\]"),
     "k missing": ({"architecture": "topk"}, "'k' must be a number, got None"),
     "k a string": ({"architecture": "topk", "k": "5"}, "'k' must be a number, got '5'"),
-    "k too large": ({"architecture": "topk", "k": 65}, "k is between 1 and the 64 features"),
+    "k too large": ({"architecture": "topk", "k": 65}, "k must be between 1 and the 64 features"),
     "another width": ({"d_in": 17}, "the configuration says 17"),
     "another count": ({"d_sae": 65}, "the configuration says 65"),
     "a flag of another type": ({"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input is 'no'"),

@@ -277,6 +277,13 @@ class TestMatchingPursuit(FeaturizerContract):
         return torch.randn(12, 8, generator=torch.Generator().manual_seed(1)) + torch.linspace(1, 3, 12)[:, None]
 
 
+def test_pursuit_loses_no_bit_of_a_base_of_higher_precision_than_its_weights():
+    f = featurizers.create("sae-lens.matching-pursuit", d_in=8, n_features=24)
+    f.W_dec.data = torch.nn.functional.normalize(torch.randn(24, 8), dim=-1)
+    base = torch.randn(6, 8)
+    assert torch.equal(f.half().interchange(base, base.clone()), base)
+
+
 def test_pursuit_takes_no_row_backwards(sae_lens):
     """Where every row lies the other way, nothing is found."""
     sae = make("matching_pursuit", d_sae=2)
@@ -293,7 +300,7 @@ def test_what_pursuit_refuses():
     for wrong in ({"normalize": "scale"}, {"residual_threshold": -1.0}, {"max_iterations": 0}, {"n_heads": 3}):
         with pytest.raises(ConfigError):
             featurizers.create(kind, d_in=4, n_features=3, **wrong)
-    with pytest.raises(ConfigError, match="needs d_in of 2"):
+    with pytest.raises(ConfigError, match="needs d_in of at least 2"):
         featurizers.create(kind, d_in=1, n_features=3, normalize="layer-norm")
 
 

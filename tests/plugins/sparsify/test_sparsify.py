@@ -126,7 +126,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown key": ({"temperature": 2}, "'temperature'"),
     "a string for a number": ({"k": "8"}, "'k'.*got '8'"),
     "k of none": ({"k": 0}, "'k'"),
-    "k of too many": ({"k": 65}, "k is between 1 and the 64 features, got 65"),
+    "k of too many": ({"k": 65}, "k must be between 1 and the 64 features, got 65"),
     "another number of features": ({"num_latents": 65}, r"implies \{'encoder.weight': \(65, 16\)"),
     "another width": ({"d_in": 17}, r"\(68, 17\)"),
     "no decoder": ({"drop": "W_dec"}, "an encoder alone"),
