@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from featurizers.errors import UsageError
 
 Error: TypeAlias = "Tensor | tuple[Any, ...] | None"
-"""All that `Featurizer.inverse_featurize` needs beside the features. Callers hand it back and do not look into it."""
+"""All that `Featurizer.inverse_featurize` needs besides the features. Callers pass it on and do not look inside."""
 
 
 class Derivatives(nn.Module, ABC):

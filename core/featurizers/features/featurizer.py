@@ -34,7 +34,7 @@ class Featurizer(Derivatives, Generic[ConfigT]):
     - ``inverse_featurize(*featurize(x)) == x`` to rounding. For a lossless kind the error is None or zero.
     - An operation that changes no feature returns ``base``, equal in every element in fp32, fp16 and bf16, because
       edits are applied as a difference: ``base + decode(edited) - decode(features)``.
-    - The error carries all that the inverse needs beside the features; nothing is kept on the module.
+    - The error carries all that the inverse needs besides the features; nothing is kept on the module.
     - ``indices=None`` means every feature, ``[]`` means no feature.
     - Inputs are never changed in place, returned as the same tensor, or detached; gradients reach the features, the
       parameters and the inputs.
@@ -362,7 +362,7 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         return x.shape[-1] if self.n_features is None else self.n_features
 
     def extra_repr(self) -> str:
-        """Return the text that ``print`` shows beside the class name."""
+        """Return the text that ``print`` shows after the class name."""
         return f"id={self.id!r}, d_in={self.d_in}, n_features={self.n_features}"
 
 
