@@ -192,7 +192,7 @@ class DictionaryFeaturizer(LinearDecoderFeaturizer[DictionaryConfig]):
     def decode_change(
         self, change: Float[Tensor, "*batch k"], columns: Tensor | None = None
     ) -> Float[Tensor, "*batch d_in"]:
-        """Return ``W_decᵀ f``; if most features are zero and no gradient is needed, only rows of the others are read."""
+        """Return ``W_decᵀ f``; with mostly zero features and no gradient, only rows of the others are read."""
         if columns is not None:
             return self._raw(change, columns) @ self.W_dec[columns]
         features = self._raw(change, None).to(self.W_dec.dtype)
