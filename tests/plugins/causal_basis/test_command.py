@@ -139,7 +139,7 @@ def test_each_wrong_input_is_one_clear_line(tmp_path):
         ((*out, "--mode", "median"), "--mode is one of mean, resample, zero"),
         ((*out, "--side", "left"), "--side is one of input, output"),
         ((*out, "--preset", "slow"), "no preset 'slow'"),
-        ((*out, "--dtype", "int8"), "--dtype is one of"),
+        ((*out, "--dtype", "int8"), "a dtype is one of auto, float32, bfloat16, float16, not 'int8'"),
         ((*out, "--readout", "lens"), "--readout is logit-lens, model or tuned-lens:FOLDER"),
         ((*out, "--readout", "tuned-lens:"), "--readout is"),
         ((*out, "--readout", f"tuned-lens:{tmp_path}/none"), "config.json"),
