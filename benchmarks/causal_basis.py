@@ -134,8 +134,7 @@ CASES = {"toy": lambda: toy(trained=False), "trained": lambda: toy(trained=True)
 
 def ours(problem: Problem, preset: str) -> tuple[list[float], int]:
     """Summed energy of each layer, and evaluations."""
-    from featurizers_causal_basis.extraction import extract_causal_bases
-    from featurizers_causal_basis.logit_lens import LogitLens
+    from featurizers_causal_basis import LogitLens, extract_causal_bases
 
     bases = extract_causal_bases(LogitLens(problem.model), problem.hiddens, problem.k, preset=preset)
     return [float(basis.energies.sum()) for basis in bases], sum(basis.record.evaluations or 0 for basis in bases)
@@ -292,11 +291,11 @@ def row(comparison: Comparison, mine: list[dict[str, Any]], peers: list[dict[str
 
 def point(d: int, vocabulary: int, n: int) -> tuple[float, float]:
     """CPU seconds of one evaluation with its gradient, by the formula and by autograd."""
-    from featurizers_causal_basis.differentiated import DifferentiatedEnergy
-    from featurizers_causal_basis.energy import Tokens
-    from featurizers_causal_basis.exact import ExactEnergy
-    from featurizers_causal_basis.readouts import Decoder
-    from featurizers_causal_basis.reduction import Processes
+    from featurizers_causal_basis import Decoder
+    from featurizers_causal_basis.solve.differentiated import DifferentiatedEnergy
+    from featurizers_causal_basis.solve.energy import Tokens
+    from featurizers_causal_basis.solve.exact import ExactEnergy
+    from featurizers_causal_basis.solve.processes import Processes
 
     run = nn.Sequential(nn.RMSNorm(d, eps=1e-6), nn.Linear(d, vocabulary, bias=False)).requires_grad_(False)
     settings = Settings(torch.device("cpu"))

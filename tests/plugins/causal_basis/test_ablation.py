@@ -6,7 +6,7 @@ import pytest
 import torch
 from featurizers.errors import BasisError, ShapeError, SiteError, UsageError
 from featurizers_causal_basis import ablate_subspace, derange, remove_subspace
-from featurizers_causal_basis.derangement import derangement
+from featurizers_causal_basis.inputs import derangement
 from torch import nn
 
 from tests.support.models import WIDTH, hooked, hooks_of, module_of, prompts, tiny_model
@@ -107,16 +107,16 @@ def test_wrong_input_is_refused_in_one_line():
     cases = [
         (BasisError, "linearly dependent", {"A": torch.stack([a[:, 0], 2 * a[:, 0]], dim=1)}),
         (BasisError, "linearly dependent", {"A": torch.stack([a[:, 0], a[:, 1], a[:, 0] + a[:, 1]], dim=1)}),
-        (BasisError, "one is zero", {"A": torch.zeros(8)}),
+        (BasisError, "a column that is zero", {"A": torch.zeros(8)}),
         (BasisError, "not finite", {"A": torch.full((8,), float("nan"))}),
-        (BasisError, "more than its rows", {"A": normal(8, 9)}),
+        (BasisError, "more columns than rows", {"A": normal(8, 9)}),
         (BasisError, "leave out orthonormal=True", {"A": a, "orthonormal": True}),
         (ShapeError, "width 8", {"A": normal(7, 2)}),
-        (ShapeError, "the mask says", {"A": a, "mask": torch.ones(5, dtype=torch.bool)}),
-        (ShapeError, "the mask says", {"A": a, "mask": torch.ones(6)}),
+        (ShapeError, "a mask has one boolean", {"A": a, "mask": torch.ones(5, dtype=torch.bool)}),
+        (ShapeError, "a mask has one boolean", {"A": a, "mask": torch.ones(6)}),
         (UsageError, "one of mean, resample, zero", {"A": a, "mode": "median"}),
         (UsageError, "generator", {"A": a, "mode": "resample"}),
-        (UsageError, "2 tokens or more, and 1 take part", {"A": a, "mode": "mean", "mask": torch.arange(6) == 3}),
+        (UsageError, "2 tokens or more, got 1", {"A": a, "mode": "mean", "mask": torch.arange(6) == 3}),
         (UsageError, "2 tokens or more", {"A": a, "mode": "resample", "mask": torch.arange(6) == 3}),
     ]
     for error, words, arguments in cases:
@@ -140,7 +140,7 @@ def test_every_derangement_is_as_likely_as_another():
     assert torch.equal(moved.sort(dim=0).values, rows.sort(dim=0).values)
     assert not (moved == rows).any()
     for n in (0, 1):
-        with pytest.raises(UsageError, match="none stays in its place"):
+        with pytest.raises(UsageError, match="leaves no token in its place"):
             derangement(n, draws)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from featurizers.errors import ShapeError, UsageError
 from featurizers_causal_basis import compat, white_box
-from featurizers_causal_basis.lenses import ForeignLens
+from featurizers_causal_basis.lens import ExternalLens
 
 from tests.support.models import LAYERS, WIDTH, hooked, module_of, prompts, read, tiny_model
 
@@ -139,10 +139,10 @@ def test_bases_of_a_lens_object_are_those_of_its_divergences(translated, mode):
 
 def test_a_lens_that_is_another_function_gives_the_same_by_the_long_way():
     lens, hiddens = Lens(), [normal(40, 12, seed=i) for i in range(3)]
-    formula = ForeignLens(lens).affine_norm(1)
+    formula = ExternalLens(lens).affine_norm(1)
     torch.testing.assert_close(formula.log_probs(hiddens[1]), lens(hiddens[1], 1).log_softmax(-1).detach())
     wrapped = lens.forward  # a function, of which nothing else is known
-    assert ForeignLens(wrapped).affine_norm(1) is None
+    assert ExternalLens(wrapped).affine_norm(1) is None
     for ours, theirs in zip(
         compat.extract_causal_bases(lens, hiddens, 2), compat.extract_causal_bases(wrapped, hiddens, 2), strict=True
     ):
@@ -152,7 +152,7 @@ def test_a_lens_that_is_another_function_gives_the_same_by_the_long_way():
         def forward(self, h, idx):
             return 2 * super().forward(h, idx)
 
-    assert ForeignLens(Scaled()).affine_norm(0) is None  # it is not what its parts say
+    assert ExternalLens(Scaled()).affine_norm(0) is None  # it is not what its parts say
 
 
 def test_what_it_does_not_take():
@@ -163,7 +163,7 @@ def test_what_it_does_not_take():
         next(compat.extract_causal_bases(lens, hiddens[:1], 2))
     with pytest.raises(UsageError, match="at most 12"):
         next(compat.extract_causal_bases(lens, hiddens, 13))
-    with pytest.raises(ShapeError, match="not a row each"):
+    with pytest.raises(ShapeError, match="must return one row of logits for each activation"):
         next(compat.extract_causal_bases(lambda h, idx: lens(h[:1], idx), hiddens, 1))
     assert next(compat.extract_causal_bases(lens, hiddens, 0, max_iter=2)).energies.shape == (12,)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from featurizers_causal_basis.extraction import extract_causal_bases
+from featurizers_causal_basis import extract_causal_bases
 from torch import nn
 
 from tests.support.models import prompts, tiny_model

@@ -6,14 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from featurizers.errors import ConfigError, ShapeError, UsageError, WeightsError
-from featurizers_causal_basis.differentiated import DifferentiatedEnergy
-from featurizers_causal_basis.energy import Tokens
-from featurizers_causal_basis.exact import ExactEnergy
-from featurizers_causal_basis.logit_lens import LogitLens
-from featurizers_causal_basis.norms import recognise
-from featurizers_causal_basis.readouts import AffineNorm, Decoder
-from featurizers_causal_basis.reduction import Processes
-from featurizers_causal_basis.tuned_lens import TunedLens
+from featurizers_causal_basis import AffineNorm, Decoder, LogitLens, TunedLens
+from featurizers_causal_basis.lens.norms import recognise
+from featurizers_causal_basis.solve.differentiated import DifferentiatedEnergy
+from featurizers_causal_basis.solve.energy import Tokens
+from featurizers_causal_basis.solve.exact import ExactEnergy
+from featurizers_causal_basis.solve.processes import Processes
 from torch import Tensor, nn
 
 from tests.support.models import ARCHITECTURES, LAYERS, WIDTH, fresh_model, module_of, prompts, read, tiny_model
@@ -67,7 +65,7 @@ def test_what_the_formula_is_evaluated_in_parts_of_does_not_matter(monkeypatch):
     form = Decoder(decoder("layer", True)).affine_norm(0)
     v = torch.eye(D).double()[0]
     whole, whole_grad = ExactEnergy(tokens, form).value_and_grad(v)
-    monkeypatch.setattr("featurizers_causal_basis.exact.CHUNK", {"cpu": 7 * VOCABULARY})
+    monkeypatch.setattr("featurizers_causal_basis.solve.exact.CHUNK", {"cpu": 7 * VOCABULARY})
     value, grad = ExactEnergy(tokens, form).value_and_grad(v)
     assert value == pytest.approx(whole, abs=1e-14)
     assert torch.allclose(grad, whole_grad, atol=1e-14, rtol=0)
@@ -229,7 +227,7 @@ def test_files_of_no_tuned_lens_of_the_model_are_refused(tmp_path):
         TunedLens.load(model, tuned(tmp_path, weights, None, lens_type="gated"))
     with pytest.raises(WeightsError, match="finite tensor of shape"):
         TunedLens.load(model, tuned(tmp_path, weights, None, d_model=WIDTH + 1))
-    with pytest.raises(WeightsError, match="does not hold"):
+    with pytest.raises(WeightsError, match="does not hold exactly"):
         TunedLens.load(model, tuned(tmp_path, weights, None, num_hidden_layers=LAYERS + 1))
     with pytest.raises(ShapeError, match=f"has {LAYERS} blocks"):
         TunedLens.load(model, tuned(tmp_path, weights[:2], None))

@@ -6,18 +6,23 @@ import warnings
 import pytest
 import torch
 from featurizers.errors import ShapeError, UsageError
-from featurizers_causal_basis.differentiated import DifferentiatedEnergy
-from featurizers_causal_basis.energy import Tokens
-from featurizers_causal_basis.exact import ExactEnergy
-from featurizers_causal_basis.extraction import NoDirectionWarning, extract_causal_bases, iterate_causal_bases
-from featurizers_causal_basis.logit_lens import LogitLens
-from featurizers_causal_basis.massive import MassiveTokenWarning
-from featurizers_causal_basis.presets import PRESETS, Preset
-from featurizers_causal_basis.readouts import Decoder
-from featurizers_causal_basis.reduction import Processes
-from featurizers_causal_basis.remainder import Remainder
-from featurizers_causal_basis.solver import search
-from featurizers_causal_basis.tuned_lens import TunedLens
+from featurizers_causal_basis import (
+    PRESETS,
+    Decoder,
+    LogitLens,
+    MassiveTokenWarning,
+    NoDirectionWarning,
+    Preset,
+    TunedLens,
+    extract_causal_bases,
+    iterate_causal_bases,
+)
+from featurizers_causal_basis.solve.differentiated import DifferentiatedEnergy
+from featurizers_causal_basis.solve.energy import Tokens
+from featurizers_causal_basis.solve.exact import ExactEnergy
+from featurizers_causal_basis.solve.processes import Processes
+from featurizers_causal_basis.solve.remainder import Remainder
+from featurizers_causal_basis.solve.solver import search
 from torch import Tensor, nn
 
 from tests.support.models import LAYERS, WIDTH, fresh_model, hooked, hooks_of, module_of, prompts, tiny_model
@@ -86,7 +91,7 @@ def test_an_energy_by_resampling_is_that_of_one_derangement():
     (other,) = extract_causal_bases(run, [h], 2, mode="resample", seed=6)
     assert torch.equal(basis.directions, again.directions)
     assert not torch.equal(basis.energies, other.energies)
-    from featurizers_causal_basis.derangement import derangement
+    from featurizers_causal_basis.inputs import derangement
 
     moved = h[derangement(N, torch.Generator().manual_seed(5))]
     v = basis.vectors[:, [0]]
@@ -185,7 +190,7 @@ def test_the_best_loser_of_a_step_is_tried_again_at_the_next(monkeypatch):
         losers.append(found.losers)
         return found
 
-    monkeypatch.setattr("featurizers_causal_basis.extraction.search", watched)
+    monkeypatch.setattr("featurizers_causal_basis.solve.extraction.search", watched)
     extract_causal_bases(decoder(), [hiddens()], 3)
     for j in (1, 2):
         assert torch.equal(starts[j][-1], losers[j - 1][0])
@@ -440,13 +445,13 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         ({"max_iter": 0}, UsageError, "max_iter is a whole number"),
         ({"mode": "median"}, UsageError, "not 'median'"),
         ({"preset": "slow"}, UsageError, "there are multi, fast, reference"),
-        ({"layers": [1]}, UsageError, "layers are among 0 to 0"),
+        ({"layers": [1]}, UsageError, "layers are distinct numbers from 0 to 0"),
         ({"min_energy": float("nan")}, UsageError, "min_energy"),
-        ({"mask": torch.ones(N - 1, dtype=torch.bool)}, ShapeError, "the mask says of each token"),
+        ({"mask": torch.ones(N - 1, dtype=torch.bool)}, ShapeError, "a mask has one boolean, 0 or 1 for each token"),
         ({"mask": torch.zeros(N, dtype=torch.bool)}, UsageError, "leaves out every token"),
         ({"inputs": []}, ShapeError, "a sequence of real tensors"),
         ({"inputs": [torch.full((4, D), float("nan")).double()]}, UsageError, "NaN or infinity"),
-        ({"inputs": [torch.ones(1, D).double()]}, UsageError, "takes 2 tokens or more"),
+        ({"inputs": [torch.ones(1, D).double()]}, UsageError, "needs 2 tokens or more"),
         ({"inputs": torch.ones(4, D).double()}, ShapeError, r"\[h\] for one layer"),
         ({"inputs": [torch.ones(4, D + 1).double()]}, ShapeError, f"the readout is of width {D}"),
         ({"model": 3}, UsageError, "a decoder is a module or a function"),

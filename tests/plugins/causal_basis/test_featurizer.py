@@ -106,10 +106,10 @@ def test_what_is_no_causal_basis_is_refused():
         (good[:, 0], energies, mean, "columns of a real matrix"),
         (good.long(), energies, mean, "columns of a real matrix"),
         (good * float("nan"), energies, mean, "directions hold NaN"),
-        (good, energies[:2], mean, r"energies have shape \(3,\)"),
+        (good, energies[:2], mean, r"energies must be real of shape \(3,\)"),
         (good, energies.flip(0), mean, "descending"),
         (good, energies / 0, mean, "energies hold NaN or infinity"),
-        (good, energies, mean[:7], r"mean have shape \(8,\)"),
+        (good, energies, mean[:7], r"mean must be real of shape \(8,\)"),
     ]
     for vectors, sizes, centre, words in cases:
         with pytest.raises(BasisError, match=words):
@@ -156,7 +156,7 @@ def test_the_first_vectors_are_loaded_alone(tmp_path):
         assert torch.equal(part.vectors, f.vectors[:, :2])
         assert part.record == f.truncate(2).record
     for indices in ([1], [1, 0], [0, 2]):
-        with pytest.raises(UsageError, match="the first directions are loaded alone"):
+        with pytest.raises(UsageError, match="only the first directions of a causal basis can be loaded alone"):
             featurizers.load(folder, indices=indices)
     with pytest.raises(FeatureIndexError):
         featurizers.load(folder, indices=range(4))

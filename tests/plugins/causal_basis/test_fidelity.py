@@ -12,8 +12,8 @@ from featurizers_causal_basis import (
     causal_fidelity,
     derange,
 )
+from featurizers_causal_basis.fidelity import spearman
 from featurizers_causal_basis.pictures import energies_by_layer, fidelity_plot
-from featurizers_causal_basis.ranks import spearman
 
 from tests.support.models import VOCABULARY, WIDTH, fresh_model, hooked, hooks_of, module_of, prompts, read, tiny_model
 
@@ -140,11 +140,15 @@ def test_wrong_input_is_refused_in_one_line():
         (UsageError, "does not say where it belongs", {"basis": nowhere}),
         (UsageError, "leaves out every token", {"mask": torch.zeros(2, 5, dtype=torch.bool)}),
         (UsageError, "batch_size", {"batch_size": 0}),
-        (ShapeError, "the mask says", {"mask": torch.ones(2, 4, dtype=torch.bool)}),
+        (ShapeError, "a mask has one boolean", {"mask": torch.ones(2, 4, dtype=torch.bool)}),
         (ShapeError, "token ids", {"tokens": ids[0]}),
         (ShapeError, "token ids", {"tokens": {"inputs_embeds": normal(2, 5, WIDTH)}}),
         (SiteError, "3 layers", {"basis": basis(site="resid.post:7")}),
-        (UsageError, "none stays", {"basis": basis(mode="resample"), "mask": torch.arange(10).reshape(2, 5) == 3}),
+        (
+            UsageError,
+            "leaves no token in its place",
+            {"basis": basis(mode="resample"), "mask": torch.arange(10).reshape(2, 5) == 3},
+        ),
     ]:
         with pytest.raises(error, match=words):
             causal_fidelity(**{"basis": f, "model": model, "tokens": ids, **arguments})

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from featurizers.errors import UsageError
-from featurizers_causal_basis.prompts import read_prompts
+from featurizers_causal_basis.command.prompts import read_prompts
 
 from tests.support.models import fresh_model, save_language_model
 
@@ -59,11 +59,11 @@ def test_so_many_tokens_and_no_longer_prompts(file, tokenizer):
 def test_files_that_are_none(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     for content, message in {
-        "{": "a.jsonl:1: it is not JSON",
-        '{"text": "w1 w2 w3"}\n[1]': r"a.jsonl:2: an object with a text under 'text' was expected, not \[1\]",
+        "{": "a.jsonl:1: the line is not JSON",
+        '{"text": "w1 w2 w3"}\n[1]': r"a.jsonl:2: expected an object with a text under 'text', not \[1\]",
         '{"words": "w1"}': "under 'text'",
         '{"text": 3}': "under 'text'",
-        '{"text": "w1 w2"}': "has 1 tokens that take part",
+        '{"text": "w1 w2"}': "has 1 tokens to use",
         "": "has 0 tokens",
     }.items():
         path.write_text(content)

@@ -14,7 +14,7 @@ from featurizers.models import Inputs, first_tensor, hook
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from featurizers_causal_basis.norms import AGREES
+from featurizers_causal_basis.lens.norms import AGREES
 
 
 @final

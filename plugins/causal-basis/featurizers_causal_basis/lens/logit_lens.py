@@ -12,8 +12,8 @@ from featurizers.models import Place, hook
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from featurizers_causal_basis.norms import AGREES
-from featurizers_causal_basis.readouts import AffineNorm, Readout, fold, hash_of
+from featurizers_causal_basis.lens.norms import AGREES
+from featurizers_causal_basis.lens.readouts import AffineNorm, Readout, fold, hash_of
 
 
 @final

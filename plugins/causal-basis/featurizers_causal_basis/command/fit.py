@@ -20,49 +20,43 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from torch import nn
 
-from featurizers_causal_basis.extraction import extract_causal_bases
+from featurizers_causal_basis.command.prompts import read_prompts
 from featurizers_causal_basis.featurizer import SITES, CausalBasisFeaturizer
-from featurizers_causal_basis.logit_lens import LogitLens
+from featurizers_causal_basis.lens import LogitLens, Readout, TunedLens
 from featurizers_causal_basis.pictures import energies_by_layer, matplotlib_figure
-from featurizers_causal_basis.presets import preset_of
-from featurizers_causal_basis.progress import Progress
-from featurizers_causal_basis.prompts import read_prompts
-from featurizers_causal_basis.readouts import Readout
-from featurizers_causal_basis.tuned_lens import TunedLens
+from featurizers_causal_basis.solve import Preset, Progress, extract_causal_bases
 
 PICTURE = "energies.png"
 
 
 def fit_command(
     model: Annotated[str, typer.Option("--model", help="Hub id, folder or .gguf file of a language model.")],
-    data: Annotated[str, typer.Option("--data", help="Texts, one a line; in a .jsonl file objects, one a line.")],
+    data: Annotated[str, typer.Option("--data", help="Texts, one per line; in a .jsonl file objects, one per line.")],
     out: Annotated[Path, typer.Option(help="A new folder.")],
-    layers: Annotated[str | None, typer.Option(help="Such as 4,8,12 or 0-29; all if not given.")] = None,
-    k: Annotated[int, typer.Option("-k", "--vectors", min=1, help="Vectors a layer.")] = 16,
+    layers: Annotated[str | None, typer.Option(help="Such as 4,8,12 or 0-29; default: all.")] = None,
+    k: Annotated[int, typer.Option("-k", "--vectors", min=1, help="Vectors per layer.")] = 16,
     readout: Annotated[
         str, typer.Option(help="logit-lens, tuned-lens:FOLDER, or model, which is slow.")
     ] = "logit-lens",
-    mode: Annotated[str, typer.Option(help="What a direction is ablated to: mean, resample or zero.")] = "mean",
+    mode: Annotated[str, typer.Option(help="Ablate a direction to: mean, resample or zero.")] = "mean",
     preset: Annotated[str, typer.Option(help="multi, fast, reference or reference-axes.")] = "multi",
     side: Annotated[str, typer.Option(help="Of the blocks: input or output.")] = "output",
-    min_energy: Annotated[
-        float, typer.Option(min=0.0, help="Leave out vectors of less energy, in nats per token.")
-    ] = 0.0,
-    tokens: Annotated[int, typer.Option(min=2, help="How many tokens take part.")] = 1024,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of a prompt at most.")] = 128,
-    mask_first: Annotated[int, typer.Option(min=0, help="Tokens at a prompt's start that take no part.")] = 1,
+    min_energy: Annotated[float, typer.Option(min=0.0, help="Drop vectors with less energy, in nats per token.")] = 0.0,
+    tokens: Annotated[int, typer.Option(min=2, help="Number of tokens to use.")] = 1024,
+    length: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt.")] = 128,
+    mask_first: Annotated[int, typer.Option(min=0, help="Tokens to leave out at the start of each prompt.")] = 1,
     key: Annotated[str, typer.Option(help="Of the text in the objects of a .jsonl file.")] = "text",
-    max_iter: Annotated[int, typer.Option(min=1, help="Iterations of L-BFGS a vector.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts a forward pass.")] = 8,
+    max_iter: Annotated[int, typer.Option(min=1, help="Iterations of L-BFGS per vector.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per forward pass.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
-    checkpoints: Annotated[Path | None, typer.Option(help="Folder to save the state in, and to go on from.")] = None,
+    checkpoints: Annotated[Path | None, typer.Option(help="Folder to save the state in and to resume from.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16 or auto.")] = "float32",
     push: Annotated[str | None, typer.Option(help="Repository of the Hub to upload to, owner/name.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Find the directions of some layers whose ablation moves the output most, and save them."""
-    preset_of(preset)
+    Preset.named(preset)
     make_readout = _readout(readout)
     for name, value, allowed in (
         ("mode", mode, ("mean", "resample", "zero")),
@@ -71,22 +65,22 @@ def fit_command(
         if value not in allowed:
             raise UsageError(f"--{name} is one of {', '.join(allowed)}, not {value!r}")
     refuse_full(out.expanduser())
-    matplotlib_figure()  # missed before the search and not after it
+    matplotlib_figure()  # if it is missing, fail before the search
     loaded = load_model(model, device=device, dtype=dtype_named(dtype))
     n_layers = Anatomy(loaded.model).n_layers
     numbers = list(range(n_layers)) if layers is None else layer_numbers(layers, n_layers)
     prompts = read_prompts(data, loaded.tokenizer, tokens=tokens, length=length, skipped=mask_first, key=key)
-    where = next(loaded.model.parameters()).device
+    target = next(loaded.model.parameters()).device
     with _Bar(len(numbers) * k, shown=not as_json) as bar:
-        found = extract_causal_bases(
+        bases = extract_causal_bases(
             make_readout(loaded.model),
-            {"input_ids": prompts.ids.to(where), "attention_mask": prompts.attention.long().to(where)},
+            {"input_ids": prompts.ids.to(target), "attention_mask": prompts.attention.long().to(target)},
             k,
             max_iter=max_iter,
             min_energy=min_energy,
             mode=mode,  # type: ignore[arg-type]  # checked above
             layers=numbers,
-            mask=prompts.mask.to(where),
+            mask=prompts.mask.to(target),
             mask_rule=prompts.rule,
             side=side,  # type: ignore[arg-type]
             preset=preset,
@@ -97,18 +91,18 @@ def fit_command(
             model_id=_name(model, loaded),
             model_revision=loaded.revision,
         )
-    if not found:
+    if not bases:
         raise UsageError(f"no layer has a direction of {min_energy} nats per token; give a smaller --min-energy")
-    bases = {str(basis.site): _labelled(basis, Path(data).name, prompts.ids.shape[0]) for basis in found}
-    folder = _save(bases, out)
-    energies_by_layer(bases).savefig(folder / PICTURE, dpi=150)
+    by_site = {str(basis.site): _labelled(basis, Path(data).name, prompts.ids.shape[0]) for basis in bases}
+    folder = _save(by_site, out)
+    energies_by_layer(by_site).savefig(folder / PICTURE, dpi=150)
     result = {
         "folder": str(folder),
         "picture": str(folder / PICTURE),
-        "n_tokens": found[0].record.n_tokens,
-        "mask": found[0].record.mask,
+        "n_tokens": bases[0].record.n_tokens,
+        "mask": bases[0].record.mask,
         "units": "nats/token",
-        "layers": [_row(site, basis) for site, basis in bases.items()],
+        "layers": [_row(site, basis) for site, basis in by_site.items()],
     }
     if push is not None:
         url = featurizers.push(folder, push)
@@ -116,16 +110,16 @@ def fit_command(
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=True))
         return
-    Console().print(_table(bases))
+    Console().print(_table(by_site))
     print(f"Energies of single vectors, of {result['n_tokens']} tokens: {result['mask']}.")
     print(f"Artefact: {folder}, picture: {result['picture']}" + (f", {result['url']}" if push is not None else ""))
 
 
 def _readout(text: str) -> Callable[[nn.Module], Readout | nn.Module]:
-    """What makes the readout that an option names of a model.
+    """Return the function from a model to the readout that an option names.
 
     Raises:
-        UsageError: it names none.
+        UsageError: the option names no readout.
     """
     if text == "logit-lens":
         return LogitLens
@@ -138,7 +132,7 @@ def _readout(text: str) -> Callable[[nn.Module], Readout | nn.Module]:
 
 
 def _name(model: str, loaded: LanguageModel) -> str:
-    """The model's Hub id, or the last part of a path, which says nothing of this machine."""
+    """Return the model's Hub id, or the last part of a path, which reveals nothing of this machine."""
     return model if loaded.revision else Path(model).name or model
 
 
@@ -149,7 +143,7 @@ def _labelled(basis: CausalBasisFeaturizer, data: str, n_prompts: int) -> Causal
 
 
 def _save(bases: dict[str, CausalBasisFeaturizer], out: Path) -> Path:
-    """An artefact of the only layer, or a collection with one a layer."""
+    """Save the artefact of a single layer, or a collection with one per layer."""
     if len(bases) == 1:
         return next(iter(bases.values())).save_pretrained(out)
     return featurizers.save_collection({_subfolder(site): basis for site, basis in bases.items()}, out)

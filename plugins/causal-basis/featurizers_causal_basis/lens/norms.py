@@ -32,7 +32,7 @@ class Norm:
     shift: Float[Tensor, " d"] | None
 
     def __call__(self, z: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        """The normalised rows, in the dtype of the input."""
+        """Return the normalised rows, in the dtype of the input."""
         z = z - z.mean(dim=-1, keepdim=True) if self.centred else z
         z = z * (z.square().mean(dim=-1, keepdim=True) + self.eps).rsqrt()
         z = z if self.gain is None else z * self.gain.to(z)

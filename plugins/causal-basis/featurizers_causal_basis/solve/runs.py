@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from featurizers_causal_basis.reduction import Processes
+from featurizers_causal_basis.solve.processes import Processes
 
 IDENTITY = "run.json"
 

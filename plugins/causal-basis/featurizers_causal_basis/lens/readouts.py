@@ -1,4 +1,4 @@
-"""Readouts: what turns the activations of a layer into a distribution over the vocabulary."""
+"""`Readout`, what every lens implements; `AffineNorm`, its closed form; and `Decoder`, any callable as a readout."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from featurizers.errors import ShapeError, UsageError
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from featurizers_causal_basis.norms import recognise
+from featurizers_causal_basis.lens.norms import recognise
 
 
 @dataclass(frozen=True, eq=False)
 class AffineNorm:
     """log p(h) = log_softmax(G n(T h + t) + bias), where n(z) = c(z) / sqrt(|c(z)|²/d + eps) and G = W diag(gain).
 
-    A readout of this form needs no product of all tokens with the unembedding to say what ablating a direction does:
-    see `featurizers_causal_basis.exact`.
+    The energy of a direction through a readout of this form needs no product of all tokens with the unembedding; see
+    `featurizers_causal_basis.solve.exact`.
 
     Attributes:
         unembedding: W, which may be the model's own tensor.
-        bias: on the logits, with the norm's shift folded in; None for zero.
+        bias: on the logits, with the norm's bias folded in; None for zero.
         eps: added to the variance.
-        centred: whether c takes the mean over the width away (LayerNorm) or does nothing (RMSNorm).
+        centred: True if c subtracts the mean over the width (LayerNorm), False if c is the identity (RMSNorm).
         translator: T; None for the identity.
         offset: t; None for zero.
         gain: the norm's, with any factor on the logits; None for ones.
@@ -43,7 +43,7 @@ class AffineNorm:
     gain: Float[Tensor, " d"] | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> AffineNorm:
-        """The same with its tensors elsewhere or in another dtype."""
+        """Return the same form with its tensors moved and cast."""
         moved = [
             None if tensor is None else tensor.to(device, dtype)
             for tensor in (self.unembedding, self.bias, self.translator, self.offset, self.gain)
@@ -51,62 +51,63 @@ class AffineNorm:
         return AffineNorm(moved[0], moved[1], self.eps, self.centred, moved[2], moved[3], moved[4])  # type: ignore[arg-type]
 
     def centre(self, z: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
-        """c(z)."""
+        """Return c(z)."""
         return z - z.mean(dim=-1, keepdim=True) if self.centred else z
 
     def scaled(self, z: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
-        """Each column times the gain."""
+        """Return z times the gain, column by column."""
         return z if self.gain is None else z * self.gain
 
     def translated(self, h: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
-        """c(T h + t)."""
+        """Return c(T h + t)."""
         z = h if self.translator is None else h @ self.translator.mT
         return self.centre(z if self.offset is None else z + self.offset)
 
     def logits(self, h: Float[Tensor, "n d"]) -> Float[Tensor, "n vocabulary"]:
-        """Logits, in the dtype of the tensors."""
+        """Return the logits, in the dtype of the tensors."""
         z = self.translated(h)
         z = self.scaled(z * (z.square().mean(dim=-1, keepdim=True) + self.eps).rsqrt())
         return z @ self.unembedding.mT if self.bias is None else torch.addmm(self.bias, z, self.unembedding.mT)
 
     def log_probs(self, h: Float[Tensor, "n d"]) -> Float[Tensor, "n vocabulary"]:
-        """Log-probabilities, in the dtype of the tensors."""
+        """Return the log-probabilities, in the dtype of the tensors."""
         return self.logits(h).log_softmax(dim=-1)
 
 
 class Readout(abc.ABC):
-    """What turns the activations of a layer into a distribution over the vocabulary, token by token.
+    """Function from the activations of a layer to a distribution over the vocabulary, token by token.
 
-    A layer is named by its depth: how many blocks have run. The input of block i has depth i, its output i + 1.
+    A layer is identified by its depth, the number of blocks before it: the input of block i has depth i, its output
+    i + 1.
     """
 
     name: str
-    """What records call it, such as ``logit-lens``."""
+    """Name in records, such as ``logit-lens``."""
 
     model: nn.Module | None = None
-    """The decoder that it belongs to, where hidden states can be collected from token ids."""
+    """Decoder that the readout belongs to. Hidden states can be collected from its token ids."""
 
     @abc.abstractmethod
     def log_probs(self, h: Float[Tensor, "n d"], depth: int) -> Float[Tensor, "n vocabulary"]:
-        """Log-probabilities of each row, differentiable in it, in fp32 at least."""
+        """Return the log-probabilities of each row, differentiable in it, in fp32 at least."""
 
     @abc.abstractmethod
     def affine_norm(self, depth: int) -> AffineNorm | None:
-        """The same as a formula, None where it has not this form."""
+        """Return the closed form of `log_probs`, None if it is not an `AffineNorm`."""
 
     @property
     @abc.abstractmethod
     def sha256(self) -> str | None:
-        """Hash of the tensors that it is made of; None if they are not known."""
+        """Hash of the readout's tensors; None if they are unknown."""
 
     @property
     def unembedding(self) -> Float[Tensor, "vocabulary d"] | None:
-        """The matrix that makes logits, without the norm's gain; None if there is none that is known."""
+        """Matrix that makes logits, without the norm's gain; None if it is unknown."""
         return None
 
     @property
     def n_layers(self) -> int | None:
-        """Number of blocks; None if it is not known."""
+        """Number of blocks; None if it is unknown."""
         return None
 
 
@@ -114,10 +115,11 @@ class Readout(abc.ABC):
 class Decoder(Readout):
     """Any callable from activations ``(n, d)`` to logits ``(n, vocabulary)``, the same at each layer.
 
-    An `nn.Sequential` of a LayerNorm or RMSNorm and an `nn.Linear` is recognised, and takes the exact road.
+    The closed form is used for an `nn.Sequential` of a LayerNorm or RMSNorm and an `nn.Linear`.
 
     Args:
-        decode: the callable. If it is a module, its parameters' gradients are never computed, nor its flags changed.
+        decode: the callable. Gradients of a module's parameters are never computed, and their flags are left as they
+            are.
 
     Example:
         >>> decoder = Decoder(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 10)))
@@ -138,16 +140,11 @@ class Decoder(Readout):
         self._decode = decode
 
     def log_probs(self, h: Float[Tensor, "n d"], depth: int) -> Float[Tensor, "n vocabulary"]:
-        """See `Readout.log_probs`; the same at each depth. The callable is given its own dtype."""
-        own = next(iter(self._decode.parameters()), h) if isinstance(self._decode, nn.Module) else h
-        logits = self._decode(h.to(own.dtype))
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(h):
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ShapeError(f"the decoder was given activations {tuple(h.shape)} and returns {got}, not a row each")
-        return logits.to(torch.promote_types(logits.dtype, torch.promote_types(h.dtype, torch.float32))).log_softmax(-1)
+        """See `Readout.log_probs`. The same at each depth; a module is called in its own dtype."""
+        return log_probs_by(self._decode, "decoder", h)
 
     def affine_norm(self, depth: int) -> AffineNorm | None:
-        """See `Readout.affine_norm`: of a norm followed by a linear map."""
+        """See `Readout.affine_norm`. For a norm followed by a linear map."""
         return self._affine
 
     @functools.cached_property
@@ -159,36 +156,60 @@ class Decoder(Readout):
 
     @property
     def unembedding(self) -> Float[Tensor, "vocabulary d"] | None:
-        """See `Readout.unembedding`: of a linear map, alone or last in a sequence."""
+        """See `Readout.unembedding`. For a linear map, alone or last in a sequence."""
         last = self._decode[-1] if isinstance(self._decode, nn.Sequential) and len(self._decode) else self._decode
         return last.weight.detach() if isinstance(last, nn.Linear) else None
 
     @functools.cached_property
     def sha256(self) -> str | None:
-        """See `Readout.sha256`: of a module's parameters and buffers."""
+        """See `Readout.sha256`. Covers a module's parameters and buffers."""
         return hash_of(self._decode.state_dict().values()) if isinstance(self._decode, nn.Module) else None
 
 
+def log_probs_by(
+    function: Callable[..., Tensor], name: str, h: Float[Tensor, "n d"], *arguments: int
+) -> Float[Tensor, "n vocabulary"]:
+    """Return log-probabilities from the logits of a callable, in fp32 at least. A module is called in its own dtype.
+
+    Args:
+        function: the callable.
+        name: of the function in errors.
+        h: its first argument.
+        arguments: the rest.
+
+    Raises:
+        ShapeError: the result does not have one row of logits for each row of ``h``.
+    """
+    own = next(function.parameters(), h) if isinstance(function, nn.Module) else h
+    logits = function(h.to(own.dtype), *arguments)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(h):
+        result = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ShapeError(
+            f"the {name} must return one row of logits for each activation {tuple(h.shape)}, but returns {result}"
+        )
+    return logits.to(torch.promote_types(logits.dtype, torch.promote_types(h.dtype, torch.float32))).log_softmax(-1)
+
+
 def fold(norm: nn.Module, linear: nn.Module, factor: float = 1.0) -> AffineNorm | None:
-    """A norm and the linear map after it as one formula, with a factor on the logits; None for other norms."""
+    """Return a norm and the linear map after it as one formula, with a factor on the logits; None for other norms."""
     weight, bias = (dict(linear.named_parameters(recurse=False)).get(name) for name in ("weight", "bias"))
-    if weight is None or weight.dim() != 2 or (found := recognise(norm, weight.shape[1])) is None:
+    if weight is None or weight.dim() != 2 or (formula := recognise(norm, weight.shape[1])) is None:
         return None
     dtype = torch.promote_types(weight.dtype, torch.float32)
     unembedding = weight.detach().to(dtype)
     shift = None if bias is None else bias.detach().to(dtype)
-    if found.shift is not None:
-        moved = unembedding @ found.shift.to(unembedding)
+    if formula.shift is not None:
+        moved = unembedding @ formula.shift.to(unembedding)
         shift = moved if shift is None else shift + moved
-    gain = None if found.gain is None else found.gain.to(unembedding)
+    gain = None if formula.gain is None else formula.gain.to(unembedding)
     if factor != 1.0:
         gain = (torch.ones_like(unembedding[0]) if gain is None else gain) * factor
         shift = None if shift is None else shift * factor
-    return AffineNorm(unembedding, shift, found.eps, found.centred, gain=gain)
+    return AffineNorm(unembedding, shift, formula.eps, formula.centred, gain=gain)
 
 
 def hash_of(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 over the dtypes, shapes and bytes of tensors, in their order."""
+    """Return the SHA-256 over the dtypes, shapes and bytes of tensors, in their order."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())

@@ -1,4 +1,4 @@
-"""Sums over the tokens of all processes, so that every process decides from the same numbers."""
+"""`Processes`: sums over the tokens of all processes, so that every process decides from the same numbers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that hold the tokens: those of a group, all if torch.distributed is initialised, or this alone.
+    """The processes that share the tokens; only this one if torch.distributed is not initialised.
 
     Attributes:
-        group: of torch.distributed; None for all processes, or for this alone.
+        group: of torch.distributed; None for all processes.
     """
 
     group: dist.ProcessGroup | None = None
 
     @property
     def size(self) -> int:
-        """How many processes."""
+        """Number of processes."""
         return dist.get_world_size(self.group) if dist.is_available() and dist.is_initialized() else 1
 
     @property
@@ -31,7 +31,7 @@ class Processes:
         return dist.get_rank(self.group) if self.size > 1 else 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes, in float64 on the CPU."""
+        """Return the sum over the processes, in float64 on the CPU."""
         total = tensor.detach().cpu().double()
         if self.size == 1:
             return total
@@ -40,7 +40,7 @@ class Processes:
         return total.cpu()
 
     def all(self, value: Any) -> list[Any]:
-        """What each process has, by rank."""
+        """Return the value of each process, by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -48,11 +48,11 @@ class Processes:
         return values
 
     def first(self, value: Any) -> Any:
-        """What process 0 has."""
+        """Return the value of process 0."""
         return self.all(value)[0]
 
     def rows(self, rows: Tensor) -> tuple[Tensor, int]:
-        """The rows of all processes, in the order of their ranks, and where those of this one begin."""
+        """Return the rows of all processes, by rank, and the index of this process's first row among them."""
         if self.size == 1:
             return rows, 0
         counts = self.all(len(rows))
@@ -64,6 +64,6 @@ class Processes:
         return whole.to(rows.device), sum(counts[: self.rank])
 
     def _device(self) -> torch.device:
-        """Where a tensor must be to be sent: NCCL sends from GPUs alone."""
+        """Return the device that tensors are sent from. NCCL sends only from GPUs."""
         nccl = dist.get_backend(self.group) == "nccl"
         return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
