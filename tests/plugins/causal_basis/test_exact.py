@@ -7,7 +7,6 @@ import pytest
 import torch
 from featurizers.errors import ConfigError, ShapeError, UsageError, WeightsError
 from featurizers_causal_basis import AffineNorm, Decoder, LogitLens, TunedLens
-from featurizers_causal_basis.lens.norms import recognise
 from featurizers_causal_basis.solve.differentiated import DifferentiatedEnergy
 from featurizers_causal_basis.solve.energy import Tokens
 from featurizers_causal_basis.solve.exact import ExactEnergy
@@ -178,14 +177,17 @@ def test_norms_are_recognised_by_what_they_compute():
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).tanh()
 
+    def form_of(norm: nn.Module) -> AffineNorm | None:
+        return Decoder(nn.Sequential(norm, nn.Linear(D, VOCABULARY))).affine_norm(0)
+
     gemma = Gemma()
-    found = recognise(gemma, D)
-    assert found is not None
-    assert not found.centred
-    assert torch.allclose(found.gain.float(), 1 + gemma.weight)
-    assert recognise(Other(), D) is None
-    assert recognise(nn.Identity(), D) is None
-    layer = recognise(nn.LayerNorm(D, eps=1e-2), D)
+    form = form_of(gemma)
+    assert form is not None
+    assert not form.centred
+    assert torch.allclose(form.gain, 1 + gemma.weight)
+    assert form_of(Other()) is None
+    assert form_of(nn.Identity()) is None
+    layer = form_of(nn.LayerNorm(D, eps=1e-2))
     assert layer.centred
     assert layer.eps == 1e-2
 

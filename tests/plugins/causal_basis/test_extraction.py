@@ -421,7 +421,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     extract_causal_bases(run, [h], 2, preset="fast", resume=tmp_path / "run")
     with pytest.raises(UsageError, match="k was 2 and is 3; mode was 'mean' and is 'zero'"):
         extract_causal_bases(run, [h], 3, mode="zero", preset="fast", resume=tmp_path / "run")
-    with pytest.raises(UsageError, match="the activations of layer 0 were others"):
+    with pytest.raises(UsageError, match="the activations of layer 0 have changed"):
         extract_causal_bases(run, [h + 1], 2, preset="fast", resume=tmp_path / "run")
     other = decoder()
     with torch.no_grad():

@@ -10,13 +10,11 @@ from typing import Annotated, Any
 import featurizers
 import typer
 from featurizers import Anatomy
-from featurizers.cli import dtype_named, layer_numbers
+from featurizers.cli import dtype_named, layer_numbers, progress_bar
 from featurizers.errors import UsageError
 from featurizers.files import refuse_full
-from featurizers.models import LanguageModel, load_model
+from featurizers.models import load_model
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 from torch import nn
 
@@ -25,8 +23,6 @@ from featurizers_causal_basis.featurizer import SITES, CausalBasisFeaturizer
 from featurizers_causal_basis.lens import LogitLens, Readout, TunedLens
 from featurizers_causal_basis.pictures import energies_by_layer, matplotlib_figure
 from featurizers_causal_basis.solve import Preset, Progress, extract_causal_bases
-
-PICTURE = "energies.png"
 
 
 def fit_command(
@@ -71,7 +67,16 @@ def fit_command(
     numbers = list(range(n_layers)) if layers is None else layer_numbers(layers, n_layers)
     prompts = read_prompts(data, loaded.tokenizer, tokens=tokens, length=length, skipped=mask_first, key=key)
     target = next(loaded.model.parameters()).device
-    with _Bar(len(numbers) * k, shown=not as_json) as bar:
+
+    with progress_bar(len(numbers) * k, shown=not as_json, elapsed=True) as bar:
+
+        def tell(progress: Progress) -> None:
+            bar.reach(
+                progress.layers_done * progress.k + progress.vector + progress.found,
+                f"layer {progress.layer}, vector {progress.vector + 1}: {progress.energy:.4g} nats, "
+                f"{progress.evaluations} evaluations",
+            )
+
         bases = extract_causal_bases(
             make_readout(loaded.model),
             {"input_ids": prompts.ids.to(target), "attention_mask": prompts.attention.long().to(target)},
@@ -85,24 +90,31 @@ def fit_command(
             side=side,  # type: ignore[arg-type]
             preset=preset,
             seed=seed,
-            progress=bar.tell,
+            progress=tell,
             resume=checkpoints,
             batch_size=batch_size,
-            model_id=_name(model, loaded),
+            # the last part of a path, which reveals nothing of this machine
+            model_id=model if loaded.revision else Path(model).name or model,
             model_revision=loaded.revision,
         )
     if not bases:
         raise UsageError(f"no layer has a direction of {min_energy} nats per token; give a smaller --min-energy")
-    by_site = {str(basis.site): _labelled(basis, Path(data).name, prompts.ids.shape[0]) for basis in bases}
-    folder = _save(by_site, out)
-    energies_by_layer(by_site).savefig(folder / PICTURE, dpi=150)
+    for basis in bases:
+        basis.id = f"causal basis of {basis.site}"
+        basis.metadata = {**basis.metadata, "data": {"file": Path(data).name, "prompts": len(prompts.ids)}}
+    if len(bases) == 1:
+        folder = bases[0].save_pretrained(out)
+    else:
+        folder = featurizers.save_collection({_subfolder(basis): basis for basis in bases}, out)
+    picture = folder / "energies.png"
+    energies_by_layer({str(basis.site): basis for basis in bases}).savefig(picture, dpi=150)
     result = {
         "folder": str(folder),
-        "picture": str(folder / PICTURE),
+        "picture": str(picture),
         "n_tokens": bases[0].record.n_tokens,
         "mask": bases[0].record.mask,
         "units": "nats/token",
-        "layers": [_row(site, basis) for site, basis in by_site.items()],
+        "layers": [_row(basis) for basis in bases],
     }
     if push is not None:
         url = featurizers.push(folder, push)
@@ -110,7 +122,7 @@ def fit_command(
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=True))
         return
-    Console().print(_table(by_site))
+    Console().print(_table(bases))
     print(f"Energies of single vectors, of {result['n_tokens']} tokens: {result['mask']}.")
     print(f"Artefact: {folder}, picture: {result['picture']}" + (f", {result['url']}" if push is not None else ""))
 
@@ -131,74 +143,26 @@ def _readout(text: str) -> Callable[[nn.Module], Readout | nn.Module]:
     raise UsageError(f"--readout is logit-lens, model or tuned-lens:FOLDER, not {text!r}")
 
 
-def _name(model: str, loaded: LanguageModel) -> str:
-    """Return the model's Hub id, or the last part of a path, which reveals nothing of this machine."""
-    return model if loaded.revision else Path(model).name or model
+def _subfolder(basis: CausalBasisFeaturizer) -> str:
+    return str(basis.site).replace(":", "-")
 
 
-def _labelled(basis: CausalBasisFeaturizer, data: str, n_prompts: int) -> CausalBasisFeaturizer:
-    basis.id = f"causal basis of {basis.site}"
-    basis.metadata = {**basis.metadata, "data": {"file": data, "prompts": n_prompts}}
-    return basis
-
-
-def _save(bases: dict[str, CausalBasisFeaturizer], out: Path) -> Path:
-    """Save the artefact of a single layer, or a collection with one per layer."""
-    if len(bases) == 1:
-        return next(iter(bases.values())).save_pretrained(out)
-    return featurizers.save_collection({_subfolder(site): basis for site, basis in bases.items()}, out)
-
-
-def _subfolder(site: str) -> str:
-    return site.replace(":", "-")
-
-
-def _row(site: str, basis: CausalBasisFeaturizer) -> dict[str, Any]:
-    record = basis.record
+def _row(basis: CausalBasisFeaturizer) -> dict[str, Any]:
+    numbers = {name: getattr(basis.record, name) for name in ("joint_energy", "inversions", "evaluations")}
     return {
-        "site": site,
-        "subfolder": _subfolder(site),
+        "site": str(basis.site),
+        "subfolder": _subfolder(basis),
         "energies": basis.energies.tolist(),
-        "joint_energy": record.joint_energy,
-        "inversions": record.inversions,
-        "evaluations": record.evaluations,
+        **numbers,
     }
 
 
-def _table(bases: dict[str, CausalBasisFeaturizer]) -> Table:
+def _table(bases: list[CausalBasisFeaturizer]) -> Table:
     table = Table("site")
     for name in ("vectors", "first", "last", "all at once", "evaluations"):
         table.add_column(name, justify="right")
-    for site, basis in bases.items():
-        first, last, joint = float(basis.energies[0]), float(basis.energies[-1]), basis.record.joint_energy
-        shown = [f"{number:.4g}" for number in (first, last, joint if joint is not None else float("nan"))]
-        table.add_row(site, str(basis.n_features), *shown, str(basis.record.evaluations))
+    for basis in bases:
+        energies = float(basis.energies[0]), float(basis.energies[-1]), basis.record.joint_energy
+        shown = [f"{float('nan') if energy is None else energy:.4g}" for energy in energies]
+        table.add_row(str(basis.site), str(basis.n_features), *shown, str(basis.record.evaluations))
     return table
-
-
-class _Bar:
-    """A bar of the vectors with the energy so far, where it is shown and stderr is a terminal."""
-
-    def __init__(self, total: int, *, shown: bool) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        console = Console(stderr=True)
-        self._bar = Bar(*columns, console=console, disable=not (shown and console.is_terminal), transient=True)
-        self._task = self._bar.add_task("", total=total)
-
-    def tell(self, progress: Progress) -> None:
-        """Show how far it is."""
-        self._bar.update(
-            self._task,
-            completed=progress.layers_done * progress.k + progress.vector + progress.found,
-            description=f"layer {progress.layer}, vector {progress.vector + 1}: {progress.energy:.4g} nats, "
-            f"{progress.evaluations} evaluations",
-        )
-
-    def __enter__(self) -> _Bar:
-        """Show it."""
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Take it away."""
-        self._bar.stop()

@@ -56,12 +56,17 @@ def extract_causal_bases(
     if labels is not None:
         raise UsageError("energies by cross-entropy with labels are not computed here; leave labels out")
     readout = lens if isinstance(lens, Readout) else ExternalLens(lens)
-    layers = list(hiddens)[:-1]
-    if not layers:
-        raise UsageError("the last hidden states get no basis, as in tuned-lens: give those of two layers or more")
-    k = layers[0].shape[-1] if k < 1 else k
+    layers, k = without_last(hiddens, k)
     for basis in iterate_causal_bases(readout, layers, k, max_iter=max_iter, mode=mode, preset="reference"):
         yield CausalBasis(basis.energies, basis.vectors)
+
+
+def without_last(hiddens: Sequence[Tensor], k: int) -> tuple[list[Tensor], int]:
+    """Return all hidden states but the last, and k, which is their width if less than 1."""
+    layers = list(hiddens)[:-1]
+    if not layers:
+        raise UsageError("the last hidden states get no basis: give those of two layers or more")
+    return layers, layers[0].shape[-1] if k < 1 else k
 
 
 def remove_subspace(

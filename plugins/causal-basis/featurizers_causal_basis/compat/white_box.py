@@ -6,11 +6,11 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from featurizers.errors import UsageError
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from featurizers_causal_basis import solve
+from featurizers_causal_basis.compat.tuned_lens import without_last
 from featurizers_causal_basis.lens import ExternalLens, Readout
 from featurizers_causal_basis.record import Mode
 
@@ -54,10 +54,7 @@ def extract_causal_bases(
     """
     chosen: Sequence[Tensor] | Tensor = inputs
     if not isinstance(inputs, Tensor):
-        chosen = list(inputs)[:-1]
-        if not chosen:
-            raise UsageError("the last hidden states get no basis: give those of two layers or more")
-        k = chosen[0].shape[-1] if k < 1 else k
+        chosen, k = without_last(inputs, k)
     call = model.forward if isinstance(model, nn.Module) else model
     indexed = not isinstance(call, Readout) and "idx" in inspect.signature(call).parameters
     bases = solve.extract_causal_bases(

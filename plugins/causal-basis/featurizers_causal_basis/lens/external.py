@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import final
 
 import torch
+from featurizers.format import fingerprint
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from featurizers_causal_basis.lens.norms import AGREES
-from featurizers_causal_basis.lens.readouts import AffineNorm, Readout, fold, hash_of, log_probs_by
+from featurizers_causal_basis.lens.readouts import AffineNorm, Readout, agree, fold, log_probs_by
 
 
 @final
@@ -50,11 +50,9 @@ class ExternalLens(Readout):
         translator = (transform(torch.eye(d, dtype=like.dtype, device=like.device), depth) - offset).mT
         form = replace(plain, translator=translator.to(plain.unembedding), offset=offset.to(plain.unembedding))
         probe = torch.randn(4, d, generator=torch.Generator().manual_seed(0)).to(plain.unembedding)
-        expected, actual = self._lens(probe.to(like.dtype), depth).double(), form.logits(probe).double()
-        allowed = AGREES.get(like.dtype, 1e-5) * float(expected.abs().max())
-        return form if float((actual - expected).abs().max()) <= allowed else None
+        return form if agree(form.logits(probe), self._lens(probe.to(like.dtype), depth)) else None
 
     @property
     def sha256(self) -> str | None:
         """See `Readout.sha256`. Covers a module's parameters and buffers."""
-        return hash_of(self._lens.state_dict().values()) if isinstance(self._lens, nn.Module) else None
+        return fingerprint(self._lens.state_dict().values()) if isinstance(self._lens, nn.Module) else None

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import abc
 import functools
-import hashlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import final
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, final
 
 import torch
 from featurizers.errors import ShapeError, UsageError
+from featurizers.format import fingerprint
+from featurizers.models import Norm
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from featurizers_causal_basis.lens.norms import recognise
+AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+"""Largest difference that rounding explains, relative to the largest element."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +46,9 @@ class AffineNorm:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> AffineNorm:
         """Return the same form with its tensors moved and cast."""
-        moved = [
-            None if tensor is None else tensor.to(device, dtype)
-            for tensor in (self.unembedding, self.bias, self.translator, self.offset, self.gain)
-        ]
-        return AffineNorm(moved[0], moved[1], self.eps, self.centred, moved[2], moved[3], moved[4])  # type: ignore[arg-type]
+        tensors = ((name, value) for name, value in vars(self).items() if isinstance(value, Tensor))
+        moved: dict[str, Any] = {name: tensor.to(device, dtype) for name, tensor in tensors}
+        return replace(self, **moved)
 
     def centre(self, z: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
         """Return c(z)."""
@@ -79,13 +79,16 @@ class Readout(abc.ABC):
 
     A layer is identified by its depth, the number of blocks before it: the input of block i has depth i, its output
     i + 1.
+
+    Attributes:
+        name: in records, such as ``logit-lens``.
+        model: decoder that the readout belongs to, which hidden states can be collected from; None if unknown.
+        n_layers: number of blocks; None if unknown.
     """
 
     name: str
-    """Name in records, such as ``logit-lens``."""
-
     model: nn.Module | None = None
-    """Decoder that the readout belongs to. Hidden states can be collected from its token ids."""
+    n_layers: int | None = None
 
     @abc.abstractmethod
     def log_probs(self, h: Float[Tensor, "n d"], depth: int) -> Float[Tensor, "n vocabulary"]:
@@ -98,16 +101,11 @@ class Readout(abc.ABC):
     @property
     @abc.abstractmethod
     def sha256(self) -> str | None:
-        """Hash of the readout's tensors; None if they are unknown."""
+        """Hash of the readout's tensors; None if unknown."""
 
     @property
     def unembedding(self) -> Float[Tensor, "vocabulary d"] | None:
-        """Matrix that makes logits, without the norm's gain; None if it is unknown."""
-        return None
-
-    @property
-    def n_layers(self) -> int | None:
-        """Number of blocks; None if it is unknown."""
+        """Matrix that makes logits, without the norm's gain; None if unknown."""
         return None
 
 
@@ -163,7 +161,7 @@ class Decoder(Readout):
     @functools.cached_property
     def sha256(self) -> str | None:
         """See `Readout.sha256`. Covers a module's parameters and buffers."""
-        return hash_of(self._decode.state_dict().values()) if isinstance(self._decode, nn.Module) else None
+        return fingerprint(self._decode.state_dict().values()) if isinstance(self._decode, nn.Module) else None
 
 
 def log_probs_by(
@@ -171,14 +169,8 @@ def log_probs_by(
 ) -> Float[Tensor, "n vocabulary"]:
     """Return log-probabilities from the logits of a callable, in fp32 at least. A module is called in its own dtype.
 
-    Args:
-        function: the callable.
-        name: of the function in errors.
-        h: its first argument.
-        arguments: the rest.
-
     Raises:
-        ShapeError: the result does not have one row of logits for each row of ``h``.
+        ShapeError: the result does not have one row of logits for each row of ``h``; the message has ``name``.
     """
     own = next(function.parameters(), h) if isinstance(function, nn.Module) else h
     logits = function(h.to(own.dtype), *arguments)
@@ -190,29 +182,27 @@ def log_probs_by(
     return logits.to(torch.promote_types(logits.dtype, torch.promote_types(h.dtype, torch.float32))).log_softmax(-1)
 
 
+def agree(actual: Float[Tensor, "*shape"], expected: Float[Tensor, "*shape"]) -> bool:
+    """Return whether two results differ by no more than rounding in the dtype of the expected one."""
+    if actual.shape != expected.shape:
+        return False
+    allowed = AGREEMENT.get(expected.dtype, 1e-5) * float(expected.abs().max())
+    return float((actual.double() - expected.double()).abs().max()) <= allowed
+
+
 def fold(norm: nn.Module, linear: nn.Module, factor: float = 1.0) -> AffineNorm | None:
     """Return a norm and the linear map after it as one formula, with a factor on the logits; None for other norms."""
     weight, bias = (dict(linear.named_parameters(recurse=False)).get(name) for name in ("weight", "bias"))
-    if weight is None or weight.dim() != 2 or (formula := recognise(norm, weight.shape[1])) is None:
+    if weight is None or weight.dim() != 2 or (formula := Norm.of(norm, weight.shape[1], measured=False)) is None:
         return None
     dtype = torch.promote_types(weight.dtype, torch.float32)
     unembedding = weight.detach().to(dtype)
     shift = None if bias is None else bias.detach().to(dtype)
-    if formula.shift is not None:
-        moved = unembedding @ formula.shift.to(unembedding)
+    if formula.bias is not None:
+        moved = unembedding @ formula.bias.to(unembedding)
         shift = moved if shift is None else shift + moved
     gain = None if formula.gain is None else formula.gain.to(unembedding)
     if factor != 1.0:
         gain = (torch.ones_like(unembedding[0]) if gain is None else gain) * factor
         shift = None if shift is None else shift * factor
-    return AffineNorm(unembedding, shift, formula.eps, formula.centred, gain=gain)
-
-
-def hash_of(tensors: Iterable[Tensor]) -> str:
-    """Return the SHA-256 over the dtypes, shapes and bytes of tensors, in their order."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
-        plain = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(plain.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return AffineNorm(unembedding, shift, formula.epsilon, formula.centred, gain=gain)

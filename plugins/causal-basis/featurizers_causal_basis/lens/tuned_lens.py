@@ -11,12 +11,13 @@ from typing import Annotated, final
 import torch
 from featurizers.errors import ConfigError, ShapeError, WeightsError
 from featurizers.files import contained, load_torch, read_bytes
+from featurizers.format import fingerprint
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from featurizers_causal_basis.lens.logit_lens import LogitLens
-from featurizers_causal_basis.lens.readouts import AffineNorm, Readout, hash_of
+from featurizers_causal_basis.lens.readouts import AffineNorm, Readout
 
 
 class _Config(BaseModel):
@@ -49,12 +50,12 @@ class TunedLens(Readout):
 
     def __init__(self, model: nn.Module, weights: list[Tensor], biases: list[Tensor] | None = None) -> None:
         self._lens = LogitLens(model)
-        self.model: nn.Module = model
+        self.model, self.n_layers = model, self._lens.n_layers
         d = self._lens.unembedding.shape[-1]
         biases = [torch.zeros(d) for _ in weights] if biases is None else biases
-        if len(weights) != self._lens.n_layers or len(biases) != len(weights):
+        if len(weights) != self.n_layers or len(biases) != len(weights):
             raise ShapeError(
-                f"{type(model).__name__} has {self._lens.n_layers} blocks and needs a translator for the input of "
+                f"{type(model).__name__} has {self.n_layers} blocks and needs a translator for the input of "
                 f"each, got {len(weights)} matrices and {len(biases)} vectors"
             )
         for weight, bias in zip(weights, biases, strict=True):
@@ -99,14 +100,9 @@ class TunedLens(Readout):
         biases = [state[f"{i}.bias"].clone() for i in layers] if config.bias else None
         return cls(model, [state[f"{i}.weight"].clone() for i in layers], biases)
 
-    @property
-    def n_layers(self) -> int:
-        """Number of blocks."""
-        return len(self._weights)
-
     def log_probs(self, h: Float[Tensor, "n d"], depth: int) -> Float[Tensor, "n vocabulary"]:
         """See `Readout.log_probs`."""
-        if depth < self.n_layers:
+        if depth < len(self._weights):
             dtype = torch.promote_types(h.dtype, torch.float32)
             h = h.to(dtype)
             h = h + h @ self._weights[depth].to(h).mT + self._biases[depth].to(h)
@@ -115,7 +111,7 @@ class TunedLens(Readout):
     def affine_norm(self, depth: int) -> AffineNorm | None:
         """See `Readout.affine_norm`."""
         plain = self._lens.affine_norm(depth)
-        if plain is None or depth >= self.n_layers:
+        if plain is None or depth >= len(self._weights):
             return plain
         weight, bias = (part[depth].to(plain.unembedding) for part in (self._weights, self._biases))
         eye = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
@@ -129,5 +125,5 @@ class TunedLens(Readout):
     @functools.cached_property
     def sha256(self) -> str:
         """See `Readout.sha256`. Covers the logit lens and the translators."""
-        own = hash_of([*self._weights, *self._biases])
-        return hash_of([torch.frombuffer(bytearray.fromhex(own + self._lens.sha256), dtype=torch.uint8)])
+        own = fingerprint([*self._weights, *self._biases])
+        return fingerprint([torch.frombuffer(bytearray.fromhex(own + self._lens.sha256), dtype=torch.uint8)])

@@ -48,15 +48,8 @@ def quartic_maxima(
 
     x is the deviation of a token and g = ∇ log p(y) at a y drawn from its own distribution. To second order in x the
     energy of v is ½ mean (x·v)² vᵀ E[g gᵀ] v, which this estimates. Maximised by the higher-order power method (De
-    Lathauwer et al. 2000, section 3) from random starts; starts that end at the same vector count once.
-
-    Args:
-        tokens: whose energy is estimated.
-        scores: g of each token.
-        earlier: orthonormal columns.
-        restarts: number of random starts.
-        picked: most vectors to return.
-        seed: of the starts.
+    Lathauwer et al. 2000, section 3) from ``restarts`` random starts; at most ``picked``
+    different vectors are returned.
     """
     d = len(earlier)
     start = torch.randn(d, restarts, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

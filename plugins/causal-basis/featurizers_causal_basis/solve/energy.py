@@ -81,11 +81,7 @@ class Energy(abc.ABC):
 
     @abc.abstractmethod
     def scores(self, uniform: Float[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        """Return ∇ log p(y | h) in h for each token of this process.
-
-        Args:
-            uniform: a random number per token that draws y from p(· | h).
-        """
+        """Return ∇ log p(y | h) in h for each token of this process, at a y drawn from p(· | h) by a uniform number."""
 
 
 def draw(log_p: Float[Tensor, "n vocabulary"], uniform: Float[Tensor, " n"]) -> Tensor:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, final
 import torch
 from featurizers import Site
 from featurizers.errors import ShapeError, UsageError
-from featurizers.format import Side
+from featurizers.format import Side, fingerprint
 from featurizers.models import Inputs
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from featurizers_causal_basis.featurizer import SITES, CausalBasisFeaturizer
-from featurizers_causal_basis.lens import Decoder, Readout, hash_of
+from featurizers_causal_basis.lens import Decoder, Readout
 from featurizers_causal_basis.record import BasisRecord, Mode
 from featurizers_causal_basis.solve.candidates import quartic_maxima, scores_of, singular_vectors
 from featurizers_causal_basis.solve.energy import Energy
@@ -149,7 +149,7 @@ def iterate_causal_bases(model: Any, inputs: Any, k: int, **options: Any) -> Ite
 
 def _bases(model: Any, inputs: Any, options: ExtractionOptions) -> Iterator[CausalBasisFeaturizer]:
     source = _source(model, inputs, options)
-    numbers = _checked_layers(options.layers, source)
+    numbers = _checked_layers(options.layers, source.count)
     extraction = _Extraction(source, options, len(numbers))
     for done, layer in enumerate(numbers):
         energy, state = extraction.layer(layer, done)
@@ -177,13 +177,11 @@ def _source(model: Any, inputs: Any, options: ExtractionOptions) -> Layers:
     return HiddenStates(readout, inputs, options)
 
 
-def _checked_layers(layers: Iterable[int] | None, source: Layers) -> list[int]:
+def _checked_layers(layers: Iterable[int] | None, count: int) -> list[int]:
     """Return the chosen layers, all if None."""
-    if layers is None:
-        return list(source.numbers)
-    numbers, allowed = list(layers), set(source.numbers)
-    if not numbers or len(set(numbers)) != len(numbers) or not allowed.issuperset(numbers):
-        raise UsageError(f"layers are distinct numbers from 0 to {len(allowed) - 1}, not {numbers}")
+    numbers = list(range(count) if layers is None else layers)
+    if not numbers or len(set(numbers)) != len(numbers) or not set(range(count)).issuperset(numbers):
+        raise UsageError(f"layers are distinct numbers from 0 to {count - 1}, not {numbers}")
     return numbers
 
 
@@ -192,11 +190,6 @@ def _basis(
 ) -> CausalBasisFeaturizer:
     """Return the featurizer of a finished layer, its vectors sorted by energy."""
     order = state.energies.argsort(descending=True, stable=True)
-    solver = {
-        "max_iter": options.max_iter,
-        "min_energy": float(options.min_energy),
-        **options.schedule.record(),
-    }
     record = BasisRecord(
         mode=options.mode,
         side=options.side,
@@ -208,7 +201,11 @@ def _basis(
         model_revision=options.model_revision,
         seed=options.seed,
         preset=options.preset,
-        solver=solver,
+        solver={
+            "max_iter": options.max_iter,
+            "min_energy": float(options.min_energy),
+            **options.schedule.record(),
+        },
         evaluations=state.evaluations,
         resamples=1 if options.mode == "resample" else None,
         steps=tuple(order.tolist()),
@@ -227,41 +224,33 @@ def _basis(
 
 @final
 class _Extraction:
-    """The greedy search at each layer.
-
-    Args:
-        source: of the activations.
-        options: of the extraction.
-        n_layers: number of layers to search.
-    """
+    """The greedy search at each of ``n_layers`` layers."""
 
     def __init__(self, source: Layers, options: ExtractionOptions, n_layers: int) -> None:
         self._source, self._options, self._n_layers = source, options, n_layers
         self._preset, self._processes = options.schedule, Processes(options.group)
-        self._run = Run(options.resume_folder, self._identity(), self._processes)
-        self._run.begin()
+        self._run: Run | None = None  # of process 0 alone
+        if options.resume is not None:
+            self._processes.on_first(self._open_run)
         unembedding = source.unembedding if self._preset.singular and not self._preset.axes else None
         self._singular = None if unembedding is None else singular_vectors(unembedding)
 
     def layer(self, layer: int, done: int) -> tuple[Energy, LayerState]:
-        """Return the energy at a layer and its basis, in the order of the search.
-
-        Args:
-            layer: index of the layer.
-            done: number of layers finished before it.
-        """
+        """Return the energy at a layer and its basis in the order of the search, after ``done`` other layers."""
         energy = self._source.energy(layer, self._processes)
         d = energy.tokens.h.shape[1]
         if self._options.k > d:
             raise UsageError(f"the activations are {d} wide, so that k is at most {d}, not {self._options.k}")
-        activations = "" if self._run.folder is None else self._hash_of_tokens(energy)
-        state = self._run.read(layer, activations) or LayerState.empty(d)
-        scores: Tensor | None = None
+        state, activations, scores = LayerState.empty(d), "", None
+        if self._options.resume is not None:
+            activations = self._hash_of_tokens(energy)
+            state = self._processes.on_first(lambda: self._run and self._run.read(layer, activations)) or state
         while not state.finished:
             if self._preset.restarts and scores is None:
                 scores = scores_of(energy, self._step_seed(layer, MOST_RESTARTS - 1))
             state = self._step(energy, scores, state, layer, done)
-            self._run.write(layer, activations, state)
+            if self._run is not None:
+                self._run.write(layer, activations, state)
         return energy, state
 
     def _step(self, energy: Energy, scores: Tensor | None, state: LayerState, layer: int, done: int) -> LayerState:
@@ -273,15 +262,11 @@ class _Extraction:
                 k = self._options.k
                 listener(Progress(layer, done, self._n_layers, vector, k, value, evaluations, found))
 
+        def notify(value: float) -> None:
+            tell(value, next(counter), found=False)
+
         starts = self._starts(energy, scores, state, layer)
-        result = search(
-            energy,
-            state.vectors,
-            starts,
-            self._preset,
-            self._options.max_iter,
-            lambda value: tell(value, next(counter), found=False),
-        )
+        result = search(energy, state.vectors, starts, self._preset, self._options.max_iter, notify)
         value = energy.direct(result.vector.unsqueeze(-1))
         state = self._with(state, result, value)
         tell(value, state.evaluations, found=True)
@@ -318,21 +303,20 @@ class _Extraction:
     def _step_seed(self, layer: int, step: int) -> int:
         return ((self._options.seed * 2**12 + layer) * MOST_RESTARTS + step) & (2**63 - 1)
 
-    def _identity(self) -> dict[str, Any]:
-        """Return everything that a resumed run must have in common with the first one, but the activations."""
+    def _open_run(self) -> None:
         options = self._options
-        named = ("k", "max_iter", "min_energy", "mode", "side", "preset", "seed")
-        return {
+        named = ("k", "max_iter", "min_energy", "mode", "side", "preset", "seed", "model_revision")
+        identity = {
             **{name: getattr(options, name) for name in named},
+            "model": options.model_id,
             "solver": self._preset.record(),
             "readout": self._source.readout,
-            "readout_sha256": None if options.resume is None else self._source.sha256,
-            "model": options.model_id,
-            "model_revision": options.model_revision,
+            "readout_sha256": self._source.sha256,
             "processes": self._processes.size,
         }
+        self._run = Run(Path(options.resume).expanduser(), identity)  # type: ignore[arg-type]  # it is not None
 
     def _hash_of_tokens(self, energy: Energy) -> str:
         """Return a hash of the activations of all processes and of their deviations."""
-        parts = self._processes.all(hash_of([energy.tokens.h, energy.tokens.deviation]))
-        return hash_of([torch.frombuffer(bytearray("".join(parts).encode()), dtype=torch.uint8)])
+        parts = self._processes.all(fingerprint([energy.tokens.h, energy.tokens.deviation]))
+        return fingerprint([torch.frombuffer(bytearray("".join(parts).encode()), dtype=torch.uint8)])

@@ -10,8 +10,8 @@ from typing import final
 import torch
 from featurizers import Anatomy
 from featurizers.errors import ShapeError, UsageError
-from featurizers.format import Side
-from featurizers.models import Inputs, collect
+from featurizers.format import Side, fingerprint
+from featurizers.models import Inputs, collect, head_of
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ from featurizers_causal_basis.inputs import (
     selected_tokens,
     warn_of_massive,
 )
-from featurizers_causal_basis.lens import Readout, hash_of
+from featurizers_causal_basis.lens import Readout
 from featurizers_causal_basis.solve.differentiated import DifferentiatedEnergy
 from featurizers_causal_basis.solve.energy import Energy, Tokens
 from featurizers_causal_basis.solve.exact import ExactEnergy
@@ -39,27 +39,21 @@ class Layers(abc.ABC):
     """The layers of a model, and the energy at each.
 
     Attributes:
+        count: number of layers.
         readout: name of the readout.
         mask_rule: the rule that selected the tokens, in words.
+        unembedding: matrix that makes logits, whose singular vectors the search starts from; None if unknown.
     """
 
+    count: int
     readout: str
     mask_rule: str
-
-    @property
-    @abc.abstractmethod
-    def numbers(self) -> Sequence[int]:
-        """Indices of the layers."""
+    unembedding: Float[Tensor, "vocabulary d"] | None
 
     @property
     @abc.abstractmethod
     def sha256(self) -> str | None:
-        """Hash of the readout's tensors; None if they are unknown."""
-
-    @property
-    @abc.abstractmethod
-    def unembedding(self) -> Float[Tensor, "vocabulary d"] | None:
-        """Matrix that makes logits, whose singular vectors the search starts from; None if it is unknown."""
+        """Hash of the readout's tensors; None if unknown."""
 
     @abc.abstractmethod
     def energy(self, layer: int, processes: Processes) -> Energy:
@@ -82,7 +76,8 @@ class HiddenStates(Layers):
     """
 
     def __init__(self, readout: Readout, hiddens: Sequence[Tensor] | Inputs, options: ExtractionOptions) -> None:
-        self._readout, self.readout, self._options = readout, readout.name, options
+        self._readout, self._options = readout, options
+        self.readout, self.unembedding = readout.name, readout.unembedding
         self.mask_rule, self._inputs, self._hiddens = "every token", None, []
         if isinstance(hiddens, Mapping):
             if readout.model is None:
@@ -91,29 +86,18 @@ class HiddenStates(Layers):
                 )
             refuse_training(readout.model)
             self._inputs, self._mask, self.mask_rule = checked_inputs(hiddens, options.mask)
-            count: int = Anatomy(readout.model).n_layers
+            self.count = Anatomy(readout.model).n_layers
         else:
             self._hiddens = _checked_activations(hiddens, readout, options.side)
-            count = len(self._hiddens)
+            self.count = len(self._hiddens)
             self._mask = selected_tokens(options.mask, self._hiddens[0].shape[:-1])
             if options.mask is not None:
                 self.mask_rule = "as the mask says"
-        self._numbers = range(count)
-
-    @property
-    def numbers(self) -> Sequence[int]:
-        """See `Layers.numbers`."""
-        return self._numbers
 
     @property
     def sha256(self) -> str | None:
         """See `Layers.sha256`."""
         return self._readout.sha256
-
-    @property
-    def unembedding(self) -> Float[Tensor, "vocabulary d"] | None:
-        """See `Layers.unembedding`."""
-        return self._readout.unembedding
 
     def energy(self, layer: int, processes: Processes) -> Energy:
         """See `Layers.energy`. In closed form if the readout has one."""
@@ -161,22 +145,13 @@ class WholeModel(Layers):
         refuse_training(model)
         self._model, self._options = model, options
         self._inputs, self._mask, self.mask_rule = checked_inputs(inputs, options.mask)
-
-    @functools.cached_property
-    def numbers(self) -> Sequence[int]:
-        """See `Layers.numbers`."""
-        return range(Anatomy(self._model).n_layers)
+        self.count, head = Anatomy(model).n_layers, head_of(model)
+        self.unembedding = head.weight.detach() if isinstance(head, nn.Linear) else None
 
     @functools.cached_property
     def sha256(self) -> str:
         """See `Layers.sha256`. Covers the model's parameters and buffers."""
-        return hash_of(self._model.state_dict().values())
-
-    @property
-    def unembedding(self) -> Float[Tensor, "vocabulary d"] | None:
-        """See `Layers.unembedding`."""
-        head = getattr(self._model, "get_output_embeddings", lambda: None)()
-        return head.weight.detach() if isinstance(head, nn.Linear) else None
+        return fingerprint(self._model.state_dict().values())
 
     def energy(self, layer: int, processes: Processes) -> Energy:
         """See `Layers.energy`. By autograd through the blocks after the layer."""

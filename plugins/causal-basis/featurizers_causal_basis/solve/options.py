@@ -93,8 +93,3 @@ class ExtractionOptions:
     def schedule(self) -> Preset:
         """Preset of the solver."""
         return Preset.named(self.preset)
-
-    @property
-    def resume_folder(self) -> Path | None:
-        """Folder that keeps the state of the extraction."""
-        return None if self.resume is None else Path(self.resume).expanduser()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from featurizers.errors import FeaturizerError, UsageError
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,25 @@ class Processes:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def first(self, value: Any) -> Any:
-        """Return the value of process 0."""
-        return self.all(value)[0]
+    def on_first(self, action: Callable[[], T]) -> T:
+        """Run an action in process 0, and return its result in every process.
+
+        Raises:
+            UsageError: process 0 refuses. There, its own error is raised, which may be an ArtefactError.
+        """
+        result: Any = None
+        error: FeaturizerError | None = None
+        if self.rank == 0:
+            try:
+                result = action()
+            except FeaturizerError as caught:
+                error = caught
+        result, problem = self.all((result, None if error is None else str(error)))[0]
+        if error is not None:
+            raise error
+        if problem is not None:
+            raise UsageError(f"process 0 refuses: {problem}")
+        return result  # type: ignore[no-any-return]
 
     def rows(self, rows: Tensor) -> tuple[Tensor, int]:
         """Return the rows of all processes, by rank, and the index of this process's first row among them."""

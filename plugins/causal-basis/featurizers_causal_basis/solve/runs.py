@@ -1,34 +1,34 @@
-"""`Run`: a folder in which an extraction keeps what it has found, so that it can be gone on with."""
+"""`Run`: a folder that keeps the state of an extraction, so that it can be resumed."""
 
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from featurizers.errors import ArtefactError, UsageError, shown
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from featurizers.format import read_json, read_state, write_json, write_state
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from featurizers_causal_basis.solve.processes import Processes
-
-IDENTITY = "run.json"
+TENSORS = ("vectors", "energies", "losers")
+"""Names of the tensors in a layer's file."""
+KEY = "about"
+"""Name of the JSON in the metadata of a layer's file."""
 
 
 @dataclass(frozen=True, eq=False)
 class LayerState:
-    """What is known of a layer's basis: all that the rest of the search depends on.
+    """State of the search at a layer; the rest of the search depends on nothing else.
 
     Attributes:
         vectors: found so far, in the order of the search, ``(d, j)`` float64.
-        energies: of each, ``(j)`` float64.
-        losers: ends of given-up ascents that the next step tries again, ``(d, m)`` float64.
+        energies: of each vector, ``(j)`` float64.
+        losers: ends of abandoned ascents that the next step tries again, ``(d, m)`` float64.
         evaluations: of the energy so far.
-        finished: whether no more vectors are looked for.
+        finished: True if the basis is complete.
         joint_energy: of all vectors at once, when finished.
     """
 
@@ -41,149 +41,89 @@ class LayerState:
 
     @classmethod
     def empty(cls, d: int) -> LayerState:
-        """Nothing found yet."""
+        """Return the state before the first step."""
         none = torch.zeros(d, 0, dtype=torch.float64)
         return cls(none, torch.zeros(0, dtype=torch.float64), none)
 
 
+class _About(BaseModel):
+    """JSON beside the tensors of a layer."""
+
+    model_config = ConfigDict(strict=True)
+    activations_sha256: str
+    evaluations: int
+    finished: bool
+    joint_energy: float
+
+
 @final
-@dataclass(frozen=True)
 class Run:
-    """The folder of an extraction. Process 0 alone reads and writes; the others are told.
+    """Folder of an extraction: ``run.json`` identifies it, and each layer has a file, replaced after each vector.
 
-    A file a layer, replaced whole after each vector, and ``run.json``, which says what the run is: a folder of another
-    run is refused.
+    Args:
+        folder: where; made if it does not exist.
+        identity: everything that the result depends on, but the layers and the activations.
 
-    Attributes:
-        folder: where; None keeps nothing.
-        identity: everything that the result depends on but the layers and the processes' number.
-        processes: that work together.
+    Raises:
+        UsageError: the folder belongs to another extraction; the message names the differences.
+        ArtefactError: its ``run.json`` cannot be read, or the folder cannot be made.
     """
 
-    folder: Path | None
-    identity: dict[str, Any] = field(repr=False)
-    processes: Processes
-
-    def begin(self) -> None:
-        """Make the folder, or check that it is of this run.
-
-        Raises:
-            UsageError: it is of a run that differs; the message names in what.
-            ArtefactError: its ``run.json`` cannot be read, or the folder cannot be made.
-        """
-        if self.folder is None:
-            return
-        outcome: Exception | None = None
-        if self.processes.rank == 0:
-            try:
-                self._begin(self.folder)
-            except (UsageError, ArtefactError) as error:
-                outcome = error
-        told = self.processes.first(None if outcome is None else (type(outcome).__name__, str(outcome)))
-        if outcome is not None:
-            raise outcome
-        if told is not None:
-            raise UsageError(f"process 0 refuses: {told[1]}")
-
-    def read(self, layer: int, activations: str) -> LayerState | None:
-        """What is known of a layer, None if nothing.
-
-        Raises:
-            UsageError: it was found with other activations than those whose hash is given.
-            ArtefactError: the file is damaged.
-        """
-        if self.folder is None:
-            return None
-        known: LayerState | None = None
-        problem: tuple[str, str] | None = None
-        if self.processes.rank == 0:
-            try:
-                known = self._read(self._file(layer), layer, activations)
-            except (UsageError, ArtefactError) as error:
-                problem = type(error).__name__, str(error)
-        known, problem = self.processes.first((known, problem))
-        if problem is not None:
-            raise (
-                UsageError(problem[1]) if problem[0] == "UsageError" else ArtefactError(str(self.folder), problem[1])
-            )
-        return known
-
-    def write(self, layer: int, activations: str, state: LayerState) -> None:
-        """Keep what is known of a layer: the file is replaced whole, so that a kill leaves the one or the other."""
-        if self.folder is None or self.processes.rank != 0:
-            return
-        about = {
-            "activations_sha256": activations,
-            "evaluations": state.evaluations,
-            "finished": state.finished,
-            "joint_energy": state.joint_energy,
-        }
-        tensors = {name: getattr(state, name).contiguous() for name in ("vectors", "energies", "losers")}
-        _replace(self._file(layer), save(tensors, metadata={"about": json.dumps(about)}))
-
-    def _begin(self, folder: Path) -> None:
-        path = folder / IDENTITY
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self._folder, path = folder, folder / "run.json"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            before = path.read_bytes() if path.exists() else None
+            is_new, is_empty = not path.exists(), not any(folder.iterdir())
         except OSError as error:
             raise ArtefactError(str(folder), f"cannot be used as the folder of a run: {error.strerror}") from error
-        if before is None:
-            if any(folder.iterdir()):
-                raise UsageError(
-                    f"{folder} has files in it that are of no extraction; give an empty folder or a new one"
-                )
-            _replace(path, json.dumps(self.identity, indent=2, sort_keys=True).encode())
+        if is_new and not is_empty:
+            raise UsageError(f"{folder} has files that are of no extraction; give an empty folder or a new one")
+        if is_new:
+            write_json(path, identity)
             return
-        try:
-            known = json.loads(before)
-        except ValueError as error:
-            raise ArtefactError(str(folder), f"{IDENTITY} cannot be read: {error}") from error
-        mine = json.loads(json.dumps(self.identity))
-        if not isinstance(known, dict):
-            raise ArtefactError(str(folder), f"{IDENTITY} is not of an extraction")
-        if known != mine:
-            names = [name for name in sorted(known.keys() | mine.keys()) if known.get(name) != mine.get(name)]
-            differences = "; ".join(
-                f"{name} was {shown(known.get(name))} and is {shown(mine.get(name))}" for name in names
-            )
+        before, now = read_json(path, expected="the options of an extraction"), json.loads(json.dumps(identity))
+        if before != now:
+            changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+            changes = [f"{name} was {shown(before.get(name))} and is {shown(now.get(name))}" for name in changed]
             raise UsageError(
-                f"{folder} is of another extraction: {differences}. Give another folder, or the same options"
+                f"{folder} belongs to another extraction: {'; '.join(changes)}. "
+                "Give another folder, or the same options"
             )
 
-    def _file(self, layer: int) -> Path:
-        folder = self.folder or Path()  # the callers looked
-        return folder / f"layer-{layer:03d}.safetensors"
+    def read(self, layer: int, activations: str) -> LayerState | None:
+        """Return the state of a layer with activations of this hash, None if it has none.
 
-    def _read(self, path: Path, layer: int, activations: str) -> LayerState | None:
+        Raises:
+            UsageError: the state belongs to other activations.
+            ArtefactError: the file is damaged.
+        """
+        path = self._file(layer)
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()["about"])
-                vectors, energies, losers = (file.get_tensor(name) for name in ("vectors", "energies", "losers"))
-            state = LayerState(
-                vectors,
-                energies,
-                losers,
-                int(about["evaluations"]),
-                bool(about["finished"]),
-                float(about["joint_energy"]),
-            )
-            known = about["activations_sha256"]
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise ArtefactError(
-                path.name, f"cannot be read ({error}); delete it, and the layer is begun again"
-            ) from error
-        if known != activations:
+            tensors, about = read_state(path, format=None, schema=_About, key=KEY, expected="the state of a layer")
+            if tensors.keys() != set(TENSORS):
+                raise ArtefactError(str(path), f"it holds the tensors {', '.join(tensors)}, not {', '.join(TENSORS)}")
+        except ArtefactError as error:
+            raise ArtefactError(str(path), f"{error.problem}; delete it to search the layer again") from error
+        if about.activations_sha256 != activations:
             raise UsageError(
-                f"{self.folder} is of another extraction: the activations of layer {layer} were others. "
+                f"{self._folder} belongs to another extraction: the activations of layer {layer} have changed. "
                 "Give another folder"
             )
-        return state
+        vectors, energies, losers = (tensors[name] for name in TENSORS)
+        return LayerState(vectors, energies, losers, about.evaluations, about.finished, about.joint_energy)
 
+    def write(self, layer: int, activations: str, state: LayerState) -> None:
+        """Write the state of a layer. After a crash at any point, the old or the new file is intact."""
+        about = _About(
+            activations_sha256=activations,
+            evaluations=state.evaluations,
+            finished=state.finished,
+            joint_energy=state.joint_energy,
+        )
+        tensors = {name: getattr(state, name) for name in TENSORS}
+        write_state(self._file(layer), tensors, about.model_dump(), format=None, key=KEY)
 
-def _replace(path: Path, contents: bytes) -> None:
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_bytes(contents)
-    os.replace(new, path)
+    def _file(self, layer: int) -> Path:
+        return self._folder / f"layer-{layer:03d}.safetensors"
