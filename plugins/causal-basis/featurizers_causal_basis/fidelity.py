@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,16 +89,17 @@ def causal_fidelity(
         raise UsageError(f"batch_size is a number of prompts, 1 or more, not {batch_size!r}")
     inputs, selected, _ = checked_inputs({"input_ids": tokens} if isinstance(tokens, Tensor) else tokens, mask)
     place = Anatomy(model).place(basis.site)
-    parts = [_Batch(part, selected[rows]) for rows, part in batches(inputs, batch_size)]
+    parts = [(batch, selected[rows]) for rows, batch in batches(inputs, batch_size)]
     own = copy.deepcopy(basis).to(next(model.parameters()).device)
     bases = [own, _control(own, seed)]
-    values = _values(bases, model, parts, seed, basis.site)
+    values = _ablated_values(bases, model, parts, basis.site, seed)
     totals = torch.zeros(2, basis.n_features, dtype=torch.float64)
-    for number, batch in enumerate(parts):
-        clean = _log_probs(model, batch)
+    for number, (batch, chosen) in enumerate(parts):
+        clean = _log_probs(model, batch, chosen)
         for i, f in enumerate(bases):
             for j in range(f.n_features):
-                edited = _ablated(model, batch, place, f, j, values[i][number][..., [j]])
+                with _ablated(place, f, j, values[i][number][..., [j]], chosen):
+                    edited = _log_probs(model, batch, chosen)
                 totals[i, j] += float((clean.exp() * (clean - edited)).sum(-1, dtype=torch.float64).sum())
     n_tokens = int(selected.sum())
     model_kl, control_kl = totals / n_tokens
@@ -122,12 +125,6 @@ def _ranks(x: Tensor) -> Tensor:
     return (x < x.unsqueeze(-1)).sum(-1).double() + ((x == x.unsqueeze(-1)).sum(-1).double() - 1) / 2
 
 
-@dataclass(frozen=True, eq=False)
-class _Batch:
-    inputs: Inputs
-    mask: Tensor
-
-
 def _control(basis: CausalBasisFeaturizer, seed: int) -> CausalBasisFeaturizer:
     """Return as many random orthonormal directions at the same site, uniformly distributed."""
     generator = torch.Generator().manual_seed(seed)
@@ -137,48 +134,48 @@ def _control(basis: CausalBasisFeaturizer, seed: int) -> CausalBasisFeaturizer:
     return CausalBasisFeaturizer.of(vectors, torch.zeros_like(basis.energies), basis.mean, basis.record)
 
 
-def _values(
-    bases: list[CausalBasisFeaturizer], model: nn.Module, parts: list[_Batch], seed: int, site: Site
+def _ablated_values(
+    bases: list[CausalBasisFeaturizer], model: nn.Module, parts: Sequence[tuple[Inputs, Tensor]], site: Site, seed: int
 ) -> list[list[Tensor]]:
     """Return, for each basis and batch, the ablated values of its features: ``(batch, sequence, k)`` or ``(k,)``."""
     resample = bases[0].record.mode == "resample"
-    features: list[list[Tensor]] = [[], []]
-    for number, batch in enumerate(parts):
-        if number and not resample:  # only the first batch is searched for massive tokens
-            break
-        hidden = collect(model, batch.inputs, [site])[site]
-        warn_of_massive(hidden, batch.mask.to(hidden.device))
-        for i, f in enumerate(bases):
-            features[i].append(f.encode(hidden))
-    if not resample:
-        return [[f.ablation_values()] * len(parts) for f in bases]
-    for i in range(len(bases)):
-        rows = [values[batch.mask.to(values.device)] for values, batch in zip(features[i], parts, strict=True)]
-        # both bases see the same order of the tokens
-        moved = torch.split(derange(torch.cat(rows), torch.Generator().manual_seed(seed)), [len(part) for part in rows])
-        for number, (batch, part) in enumerate(zip(parts, moved, strict=True)):
-            whole = features[i][number]
-            features[i][number] = whole.index_put((batch.mask.to(whole.device),), part)
-    return features
+    read = parts if resample else parts[:1]  # else only to warn of massive tokens
+    hiddens = [collect(model, inputs, [site])[site] for inputs, _ in read]
+    masks = [mask.to(hidden.device) for hidden, (_, mask) in zip(hiddens, read, strict=True)]
+    for hidden, mask in zip(hiddens, masks, strict=True):
+        warn_of_massive(hidden, mask)
+    if resample:
+        return [_resampled([f.encode(hidden) for hidden in hiddens], masks, seed) for f in bases]
+    return [[f.ablation_values()] * len(parts) for f in bases]
 
 
-def _ablated(model: nn.Module, batch: _Batch, place: Place, f: CausalBasisFeaturizer, j: int, value: Tensor) -> Tensor:
-    """Return log-probabilities of the selected tokens, ``(n, vocabulary)``, with feature j set to a value."""
+def _resampled(features: list[Tensor], masks: list[Tensor], seed: int) -> list[Tensor]:
+    """Exchange the features of the selected tokens of all batches by one derangement, which depends on the seed."""
+    selected = [part[mask] for part, mask in zip(features, masks, strict=True)]
+    moved = derange(torch.cat(selected), torch.Generator().manual_seed(seed))
+    rows = torch.split(moved, [len(part) for part in selected])
+    return [part.index_put((mask,), new) for part, mask, new in zip(features, masks, rows, strict=True)]
+
+
+@contextmanager
+def _ablated(place: Place, f: CausalBasisFeaturizer, j: int, value: Tensor, mask: Tensor) -> Iterator[None]:
+    """Set feature j of the selected tokens to a value while the context lasts."""
     column = torch.tensor([j], device=f.directions.device)
 
     def edit(hidden: Tensor) -> Tensor:
         features = f.encode(hidden, column)
-        edited = torch.where(batch.mask.to(hidden.device).unsqueeze(-1), value, features)
+        edited = torch.where(mask.to(hidden.device).unsqueeze(-1), value, features)
         return f.apply_edit(hidden, features, edited, column)
 
     handle = hook(place, edit)
     try:
-        return _log_probs(model, batch)
+        yield
     finally:
         handle.remove()
 
 
-def _log_probs(model: nn.Module, batch: _Batch) -> Tensor:
-    logits = model(**batch.inputs).logits
-    selected: Tensor = logits[batch.mask.to(logits.device)]
+def _log_probs(model: nn.Module, inputs: Inputs, mask: Tensor) -> Float[Tensor, "n vocabulary"]:
+    """Return the log-probabilities of the selected tokens."""
+    logits = model(**inputs).logits
+    selected: Tensor = logits[mask.to(logits.device)]
     return selected.to(torch.promote_types(selected.dtype, torch.float32)).log_softmax(-1)
