@@ -1,9 +1,9 @@
 """Causal bases compared with tuned-lens 0.2.0 and with the first published schedule: time, memory and energies.
 
 ``python benchmarks/causal_basis.py FILE.json`` runs everything and writes a report that ``report.py`` puts into the
-document; ``--only NAME`` runs some cases, and ``--picture`` plots the cost of an evaluation. Each sample runs in its own process,
-so that memory is measured separately, and the sides alternate. tuned-lens needs packages that the library does not:
-install it with ``--no-deps`` into a folder, and set ``FEATURIZERS_TUNED_LENS`` to that folder.
+document; ``--only NAME`` runs some cases, and ``--picture`` plots the cost of an evaluation. Each sample runs in its
+own process, so that memory is measured separately, and the sides alternate. tuned-lens needs packages that the library
+does not: install it with ``--no-deps`` into a folder, and set ``FEATURIZERS_TUNED_LENS`` to that folder.
 """
 
 from __future__ import annotations
