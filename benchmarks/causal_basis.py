@@ -132,7 +132,7 @@ def smollm2() -> Problem:
 CASES = {"toy": lambda: toy(trained=False), "trained": lambda: toy(trained=True), "smollm2": smollm2}
 
 
-def ours(problem: Problem, preset: str) -> tuple[list[float], int]:
+def by_featurizers(problem: Problem, preset: str) -> tuple[list[float], int]:
     """Return the summed energy of each layer and the number of evaluations, by this library."""
     from featurizers_causal_basis import LogitLens, extract_causal_bases
 
@@ -140,7 +140,7 @@ def ours(problem: Problem, preset: str) -> tuple[list[float], int]:
     return [float(basis.energies.sum()) for basis in bases], sum(basis.record.evaluations or 0 for basis in bases)
 
 
-def theirs(problem: Problem) -> tuple[list[float], int]:
+def by_tuned_lens(problem: Problem) -> tuple[list[float], int]:
     """Return the same by tuned-lens. It ignores the last hidden states, so the last ones are given twice."""
     from tuned_lens.causal import subspaces
     from tuned_lens.nn.lenses import LogitLens
@@ -158,7 +158,7 @@ def theirs(problem: Problem) -> tuple[list[float], int]:
     return [float(basis.energies.sum()) for basis in bases], count - len(bases)
 
 
-def published(problem: Problem) -> tuple[list[float], int]:
+def by_published_schedule(problem: Problem) -> tuple[list[float], int]:
     """Return the same by one ascent per vector from a unit axis, with autograd through the final norm and the head."""
     run = nn.Sequential(problem.model.transformer.ln_f, problem.model.lm_head).requires_grad_(False)
     layers = [_published_layer(run, hidden.flatten(0, -2), problem.k) for hidden in problem.hiddens[:-1]]
@@ -198,7 +198,7 @@ def _published_layer(run: nn.Module, h: Tensor, k: int) -> tuple[float, int]:
     return total, count
 
 
-SIDES = {PEER: theirs, PUBLISHED: published}
+SIDES = {PEER: by_tuned_lens, PUBLISHED: by_published_schedule}
 
 
 def sample(case: str, side: str) -> None:
@@ -217,7 +217,7 @@ def sample(case: str, side: str) -> None:
         problem = CASES[case]()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, cpu = time.perf_counter(), time.process_time()
-    energies, evaluations = SIDES[side](problem) if side in SIDES else ours(problem, side)
+    energies, evaluations = SIDES[side](problem) if side in SIDES else by_featurizers(problem, side)
     measured = {
         "seconds": time.perf_counter() - wall,
         "cpu": time.process_time() - cpu,

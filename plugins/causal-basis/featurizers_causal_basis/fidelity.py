@@ -21,7 +21,7 @@ from featurizers_causal_basis.inputs import batches, checked_inputs, derange, re
 
 @dataclass(frozen=True, eq=False)
 class Fidelity:
-    """How much ablating each direction of a basis changes the model's output, beside random directions.
+    """Effect on the model's output of ablating each direction of a basis, beside random directions.
 
     Attributes:
         energies: of the basis, by its own readout, nats per token.

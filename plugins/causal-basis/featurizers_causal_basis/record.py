@@ -16,7 +16,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class BasisRecord(BaseModel):
-    """How a causal basis was found. Immutable; stored in the artefact's config.
+    """Record of how a causal basis was found. Immutable; stored in the artefact's config.
 
     Attributes:
         units: of the energies.

@@ -1,4 +1,4 @@
-"""The names of tuned-lens: signatures, field order, and what its own test checks of `remove_subspace`."""
+"""Names of tuned-lens: signatures, field order, and what its own test checks of `remove_subspace`."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""The energy in closed form compared with autograd, and the readouts compared with their models."""
+"""Energy in closed form compared with autograd, and the readouts compared with their models."""
 
 import json
 from dataclasses import replace

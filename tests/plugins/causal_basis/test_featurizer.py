@@ -1,4 +1,4 @@
-"""The kind `causal-basis`: its laws, prefixes, artefact, and the energy of a vector computed in several ways."""
+"""Kind `causal-basis`: its laws, prefixes, artefact, and the energy of a vector computed in several ways."""
 
 import json
 

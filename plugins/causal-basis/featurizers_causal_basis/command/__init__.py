@@ -1,4 +1,4 @@
-"""The command ``fit causal-basis``. This room imports every other room but `compat`."""
+"""Command ``fit causal-basis``. This room imports every other room but `compat`."""
 
 from featurizers_causal_basis.command.fit import fit_command
 

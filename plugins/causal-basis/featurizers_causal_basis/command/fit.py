@@ -1,4 +1,4 @@
-"""The command ``fit causal-basis``."""
+"""Command ``fit causal-basis``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The names, signature and field order in which causal basis extraction was first published."""
+"""Names, signature and field order in which causal basis extraction was first published."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from featurizers_causal_basis import solve
-from featurizers_causal_basis.compat.tuned_lens import without_last
+from featurizers_causal_basis.compat import without_last
 from featurizers_causal_basis.lens import ExternalLens, Readout
 from featurizers_causal_basis.record import Mode
 

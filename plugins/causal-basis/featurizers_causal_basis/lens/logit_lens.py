@@ -19,7 +19,7 @@ from featurizers_causal_basis.lens.readouts import AffineNorm, Readout, fold
 
 @final
 class LogitLens(Readout):
-    """The final norm and the unembedding of a decoder, applied to the activations of any layer.
+    """Final norm and unembedding of a decoder, applied to the activations of any layer.
 
     Includes the model's factor on the logits and its soft cap, which are found by running a prompt of five tokens.
     nostalgebraist 2020, "interpreting GPT: the logit lens".

@@ -21,7 +21,7 @@ from featurizers_causal_basis.lens.readouts import AffineNorm, Readout
 
 
 class _Config(BaseModel):
-    """The fields of tuned-lens' ``config.json`` that determine the tensors."""
+    """Fields of tuned-lens' ``config.json`` that determine the tensors."""
 
     model_config = ConfigDict(extra="ignore")
     d_model: Annotated[int, Field(gt=0)]

@@ -1,7 +1,7 @@
-"""The search: the energy of a direction at a layer, and the orthonormal directions that maximise it.
+"""Search for the orthonormal directions of greatest energy at a layer.
 
 In reading order: `processes`, `energy`, its two computations `exact` and `differentiated`, `layers`, `candidates`,
-`solver`, `options`, `runs`, `extraction`. This room imports `featurizers_causal_basis.lens` and the files below it.
+`solver`, `options`, `runs`, `extraction`. This room imports `lens` and the files `inputs`, `featurizer` and `record`.
 """
 
 from featurizers_causal_basis.solve.extraction import NoDirectionWarning, extract_causal_bases, iterate_causal_bases

@@ -14,7 +14,7 @@ from featurizers_causal_basis.solve.energy import Energy, Tokens, draw
 
 @final
 class DifferentiatedEnergy(Energy):
-    """The energy by running a readout on ablated tokens, one part of them at a time.
+    """Energy by running a readout on ablated tokens, one part of them at a time.
 
     Args:
         tokens: whose energy it is.

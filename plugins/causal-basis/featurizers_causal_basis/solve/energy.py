@@ -17,7 +17,7 @@ from featurizers_causal_basis.solve.processes import Processes
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """The activations of the selected tokens, and their differences from the values that ablation sets.
+    """Activations of the selected tokens, and their differences from the values that ablation sets.
 
     Attributes:
         h: activations of this process, in the working dtype.
@@ -67,7 +67,7 @@ class Tokens:
 
 
 class Energy(abc.ABC):
-    """The mean over tokens of KL(p(h) ‖ p(h - v vᵀ(h - m))) as a function of the unit vector v."""
+    """Mean over tokens of KL(p(h) ‖ p(h - v vᵀ(h - m))) as a function of the unit vector v."""
 
     tokens: Tokens
 

@@ -15,14 +15,14 @@ from featurizers_causal_basis.solve.energy import Energy, Tokens, draw
 CHUNK = {"cpu": 2**18}
 """Number of logits per chunk, by device: few enough to stay in a processor's cache."""
 OTHER_CHUNK = 2**25
-"""The same on devices that need much work at once."""
+"""Number of logits per chunk on other devices, which need more work at once."""
 PRODUCTS = 2**21
 """Least number of logits per chunk of a product with the unembedding, which each chunk reads from memory."""
 
 
 @final
 class ExactEnergy(Energy):
-    """The energy in closed form, for readouts of the form `AffineNorm`.
+    """Energy in closed form, for readouts of the form `AffineNorm`.
 
     Ablating v subtracts c = v·(h - m) times T v from z = T h + t. The logits change by a multiple of u = G w with
     w = c(T v), and the norm scales all of them by one factor. With s² = |zc|²/d + eps for the centred zc, the log

@@ -224,7 +224,7 @@ def _basis(
 
 @final
 class _Extraction:
-    """The greedy search at each of ``n_layers`` layers."""
+    """Greedy search at each of ``n_layers`` layers."""
 
     def __init__(self, source: Layers, options: ExtractionOptions, n_layers: int) -> None:
         self._source, self._options, self._n_layers = source, options, n_layers

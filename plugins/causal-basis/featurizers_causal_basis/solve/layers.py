@@ -36,7 +36,7 @@ PART = 2**24
 
 
 class Layers(abc.ABC):
-    """The layers of a model, and the energy at each.
+    """Layers of a model, and the energy at each.
 
     Attributes:
         count: number of layers.

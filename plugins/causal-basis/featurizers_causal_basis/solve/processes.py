@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that share the tokens; only this one if torch.distributed is not initialised.
+    """Processes that share the tokens; only this one if torch.distributed is not initialised.
 
     Attributes:
         group: of torch.distributed; None for all processes.

@@ -1,4 +1,4 @@
-"""The search for the direction of greatest energy orthogonal to the earlier ones, and its presets."""
+"""Search for the direction of greatest energy orthogonal to the earlier ones, and its presets."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def _usable(starts: Sequence[Tensor], earlier: Tensor) -> list[Tensor]:
 
 @final
 class _Ascent:
-    """One ascent by L-BFGS that can be paused and continued.
+    """Ascent by L-BFGS that can be paused and continued.
 
     The variable is any vector; its value is the energy of its direction orthogonal to the earlier vectors.
     """
