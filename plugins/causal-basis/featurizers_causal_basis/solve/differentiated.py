@@ -1,4 +1,4 @@
-"""`DifferentiatedEnergy`: the energy through any readout that autograd can differentiate."""
+"""`DifferentiatedEnergy`: the energy and its gradient by autograd, through any readout."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from featurizers_causal_basis.energy import Energy, Tokens, draw
+from featurizers_causal_basis.solve.energy import Energy, Tokens, draw
 
 
 @final
 class DifferentiatedEnergy(Energy):
-    """The energy by running a readout on ablated tokens, a part of them at a time.
+    """Energy by running a readout on ablated tokens, one part of them at a time.
 
     Args:
-        tokens: that take part.
-        parts: rows of the tokens that are run together.
-        log_probs: log-probabilities of the rows of a part, given as they are to be and the part's number.
+        tokens: whose energy it is.
+        parts: rows of the tokens that run together.
+        log_probs: function from the activations of a part and its number to log-probabilities.
     """
 
     def __init__(self, tokens: Tokens, parts: Sequence[slice], log_probs: Callable[[Tensor, int], Tensor]) -> None:
@@ -29,7 +29,7 @@ class DifferentiatedEnergy(Energy):
             self._log_p = [log_probs(tokens.h[rows], number) for number, rows in enumerate(parts)]
 
     def value_and_grad(self, v: Float[Tensor, " d"]) -> tuple[float, Float[Tensor, " d"]]:
-        """See `Energy.value_and_grad`; by autograd."""
+        """See `Energy.value_and_grad`."""
         tokens = self.tokens
         total = torch.zeros(1 + len(v), dtype=torch.float64)
         for number, rows in enumerate(self._parts):
@@ -54,17 +54,17 @@ class DifferentiatedEnergy(Energy):
         return float(self.tokens.processes.sum(total)) / self.tokens.n
 
     def scores(self, uniform: Float[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        """See `Energy.scores`; one backward pass. Of a whole model: of all tokens' log-probabilities together."""
-        found = torch.empty_like(self.tokens.h)
+        """See `Energy.scores`. One backward pass; through a whole model, of all tokens' log-probabilities together."""
+        scores = torch.empty_like(self.tokens.h)
         for number, rows in enumerate(self._parts):
             y = draw(self._log_p[number], uniform[rows])
             with torch.enable_grad():
                 h = self.tokens.h[rows].clone().requires_grad_()
                 log_p = self._run(h, number).gather(-1, y.unsqueeze(-1))
-                (found[rows],) = torch.autograd.grad(log_p.sum(), h)
-        return found
+                (scores[rows],) = torch.autograd.grad(log_p.sum(), h)
+        return scores
 
     def _divergence(self, number: int, log_q: Tensor) -> Tensor:
-        """KL of each row of a part."""
+        """Return the KL of each row of a part."""
         log_p = self._log_p[number]
         return (log_p.exp() * (log_p - log_q)).sum(dim=-1)

@@ -1,4 +1,4 @@
-"""`ExactEnergy`: the energy and its gradient through a norm and an unembedding, without running them again."""
+"""`ExactEnergy`: the energy and its gradient in closed form, through a norm and an unembedding."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from featurizers_causal_basis.energy import Energy, Tokens, draw
-from featurizers_causal_basis.readouts import AffineNorm
+from featurizers_causal_basis.lens import AffineNorm
+from featurizers_causal_basis.solve.energy import Energy, Tokens, draw
 
 CHUNK = {"cpu": 2**18}
-"""Logits that are worked on at a time, by device: few enough to stay in a processor's cache."""
+"""Number of logits per chunk, by device: few enough to stay in a processor's cache."""
 OTHER_CHUNK = 2**25
-"""The same on devices that want much work at once."""
+"""Number of logits per chunk on other devices, which need more work at once."""
 PRODUCTS = 2**21
-"""The same, at least, where tokens are multiplied with the unembedding, which is read from memory for each chunk."""
+"""Least number of logits per chunk of a product with the unembedding, which each chunk reads from memory."""
 
 
 @final
 class ExactEnergy(Energy):
-    """The energy by a formula, for readouts of the form `AffineNorm`.
+    """Energy in closed form, for readouts of the form `AffineNorm`.
 
-    Ablating v takes c = v·(h - m) times T v from z = T h + t, so that the logits change by a multiple of u = G w with
-    w = c(T v), and every logit by the factor of the norm. With s² = |zc|²/d + eps of the centred zc, the log
-    probabilities l of h, and p = exp(l), a token's terms are::
+    Ablating v subtracts c = v·(h - m) times T v from z = T h + t. The logits change by a multiple of u = G w with
+    w = c(T v), and the norm scales all of them by one factor. With s² = |zc|²/d + eps for the centred zc, the log
+    probabilities l of h, and p = exp(l), the terms of a token are::
 
         s'² = s² + (c²|w|² - 2 c zc·w) / d        a = s / s'        b = c / s'
-        l' = a l - b u + (1 - a) bias             (but for a constant)
+        l' = a l - b u + (1 - a) bias             (up to a constant)
         KL = (a - 1) H + b p·u - (1 - a) p·bias + logsumexp(l')
 
     where H is the entropy and p·u = (p G)·w. An evaluation costs O(V d + N V) for N tokens and a vocabulary of V,
-    instead of O(N V d), and needs no graph. l is kept, N V numbers; the rest is made a chunk of tokens at a time.
+    instead of O(N V d), and builds no graph. It keeps l, N V numbers; the rest is computed in chunks of tokens.
     """
 
     def __init__(self, tokens: Tokens, form: AffineNorm) -> None:
@@ -64,7 +64,7 @@ class ExactEnergy(Energy):
         u = form.unembedding @ form.scaled(w)
         c = self.tokens.deviation @ v
         length, along = w @ w, zc @ w
-        # of rounding alone below eps
+        # below eps only by rounding
         new = (s * s + (c * c * length - 2 * c * along) / self._d).clamp_min_(form.eps).sqrt_()
         a, b = s / new, c / new
         pu = self._pg @ w
@@ -77,7 +77,7 @@ class ExactEnergy(Energy):
             moved.addr_(b[rows], u, alpha=-1)
             if form.bias is not None:
                 moved.addr_(1 - a[rows], form.bias)
-            # torch's softmax is not slowed down by exponents that underflow, as its exp is
+            # unlike exp, torch's softmax is not slow where exponents underflow
             q = torch.softmax(moved, dim=-1, out=second[: len(log_p)])
             lse[rows] = moved.amax(dim=-1) - q.amax(dim=-1).log()
             qu[rows] = q @ u
@@ -112,7 +112,7 @@ class ExactEnergy(Energy):
         return float(self.tokens.processes.sum(total)) / self.tokens.n
 
     def scores(self, uniform: Float[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        """See `Energy.scores`; in closed form."""
+        """See `Energy.scores`."""
         form = self.form
         y = torch.empty(len(self._zc), dtype=torch.long, device=self._zc.device)
         for rows in self._chunks():

@@ -11,16 +11,17 @@ from typing import Annotated, final
 import torch
 from featurizers.errors import ConfigError, ShapeError, WeightsError
 from featurizers.files import contained, load_torch, read_bytes
+from featurizers.format import fingerprint
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from featurizers_causal_basis.logit_lens import LogitLens
-from featurizers_causal_basis.readouts import AffineNorm, Readout, hash_of
+from featurizers_causal_basis.lens.logit_lens import LogitLens
+from featurizers_causal_basis.lens.readouts import AffineNorm, Readout
 
 
 class _Config(BaseModel):
-    """The part of tuned-lens' ``config.json`` that says what the tensors are."""
+    """Fields of tuned-lens' ``config.json`` that determine the tensors."""
 
     model_config = ConfigDict(extra="ignore")
     d_model: Annotated[int, Field(gt=0)]
@@ -38,10 +39,10 @@ class TunedLens(Readout):
     Args:
         model: a decoder of `transformers` with its language-model head.
         weights: A for each block's input, ``(d, d)``.
-        biases: b for each, ``(d)``; None for zeros.
+        biases: b for each block's input, ``(d)``; None for zeros.
 
     Raises:
-        ShapeError: a translator does not fit the model, or there is not one for each block.
+        ShapeError: a translator does not fit the model, or their number is not that of the blocks.
         SiteError, UsageError: as `LogitLens`.
     """
 
@@ -49,12 +50,12 @@ class TunedLens(Readout):
 
     def __init__(self, model: nn.Module, weights: list[Tensor], biases: list[Tensor] | None = None) -> None:
         self._lens = LogitLens(model)
-        self.model: nn.Module = model
+        self.model, self.n_layers = model, self._lens.n_layers
         d = self._lens.unembedding.shape[-1]
         biases = [torch.zeros(d) for _ in weights] if biases is None else biases
-        if len(weights) != self._lens.n_layers or len(biases) != len(weights):
+        if len(weights) != self.n_layers or len(biases) != len(weights):
             raise ShapeError(
-                f"{type(model).__name__} has {self._lens.n_layers} blocks and wants a translator for the input of "
+                f"{type(model).__name__} has {self.n_layers} blocks and needs a translator for the input of "
                 f"each, got {len(weights)} matrices and {len(biases)} vectors"
             )
         for weight, bias in zip(weights, biases, strict=True):
@@ -67,12 +68,12 @@ class TunedLens(Readout):
 
     @classmethod
     def load(cls, model: nn.Module, folder: str | Path) -> TunedLens:
-        """The lens in a folder that tuned-lens wrote, ``config.json`` and ``params.pt``; no code in it is run.
+        """Read a folder that tuned-lens wrote, ``config.json`` and ``params.pt``, without running any code in it.
 
         Raises:
             ConfigError: the config is not that of a linear tuned lens.
-            WeightsError: a file is missing or damaged, or the tensors are not those that the config promises.
-            ShapeError: the lens is of a model of another size.
+            WeightsError: a file is missing or damaged, or the tensors do not match the config.
+            ShapeError: the lens belongs to a model of another size.
         """
         root = Path(folder).expanduser()
         where = str(folder)
@@ -81,17 +82,16 @@ class TunedLens(Readout):
             config = _Config.model_validate_json(raw)
         except ValidationError as error:
             first = error.errors()[0]
-            raise ConfigError(
-                f"{where}: config.json is not a tuned lens': {'.'.join(map(str, first['loc']))}: {first['msg']}"
-            ) from error
+            field = ".".join(map(str, first["loc"]))
+            raise ConfigError(f"{where}: config.json is not that of a tuned lens: {field}: {first['msg']}") from error
         if config.lens_type != "linear_tuned_lens":
-            raise ConfigError(f"{where}: the lens is a {config.lens_type!r}; only 'linear_tuned_lens' is read")
+            raise ConfigError(f"{where}: the lens type is {config.lens_type!r}; only 'linear_tuned_lens' can be read")
         state = load_torch(contained(root, root / "params.pt", where, WeightsError), where)
         names = [
             f"{i}.{part}" for i in range(config.num_hidden_layers) for part in ("weight", "bias")[: 1 + config.bias]
         ]
         if not isinstance(state, dict) or set(state) != set(names):
-            raise WeightsError(where, f"params.pt does not hold {names[0]!r} to {names[-1]!r} alone")
+            raise WeightsError(where, f"params.pt does not hold exactly {names[0]!r} to {names[-1]!r}")
         for name, tensor in state.items():
             shape = (config.d_model,) * (2 if re.fullmatch(r"\d+\.weight", name) else 1)
             if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape or not tensor.isfinite().all():
@@ -100,14 +100,9 @@ class TunedLens(Readout):
         biases = [state[f"{i}.bias"].clone() for i in layers] if config.bias else None
         return cls(model, [state[f"{i}.weight"].clone() for i in layers], biases)
 
-    @property
-    def n_layers(self) -> int:
-        """Number of blocks."""
-        return len(self._weights)
-
     def log_probs(self, h: Float[Tensor, "n d"], depth: int) -> Float[Tensor, "n vocabulary"]:
         """See `Readout.log_probs`."""
-        if depth < self.n_layers:
+        if depth < len(self._weights):
             dtype = torch.promote_types(h.dtype, torch.float32)
             h = h.to(dtype)
             h = h + h @ self._weights[depth].to(h).mT + self._biases[depth].to(h)
@@ -116,7 +111,7 @@ class TunedLens(Readout):
     def affine_norm(self, depth: int) -> AffineNorm | None:
         """See `Readout.affine_norm`."""
         plain = self._lens.affine_norm(depth)
-        if plain is None or depth >= self.n_layers:
+        if plain is None or depth >= len(self._weights):
             return plain
         weight, bias = (part[depth].to(plain.unembedding) for part in (self._weights, self._biases))
         eye = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
@@ -124,11 +119,11 @@ class TunedLens(Readout):
 
     @property
     def unembedding(self) -> Float[Tensor, "vocabulary d"]:
-        """See `Readout.unembedding`: the model's own."""
+        """See `Readout.unembedding`."""
         return self._lens.unembedding
 
     @functools.cached_property
     def sha256(self) -> str:
-        """See `Readout.sha256`: of the logit lens and the translators."""
-        own = hash_of([*self._weights, *self._biases])
-        return hash_of([torch.frombuffer(bytearray.fromhex(own + self._lens.sha256), dtype=torch.uint8)])
+        """See `Readout.sha256`. Covers the logit lens and the translators."""
+        own = fingerprint([*self._weights, *self._biases])
+        return fingerprint([torch.frombuffer(bytearray.fromhex(own + self._lens.sha256), dtype=torch.uint8)])

@@ -1,4 +1,4 @@
-"""Prompts of a file of texts, as padded token ids."""
+"""`Prompts`: texts of a file as padded token ids."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Prompts:
 
     Attributes:
         ids: token ids.
-        attention: which are the prompts' own and not padding.
-        skipped: how many tokens at the start of each prompt take no part.
+        attention: False for padding.
+        skipped: number of tokens at the start of each prompt that the mask leaves out.
     """
 
     ids: Int[Tensor, "batch sequence"]
@@ -29,51 +29,51 @@ class Prompts:
 
     @property
     def mask(self) -> Bool[Tensor, "batch sequence"]:
-        """Which tokens take part."""
+        """Mask of the selected tokens."""
         return self.attention & (torch.arange(self.ids.shape[1]) >= self.skipped)
 
     @property
     def rule(self) -> str:
-        """The mask in words."""
+        """Mask in words."""
         first = {0: "", 1: " but the first of each prompt"}
         return f"every token{first.get(self.skipped, f' but the first {self.skipped} of each prompt')}"
 
 
 def read_prompts(path: str | Path, tokenizer: Any, *, tokens: int, length: int, skipped: int, key: str) -> Prompts:
-    """The first prompts of a file: a text a line, or, in a ``.jsonl`` file, an object with a text a line.
+    """Read the first prompts of a file: one text per line, or in a ``.jsonl`` file one object with a text per line.
 
     Args:
         path: of the file.
         tokenizer: of the model.
-        tokens: how many shall take part; the last prompt that is needed is cut.
-        length: tokens of a prompt at most, the rest of its text is left out.
-        skipped: tokens at the start of each prompt that take no part.
+        tokens: number of tokens to select; the last prompt is cut short.
+        length: most tokens of a prompt; the rest of its text is dropped.
+        skipped: number of tokens at the start of each prompt that are not selected.
         key: of the text in a ``.jsonl`` file.
 
     Raises:
-        UsageError: the file cannot be read, a line is no such object, or all prompts together have fewer than 2 tokens
-            that take part.
+        UsageError: the file cannot be read, a line is not such an object, or all prompts together have fewer than 2
+            selected tokens.
     """
     if length <= skipped:
-        raise UsageError(f"prompts of {length} tokens, of which the first {skipped} take no part, leave none")
+        raise UsageError(f"prompts of {length} tokens without the first {skipped} leave none; give longer prompts")
     rows: list[list[int]] = []
-    wanted = tokens
+    missing = tokens
     path = Path(path).expanduser()
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 text = _text(line, f"{path}:{number}", key) if path.suffix == ".jsonl" else line.strip()
-                row = list(tokenizer(text, truncation=True, max_length=length)["input_ids"])[: skipped + wanted]
+                row = list(tokenizer(text, truncation=True, max_length=length)["input_ids"])[: skipped + missing]
                 if len(row) > skipped:
                     rows.append(row)
-                    wanted -= len(row) - skipped
-                if wanted <= 0:
+                    missing -= len(row) - skipped
+                if missing <= 0:
                     break
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read texts from {str(path)!r}: {one_line(error)}") from error
-    if tokens - wanted < 2:
+    if tokens - missing < 2:
         raise UsageError(
-            f"{str(path)!r} has {tokens - wanted} tokens that take part, and a basis needs 2 or more: texts one a line"
+            f"{str(path)!r} has {tokens - missing} tokens to use, and a basis needs 2 or more: give one text per line"
         )
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     attention = torch.zeros_like(ids, dtype=torch.bool)
@@ -89,8 +89,8 @@ def _text(line: str, where: str, key: str) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: it is not JSON: {one_line(error)}") from error
+        raise UsageError(f"{where}: the line is not JSON: {one_line(error)}") from error
     text = record.get(key) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise UsageError(f"{where}: an object with a text under {key!r} was expected, not {shown(record)}")
+        raise UsageError(f"{where}: expected an object with a text under {key!r}, not {shown(record)}")
     return text

@@ -1,4 +1,4 @@
-"""Directions to start from: singular vectors of the unembedding, and maxima of a quartic in the tokens."""
+"""Start directions of the search: singular vectors of the unembedding, and maxima of a quartic form of the tokens."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from featurizers_causal_basis.energy import Energy, Tokens
+from featurizers_causal_basis.solve.energy import Energy, Tokens
 
 ITERATIONS = 30
-"""Of the power method."""
+"""Most iterations of the power method."""
 ALIKE = 0.9
-"""Two candidates with a greater |cosine| are one."""
+"""Two candidates with a greater |cosine| are duplicates."""
 
 
 def singular_vectors(unembedding: Float[Tensor, "vocabulary d"]) -> Float[Tensor, "d d"]:
-    """Right singular vectors of a matrix with few columns, as columns, the one of the largest value first.
+    """Return the right singular vectors of a matrix with few columns, as columns, by descending singular value.
 
-    From the eigenvectors of WᵀW: the matrix of tokens is large, and only one side is wanted.
+    Computed as eigenvectors of WᵀW: W has a row per token of the vocabulary, and the left side is not needed.
     """
     gram = torch.zeros(unembedding.shape[1], unembedding.shape[1], dtype=torch.float64)
     for rows in torch.split(unembedding, 2**14):
@@ -28,14 +28,14 @@ def singular_vectors(unembedding: Float[Tensor, "vocabulary d"]) -> Float[Tensor
 
 
 def outside(v: Float[Tensor, "d *n"], earlier: Float[Tensor, "d j"]) -> Float[Tensor, "d *n"]:
-    """Vectors without their part in the span of orthonormal columns; taken away twice, for rounding."""
+    """Return vectors minus their projection on orthonormal columns; subtracted twice to remove rounding errors."""
     for _ in range(2):
         v = v - earlier @ (earlier.mT @ v)
     return v
 
 
 def scores_of(energy: Energy, seed: int) -> Float[Tensor, "n d"]:
-    """`Energy.scores` at random y, the same y for a token however the tokens are shared out."""
+    """Return `Energy.scores` at random y, which do not depend on how processes share the tokens."""
     tokens = energy.tokens
     uniform = torch.rand(tokens.n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return energy.scores(uniform[tokens.start : tokens.start + len(tokens.h)].to(tokens.h))
@@ -44,11 +44,12 @@ def scores_of(energy: Energy, seed: int) -> Float[Tensor, "n d"]:
 def quartic_maxima(
     tokens: Tokens, scores: Float[Tensor, "n d"], earlier: Float[Tensor, "d j"], restarts: int, picked: int, seed: int
 ) -> list[Float[Tensor, " d"]]:
-    """Unit vectors v outside the earlier ones at which mean (x·v)² (g·v)² is greatest, the best first.
+    """Return unit vectors v, orthogonal to the earlier ones, that maximise mean (x·v)² (g·v)², the best first.
 
-    x is how far a token is from what it is ablated to and g = ∇ log p(y) at a y of its own distribution. The energy of
-    v is ½ mean (x·v)² vᵀ E[g gᵀ] v to second order in x, so that this is an estimate of it. By the higher-order power
-    method (De Lathauwer et al. 2000, section 3) from random starts; different ones that end together count once.
+    x is the deviation of a token and g = ∇ log p(y) at a y drawn from its own distribution. To second order in x the
+    energy of v is ½ mean (x·v)² vᵀ E[g gᵀ] v, which this estimates. Maximised by the higher-order power method (De
+    Lathauwer et al. 2000, section 3) from ``restarts`` random starts; at most ``picked``
+    different vectors are returned.
     """
     d = len(earlier)
     start = torch.randn(d, restarts, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -62,12 +63,13 @@ def quartic_maxima(
         if bool((values <= before * (1 + 1e-3)).all()):
             break
         vectors = _unit(outside(sums[:-1], earlier))
-    found: list[Tensor] = []
+    maxima: list[Tensor] = []
     for number in values.argsort(descending=True).tolist():
         v = vectors[:, number]
-        if len(found) < picked and bool(v.isfinite().all()) and all(abs(float(v @ other)) < ALIKE for other in found):
-            found.append(v)
-    return found
+        distinct = all(abs(float(v @ other)) < ALIKE for other in maxima)
+        if len(maxima) < picked and bool(v.isfinite().all()) and distinct:
+            maxima.append(v)
+    return maxima
 
 
 def _unit(v: Tensor) -> Tensor:

@@ -1,28 +1,32 @@
-"""Sums over the tokens of all processes, so that every process decides from the same numbers."""
+"""`Processes`: sums over the tokens of all processes, so that every process decides from the same numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from featurizers.errors import FeaturizerError, UsageError
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that hold the tokens: those of a group, all if torch.distributed is initialised, or this alone.
+    """Processes that share the tokens; only this one if torch.distributed is not initialised.
 
     Attributes:
-        group: of torch.distributed; None for all processes, or for this alone.
+        group: of torch.distributed; None for all processes.
     """
 
     group: dist.ProcessGroup | None = None
 
     @property
     def size(self) -> int:
-        """How many processes."""
+        """Number of processes."""
         return dist.get_world_size(self.group) if dist.is_available() and dist.is_initialized() else 1
 
     @property
@@ -31,7 +35,7 @@ class Processes:
         return dist.get_rank(self.group) if self.size > 1 else 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes, in float64 on the CPU."""
+        """Return the sum over the processes, in float64 on the CPU."""
         total = tensor.detach().cpu().double()
         if self.size == 1:
             return total
@@ -40,19 +44,35 @@ class Processes:
         return total.cpu()
 
     def all(self, value: Any) -> list[Any]:
-        """What each process has, by rank."""
+        """Return the value of each process, by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def first(self, value: Any) -> Any:
-        """What process 0 has."""
-        return self.all(value)[0]
+    def on_first(self, action: Callable[[], T]) -> T:
+        """Run an action in process 0, and return its result in every process.
+
+        Raises:
+            UsageError: process 0 refuses. There, its own error is raised, which may be an ArtefactError.
+        """
+        result: Any = None
+        error: FeaturizerError | None = None
+        if self.rank == 0:
+            try:
+                result = action()
+            except FeaturizerError as caught:
+                error = caught
+        result, problem = self.all((result, None if error is None else str(error)))[0]
+        if error is not None:
+            raise error
+        if problem is not None:
+            raise UsageError(f"process 0 refuses: {problem}")
+        return result  # type: ignore[no-any-return]
 
     def rows(self, rows: Tensor) -> tuple[Tensor, int]:
-        """The rows of all processes, in the order of their ranks, and where those of this one begin."""
+        """Return the rows of all processes, by rank, and the index of this process's first row among them."""
         if self.size == 1:
             return rows, 0
         counts = self.all(len(rows))
@@ -64,6 +84,6 @@ class Processes:
         return whole.to(rows.device), sum(counts[: self.rank])
 
     def _device(self) -> torch.device:
-        """Where a tensor must be to be sent: NCCL sends from GPUs alone."""
+        """Return the device that tensors are sent from. NCCL sends only from GPUs."""
         nccl = dist.get_backend(self.group) == "nccl"
         return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
