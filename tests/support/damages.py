@@ -568,7 +568,7 @@ INTERVENABLE = {
     "a link to another": Damage(
         _of_json(lambda d: [r.update(intervention_link_key=0) for r in d["representations"]]),
         ManifestError,
-        "representation 1 has the intervention 1, but is linked to one that has 0",
+        "representation 1 has the intervention 1, but is linked to a place that has 0",
     ),
     "a class path": Damage(_intervention(0, kind="os.system"), UnknownKindError, "intervention 'os.system'"),
     "a kind in capitals": Damage(_intervention(0, kind="Mask"), UnknownKindError, "never an import path"),

@@ -281,7 +281,7 @@ def test_wrong_arguments_are_named():
             intervention.set_interchange_dim(wrong)
     with pytest.raises(FeatureIndexError):
         intervention(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), [[6]])
-    with pytest.raises(ShapeError, match="the activations have 5 dimensions, the autoencoder 4"):
+    with pytest.raises(ShapeError, match="the activations have 5 dimensions, but the autoencoder takes 4"):
         intervention(torch.zeros(1, 1, 5), torch.zeros(1, 1, 5))
     with pytest.raises(UsageError, match="pass source_representations= to the intervenable"):
         intervention.set_source_representation(torch.zeros(1, 1, 4))

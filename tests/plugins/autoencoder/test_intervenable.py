@@ -157,7 +157,9 @@ def test_a_featurizer_that_is_no_autoencoder_is_refused(tmp_path):
     built = pv.IntervenableModel(pv.IntervenableConfig([place]), tiny_model("gpt2"))
     folder = save_intervenable(built, tmp_path / "it")
     edit(folder / "intervenable.json", '"kind": "interchange"', '"kind": "autoencoder"')
-    with pytest.raises(ManifestError, match=r"'autoencoder': an autoencoder is made of a dictionary, not of .* 'subsp"):
+    with pytest.raises(
+        ManifestError, match=r"'autoencoder': an autoencoder is made from a dictionary, not from .* 'subsp"
+    ):
         load_intervenable(folder, tiny_model("gpt2"))
 
 
@@ -219,9 +221,9 @@ def test_an_intervention_without_its_autoencoder_says_so():
     waiting = AutoencoderIntervention(component="block_output", latent_dim=LATENTS, embed_dim=None)
     with pytest.raises(UsageError, match="there is no autoencoder yet; give latent_dim"):
         waiting(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4))
-    with pytest.raises(UsageError, match=r"no autoencoder of ours but 'os\.system'"):
+    with pytest.raises(UsageError, match=r"names the autoencoder 'os\.system', not one of autoencoder-layer, jumprelu"):
         waiting.set_extra_state(json.dumps({**STATE, "autoencoder": "os.system"}))
-    with pytest.raises(UsageError, match="no autoencoder of ours but None"):
+    with pytest.raises(UsageError, match="names the autoencoder None, not one of autoencoder-layer, jumprelu"):
         waiting.set_extra_state(json.dumps({**STATE, "autoencoder": None}))
 
 

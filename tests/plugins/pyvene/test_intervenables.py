@@ -490,7 +490,7 @@ def test_a_plugin_at_fault_is_named(tmp_path, plugin, monkeypatch):
     scaled.attach(subspace())
     folder = save_intervenable(built([{"layer": 1, "intervention": scaled}]), tmp_path / "it")
     for wrong, words in (
-        ([Scaled, type("Other", (Scaled,), {})], "'identity.scaled' is there already"),
+        ([Scaled, type("Other", (Scaled,), {})], "'identity.scaled' is registered already"),
         ([nn.Linear], "not a subclass of featurizers.SavedIntervention"),
         ([type("Other", (Scaled,), {"kind": "mask"})], "must be 'identity' or start with 'identity.'"),
         ([type("Other", (Scaled,), {"Config": dict})], "must be a pydantic model"),
