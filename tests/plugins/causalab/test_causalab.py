@@ -192,7 +192,7 @@ def test_steering_replacing_and_interpolating_are_their_closed_forms():
     torch.testing.assert_close(between(BASE, SOURCE), BASE + 0.25 * (SOURCE - BASE) @ W @ W.T)
     torch.testing.assert_close(between(BASE, SOURCE, [[2]] * 2), BASE + 0.25 * (SOURCE - BASE) @ W[:, 2:] @ W[:, 2:].T)
     between.set_interpolation(lambda f_base, f_src: f_src[..., :1])
-    with pytest.raises(ShapeError, match="made features of shape"):
+    with pytest.raises(ShapeError, match="returned features of shape"):
         between(BASE, SOURCE)
     spans = batch(2, 4, D)
     torch.testing.assert_close(steer(spans, per_example), spans + (per_example @ W.T)[:, None])
@@ -368,7 +368,7 @@ def test_what_is_no_autoencoder_of_one_site_is_refused():
 
 def test_saving_an_autoencoder_says_that_nothing_is_written(tmp_path):
     f = ca.SAEFeaturizer(ToySAE())
-    with pytest.warns(UserWarning, match="no file is written of the autoencoder 'sae'.*save_pretrained"):
+    with pytest.warns(UserWarning, match="no file is written: .* the autoencoder 'sae'; save it .*save_pretrained"):
         assert f.save_modules(tmp_path / "unit") == (None, None)
     assert list(tmp_path.iterdir()) == []
 
@@ -442,11 +442,11 @@ def test_a_new_rotation_follows_torchs_generator():
 
 def test_the_number_of_features_is_checked():
     f = subspace()
-    with pytest.raises(ShapeError, match="said to have 1 features, but has 3"):
+    with pytest.raises(ShapeError, match="given n_features=1, but has 3 features"):
         ca.Featurizer(f.featurizer, f.inverse_featurizer, n_features=1).get_mask_intervention()
     wrong = ca.Featurizer(Halves(), Together(), n_features=1).get_mask_intervention()()
     wrong.set_temperature(1.0)
-    with pytest.raises(ShapeError, match="said to have 1 features, but its module gives 16"):
+    with pytest.raises(ShapeError, match="given n_features=1, but its module returns 16"):
         wrong(BASE, SOURCE)
     with pytest.raises(ValueError, match="`n_features` must be given"):
         ca.Featurizer().get_mask_intervention()
@@ -624,7 +624,7 @@ def test_the_modules_of_a_featurizer_are_saved_and_loaded_with_their_class_and_n
     ca.Featurizer(n_features=D).save_modules(path)  # in place of the other
     again = ca.Featurizer.load_modules(path)
     assert (type(again), again.n_features, again.id, again.is_trivial()) == (ca.Featurizer, D, "null", True)
-    with pytest.raises(UsageError, match="a Featurizer was saved there, and not a SubspaceFeaturizer"):
+    with pytest.raises(UsageError, match="what was saved is a Featurizer, not a SubspaceFeaturizer"):
         ca.SubspaceFeaturizer.load_modules(path)
     with pytest.raises(ManifestError, match="is missing"):
         ca.Featurizer.load_modules(tmp_path / "none")
