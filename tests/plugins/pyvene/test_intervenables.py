@@ -363,7 +363,7 @@ def test_a_model_of_another_width_is_refused(tmp_path):
     for component in ("block_output", "transformer.h[1].output", "transformer.h.1.mlp.output"):
         place = {"layer": 1, "component": component, "intervention": narrow.get_interchange_intervention()()}
         folder = save_intervenable(built([place]), tmp_path / component)
-        with pytest.raises(ShapeError, match="takes activations of width 16, those of this GPT2LMHeadModel have 32"):
+        with pytest.raises(ShapeError, match="takes activations of width 16, but those of this GPT2LMHeadModel have 32"):
             load_intervenable(folder, tiny_model("gpt2"))
         load_intervenable(folder, model)
     place = {"layer": 1, "component": "mlp_activation", "intervention": narrow.get_interchange_intervention()()}
