@@ -1,11 +1,9 @@
-"""Files of CausalAbstraction and causalab: read, checked against each other, written as the benchmark reads them."""
+"""Files of CausalAbstraction and causalab: read, checked for consistency, and written for the loader of the benchmark."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import featurizers
@@ -27,6 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.support.damages import BUNDLES, DAS, TRIPLETS, UNIT, Damage
+from tests.support.processes import run_python
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "causalab"
 SUBMISSION, BUNDLE = FIXTURES / "submission", FIXTURES / "bundle"
@@ -43,9 +42,9 @@ UNITS = {
 
 
 def original(key: str) -> str:
-    """The name of a unit's files, of its name in a collection."""
-    found = [p for p in SUBMISSION.rglob("*_indices") if unit_key(p) == key]
-    return str(found[0].relative_to(SUBMISSION)).removesuffix("_indices")
+    """Return the name of a unit's files, given its name in a collection."""
+    path = next(path for path in SUBMISSION.rglob("*_indices") if unit_key(path) == key)
+    return str(path.relative_to(SUBMISSION)).removesuffix("_indices")
 
 
 def unit_key(path: Path) -> str:
@@ -53,7 +52,7 @@ def unit_key(path: Path) -> str:
 
 
 class Rotate(nn.Module):
-    """A layer whose weight torch parametrises, as the benchmark's loader builds it."""
+    """Layer with a weight that torch parametrises, as the benchmark's loader builds it."""
 
     def __init__(self, shape: torch.Size) -> None:
         super().__init__()
@@ -64,7 +63,7 @@ class Rotate(nn.Module):
 
 
 def as_the_benchmark_loads(path: Path) -> torch.Tensor | None:
-    """The rotation that the benchmark's loader makes of two files, the inverse's last; None for an identity."""
+    """Load two files as the benchmark does, the inverse last; return the rotation, None for an identity."""
     forward, inverse = (
         torch.load(f"{path}{part}", weights_only=True) for part in ("_featurizer", "_inverse_featurizer")
     )
@@ -247,7 +246,7 @@ def test_a_bundle_of_one_unit_is_loaded(tmp_path):
 
 
 def a_unit(folder: Path) -> Path:
-    """A folder of one unit with three features of six dimensions, and a list of two of them."""
+    """Make a folder of one unit: three features of six dimensions, and a list of two of them."""
     folder.mkdir()
     for path in SUBMISSION.glob(f"{MCQA}/*Layer_7*"):
         shutil.copy(path, folder / f"{UNIT}{path.name.partition(')')[2]}")
@@ -330,10 +329,10 @@ def test_what_was_read_is_written_as_the_benchmark_reads_it(tmp_path):
     } == names
     for key, f in found.items():
         name = original(key)
-        theirs, ours = as_the_benchmark_loads(SUBMISSION / name), as_the_benchmark_loads(tmp_path / "out" / name)
-        assert (theirs is None) == (ours is None) == (f.kind == "identity")
-        if theirs is not None:
-            torch.testing.assert_close(ours, theirs)
+        before, after = (as_the_benchmark_loads(folder / name) for folder in (SUBMISSION, tmp_path / "out"))
+        assert (before is None) == (after is None) == (f.kind == "identity")
+        if before is not None:
+            torch.testing.assert_close(after, before)
         indices = [json.loads((folder / f"{name}_indices").read_text()) for folder in (SUBMISSION, tmp_path / "out")]
         assert indices[0] == indices[1]
     again = read_submission(tmp_path / "out")
@@ -346,15 +345,15 @@ def test_what_was_read_is_written_as_the_benchmark_reads_it(tmp_path):
 
 
 def test_a_collection_goes_both_ways(tmp_path):
-    featurizers.save_collection(read_submission(SUBMISSION), tmp_path / "ours")
+    featurizers.save_collection(read_submission(SUBMISSION), tmp_path / "collection")
     loaded = {
-        name: featurizers.load(tmp_path / "ours", subfolder=name)
-        for name in featurizers.list_artefacts(tmp_path / "ours")
+        name: featurizers.load(tmp_path / "collection", subfolder=name)
+        for name in featurizers.list_artefacts(tmp_path / "collection")
     }
     assert list(loaded) == sorted(UNITS)
-    assert sum(path.stat().st_size for path in (tmp_path / "ours").rglob("model.safetensors")) < 2000
-    write_submission(loaded, tmp_path / "theirs")
-    assert read_submission(tmp_path / "theirs").keys() == UNITS.keys()
+    assert sum(path.stat().st_size for path in (tmp_path / "collection").rglob("model.safetensors")) < 2000
+    write_submission(loaded, tmp_path / "submission")
+    assert read_submission(tmp_path / "submission").keys() == UNITS.keys()
 
 
 def test_a_featurizer_of_ones_own_is_written_by_its_site(tmp_path):
@@ -396,7 +395,7 @@ def test_a_unit_named_by_metadata_is_no_path(tmp_path):
     with pytest.raises(ConversionError, match="no unit for the site None"):
         write_submission({"a": f}, tmp_path / "out")
     f.metadata = {"causalab": {"unit": "ResidualStream(Layer-4,Token-last_token)"}}
-    f.site = Site("resid.post", 5).at(position=(-1,))  # set since
+    f.site = Site("resid.post", 5).at(position=(-1,))  # the site was changed after reading
     write_submission({"a": f}, tmp_path / "out")
     assert (tmp_path / "out" / "ResidualStream(Layer-5,Token-last_token)_indices").exists()
 
@@ -406,7 +405,7 @@ def test_convert_writes_a_unit_and_says_what_is_lost(tmp_path):
     f.site = Site("resid.post", 4).at(position=(-1,), model="owner/model")
     f.id, f.metadata = "mine", {"accuracy": 0.9}
     f.feature_sets = {"selected": torch.tensor([2]), "gate_logits": torch.tensor([-1.0, -1.0, 1.0])}
-    from featurizers.store.converting import convert
+    from featurizers.store import convert
 
     assert convert(f, tmp_path / "out", to="causalab") == [
         "The model 'owner/model' is not kept; the benchmark takes it from the name of the folder.",
@@ -419,18 +418,17 @@ def test_convert_writes_a_unit_and_says_what_is_lost(tmp_path):
 
 
 def test_files_need_no_pyvene(tmp_path):
-    program = f"""
-import sys
-sys.modules["pyvene"] = None
-import featurizers, featurizers_causalab
-from featurizers_causalab.featurizers import Featurizer
-found = featurizers_causalab.read_submission({str(SUBMISSION)!r})
-featurizers_causalab.write_submission(found, {str(tmp_path / "out")!r})
-f = Featurizer.load_modules({str(SUBMISSION / MCQA / "ResidualStream(Layer-3,Token-last_token)")!r})
-try:
-    f.get_interchange_intervention()
-except featurizers.errors.MissingDependencyError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, encoding="utf-8")
-    assert "pip install 'featurizers[pyvene]'" in done.stdout
+    printed = run_python(f"""
+        import sys
+        sys.modules["pyvene"] = None
+        import featurizers, featurizers_causalab
+        from featurizers_causalab.featurizers import Featurizer
+        units = featurizers_causalab.read_submission({str(SUBMISSION)!r})
+        featurizers_causalab.write_submission(units, {str(tmp_path / "out")!r})
+        f = Featurizer.load_modules({str(SUBMISSION / MCQA / "ResidualStream(Layer-3,Token-last_token)")!r})
+        try:
+            f.get_interchange_intervention()
+        except featurizers.errors.MissingDependencyError as error:
+            print(error)
+    """)
+    assert "pip install 'featurizers[pyvene]'" in printed
