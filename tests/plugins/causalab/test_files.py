@@ -1,4 +1,4 @@
-"""Files of CausalAbstraction and causalab: read, checked for consistency, and written for the loader of the benchmark."""
+"""Files of CausalAbstraction and causalab: read, checked for consistency, written for the loader of the benchmark."""
 
 from __future__ import annotations
 
