@@ -87,7 +87,7 @@ def pair(
 
 
 class SaeLensFeaturizer:
-    """Featurizer over SAELens as users write it by hand, with an error term; an interchange decodes twice."""
+    """Featurizer over SAELens as users write it by hand, with an error term; an interchange decodes three times."""
 
     def __init__(self, sae: Any) -> None:
         self.sae = sae

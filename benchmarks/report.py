@@ -72,7 +72,7 @@ class Report(BaseModel):
         """Print the table, the checks and the reasons for skipped rows."""
         console = console or Console()
         table = Table(title=str(self.machine), title_justify="left", title_style="dim")
-        for name in ("name", "ours", "peer", "ratio", "spread", "CPU time", "required", ""):
+        for name in ("name", "featurizers", "peer", "ratio", "spread", "CPU ratio", "required", ""):
             table.add_column(name, justify="left" if name in ("name", "") else "right", no_wrap=True)
         for row in self.rows:
             if row.skipped is None:
@@ -94,7 +94,7 @@ class Report(BaseModel):
             f"{self.machine}. Activations in {self.dtype}. Load average "
             f"{self.load[0]:.1f} before the run and {self.load[1]:.1f} after.",
             "",
-            "| name | ours, and the peer | ours | peer | ratio | spread | of CPU time | required |",
+            "| name | measurement; *peer* | featurizers | peer | ratio | spread | CPU ratio | required |",
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
         for row in self.rows:
