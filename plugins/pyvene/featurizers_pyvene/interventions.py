@@ -106,7 +106,7 @@ class FeatureIntervention(SavedIntervention, TrainableIntervention):  # type: ig
     featurizer: Featurizer[Any]
 
     def __init__(self, **kwargs: Any) -> None:
-        # then activations of several units arrive as (batch, units, d) in every version of pyvene
+        # with keep_last_dim several units arrive as (batch, units, d) in every version of pyvene
         super().__init__(**{**kwargs, "keep_last_dim": True})
         for name in ("embed_dim", "interchange_dim"):
             # pyvene sets these for some components only; the state dict must not depend on that

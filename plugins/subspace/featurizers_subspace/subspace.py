@@ -42,7 +42,7 @@ class _Cached(NamedTuple):
     """Orthonormal basis computed from one state of the parameter; valid until that state changes."""
 
     parameter: nn.Parameter
-    state: tuple[int, int, bool]  # version, address, and if a gradient is needed
+    state: tuple[int, int, bool]  # version, address, gradient needed
     basis: Tensor
 
 

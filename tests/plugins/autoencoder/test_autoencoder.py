@@ -75,19 +75,19 @@ def test_latents_are_swapped_as_by_hand(kind, positions):
         patched = get_intervenable_with_autoencoder(
             tiny_model("gpt2"), autoencoder, chosen, 1, max_number_of_units=len(positions)
         )
-        found = logits(patched, positions)
-        torch.testing.assert_close(found, by_hand(autoencoder, dims, positions), rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(found, plain, atol=1e-4)
+        result = logits(patched, positions)
+        torch.testing.assert_close(result, by_hand(autoencoder, dims, positions), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(result, plain, atol=1e-4)
 
 
 @torch.no_grad()
 def test_subspaces_narrow_the_dimensions_for_each_example():
     autoencoder = layer()
     patched = get_intervenable_with_autoencoder(tiny_model("gpt2"), autoencoder, [1, 5, 45], 1)
-    found = logits(patched, [3], [[[1], [5, 7], []]])
+    result = logits(patched, [3], [[[1], [5, 7], []]])
     for row, dims in enumerate(([1], [5], [])):
-        torch.testing.assert_close(found[row], by_hand(autoencoder, dims, [3])[row], rtol=1e-5, atol=1e-5)
-    assert torch.equal(found[2], tiny_model("gpt2")(BASE).logits[2])
+        torch.testing.assert_close(result[row], by_hand(autoencoder, dims, [3])[row], rtol=1e-5, atol=1e-5)
+    assert torch.equal(result[2], tiny_model("gpt2")(BASE).logits[2])
     parts = AutoencoderIntervention(autoencoder=autoencoder, subspace_partition=[[0, 4], [5, 6]])
     base, source = torch.randn(2, 2, 1, WIDTH)
     explicit = AutoencoderIntervention(autoencoder=autoencoder)
@@ -174,13 +174,13 @@ def test_it_trains(kind):
         dims = torch.zeros(LATENTS).index_fill(0, torch.tensor([1, 5, 45]), 1.0)
         return base + a.decode(latents + dims * (others - latents)) - a.decode(latents)
 
-    found, expected = (
+    result, expected = (
         torch.autograd.grad((out * cotangent).sum(), [base, source, *weights])
         for out in (intervention(base, source), plain())
     )
-    for gradient, other in zip(found, expected, strict=True):
+    for gradient, other in zip(result, expected, strict=True):
         torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5)
-    assert found[1].abs().max() > 0
+    assert result[1].abs().max() > 0
 
 
 def test_any_autoencoder_may_be_used_and_a_strange_one_is_not_saved(tmp_path):
@@ -204,12 +204,12 @@ def test_a_bfloat16_model_takes_a_float32_autoencoder():
     model, autoencoder = copy.deepcopy(tiny_model("gpt2")).bfloat16(), layer()
     plain = model(BASE).logits
     patched = get_intervenable_with_autoencoder(model, autoencoder, 7, 1, max_number_of_units=2)
-    found = logits(patched, [1, 4])
-    assert found.dtype == torch.bfloat16
-    assert not torch.equal(found, plain)
+    result = logits(patched, [1, 4])
+    assert result.dtype == torch.bfloat16
+    assert not torch.equal(result, plain)
     expected = by_hand(autoencoder, list(range(7)), [1, 4], model)
-    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
-    assert (found - plain).abs().max() > 0.5
+    torch.testing.assert_close(result, expected, rtol=0.02, atol=0.02)
+    assert (result - plain).abs().max() > 0.5
     assert next(iter(patched.interventions.values())).autoencoder is not autoencoder, "weights are copied"
 
 

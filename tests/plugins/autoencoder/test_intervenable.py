@@ -78,8 +78,8 @@ def test_another_process_gets_the_same_logits(tmp_path):
         from tests.plugins.autoencoder.test_intervenable import run_several
         from tests.support.models import tiny_model
         torch.set_num_threads(1)
-        found = run_several(load_intervenable({str(tmp_path / "it")!r}, tiny_model("gpt2")))
-        assert torch.equal(found, torch.load({str(tmp_path / "logits.pt")!r})), "other logits"
+        result = run_several(load_intervenable({str(tmp_path / "it")!r}, tiny_model("gpt2")))
+        assert torch.equal(result, torch.load({str(tmp_path / "logits.pt")!r})), "other logits"
     """)
 
 

@@ -109,9 +109,9 @@ def test_an_interchange_of_a_subspace_is_its_closed_form(dtype):
     for rows, columns in ((None, [0, 1, 2]), ([[2, 0]] * 2, [2, 0]), ([None, None], [0, 1, 2])):
         chosen = W[:, columns]
         expected = base.float() + (source.float() - base.float()) @ chosen @ chosen.T
-        found = intervention(base, source, rows)
-        assert found.dtype == dtype
-        torch.testing.assert_close(found, expected.to(dtype))
+        result = intervention(base, source, rows)
+        assert result.dtype == dtype
+        torch.testing.assert_close(result, expected.to(dtype))
     mixed = intervention(base, source, [None, [1]])
     torch.testing.assert_close(mixed[0], intervention(base, source, None)[0])
     torch.testing.assert_close(mixed[1], intervention(base, source, [[1]] * 2)[1])
@@ -255,8 +255,8 @@ def test_a_mask_keeps_to_the_features_that_are_named():
     mask = ca.Featurizer(n_features=D).get_mask_intervention()()
     mask.set_temperature(1.0)
     mask.mask.data.fill_(50.0)
-    found = mask(BASE, SOURCE, [[2], [0, 5]])
-    assert (found != BASE).nonzero()[:, [0, 2]].tolist() == [[0, 2], [1, 0], [1, 5]]
+    result = mask(BASE, SOURCE, [[2], [0, 5]])
+    assert (result != BASE).nonzero()[:, [0, 2]].tolist() == [[0, 2], [1, 0], [1, 5]]
 
 
 def test_more_features_than_dimensions_are_collected_whole():
@@ -279,12 +279,12 @@ def test_spans_of_several_tokens_are_featurized_token_by_token(mode, kind):
         (mask,) = patched.interventions.values()
         mask.set_temperature(1.0)
         mask.mask.data.fill_(60.0)
-    found = swapped(patched, [1, 4])
+    result = swapped(patched, [1, 4])
     core = featurizers.create("identity", d_in=WIDTH) if kind == "identity" else f.as_featurizer()
     swap = featurizers.Interchange(core, source={"input_ids": OTHERS}, positions=[1, 4])
     model = tiny_model("gpt2")
     with featurizers.intervene(model, {"resid.post:1": swap}):
-        torch.testing.assert_close(found, model(INPUTS).logits)
+        torch.testing.assert_close(result, model(INPUTS).logits)
 
 
 # ---------------------------------------------------------------------- exactness
@@ -314,10 +314,10 @@ def test_what_changes_no_feature_gives_the_base_back_bit_for_bit(make, dtype):
 def test_neither_base_nor_source_is_written_into():
     f = ca.Featurizer(n_features=D)
     base, source = BASE.clone(), SOURCE.clone()
-    found = f.get_interchange_intervention()(embed_dim=D)(base, source, [[0]] * 2)
+    result = f.get_interchange_intervention()(embed_dim=D)(base, source, [[0]] * 2)
     assert torch.equal(base, BASE)
     assert torch.equal(source, SOURCE)
-    assert torch.equal(found[..., 0], SOURCE[..., 0])
+    assert torch.equal(result[..., 0], SOURCE[..., 0])
     features, _ = f.featurize(base)
     features.zero_()
     assert torch.equal(base, BASE)
@@ -331,9 +331,9 @@ def test_an_autoencoder_that_normalizes_takes_interventions():
     f = ca.SAEFeaturizer(sae)
     features, error = f.featurize(BASE)
     torch.testing.assert_close(f.inverse_featurize(features, error), BASE)
-    found = f.get_interchange_intervention()()(BASE, SOURCE)
+    result = f.get_interchange_intervention()()(BASE, SOURCE)
     expected = BASE + (sae.encode(SOURCE) - sae.encode(BASE)) @ sae.W_dec * BASE.std(-1, keepdim=True)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(result, expected)
     with pytest.raises(UsageError, match="normalizes each x"):
         f.inverse_featurize(features, None)
 
@@ -407,8 +407,8 @@ def test_an_orthonormal_rotation_is_kept(dtype):
         assert torch.equal(f.featurizer.rotate.weight, W)
     else:
         torch.testing.assert_close(f.featurizer.rotate.weight, W, atol=2 * torch.finfo(dtype).eps, rtol=0)
-    found = f.featurizer.rotate.weight
-    torch.testing.assert_close(found.T @ found, torch.eye(5))
+    result = f.featurizer.rotate.weight
+    torch.testing.assert_close(result.T @ result, torch.eye(5))
 
 
 def test_other_rotations_are_refused_and_not_replaced():
@@ -591,14 +591,14 @@ def test_pyvene_saves_an_intervention_and_loads_it_in_another_process(mode, tmp_
         load = torch.load
         torch.load = lambda *a, **k: load(*a, **{{**k, "map_location": "cpu"}})
         loaded = pyvene.IntervenableModel.load({str(tmp_path / "it")!r}, tiny_model("gpt2"))
-        (found,) = loaded.interventions.values()
-        torch.save({{"str": str(found), **dict(found.named_parameters())}}, {str(tmp_path / "found")!r})
+        (result,) = loaded.interventions.values()
+        torch.save({{"str": str(result), **dict(result.named_parameters())}}, {str(tmp_path / "found")!r})
     """)
-    found = torch.load(tmp_path / "found")
-    assert torch.equal(found["featurizer.basis"], basis(WIDTH, 4))
-    assert "id=kept" in found["str"]
+    result = torch.load(tmp_path / "found")
+    assert torch.equal(result["featurizer.basis"], basis(WIDTH, 4))
+    assert "id=kept" in result["str"]
     if mode == "mask":
-        assert torch.equal(found["gate.logits"], torch.linspace(-1, 1, 4))
+        assert torch.equal(result["gate.logits"], torch.linspace(-1, 1, 4))
 
 
 # ---------------------------------------------------------------------- files

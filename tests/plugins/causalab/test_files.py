@@ -84,11 +84,11 @@ def as_the_benchmark_loads(path: Path) -> torch.Tensor | None:
 
 
 def test_a_submission_is_read_with_its_features_and_sites():
-    found = read_submission(SUBMISSION)
-    assert list(found) == sorted(UNITS)
+    by_unit = read_submission(SUBMISSION)
+    assert list(by_unit) == sorted(UNITS)
     golden = load_file(FIXTURES / "golden.safetensors")
     for key, (kind, site, position, selected) in UNITS.items():
-        f, name = found[key], original(key)
+        f, name = by_unit[key], original(key)
         assert (f.kind, str(f.site), f.site.position) == (kind, site, position)
         assert f.id == f.metadata["causalab"]["unit"] == name.rpartition("/")[2]
         chosen = f.feature_sets.get("selected")
@@ -98,7 +98,7 @@ def test_a_submission_is_read_with_its_features_and_sites():
         edited = f.interchange(base, source, chosen)
         torch.testing.assert_close(edited, golden[f"{name}:interchange"])
         assert torch.equal(edited, base) == (selected == [])
-    gemma = found[f"{MCQA}/ResidualStream.Layer_7.Token_correct_symbol"]
+    gemma = by_unit[f"{MCQA}/ResidualStream.Layer_7.Token_correct_symbol"]
     assert gemma.site.model == "google/gemma-2-2b"
     said = {"token": "correct_symbol", "task": "4_answer_MCQA", "model": "Gemma2ForCausalLM"}
     assert gemma.metadata["causalab"].items() >= {**said, "variable": "answer_pointer"}.items()
@@ -174,10 +174,10 @@ def test_python_beside_a_unit_is_not_run(tmp_path):
     ],
 )
 def test_names_of_units_say_the_site(name, component, site, position):
-    found = units.parse(name, component)
-    assert found is not None
-    assert (None if found.site is None else str(found.site)) == site
-    assert found.site is None or found.site.position == position
+    unit = units.parse(name, component)
+    assert unit is not None
+    assert (None if unit.site is None else str(unit.site)) == site
+    assert unit.site is None or unit.site.position == position
 
 
 @pytest.mark.parametrize("name", ["", "unit", "ResidualStream(Layer-3)", "ResidualStream(Layer-3,Token-../../x)"])
@@ -197,9 +197,9 @@ def test_other_names_say_nothing(name):
     ],
 )
 def test_a_site_has_the_name_that_says_it(site):
-    found = units.parse(units.name_of(site))
-    assert found.site == site
-    assert found.site.position == site.position
+    unit = units.parse(units.name_of(site))
+    assert unit.site == site
+    assert unit.site.position == site.position
 
 
 def test_sites_without_a_unit_have_no_name():
@@ -211,8 +211,8 @@ def test_sites_without_a_unit_have_no_name():
 
 
 def test_a_bundle_of_causalab_is_read():
-    found = read_submission(BUNDLE)
-    rows = {key: (f.kind, f.id, str(f.site), f.feature_sets) for key, f in found.items()}
+    by_unit = read_submission(BUNDLE)
+    rows = {key: (f.kind, f.id, str(f.site), f.feature_sets) for key, f in by_unit.items()}
     assert {key: row[:3] for key, row in rows.items()} == {
         "ResidualStream.Layer-3.block_output.Token-last_token": ("subspace", "DAS", "resid.post:3"),
         "ResidualStream.Layer-0.block_input.Token-last_token": (
@@ -223,7 +223,7 @@ def test_a_bundle_of_causalab_is_read():
         "AttentionHead.Layer-2.Head-1.Token-all": ("identity", "mask", "attn.z:2:1"),
         "MLP.Layer-1.mlp_output.Token-last_token": ("subspace", "mlp", "mlp.out:1"),
     }
-    das = found["ResidualStream.Layer-3.block_output.Token-last_token"]
+    das = by_unit["ResidualStream.Layer-3.block_output.Token-last_token"]
     assert das.feature_sets["selected"].tolist() == [1]
     stored = load_file(BUNDLE / "featurizers.safetensors")
     matrix = stored[f"{DAS}/model_info/additional_config/rotation_matrix"]
@@ -321,13 +321,13 @@ def test_what_is_no_submission_is_refused(tmp_path):
 
 
 def test_what_was_read_is_written_as_the_benchmark_reads_it(tmp_path):
-    found = read_submission(SUBMISSION)
-    write_submission(found, tmp_path / "out")
+    by_unit = read_submission(SUBMISSION)
+    write_submission(by_unit, tmp_path / "out")
     names = {str(path.relative_to(SUBMISSION)) for path in SUBMISSION.rglob("*_*") if path.is_file()}
     assert {
         str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()
     } == names
-    for key, f in found.items():
+    for key, f in by_unit.items():
         name = original(key)
         before, after = (as_the_benchmark_loads(folder / name) for folder in (SUBMISSION, tmp_path / "out"))
         assert (before is None) == (after is None) == (f.kind == "identity")
@@ -336,7 +336,7 @@ def test_what_was_read_is_written_as_the_benchmark_reads_it(tmp_path):
         indices = [json.loads((folder / f"{name}_indices").read_text()) for folder in (SUBMISSION, tmp_path / "out")]
         assert indices[0] == indices[1]
     again = read_submission(tmp_path / "out")
-    for key, f in found.items():
+    for key, f in by_unit.items():
         assert again[key].state_dict().keys() == f.state_dict().keys()
         for name, tensor in f.state_dict().items():
             torch.testing.assert_close(again[key].state_dict()[name], tensor, atol=0, rtol=0)

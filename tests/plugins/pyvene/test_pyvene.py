@@ -49,9 +49,9 @@ def test_interchange_equals_the_native_backend(architecture, positions, kind, su
     patched = intervenable(architecture, f.get_interchange_intervention(), len(positions))
     options = {"source": {"input_ids": SOURCE}, "positions": positions}
     for subspaces, indices in ((None, None), ([[[0, 2]] * 3], [0, 2]), ([[[0], [1, 5], []]], [[0], [1, 5], []])):
-        found = logits(patched, positions, subspaces)
-        assert torch.equal(found, native(architecture, featurizers.Interchange(f, **options, indices=indices)))
-    assert not torch.equal(found, tiny_model(architecture)(BASE).logits)
+        result = logits(patched, positions, subspaces)
+        assert torch.equal(result, native(architecture, featurizers.Interchange(f, **options, indices=indices)))
+    assert not torch.equal(result, tiny_model(architecture)(BASE).logits)
 
 
 @pytest.mark.parametrize("architecture", BY_NAME + BY_PATH)
@@ -66,8 +66,8 @@ def test_mask_equals_the_native_backend(architecture, positions, subspace):
         mask.hard = hard
         for training in (True, False):
             mask.train(training)  # the gate depends on its own setting, not on the mode of the module
-            found = logits(patched, positions)
-            assert torch.equal(found, native(architecture, featurizers.Mask(subspace, **options, gate=gate)))
+            result = logits(patched, positions)
+            assert torch.equal(result, native(architecture, featurizers.Mask(subspace, **options, gate=gate)))
     torch.testing.assert_close(mask.get_sparsity_loss(), torch.sigmoid(mask.mask / 0.5).sum())
     assert float(mask.get_temperature()) == 0.5
 
@@ -105,8 +105,8 @@ def test_more_features_than_dimensions_are_collected_whole():
 def test_partitions_name_groups_of_features(subspace):
     patched = intervenable("gpt2", subspace.get_interchange_intervention(), subspace_partition=[[0, 2], [2, 6]])
     options = {"source": {"input_ids": SOURCE}, "positions": [3], "indices": [2, 3, 4, 5]}
-    found = logits(patched, [3], [[[1]] * 3])
-    assert torch.equal(found, native("gpt2", featurizers.Interchange(subspace, **options)))
+    result = logits(patched, [3], [[[1]] * 3])
+    assert torch.equal(result, native("gpt2", featurizers.Interchange(subspace, **options)))
 
 
 def test_subspaces_for_some_examples_only_are_refused(subspace):
