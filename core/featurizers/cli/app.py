@@ -263,28 +263,6 @@ def convert(
     print("\n".join(f"not kept: {sentence}" for sentence in lost) or "nothing is lost")
 
 
-@app.command()
-def demo(
-    model: Annotated[
-        str | None,
-        typer.Option(help="Hub id or folder of a language model; a tiny one is trained if not given."),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the picture and the artefact.")] = Path("featurizers-demo"),
-    layers: Annotated[
-        str | None, typer.Option(help="Layers to search, such as 4,8,12; spread evenly if not given.")
-    ] = None,
-    features: Annotated[int | None, typer.Option(min=1, help="Dimensions of the subspace.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Find a causal variable in a language model, layer by layer, and save it as a featurizer."""
-    from featurizers.demo.run import run
-
-    result = run(model, out, layers=layers, features=features, seed=seed, quiet=as_json)
-    if as_json:
-        print_json(result)
-
-
 def _manifest(record: Manifest | Index, where: str) -> Manifest:
     if isinstance(record, Index):
         raise ManifestError(where, "it is a collection inside a collection, which no weights belong to")
