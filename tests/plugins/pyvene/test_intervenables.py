@@ -17,10 +17,9 @@ import torch
 from featurizers.errors import ArtefactError, MissingDependencyError, PluginError, ShapeError, UsageError
 from featurizers.models.anatomy import Anatomy
 from featurizers.pyvene import FeatureIntervention, FeatureInterventionConfig
-from featurizers.registry.intervention_lookup import intervention_class
 from featurizers.registry.plugin_host import host
-from featurizers.store import intervenables
-from featurizers.store.intervenables import load_intervenable, save_intervenable
+from featurizers_pyvene import intervenables, load_intervenable, save_intervenable
+from featurizers_pyvene.lookup import intervention_class
 from torch import Tensor, nn
 
 from tests.support.dictionaries import dictionary
@@ -181,7 +180,7 @@ def test_dtypes_are_kept_and_the_device_is_the_models(dtype, tmp_path):
         assert {p.dtype for p in other.parameters()} == {dtype}
         assert {p.device for p in other.parameters()} == {torch.device("cpu")}
         assert torch.equal(logits(loaded), logits(saved))
-    with pytest.raises(UsageError, match="device is one such as"):
+    with pytest.raises(UsageError, match="device must be a device such as"):
         load_intervenable(tmp_path / "it", tiny_model("gpt2"), device="nowhere")
 
 
