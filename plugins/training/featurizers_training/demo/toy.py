@@ -1,18 +1,18 @@
-"""The embedded task: a tiny transformer that answers by whether its first number is below its second."""
+"""Embedded task: a tiny transformer whose answer depends on whether its first number is below its second."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import featurizers
 import torch
-from featurizers_training import DAS, Pairs, Settings
+from featurizers import Collect, Featurizer, Interchange, Site
 from torch import Tensor, nn
 
-import featurizers
-from featurizers.demo.search import Task
-from featurizers.features.featurizer import Featurizer
-from featurizers.format.sites import Site
-from featurizers.models.operations import Collect, Interchange
+from featurizers_training.demo.task import Task
+from featurizers_training.methods.searches import DAS
+from featurizers_training.pairs import Pairs
+from featurizers_training.search.settings import Settings
 
 NUMBERS, LETTERS = 10, 8
 ANSWERS = NUMBERS + LETTERS  # token of the first answer
@@ -21,20 +21,23 @@ LAYERS, WIDTH = 4, 64
 PLANTED = Site("resid.post", 1)
 POSITIONS = [-1]
 QUIET = 0.5
-"""Weight in the loss of the planted direction's share of the variance: what matters need not be what varies."""
+"""Weight in the loss of the planted direction's share of the variance: the variable matters, but varies little."""
 
 
 def make_task(seed: int, n_features: int | None) -> Task:
     """Train the transformer and draw counterfactual pairs.
 
-    A prompt is ``a b c``: two different numbers and a letter. Its answer is a token of its own for each letter and
-    each value of the hidden variable ``a < b``. The counterfactual of a base and a source keeps the base's letter
-    and takes the source's variable, so that swapping the whole residual stream answers wrongly: it swaps the letter
-    as well.
+    A prompt is ``a b c``: two different numbers and a letter. Each letter and value of the hidden variable ``a < b``
+    have an answer token of their own. The counterfactual answer keeps the base's letter and takes the source's value of
+    the variable, so that swapping the whole residual stream gives a wrong answer: it swaps the letter as well.
 
-    The variable's place is known: interchange intervention training (Geiger et al. 2022, arXiv:2112.00826) makes the
-    model keep it on one random direction after block `PLANTED`, and quietly, with a small part of the variance there.
-    The search is told neither.
+    It is known where the variable is: interchange intervention training (Geiger et al. 2022, arXiv:2112.00826) makes
+    the model keep it on one random direction at the site `PLANTED`, with a small part of the variance there. The search
+    does not know this.
+
+    Args:
+        seed: of everything random.
+        n_features: dimensions of the subspace; 1 if None.
     """
     prompts = _prompts()
     planted = featurizers.create("subspace", d_in=WIDTH, n_features=1, seed=seed + 2000).requires_grad_(False)
@@ -54,9 +57,9 @@ def make_task(seed: int, n_features: int | None) -> Task:
         subspace=DAS(n_features=n_features or 1),
         settings=Settings(epochs=6, batch_size=128, seed=seed),
         notes=[
-            f"it answers {accuracy:.1%} of the {len(prompts)} prompts rightly; {held_out} are kept for the test",
-            f"it was taught to keep the variable on one random direction of {PLANTED}, with {share:.0%} of the "
-            "variance there; the search is told neither",
+            f"it answers {accuracy:.1%} of the {len(prompts)} prompts correctly; {held_out} are held out for the test",
+            f"it was trained to keep this variable on one random direction at {PLANTED}, which has {share:.0%} of the "
+            "variance there; the search does not know the site or the direction",
         ],
         spell=_spell,
         planted=(PLANTED, planted),
@@ -64,14 +67,14 @@ def make_task(seed: int, n_features: int | None) -> Task:
 
 
 def _prompts() -> Tensor:
-    """Every prompt ``(720, 3)``."""
+    """Return all prompts ``(720, 3)``."""
     axes = [torch.arange(NUMBERS), torch.arange(NUMBERS), torch.arange(NUMBERS, ANSWERS)]
     prompts = torch.cartesian_prod(*axes)
     return prompts[prompts[:, 0] != prompts[:, 1]]
 
 
 def _spell(tokens: Tensor) -> str:
-    """``3 7 c`` for a prompt; for an answer ``c if below`` or ``c if not``."""
+    """Write a prompt as ``3 7 c``, and an answer as ``c if below`` or ``c if not``."""
     words = []
     for token in tokens.reshape(-1).tolist():
         letter = "abcdefgh"[(token - NUMBERS) % LETTERS]
@@ -89,7 +92,7 @@ def _answer(prompts: Tensor, variable: Tensor) -> Tensor:
 
 
 def _pairs(prompts: Tensor, count: int, generator: torch.Generator) -> Pairs:
-    """Pairs whose variable differs, so that every answer has to change."""
+    """Draw pairs whose variable differs, so that every answer has to change."""
     base = prompts[torch.randint(len(prompts), (count,), generator=generator)]
     pools = [prompts[_variable(prompts) == value] for value in (0, 1)]
     draws = [pool[torch.randint(len(pool), (count,), generator=generator)] for pool in pools]
@@ -99,14 +102,18 @@ def _pairs(prompts: Tensor, count: int, generator: torch.Generator) -> Pairs:
 
 
 def _share(activations: Tensor, planted: Featurizer[Any]) -> Tensor:
-    """The part of the variance of activations ``(n, 1, d)`` that is in a subspace."""
+    """Return the share of the variance of activations ``(n, 1, d)`` that is in a subspace."""
     return planted.collect(activations).var(dim=0).sum() / activations.var(dim=0).sum()
 
 
 def _train(
     prompts: Tensor, planted: Featurizer[Any], seed: int, steps: int = 250, batch: int = 128, lr: float = 4e-3
 ) -> tuple[nn.Module, float]:
-    """A Llama of four layers, trained on the prompts and on interchanges of the planted direction; its accuracy."""
+    """Train a Llama of four layers on the prompts and on interchanges of the planted direction.
+
+    Returns:
+        The model and its accuracy on the prompts.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config: Any = LlamaConfig(
@@ -123,7 +130,7 @@ def _train(
         pad_token_id=None,
     )
     variable = _variable(prompts)
-    everything = featurizers.create("identity", d_in=WIDTH)
+    identity = featurizers.create("identity", d_in=WIDTH)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
@@ -132,14 +139,14 @@ def _train(
         for _ in range(steps):
             rows = torch.randint(len(prompts), (batch,))
             others = rows.roll(1)
-            with featurizers.intervene(model, {PLANTED: Collect(everything, positions=POSITIONS)}) as seen:
+            with featurizers.intervene(model, {PLANTED: Collect(identity, positions=POSITIONS)}) as collected:
                 logits = model(prompts[rows]).logits[:, -1]
-            source = seen[PLANTED].roll(1, dims=0)
+            source = collected[PLANTED].roll(1, dims=0)
             with featurizers.intervene(model, {PLANTED: Interchange(planted, source=source, positions=POSITIONS)}):
                 swapped = model(prompts[rows]).logits[:, -1]
             loss = nn.functional.cross_entropy(logits, _answer(prompts[rows], variable[rows]))
             loss = loss + nn.functional.cross_entropy(swapped, _answer(prompts[rows], variable[others]))
-            loss = loss + QUIET * _share(seen[PLANTED], planted)
+            loss = loss + QUIET * _share(collected[PLANTED], planted)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

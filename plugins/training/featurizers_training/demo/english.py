@@ -1,4 +1,4 @@
-"""The task in English: on which continent a country is, in any language model that knows it."""
+"""Task in English, for any language model that knows the answers: on which continent is a country?"""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from featurizers_training import DAS, Pairs, Settings
+from featurizers import Site
+from featurizers.errors import FeaturizerError
+from featurizers.models import Anatomy, load_model
 from torch import Tensor, nn
 
-from featurizers.demo.search import Task
-from featurizers.errors import FeaturizerError
-from featurizers.format.sites import Site
-from featurizers.models.anatomy import Anatomy
-from featurizers.models.loading import load_model
+from featurizers_training.demo.task import Task
+from featurizers_training.methods.searches import DAS
+from featurizers_training.pairs import Pairs
+from featurizers_training.search.settings import Settings
 
 TEMPLATE = "The country {} is on the continent of"
 COUNTRIES = {
@@ -35,24 +36,32 @@ COUNTRIES = {
     "South America": "Argentina Bolivia Brazil Chile Colombia Ecuador Guyana Paraguay Peru Suriname Uruguay Venezuela",
 }
 FEWEST = 12
-"""Countries that a model must know for the search to mean anything."""
+"""Number of countries that a model must know for the search to mean anything."""
 
 
 def make_task(source: str, seed: int, n_features: int | None, layers: list[int] | None) -> Task:
-    """Load a language model, keep the countries whose continent it tells, and pair those of different continents.
+    """Load a language model, keep the countries whose continent it knows, and pair those of different continents.
 
-    The countries of the test are in no pair that the search sees.
+    No pair of the search has a country of the test.
+
+    Args:
+        source: Hub id, folder or ``.gguf`` file of the model.
+        seed: of the split and of the pairs.
+        n_features: dimensions of the subspace; 4 if None.
+        layers: blocks to search; six from first to last if None.
 
     Raises:
         UsageError: the model cannot be loaded.
-        FeaturizerError: it knows too few countries.
+        SiteError: the model does not have one of the layers.
+        FeaturizerError: the model knows too few countries.
     """
     model, tokenizer, _ = load_model(source)
+    sites = _sites(model, layers, 6)
     names, ids, answers = _known(model, tokenizer)
     if len(names) < FEWEST or len(set(answers.tolist())) < 2:
         raise FeaturizerError(
-            f"{source} completes {TEMPLATE.format('…')!r} rightly for {len(names)} countries only; the demo needs a "
-            f"model that knows {FEWEST} of at least two continents"
+            f"{source} completes {TEMPLATE.format('…')!r} correctly for {len(names)} countries only; the demo needs a "
+            f"model that knows {FEWEST} countries on at least two continents"
         )
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
     held_out = sorted(order[: len(names) // 3].tolist())
@@ -63,12 +72,12 @@ def make_task(source: str, seed: int, n_features: int | None, layers: list[int] 
         model=model,
         train=train[:640],
         test=test[:96],
-        sites=_sites(model, layers, 6),
+        sites=sites,
         subspace=DAS(n_features=n_features or 4),
         settings=Settings(epochs=1, batch_size=16, seed=seed),
         notes=[
             f"prompt: {TEMPLATE.format(names[0])!r}",
-            f"it tells the continent of {len(names)} countries; {len(held_out)} of them are kept for the test: "
+            f"it knows the continent of {len(names)} countries; {len(held_out)} of them are held out for the test: "
             + ", ".join(names[i] for i in held_out),
         ],
         spell=tokenizer.decode,
@@ -76,7 +85,7 @@ def make_task(source: str, seed: int, n_features: int | None, layers: list[int] 
 
 
 def _sites(model: nn.Module, layers: list[int] | None, count: int) -> list[Site]:
-    """The residual stream after the given blocks, or after ``count`` of them from first to last."""
+    """Return the residual stream after the given blocks, or after ``count`` blocks from first to last."""
     n_layers = Anatomy(model).n_layers
     if layers is None:
         layers = sorted({round(i * (n_layers - 1) / max(count - 1, 1)) for i in range(count)})
@@ -88,9 +97,9 @@ def _sites(model: nn.Module, layers: list[int] | None, count: int) -> list[Site]
 
 @torch.no_grad()
 def _known(model: nn.Module, tokenizer: Any) -> tuple[list[str], Tensor, Tensor]:
-    """The countries that the model answers rightly, their prompts ``(n, t)`` and the first tokens of the answers.
+    """Return the countries that the model answers correctly, their prompts ``(n, t)`` and first tokens of the answers.
 
-    Prompts of another length than most are left out, so that no batch needs padding.
+    Only prompts of the commonest length are used, so that no batch needs padding.
     """
     prompts = {}
     for continent, countries in COUNTRIES.items():
@@ -102,13 +111,13 @@ def _known(model: nn.Module, tokenizer: Any) -> tuple[list[str], Tensor, Tensor]
     names = [name for name, (ids, _) in prompts.items() if len(ids) == length]
     ids = torch.tensor([prompts[name][0] for name in names])
     answers = torch.tensor([prompts[name][1] for name in names])
-    said = torch.cat([model(input_ids=chunk).logits[:, -1].argmax(-1) for chunk in torch.split(ids, 32)])
-    right = (said == answers).nonzero().squeeze(-1)
+    answered = torch.cat([model(input_ids=chunk).logits[:, -1].argmax(-1) for chunk in torch.split(ids, 32)])
+    right = (answered == answers).nonzero().squeeze(-1)
     return [names[i] for i in right.tolist()], ids[right], answers[right]
 
 
 def _pairs(ids: Tensor, answers: Tensor, rows: list[int], seed: int) -> Pairs:
-    """Every two of these countries on different continents, in random order."""
+    """Return all pairs of these countries on different continents, in random order."""
     pool = torch.tensor(rows)
     base, source = torch.cartesian_prod(pool, pool).unbind(-1)
     differ = (answers[base] != answers[source]).nonzero().squeeze(-1)

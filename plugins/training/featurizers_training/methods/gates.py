@@ -1,4 +1,4 @@
-"""`BoundaryGate`: the first features, up to a learned boundary."""
+"""`BoundaryGate`: takes the first features, up to a learned boundary."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class BoundaryGate(nn.Module):
     """A gate that takes the features before a trainable boundary: ``sigmoid((b n - i - 1/2) / temperature)``.
 
-    The gate of feature i (from 0) of n for a boundary at the share b of them, as in boundless DAS, Wu et al. 2023
-    (arXiv:2305.08809). Where ``hard``, it is exactly 1 for the features before the boundary and 0 for the others.
+    This is the gate of feature i (from 0) of n, with the boundary at the share b of the features, as in boundless DAS,
+    Wu et al. 2023 (arXiv:2305.08809). If ``hard`` is set, it is exactly 1 before the boundary and 0 after it.
 
     Args:
         n_features: number of features.
@@ -34,7 +34,7 @@ class BoundaryGate(nn.Module):
 
     @property
     def temperature(self) -> float:
-        """What the distances from the boundary are divided by; positive."""
+        """Divisor of the distances from the boundary; positive."""
         return self._temperature
 
     @temperature.setter
@@ -44,12 +44,16 @@ class BoundaryGate(nn.Module):
         self._temperature = float(temperature)
 
     def forward(self) -> Float[Tensor, " n_features"]:
-        """The gate, between 0 (keep the base) and 1 (take the source)."""
-        places = torch.arange(self.n_features, device=self.boundary.device)
-        inside = self.boundary * self.n_features - places - 0.5
+        """Return the gate, between 0 (keep the base) and 1 (take the source)."""
+        numbers = torch.arange(self.n_features, device=self.boundary.device)
+        inside = self.boundary * self.n_features - numbers - 0.5
         return (inside > 0).to(inside.dtype) if self.hard else torch.sigmoid(inside / self.temperature)
 
     def selected(self) -> Tensor:
-        """Numbers of the features before the boundary, int64."""
+        """Return the numbers of the features before the boundary, int64."""
         count = (self.boundary.detach() * self.n_features - 0.5).ceil().clamp(0, self.n_features)
         return torch.arange(int(count), device=self.boundary.device)
+
+    def sparsity_loss(self) -> Tensor:
+        """Return the share of the features before the boundary."""
+        return self.boundary.squeeze()

@@ -1,4 +1,4 @@
-"""`train`: the search for features whose interchange gives the counterfactual answer."""
+"""`train`: search for features whose interchange makes the model give the counterfactual answers."""
 
 from __future__ import annotations
 
@@ -6,78 +6,31 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from featurizers import Featurizer, Site
+from featurizers.cli import ProgressBar, progress_bar
 from featurizers.errors import UsageError
+from featurizers.format import fingerprint
 from featurizers.models import frozen
 from torch import Tensor, nn
 
-from featurizers_training.checkpoints import Checkpoint, fingerprint, put
-from featurizers_training.evaluation import Accuracy, accuracy, right
-from featurizers_training.found import Found
-from featurizers_training.methods import Method
-from featurizers_training.objectives import Answers, Objective, named
+from featurizers_training.evaluation import Accuracy, accuracy, answered
+from featurizers_training.methods.base import Method
 from featurizers_training.pairs import Pairs
-from featurizers_training.progress import Ticker
-from featurizers_training.runs import CleanRuns, Work
+from featurizers_training.runs.clean_runs import CleanRuns, SiteEdit
+from featurizers_training.search.checkpoints import Checkpoint, restore
+from featurizers_training.search.found import Found
+from featurizers_training.search.objectives import Answers, Objective, named_objective
+from featurizers_training.search.settings import Settings
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a search runs.
-
-    Attributes:
-        epochs: passes over the pairs.
-        batch_size: pairs an optimizer step, over all processes.
-        micro_batch: pairs a forward pass and process, for models that do not hold a batch; the gradient is the same.
-        seed: of the start and of the order of the pairs.
-        warmup: share of the steps in which the learning rate rises; it then falls to a twentieth, both linearly.
-        precision: of the model's arithmetic: ``fp32`` as the model is, or autocast to ``bf16`` or ``fp16``.
-        patience: stop after so many epochs without a better accuracy on the validation pairs, and go back to the best.
-        clip: largest norm of the gradient.
-        cache_bytes: how much of the clean runs may be kept in memory; see `CleanRuns`.
-    """
-
-    epochs: int = 5
-    batch_size: int = 32
-    micro_batch: int | None = None
-    seed: int = 0
-    warmup: float = 0.1
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    patience: int | None = None
-    clip: float | None = None
-    cache_bytes: int = 2**31
-
-    def __post_init__(self) -> None:
-        """Refuse what is no setting."""
-        for name in ("epochs", "batch_size", "micro_batch", "patience"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise UsageError(f"{name} is a number from 1, not {value!r}")
-        if self.precision not in AUTOCAST:
-            raise UsageError(f"precision is one of {', '.join(AUTOCAST)}, not {self.precision!r}")
-        if not 0 <= self.warmup < 1:
-            raise UsageError(f"warmup is a share of the steps from 0 to below 1, not {self.warmup!r}")
-
-    def arithmetic(self, device: torch.device) -> AbstractContextManager[Any]:
-        """A context in which the model computes with `precision`."""
-        dtype = AUTOCAST[self.precision]
-        return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-    def clean_runs(self, model: nn.Module, pairs: Pairs, sites: Sequence[Site | str]) -> CleanRuns:
-        """The clean runs of a model, in evaluation mode, as a search with these settings makes them."""
-        with self.arithmetic(next(model.parameters()).device):
-            size = self.micro_batch or self.batch_size
-            return CleanRuns(model, pairs, sites, batch_size=size, cache_bytes=self.cache_bytes)
+SHOWN: Final = {"loss": "loss {:.3f}", "accuracy": "accuracy {:.0%}", "validation": "validation {:.0%}"}
+"""Measurements that the progress bar shows."""
 
 
 def train(
@@ -95,28 +48,28 @@ def train(
     runs: CleanRuns | None = None,
     progress: bool = False,
 ) -> Found:
-    """Search for the features of some sites whose interchange makes the model give the counterfactual answers.
+    """Search for features at some sites whose interchange makes the model give the counterfactual answers.
 
-    The model is frozen and is left as it was. Runs with edits begin at the first edited token of the first site, from
-    what `CleanRuns` keeps. Under ``torchrun`` or ``accelerate launch`` each batch is divided among the processes, and
-    the result is that of one process, to rounding.
+    The model is frozen meanwhile, and afterwards is in its old state. Runs with edits begin at the first edited token
+    of the first site, from what `CleanRuns` keeps. Under ``torchrun`` or ``accelerate launch`` each batch is divided
+    among the processes, and the result is that of one process, up to rounding.
 
     Args:
         model: a decoder of `transformers` with its language-model head.
         pairs: counterfactual pairs, which say the positions.
-        sites: where features are interchanged, all of them at once.
-        method: what to search for: `DAS`, `DBM`, `DASDBM` or `BoundlessDAS`; or a baseline that trains nothing, which
-            is measured in no epochs: `FullVector`, `RandomSubspace` or `PCA`.
-        objective: what to make small: ``"cross-entropy"`` on the label, ``"logit-difference"``, or a function of
-            logits and `Answers` that gives a loss for each pair.
+        sites: where features are interchanged, at all of them at once.
+        method: what to search for: `DAS`, `DBM`, `DASDBM` or `BoundlessDAS`; or a baseline, which trains nothing and is
+            only measured: `FullVector`, `RandomSubspace` or `PCA`.
+        objective: what to minimise: ``"cross-entropy"`` of the label, ``"logit-difference"``, or a function that maps
+            logits and `Answers` to a loss for each pair.
         validation: pairs to measure on after each epoch.
         through: search in the features of this featurizer, or of one for each site; it is not trained.
         settings: see `Settings`.
-        checkpoints: a folder to write the state to after each epoch, and to go on from if there is one; the result is
+        checkpoints: a folder to write the state to after each epoch, and to resume from if it holds one; the result is
             the same, bit for bit.
-        optimizer: makes the optimizer of the parameter groups; Adam if None.
-        runs: the clean runs of these pairs, if they are there already (see `Settings.clean_runs`): at these sites, or,
-            where the pairs say one position for all sites, at more of them.
+        optimizer: makes the optimizer from the parameter groups; Adam if None.
+        runs: clean runs of these pairs that were made before (see `Settings.clean_runs`), at these sites, or also at
+            others if the pairs have one position for all sites.
         progress: whether to show a progress bar.
 
     Raises:
@@ -133,19 +86,34 @@ def train(
         ('resid.post:0', (-1,))
     """
     settings = settings or Settings()
-    where = [Site.parse(site) for site in ([sites] if isinstance(sites, Site | str) else sites)]
-    given = [_through(through, site) for site in where]
+    parsed = [Site.parse(site) for site in ([sites] if isinstance(sites, Site | str) else sites)]
+    gone_through = [_through(through, site) for site in parsed]
     with ExitStack() as stack:
-        for module in [model, *filter(None, given)]:
+        for module in [model, *filter(None, gone_through)]:
             stack.enter_context(frozen(module))
-        search = _Search(model, pairs, where, method, objective, validation, given, settings, optimizer, runs)
-        with Ticker(search.total_steps, method.name, shown=progress and search.processes.is_main_process) as ticker:
-            search.run(None if checkpoints is None else Checkpoint(checkpoints, search.identity()), ticker)
+        search = _Search(model, pairs, parsed, method, objective, validation, gone_through, settings, optimizer, runs)
+        shown = progress and search.processes.is_main_process
+        with progress_bar(search.total_steps, method.name, shown=shown) as bar:
+            search.run(None if checkpoints is None else Checkpoint(checkpoints, search.identity()), bar)
         return search.found()
 
 
+def _through(through: Any, site: Site) -> Featurizer[Any] | None:
+    """Return the featurizer to search through at a site, given one for all sites or a mapping."""
+    if through is None or isinstance(through, Featurizer):
+        return through
+    featurizer = {Site.parse(key): value for key, value in through.items()}.get(site)
+    if featurizer is not None and not isinstance(featurizer, Featurizer):
+        raise UsageError(f"{site}: expected a Featurizer to search through, got {type(featurizer).__name__}")
+    return featurizer
+
+
+def _fingerprint(featurizer: Featurizer[Any]) -> str:
+    return fingerprint(featurizer.state_dict(), f"{featurizer.kind} {featurizer.config.model_dump_json()}")
+
+
 class _Search:
-    """The state of one search."""
+    """State of one search."""
 
     def __init__(
         self,
@@ -164,7 +132,7 @@ class _Search:
         if self.processes.num_processes > 1:
             model.to(self.processes.device)
         self.model, self.method, self.settings, self.sites = model, method, settings, sites
-        self.objective_name, self.objective = named(objective)
+        self.objective_name, self.objective = named_objective(objective)
         self.device = next(model.parameters()).device
         self.runs = runs or settings.clean_runs(model, pairs, sites)
         self.validation = None if validation is None else settings.clean_runs(model, validation, sites)
@@ -174,10 +142,10 @@ class _Search:
         if settings.patience is not None and validation is None:
             raise UsageError("patience needs validation pairs, whose accuracy tells when to stop")
         self.searched = [
-            method.search(self.runs.width(j), settings.seed + i, given, functools.partial(self.runs.activations, j)).to(
-                self.device
-            )
-            for i, (j, given) in enumerate(zip(numbers, through, strict=True))
+            method.search(
+                self.runs.width(j), settings.seed + i, featurizer, functools.partial(self.runs.activations, j)
+            ).to(self.device)
+            for i, (j, featurizer) in enumerate(zip(numbers, through, strict=True))
         ]
         self.through = through
         groups = method.groups(self.searched) or [{"params": [], "lr": method.lr}]
@@ -186,32 +154,32 @@ class _Search:
         self.optimizer = (optimizer or torch.optim.Adam)(groups)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
-        self.steps_an_epoch = math.ceil(len(pairs) / settings.batch_size)
-        self.total_steps = self.steps_an_epoch * settings.epochs
+        self.epoch_steps = math.ceil(len(pairs) / settings.batch_size)
+        self.total_steps = self.epoch_steps * settings.epochs
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
 
-    def run(self, checkpoint: Checkpoint | None, ticker: Ticker) -> None:
-        """All epochs, or those that a checkpoint does not have yet."""
-        if checkpoint is not None:
-            self._resume(checkpoint)
-        ticker.advance(len(self.history) * self.steps_an_epoch, **(self.history[-1] if self.history else {}))
+    def run(self, checkpoint: Checkpoint | None, bar: ProgressBar) -> None:
+        """Run all epochs that a checkpoint does not have yet."""
+        if checkpoint is not None and (state := checkpoint.load(self.parameters, self.optimizer, self.scaler)):
+            self.history, self.best = state
+        bar.reach(len(self.history) * self.epoch_steps, self._described(self.history[-1] if self.history else {}))
         while len(self.history) < self.epochs and not self._is_stuck():
-            self._epoch(len(self.history), ticker)
+            self._epoch(len(self.history), bar)
             if checkpoint is not None and self.processes.is_main_process:
                 checkpoint.save(self.parameters, self.optimizer, self.scaler, self.history, self.best)
         if self.best is not None and self.settings.patience is not None:
-            put(self.parameters, self.best["state"])
-        self._set(len(self.history) * self.steps_an_epoch, hard=True)
+            restore(self.parameters, self.best["state"])
+        self._schedule(len(self.history) * self.epoch_steps, hard=True)
 
     def found(self) -> Found:
-        """The result, with its accuracy on the pairs of the search and of the validation."""
+        """Return the result, with its accuracy on the pairs of the search and of the validation."""
         measured = {"train": self._accuracy(self.runs)}
         if self.validation is not None:
             measured["validation"] = self._accuracy(self.validation)
         return Found(
             method=self.method,
-            featurizers=[one.found() for one in self.searched],
+            featurizers=[each.found() for each in self.searched],
             sites=self.sites,
             pairs=self.runs.pairs,
             model=self.model,
@@ -221,61 +189,66 @@ class _Search:
         ).labelled()
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be of this search."""
+        """Return the description that a checkpoint of this search must have."""
         return {
             "method": {"name": self.method.name, **dataclasses.asdict(self.method)},
             "settings": {**dataclasses.asdict(self.settings), "objective": self.objective_name},
             "sites": [str(site) for site in self.sites],
             "pairs": self.runs.pairs.digest(),
             "validation": None if self.validation is None else self.validation.pairs.digest(),
-            "through": [given and fingerprint(given) for given in self.through],
+            "through": [featurizer and _fingerprint(featurizer) for featurizer in self.through],
             "parameters": [list(p.shape) for p in self.parameters],
         }
 
     # ------------------------------------------------------------------ one epoch
 
-    def _epoch(self, epoch: int, ticker: Ticker) -> None:
+    def _epoch(self, epoch: int, bar: ProgressBar) -> None:
         generator = torch.Generator().manual_seed(1_000_003 * self.settings.seed + epoch)
         order = torch.randperm(len(self.runs), generator=generator)
         totals, seen = torch.zeros(3, dtype=torch.float64), 0
         for number, rows in enumerate(torch.split(order, self.settings.batch_size)):
-            self._set(epoch * self.steps_an_epoch + number, hard=False)
+            self._schedule(epoch * self.epoch_steps + number, hard=False)
             totals += (step := self._step(rows.tolist()))
             seen += len(rows)
-            ticker.advance(1, loss=float(step[0]) / len(rows), accuracy=float(totals[2]) / seen)
+            bar.advance(1, self._described({"loss": float(step[0]) / len(rows), "accuracy": float(totals[2]) / seen}))
         loss, penalty, hits = totals.tolist()
         record = {
             "epoch": epoch + 1,
             "loss": loss / seen,
-            "penalty": penalty / self.steps_an_epoch,
+            "penalty": penalty / self.epoch_steps,
             "accuracy": hits / seen,
         }
         if self.validation is not None:
-            self._set((epoch + 1) * self.steps_an_epoch, hard=True)
+            self._schedule((epoch + 1) * self.epoch_steps, hard=True)
             record["validation"] = self._accuracy(self.validation).value
             if self.best is None or record["validation"] > self.best["accuracy"]:
                 state = [parameter.detach().clone() for parameter in self.parameters]
                 self.best = {"epoch": epoch + 1, "accuracy": record["validation"], "state": state}
         self.history.append(record)
 
+    def _described(self, measured: Mapping[str, float]) -> str:
+        """Return the text before the progress bar."""
+        values = [text.format(measured[name]) for name, text in SHOWN.items() if name in measured]
+        return "  ".join([self.method.name, *values])
+
     def _step(self, rows: list[int]) -> Tensor:
-        """One optimizer step; returns the sum of the losses, the penalty and the number of right answers."""
+        """Take one optimizer step; return the sum of the losses, the penalty, and the number of right answers."""
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.optimizer.zero_grad()
         own = rows[self.processes.process_index :: self.processes.num_processes]
-        penalty = torch.stack([self.method.penalty(one).to(self.device) for one in self.searched]).sum()
+        penalty = torch.stack([self.method.penalty(each).to(self.device) for each in self.searched]).sum()
         size = self.settings.micro_batch or len(rows)
         for start in range(0, len(own), size):
             part = own[start : start + size]
-            label, there = self.runs.labels(part)
+            label, is_token = self.runs.labels(part)
             with self.settings.arithmetic(self.device):
-                logits = self.runs.logits(part, self._work(self.runs))
-            losses = self.objective(logits, Answers(label, there, functools.partial(self.runs.base_labels, part)))
+                logits = self.runs.logits(part, self._edits(self.runs))
+            losses = self.objective(logits, Answers(label, is_token, functools.partial(self.runs.base_labels, part)))
             if losses.shape != (len(part),):
                 raise UsageError(f"the objective gives a loss for each pair, ({len(part)},), not {tuple(losses.shape)}")
             self._backward(losses.sum() / len(rows))
             totals[0] += losses.detach().sum()
-            totals[2] += right(logits.detach(), label, there).sum()
+            totals[2] += answered(logits.detach(), label, is_token).sum()
         if penalty.requires_grad:
             self._backward(penalty / self.processes.num_processes)
         self._reduce_gradients()
@@ -300,17 +273,17 @@ class _Search:
             if self.processes.num_processes > 1:
                 parameter.grad.copy_(reduce(parameter.grad, "sum"))
 
-    def _set(self, step: int, *, hard: bool) -> None:
-        """Whatever changes in the course of the search: temperatures and learning rates."""
+    def _schedule(self, step: int, *, hard: bool) -> None:
+        """Set the learning rates and the gates' temperatures for a step."""
         progress = min((step + 1) / self.total_steps, 1.0)
         warmup = max(self.settings.warmup, 1e-9)
         factor = progress / warmup if progress < warmup else 1 - 0.95 * (progress - warmup) / (1 - warmup)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        for one in self.searched:
-            self.method.anneal(one, progress)
-            if one.gate is not None:
-                one.gate.hard = hard
+        for each in self.searched:
+            self.method.anneal(each, progress)
+            if each.gate is not None:
+                each.gate.hard = hard
 
     def _is_stuck(self) -> bool:
         if self.settings.patience is None or self.best is None:
@@ -319,22 +292,8 @@ class _Search:
 
     def _accuracy(self, runs: CleanRuns) -> Accuracy:
         with self.settings.arithmetic(self.device):
-            return accuracy(runs, self._work(runs))
+            return accuracy(runs, self._edits(runs))
 
-    def _work(self, runs: CleanRuns) -> list[Work]:
-        """The edits of the search, by the numbers of its sites in these runs."""
-        return [Work(j, one.featurizer, one) for j, one in zip(runs.numbers(self.sites), self.searched, strict=True)]
-
-    def _resume(self, checkpoint: Checkpoint) -> None:
-        found = checkpoint.load(self.parameters, self.optimizer, self.scaler)
-        if found is not None:
-            self.history, self.best = found
-
-
-def _through(given: Any, site: Site) -> Featurizer[Any] | None:
-    if given is None or isinstance(given, Featurizer):
-        return given
-    found = {Site.parse(key): featurizer for key, featurizer in given.items()}.get(site)
-    if found is not None and not isinstance(found, Featurizer):
-        raise UsageError(f"{site}: expected a Featurizer to search through, got {type(found).__name__}")
-    return found
+    def _edits(self, runs: CleanRuns) -> list[SiteEdit]:
+        numbers = runs.numbers(self.sites)
+        return [SiteEdit(j, each.featurizer, each) for j, each in zip(numbers, self.searched, strict=True)]

@@ -1,4 +1,4 @@
-"""Controls: the same search where there is nothing to find, to see what the method finds in noise."""
+"""Controls: the same search where there is nothing to find, which shows what the method finds in noise."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import nn
 from featurizers_training.pairs import Pairs
 
 CONTROLS: Final = ("shuffled-labels", "random-model")
-"""Their names: each pair with the answer of another one, and a model of the same form with random parameters."""
+"""Names of the controls: each pair gets the label of another pair; the model gets random parameters."""
 
 
 def randomly_initialised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """A new model of the same class, config, device and dtype, with the parameters that training would begin from.
+    """Return a new model of the same class, config, device and dtype, with the parameters that training starts from.
 
-    A search in it finds what the method alone can do: unrestricted maps align any model with any algorithm (Sutter et
+    A search in it finds what the method can do alone: unrestricted maps align any model with any algorithm (Sutter et
     al. 2025, "The Non-Linear Representation Dilemma", arXiv:2507.08802).
 
     Args:
@@ -27,7 +27,7 @@ def randomly_initialised(model: nn.Module, seed: int = 0) -> nn.Module:
         seed: of the parameters.
 
     Raises:
-        UsageError: the model has no config to make another one from.
+        UsageError: the model has no config to make a new one from.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -56,13 +56,13 @@ def randomly_initialised(model: nn.Module, seed: int = 0) -> nn.Module:
 def controlled(
     control: str, model: nn.Module, parts: Mapping[str, Pairs], seed: int = 0
 ) -> tuple[nn.Module, dict[str, Pairs]]:
-    """The model and the pairs of a control: those of the search, held-out ones too, with one thing taken away.
+    """Return the model and the pairs of a control; held-out pairs are changed as those of the search are.
 
     Args:
         control: one of `CONTROLS`.
         model: of the search.
-        parts: its pairs, by what they are for.
-        seed: of what is random in the control.
+        parts: pairs of the search, of the validation and so on, by name.
+        seed: of the random labels or parameters.
 
     Raises:
         UsageError: there is no such control.
@@ -74,7 +74,7 @@ def controlled(
 
 
 def check_controls(controls: Iterable[str]) -> None:
-    """Raise `UsageError` unless these are controls."""
+    """Raise `UsageError` unless all of these are in `CONTROLS`."""
     for control in controls:
         if control not in CONTROLS:
             raise UsageError(f"a control is one of {', '.join(CONTROLS)}, not {control!r}")

@@ -16,22 +16,22 @@ from featurizers.models import SELECTED
 from torch import nn
 
 from featurizers_training.evaluation import Accuracy
-from featurizers_training.methods import Method
+from featurizers_training.methods.base import Method
 from featurizers_training.pairs import Pairs
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
-        method: that found it.
+        method: of the search.
         featurizers: one for each site, with the features that were selected, in evaluation mode.
         sites: where they belong.
-        pairs: that they were found with.
-        model: that they were found in.
+        pairs: of the search.
+        model: of the search.
         accuracy: interchange-intervention accuracy on the pairs of the search (``train``) and of the validation.
-        history: what was measured in each epoch.
+        history: measurements of each epoch.
         settings: of the search.
     """
 
@@ -46,10 +46,10 @@ class Found:
 
     @property
     def featurizer(self) -> Featurizer[Any]:
-        """The featurizer of a search at one site.
+        """Featurizer of a search at one site.
 
         Raises:
-            UsageError: there were several.
+            UsageError: the search had several sites.
         """
         if len(self.featurizers) != 1:
             raise UsageError(f"the search had {len(self.featurizers)} sites; take one of found.featurizers")
@@ -57,16 +57,16 @@ class Found:
 
     @property
     def selected(self) -> list[int | None]:
-        """How many features are interchanged at each site; None for all of a featurizer that does not say how many."""
+        """Number of features interchanged at each site; None for all of a featurizer that does not know its number."""
         chosen = [featurizer.feature_sets.get(SELECTED) for featurizer in self.featurizers]
         return [f.n_features if c is None else len(c) for f, c in zip(self.featurizers, chosen, strict=True)]
 
     def measured(self, **accuracy: Accuracy) -> Found:
-        """The same with more accuracies, such as that on the pairs of a test, which the artefact then tells too."""
+        """Return the same result with more accuracies, such as ``test``, which the artefact then has too."""
         return dataclasses.replace(self, accuracy={**self.accuracy, **accuracy}).labelled()
 
     def save(self, folder: str | Path) -> Path:
-        """Write an artefact, or a collection with a subfolder a site, and return its folder.
+        """Write an artefact, or for several sites a collection with a subfolder for each; return its folder.
 
         Raises:
             ArtefactError: the folder holds something else.
@@ -76,7 +76,7 @@ class Found:
         return featurizers.save_collection(dict(zip(self._names(), self.featurizers, strict=True)), folder)
 
     def labelled(self) -> Found:
-        """The same, after each featurizer was told where it belongs and how it was found."""
+        """Write to each featurizer where it belongs and how it was found; return the same result."""
         config = getattr(self.model, "config", None)
         revision = getattr(config, "_commit_hash", None)
         name = getattr(config, "_name_or_path", None) or None

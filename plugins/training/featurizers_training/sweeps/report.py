@@ -1,9 +1,8 @@
-"""Tables and pictures of what searches found."""
+"""Tables and pictures of searches and sweeps."""
 
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,26 +15,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
-"""A cell of a sweep, as `Cell.record` gives it."""
+"""A cell of a sweep, as `Cell.record` returns it."""
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Rows as comma-separated values, with their names in the first line."""
+    """Write rows as comma-separated values, with their names in the first line."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
 
-def write_json(data: Mapping[str, Any], path: Path) -> None:
-    """Data as JSON."""
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
 def tables(rows: Sequence[Row], title: str) -> list[Table]:
-    """Sites and positions down and methods across: one table of the searches, and one of each control."""
+    """Return one table of the searches and one of each control; sites and positions go down, methods across."""
     several = len({row["position"] for row in rows}) > 1
-    shown = []
+    made = []
     for control in dict.fromkeys(row["control"] for row in rows):
         part = [row for row in rows if row["control"] == control]
         table = Table(title=title if control is None else f"control: {control}", title_justify="left")
@@ -49,20 +43,22 @@ def tables(rows: Sequence[Row], title: str) -> list[Table]:
         methods = list(dict.fromkeys(row["method"] for row in part))
         for method in methods:
             table.add_column(escape(method), justify="right")
-        places = dict.fromkeys((row["site"], row["position"]) for row in part)
-        cells = {(row["site"], row["position"], row["method"]): _cell(row) for row in part}
-        for site, position in places:
+        cells = {
+            (row["site"], row["position"], row["method"]): f"{row['accuracy']:.0%} / {row['train_accuracy']:.0%}"
+            for row in part
+        }
+        for site, position in dict.fromkeys((row["site"], row["position"]) for row in part):
             names = [escape(site), escape(position)] if several else [escape(site)]
             table.add_row(*names, *(cells[site, position, method] for method in methods))
-        shown.append(table)
-    return shown
+        made.append(table)
+    return made
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """What one search found, and its controls below.
+    """Return a table of one search, with its controls below.
 
     Args:
-        rows: each with a ``name``, and ``accuracy`` by what was measured, and ``selected`` at each site.
+        rows: each with a ``name``, an ``accuracy`` for each part that was measured, and ``selected`` at each site.
     """
     measured = list(rows[0]["accuracy"])
     table = Table("", *measured, "selected", caption_justify="left")
@@ -74,14 +70,11 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _cell(row: Row) -> str:
-    return f"{row['accuracy']:.0%} / {row['train_accuracy']:.0%}"
-
-
 def heat_map(rows: Sequence[Row], title: str) -> Figure:
-    """Held-out accuracies as a picture: a panel a method, positions down and sites across.
+    """Draw held-out accuracies: a panel for each method, positions down and sites across.
 
-    With a single position there is one panel, methods down. Controls are methods of their own. One colour scale.
+    With a single position there is one panel, methods down. Each control is drawn as a method. All panels share one
+    colour scale.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -112,11 +105,11 @@ def heat_map(rows: Sequence[Row], title: str) -> Figure:
 
 
 def _panels(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
-    """From panels to lines to sites to accuracies."""
+    """Return accuracies by panel, line and site."""
     several = len({row["position"] for row in rows}) > 1
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    panels: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
         name = row["method"] if row["control"] is None else f"{row['method']}, {row['control']}"
         panel, line = (name, row["position"]) if several else ("", name)
-        found.setdefault(panel, {}).setdefault(line, {})[row["site"]] = row["accuracy"]
-    return found
+        panels.setdefault(panel, {}).setdefault(line, {})[row["site"]] = row["accuracy"]
+    return panels
