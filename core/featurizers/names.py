@@ -20,6 +20,7 @@ FIRST_PARTY = {
     "standardize": "featurizers-subspace",
     "subspace": "featurizers-subspace",
     "training": "featurizers-training",
+    "transformer-debugger": "featurizers-transformer-debugger",
 }
 OWNERS = {**FIRST_PARTY, "composition": "featurizers", "dictionary": "featurizers"}  # no other may provide these
 

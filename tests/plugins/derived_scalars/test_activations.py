@@ -7,11 +7,8 @@ import json
 import pytest
 import torch
 from featurizers.errors import ArtefactError, SiteError
-from featurizers_derived_scalars.activations import RawActivations
-from featurizers_derived_scalars.capturing import capture
-from featurizers_derived_scalars.circuit import Circuit
-from featurizers_derived_scalars.metrics import logit_difference
-from featurizers_derived_scalars.places import KINDS, Need, Place
+from featurizers_derived_scalars.capturing import RawActivations, capture, logit_difference
+from featurizers_derived_scalars.circuit import KINDS, Circuit, Need, Place
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -39,8 +36,8 @@ def test_a_file_holds_everything(raw, tmp_path):
         place = Place(kind, 1)
         resid = again[raw.circuit.residual_before(place), "forward"]
         for freeze in (True, False):
-            found = again.circuit.recompute(place, resid, again, freeze_norm=freeze)
-            assert torch.equal(found, raw.circuit.recompute(place, resid, raw, freeze_norm=freeze))
+            found = again.recompute(place, resid, freeze_norm=freeze)
+            assert torch.equal(found, raw.recompute(place, resid, freeze_norm=freeze))
 
 
 def test_it_cannot_be_changed(raw):

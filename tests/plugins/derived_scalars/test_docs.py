@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from featurizers_derived_scalars import compat, reductions
+from featurizers_derived_scalars.circuit import KINDS
 from featurizers_derived_scalars.debugger_table import NEED_A_LATENT, NEED_A_NODE, ROWS
-from featurizers_derived_scalars.places import KINDS
 from featurizers_derived_scalars.plain import plain_specs
 
 from tests.support.decoders import DECODERS

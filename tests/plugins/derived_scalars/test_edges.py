@@ -7,18 +7,27 @@ import functools
 import pytest
 import torch
 from featurizers.errors import FeatureIndexError, PositionError, SiteError, UsageError
-from featurizers_derived_scalars.bases import Basis
+from featurizers_derived_scalars.api import direct_total, plan, scalars
 from featurizers_derived_scalars.capturing import capture
-from featurizers_derived_scalars.circuit import Circuit
-from featurizers_derived_scalars.directions import MetricGrad, NodeGrad
-from featurizers_derived_scalars.edges import activation_from, edge_from, edge_to
-from featurizers_derived_scalars.entry import direct_total, plan, scalars
-from featurizers_derived_scalars.node_writes import node_write, node_write_to
-from featurizers_derived_scalars.nodes import Node
-from featurizers_derived_scalars.places import Need
-from featurizers_derived_scalars.quantities import direction, vocab_read, vocab_write, write, write_to
+from featurizers_derived_scalars.circuit import Circuit, Need
+from featurizers_derived_scalars.nodes import Basis, Node
+from featurizers_derived_scalars.quantities import (
+    MetricGrad,
+    NodeGrad,
+    NodeMetric,
+    activation_from,
+    direction,
+    edge_from,
+    edge_to,
+    node_write,
+    node_write_to,
+    residual_of,
+    vocab_read,
+    vocab_write,
+    write,
+    write_to,
+)
 from featurizers_derived_scalars.results import Scalars
-from featurizers_derived_scalars.tracing import NodeMetric, residual_of
 
 from tests.support.decoders import PARALLEL, shared_decoder, tokens
 from tests.support.derived_scalars import METRIC, backward, captured, close, dictionary, forward
