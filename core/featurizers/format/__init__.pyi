@@ -1,10 +1,15 @@
 from .external_files import ExternalFiles as ExternalFiles
 from .external_files import TensorFile as TensorFile
+from .fingerprints import fingerprint as fingerprint
 from .manifest import MAX_CONFIG_BYTES as MAX_CONFIG_BYTES
 from .manifest import parse_json as parse_json
 from .sites import Blocks as Blocks
 from .sites import Side as Side
 from .sites import Site as Site
+from .state_files import read_json as read_json
+from .state_files import read_state as read_state
+from .state_files import write_json as write_json
+from .state_files import write_state as write_state
 from .weights import check_finite as check_finite
 from .weights import read_header as read_header
 from .weights import read_tensors as read_tensors
