@@ -17,8 +17,11 @@ from .models.operations import Collect as Collect
 from .models.operations import Interchange as Interchange
 from .models.operations import Mask as Mask
 from .models.operations import Steer as Steer
+from .pyvene import SavedIntervention as SavedIntervention
+from .pyvene import load_intervenable as load_intervenable
+from .pyvene import push_intervenable as push_intervenable
+from .pyvene import save_intervenable as save_intervenable
 from .registry.hookspecs import hookimpl as hookimpl
-from .registry.interventions import SavedIntervention as SavedIntervention
 from .registry.loader import PluginInfo as PluginInfo
 from .registry.plugin_host import check_plugins as check_plugins
 from .registry.plugin_host import kinds as kinds
@@ -26,9 +29,6 @@ from .registry.plugin_host import plugins as plugins
 from .store.artefact import save as save
 from .store.artefact import save_collection as save_collection
 from .store.converting import convert as convert
-from .store.intervenables import load_intervenable as load_intervenable
-from .store.intervenables import push_intervenable as push_intervenable
-from .store.intervenables import save_intervenable as save_intervenable
 from .store.loading import create as create
 from .store.loading import list_artefacts as list_artefacts
 from .store.loading import load as load

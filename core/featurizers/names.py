@@ -15,6 +15,7 @@ FIRST_PARTY = {
     "derived-scalars": "featurizers-derived-scalars",
     "dictionary-learning": "featurizers-dictionary-learning",
     "identity": "featurizers-identity",
+    "pyvene": "featurizers-pyvene",
     "sae-lens": "featurizers-sae-lens",
     "sparsify": "featurizers-sparsify",
     "standardize": "featurizers-subspace",

@@ -178,8 +178,8 @@ def test_every_file_of_the_core_is_listed_once():
 
 
 def test_every_key_of_the_format_is_described():
-    from featurizers.format import intervenable_record as own
     from featurizers.format.manifest import Entry, Index, Manifest, SiteRecord
+    from featurizers_pyvene import record as own
 
     text = (ROOT / "docs" / "format.md").read_text()
     ours = (own.IntervenableRecord, own.ModelRecord, own.RepresentationRecord, own.InterventionRecord)

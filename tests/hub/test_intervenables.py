@@ -41,7 +41,7 @@ def test_there_and_back_in_one_commit(hub):
 
 def test_all_is_read_at_one_commit(hub, monkeypatch):
     """Someone pushes after the first file was read."""
-    from featurizers.store import intervenables
+    from featurizers_pyvene import intervenables
 
     old, new = several(), several()
     for intervention in list(new.interventions.values())[:2]:

@@ -161,7 +161,7 @@ def pull(
 ) -> None:
     """Download an artefact or a whole collection, at one commit."""
     from featurizers.files.replacement import filling
-    from featurizers.format.intervenable_record import read_record
+    from featurizers.format.companion import Companion, read_companion
     from featurizers.format.weights import verify_weights
     from featurizers.hub.repository import Remote
     from featurizers.hub.sources import HubSource, parse_source
@@ -184,7 +184,7 @@ def pull(
             saved = remote.optional(INTERVENABLE_NAME, commit, MAX_CONFIG_BYTES)
             own = remote.file(INTERVENABLE_WEIGHTS_NAME, commit) if saved else None
             if own:
-                verify_weights(own, read_record(root, str(remote))[0].sha256, str(remote))
+                verify_weights(own, read_companion(root, str(remote), Companion)[0].sha256, str(remote))
             _copy([root / CONFIG_NAME, card, saved, own], new)
     result = {"folder": str(out or root), "revision": commit, "artefacts": len(names)}
     _print_json(result) if as_json else print(f"{result['folder']} (revision {commit}, artefacts: {len(names)})")

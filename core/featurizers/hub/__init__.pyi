@@ -1,4 +1,5 @@
 from .repository import Remote as Remote
+from .sources import REPO_ID as REPO_ID
 from .sources import FolderSource as FolderSource
 from .sources import HubSource as HubSource
 from .sources import parse_source as parse_source

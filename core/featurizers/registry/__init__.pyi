@@ -1,7 +1,8 @@
 from .hookspecs import hookimpl as hookimpl
-from .interventions import SavedIntervention as SavedIntervention
 from .loader import PluginInfo as PluginInfo
+from .plugin_host import build as build
 from .plugin_host import check_plugins as check_plugins
+from .plugin_host import checked_class as checked_class
 from .plugin_host import host as host
 from .plugin_host import install_command as install_command
 from .plugin_host import kinds as kinds

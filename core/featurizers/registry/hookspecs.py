@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from featurizers.features.rules import Rule
     from featurizers.format.external_files import ExternalFiles
     from featurizers.format.sites import Blocks
-    from featurizers.registry.interventions import SavedIntervention
 
 PROJECT = "featurizers"
 """Name of the entry-point group and of the pluggy project."""
@@ -53,8 +52,8 @@ def featurizers_rules(register: Callable[[Rule], None]) -> None:
 
 
 @hookspec
-def featurizers_interventions(register: Callable[[type[SavedIntervention]], None]) -> None:
-    """Register the pyvene interventions of this plugin: ``register(MyIntervention)`` for each class.
+def featurizers_interventions(register: Callable[[type], None]) -> None:
+    """Register the pyvene interventions of this plugin: ``register(MyIntervention)`` for each `SavedIntervention`.
 
     Asked of the plugin that is named, when an intervenable is saved or loaded, so that pyvene is imported then and not
     before. An intervention is named as a kind is: the plugin's name, or that, a dot and a word.

@@ -128,6 +128,15 @@ class PluginLoader:
             self._failures[name] = PluginLoadError(name, _distribution(entries[0]), _reason(error))
             raise self._failures[name] from error
 
+    def module(self, name: str) -> Any:
+        """Return the module of one plugin, imported as by `load`; for names of a plugin that the core forwards.
+
+        Raises:
+            PluginError: as `load`.
+        """
+        self.load(name)
+        return self._manager.get_plugin(name)
+
     def _forget(self, name: str) -> None:
         if self.is_loaded(name):
             self._manager.unregister(name=name)

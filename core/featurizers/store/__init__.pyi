@@ -1,6 +1,9 @@
+from .artefact import plugin_errors as plugin_errors
 from .artefact import save as save
 from .artefact import save_collection as save_collection
+from .artefact import writing_collection as writing_collection
 from .converting import convert as convert
+from .loading import RETRIES as RETRIES
 from .loading import create as create
 from .loading import list_artefacts as list_artefacts
 from .loading import load as load

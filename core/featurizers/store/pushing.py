@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from featurizers.errors import ArtefactError, ManifestError, UsageError, WeightsError, explain
 from featurizers.files.regular import contained, opened, read_bytes
 from featurizers.format import card
-from featurizers.format.intervenable_record import read_record
+from featurizers.format.companion import Companion, read_companion
 from featurizers.format.manifest import (
     CARD_NAME,
     CONFIG_NAME,
@@ -237,7 +237,7 @@ def _intervenable(folder: Path, digests: Mapping[str, str]) -> list[CommitOperat
     where = str(folder)
     for name in (INTERVENABLE_NAME, INTERVENABLE_WEIGHTS_NAME):
         contained(folder, folder / name, where, ArtefactError)
-    record, raw = read_record(folder, where)
+    record, raw = read_companion(folder, where, Companion)
     for entry in record.featurizers:
         if digests.get(entry.subfolder) != entry.sha256:
             raise WeightsError(

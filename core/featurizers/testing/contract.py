@@ -362,6 +362,8 @@ class FeaturizerContract:
         assert not torch.equal(model(base).logits, found), "the interchange changes no logit"
 
     def test_pyvene_does_what_the_native_backend_does(self, featurizer: Featurizer[Any], activations: Tensor) -> None:
+        if "pyvene" not in featurizers.kinds():
+            pytest.skip("featurizers-pyvene is not installed")
         pyvene = pytest.importorskip("pyvene")
         model, base, source = _tiny_gpt2(activations.shape[-1])
         gate = torch.linspace(-1, 1, featurizer.n_features or activations.shape[-1])

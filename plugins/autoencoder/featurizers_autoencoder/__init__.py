@@ -9,7 +9,8 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from featurizers import SavedIntervention, hookimpl
+from featurizers import hookimpl
+from featurizers_pyvene import SavedIntervention
 
 from featurizers_autoencoder.layers import AutoencoderLayer, AutoencoderLayerBase, JumpReLUAutoencoderLayer
 

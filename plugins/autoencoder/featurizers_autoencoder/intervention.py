@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Self
 
 import torch
-from featurizers import DictionaryFeaturizer, Featurizer, SavedIntervention
+from featurizers import DictionaryFeaturizer, Featurizer
 from featurizers.errors import FeatureIndexError, ManifestError, ShapeError, UsageError, explain
 from featurizers.features import select
-from featurizers.pyvene import indices_of_subspaces
+from featurizers_pyvene import SavedIntervention, indices_of_subspaces
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from featurizers import Featurizer, SavedIntervention, hookimpl
+from featurizers import Featurizer, hookimpl
 from featurizers.format import ExternalFiles
 
 from featurizers_causalab import submissions, triplets
@@ -19,7 +19,7 @@ __all__ = ["read_submission", "write_submission"]
 
 
 @hookimpl
-def featurizers_interventions(register: Callable[[type[SavedIntervention]], None]) -> None:
+def featurizers_interventions(register: Callable[[type], None]) -> None:
     """Register the interventions, but for that of a function."""
     from featurizers_causalab.interventions import SAVED
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import featurizers
 from featurizers import Featurizer
 from torch import nn
 
@@ -67,8 +68,7 @@ def bound(name: str, core: Featurizer[Any], **fixed: int) -> type:
     Raises:
         MissingDependencyError: pyvene is not installed.
     """
-    from featurizers.pyvene import bind
-
+    bind = featurizers.pyvene.bind  # says what to install if pyvene is missing
     from featurizers_causalab import interventions
 
     return bind(getattr(interventions, name), core, **fixed)

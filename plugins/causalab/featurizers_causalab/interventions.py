@@ -14,7 +14,7 @@ from featurizers import Featurizer
 from featurizers.errors import ConversionError, ShapeError, UsageError
 from featurizers.features import Indices, Selection, SigmoidGate
 from featurizers.models import GATE_LOGITS, SELECTED
-from featurizers.pyvene import FeatureIntervention, FeatureInterventionConfig, bound_class, indices_of_subspaces
+from featurizers_pyvene import FeatureIntervention, FeatureInterventionConfig, bound_class, indices_of_subspaces
 from pydantic import BaseModel, Field
 from pyvene.models.interventions import (
     CollectIntervention,

@@ -15,13 +15,13 @@ import pyvene as pv
 import torch
 from featurizers.errors import FeaturizerError, ManifestError, UsageError
 from featurizers.models.anatomy import Anatomy
-from featurizers.store.intervenables import load_intervenable, save_intervenable
 from featurizers_autoencoder import (
     AutoencoderIntervention,
     AutoencoderLayer,
     JumpReLUAutoencoderIntervention,
     get_intervenable_with_autoencoder,
 )
+from featurizers_pyvene import load_intervenable, save_intervenable
 from torch import Tensor
 
 from tests.plugins.autoencoder.test_autoencoder import LATENTS, LAYERS, layer, run

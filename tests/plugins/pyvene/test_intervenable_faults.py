@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from featurizers import pyvene
 from featurizers.errors import ArtefactError, ManifestError
-from featurizers.store.intervenables import load_intervenable, save_intervenable
+from featurizers_pyvene import interventions, load_intervenable, save_intervenable
 
 from tests.support.damages import INTERVENABLE
 from tests.support.intervenables import several
@@ -47,13 +46,13 @@ def test_tensors_are_made_when_the_file_was_looked_at(tmp_path, monkeypatch):
     """However many features a featurizer says that it has."""
     made = []
 
-    class Gate(pyvene.SigmoidGate):
+    class Gate(interventions.SigmoidGate):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             made.append(self.logits.device.type)
 
     folder = save_intervenable(several(), tmp_path / "it")
-    monkeypatch.setattr(pyvene, "SigmoidGate", Gate)
+    monkeypatch.setattr(interventions, "SigmoidGate", Gate)
     load_intervenable(folder, tiny_model("gpt2"))
     assert made == ["meta"]
 

@@ -17,10 +17,9 @@ import torch
 from featurizers.errors import ArtefactError, MissingDependencyError, PluginError, ShapeError, UsageError
 from featurizers.models.anatomy import Anatomy
 from featurizers.pyvene import FeatureIntervention, FeatureInterventionConfig
-from featurizers.registry.intervention_lookup import intervention_class
 from featurizers.registry.plugin_host import host
-from featurizers.store import intervenables
-from featurizers.store.intervenables import load_intervenable, save_intervenable
+from featurizers_pyvene import intervenables, load_intervenable, save_intervenable
+from featurizers_pyvene.lookup import intervention_class
 from torch import Tensor, nn
 
 from tests.support.dictionaries import dictionary

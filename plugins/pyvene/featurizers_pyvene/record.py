@@ -7,11 +7,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from featurizers.errors import ManifestError, explain, shown
-from featurizers.files.regular import read_bytes
-from featurizers.format.manifest import INTERVENABLE_NAME, LIBRARY_NAME, MAX_CONFIG_BYTES, Name, Subfolder, parse_json
+from featurizers.errors import ManifestError
+from featurizers.format import INTERVENABLE_NAME, MAX_CONFIG_BYTES, Name, Subfolder, read_companion
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 FORMAT_VERSION: Final = 1
 MOST: Final = 10_000
@@ -140,26 +138,12 @@ class IntervenableRecord(_Record):
 
 
 def read_record(folder: Path, where: str) -> tuple[IntervenableRecord, bytes]:
-    """The record of a folder, and the bytes that it was read from.
+    """Read the record of a folder, and return it with the bytes that it was read from.
 
     Raises:
-        ManifestError: it is not one, or was written by a newer version.
+        ManifestError: the file is malformed, or was written by a newer version.
     """
-    raw = read_bytes(folder / INTERVENABLE_NAME, where, ManifestError, MAX_CONFIG_BYTES)
-    data = parse_json(raw, where, INTERVENABLE_NAME)
-    if not isinstance(data, dict) or data.get("library_name") != LIBRARY_NAME:
-        raise ManifestError(where, f'{INTERVENABLE_NAME} lacks "library_name": "{LIBRARY_NAME}"')
-    version = data.get("format_version")
-    if type(version) is int and version > FORMAT_VERSION:
-        raise ManifestError(
-            where,
-            f"{INTERVENABLE_NAME} has format_version {shown(version)}, and this version of featurizers reads up to "
-            f"{FORMAT_VERSION}. Upgrade with: pip install -U featurizers",
-        )
-    try:
-        return IntervenableRecord.model_validate(data), raw
-    except ValidationError as error:
-        raise ManifestError(where, f"{INTERVENABLE_NAME}: {explain(error)}") from error
+    return read_companion(folder, where, IntervenableRecord)
 
 
 def dump_record(record: IntervenableRecord, where: str) -> bytes:

@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from pydantic import ValidationError
-from torch import Tensor, nn
-
 from featurizers.errors import (
     ArtefactError,
     FeaturizerError,
@@ -23,10 +20,28 @@ from featurizers.errors import (
     explain,
     one_line,
 )
-from featurizers.features.placement import check_placement
-from featurizers.files.regular import contained, stat_signature
-from featurizers.files.replacement import recover, resolved
-from featurizers.format.intervenable_record import (
+from featurizers.features import check_placement
+from featurizers.files import contained, recover, resolved, stat_signature
+from featurizers.format import (
+    INTERVENABLE_NAME,
+    INTERVENABLE_WEIGHTS_NAME,
+    MAX_CONFIG_BYTES,
+    MAX_HEADER_BYTES,
+    Manifest,
+    check_header,
+    read_header,
+    read_tensors,
+    verify_weights,
+    write_tensors,
+)
+from featurizers.hub import REPO_ID, FolderSource, HubSource, Remote, parse_source
+from featurizers.models import Anatomy
+from featurizers.store import RETRIES, load, manifest_of, plugin_errors, push, writing_collection
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from featurizers_pyvene.lookup import class_of, intervention_class
+from featurizers_pyvene.record import (
     FeaturizerRecord,
     IntervenableRecord,
     InterventionRecord,
@@ -35,28 +50,11 @@ from featurizers.format.intervenable_record import (
     dump_record,
     read_record,
 )
-from featurizers.format.manifest import INTERVENABLE_NAME, INTERVENABLE_WEIGHTS_NAME, MAX_CONFIG_BYTES, Manifest
-from featurizers.format.weights import (
-    MAX_HEADER_BYTES,
-    check_header,
-    read_header,
-    read_tensors,
-    verify_weights,
-    write_tensors,
-)
-from featurizers.hub.repository import Remote
-from featurizers.hub.sources import REPO_ID, FolderSource, HubSource, parse_source
-from featurizers.models.anatomy import Anatomy
-from featurizers.registry.intervention_lookup import class_of, intervention_class
-from featurizers.registry.interventions import SavedIntervention
-from featurizers.store.artefact import plugin_errors, writing_collection
-from featurizers.store.loading import RETRIES, load, manifest_of
-from featurizers.store.pushing import push
+from featurizers_pyvene.saved_intervention import SavedIntervention
 
 if TYPE_CHECKING:
+    from featurizers.features import Featurizer
     from huggingface_hub import CommitInfo
-
-    from featurizers.features.featurizer import Featurizer
 
 Thing = TypeVar("Thing")
 

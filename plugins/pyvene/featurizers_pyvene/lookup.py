@@ -6,9 +6,10 @@ from typing import Any
 
 from featurizers.errors import PluginError, UnknownKindError, UsageError, shown
 from featurizers.names import KIND, install_command
-from featurizers.pyvene import INTERVENTIONS, unbound
-from featurizers.registry.interventions import SavedIntervention
-from featurizers.registry.plugin_host import checked_class, host, kinds
+from featurizers.registry import checked_class, host, kinds
+
+from featurizers_pyvene.interventions import INTERVENTIONS, unbound
+from featurizers_pyvene.saved_intervention import SavedIntervention
 
 
 def intervention_class(kind: str) -> type[SavedIntervention]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self
 
+from featurizers.features import Featurizer
 from pydantic import BaseModel
 from torch import nn
-
-from featurizers.features.featurizer import Featurizer
 
 
 class SavedIntervention(ABC):
