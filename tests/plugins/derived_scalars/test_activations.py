@@ -78,11 +78,11 @@ def rewritten(path, change):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda tensors, about: about.update(version=2), "format version 2"),
-        (lambda tensors, about: about.update(format="x"), "header does not say so"),
-        (lambda tensors, about: about.update(metric="high"), "metric or frozen"),
-        (lambda tensors, about: about.update(frozen=["all"]), "metric or frozen"),
-        (lambda tensors, about: about.update(frozen=[[]]), "metric or frozen"),
+        (lambda tensors, about: about.update(version=2), "has version 2; this release reads version 1"),
+        (lambda tensors, about: about.update(format="x"), "has the format 'x', not 'featurizers-raw-activations'"),
+        (lambda tensors, about: about.update(metric="high"), "'metric': Input should be a valid number"),
+        (lambda tensors, about: about.update(frozen=["all"]), "'frozen.0': Input should be"),
+        (lambda tensors, about: about.update(frozen=[[]]), "'frozen.0': Input should be"),
         (lambda tensors, about: about["model"].update(heads=5), "'heads': 5"),
         (lambda tensors, about: tensors.pop("tokens"), "no row of token ids"),
         (lambda tensors, about: tensors.update(tokens=torch.zeros(7)), "no row of token ids"),
@@ -108,12 +108,12 @@ def test_what_is_no_such_file_is_refused(tmp_path):
     circuit, path = Circuit(shared_decoder("gpt2")), tmp_path / "raw.safetensors"
     for content in (b"", b"\x80\x04text", b"{}"):
         path.write_bytes(content)
-        with pytest.raises(ArtefactError, match="no captured activations"):
+        with pytest.raises(ArtefactError, match="expected captured activations"):
             RawActivations.load(path, circuit)
     save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(ArtefactError, match="header does not say so"):
+    with pytest.raises(ArtefactError, match="its header has no metadata 'featurizers'"):
         RawActivations.load(path, circuit)
-    with pytest.raises(ArtefactError, match="no captured activations"):
+    with pytest.raises(ArtefactError, match="expected captured activations"):
         RawActivations.load(tmp_path / "nothing", circuit)
     capture(circuit, tokens(), [Need("attn.z")])[0].save(path)
     with pytest.raises(ArtefactError, match="LlamaForCausalLM"):

@@ -14,7 +14,6 @@ from featurizers.registry.plugin_host import host
 from featurizers_derived_scalars.capturing import capture
 from featurizers_derived_scalars.circuit import KINDS, Circuit, Need, Place, find_layout
 from featurizers_derived_scalars.circuit.attention import NAME
-from featurizers_derived_scalars.circuit.norms import Norm
 from torch import Tensor, nn
 
 from tests.support.decoders import DECODERS, LAYERS, POST_NORM, VOCABULARY, WIDTH, decoder, shared_decoder, tokens
@@ -23,7 +22,6 @@ RECOMPUTED = (
     *(f"attn.{part}" for part in ("q", "k", "v", "logits", "probs", "z", "out", "delta")),
     *(f"mlp.{part}" for part in ("pre", "neurons", "out", "delta")),
 )
-CPU = torch.device("cpu")
 
 
 def close(first: Tensor, second: Tensor, tolerance: float = 1e-6) -> None:
@@ -269,52 +267,10 @@ def test_misuse_is_named(captured):
 
 
 class Absolute(nn.Module):
-    """No norm of ours: it divides by the mean absolute value."""
+    """Divides by the mean absolute value, so that it is no norm."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x / x.abs().mean(-1, keepdim=True)
-
-
-def norms() -> dict[str, tuple[nn.Module, bool]]:
-    llama = shared_decoder("llama").model.norm
-    return {
-        "layer norm": (nn.LayerNorm(WIDTH, eps=1e-3), True),
-        "bare layer norm": (nn.LayerNorm(WIDTH, elementwise_affine=False), True),
-        "rms norm": (nn.RMSNorm(WIDTH, eps=1e-2), False),
-        "no epsilon": (nn.RMSNorm(WIDTH, eps=0.0), False),
-        "llama": (type(llama)(WIDTH, eps=1e-4), False),
-        "gemma": (type(shared_decoder("gemma").model.norm)(WIDTH), False),
-        "cohere": (type(shared_decoder("cohere").model.norm)(WIDTH), True),
-    }
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("name", norms())
-def test_norms_are_found_by_probing(name, dtype):
-    module, centred = norms()[name]
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn(WIDTH, generator=torch.Generator().manual_seed(2)) * 0.5)
-    module = module.to(dtype)
-    norm = Norm.of(module, WIDTH, "here", CPU)
-    assert norm.centred == centred
-    assert norm.gain.dtype == (torch.float64 if dtype == torch.float64 and list(module.parameters()) else torch.float32)
-    exact = module.double()
-    for size in (1e-3, 0.1, 1.0, 50.0):
-        x = size * (noise(5, WIDTH, seed=8) + 0.3)
-        close(norm(x), exact(x), 1e-5)
-        held = norm.frozen(x, norm.scale(x))
-        close(held, exact(x), 1e-5)
-    direction = noise(5, WIDTH, seed=9)
-    scale = norm.scale(x)
-    [back] = torch.autograd.grad(norm.frozen(x.requires_grad_(), scale), x, direction)
-    close(norm.pullback(direction) / scale, back)
-
-
-@pytest.mark.parametrize("module", [Absolute(), nn.GELU(), nn.Softmax(-1), nn.Linear(WIDTH, WIDTH)])
-def test_what_is_no_norm_is_refused(module):
-    with pytest.raises(SiteError, match=r"here .* is not a norm of the form"):
-        Norm.of(module, WIDTH, "here", CPU)
 
 
 def test_a_model_with_such_a_layer_is_refused():

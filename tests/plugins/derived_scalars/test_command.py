@@ -198,7 +198,10 @@ def test_a_page_without_a_metric_has_lengths(folder):
         (["--what", "write_too", *TO], r"no scalar 'write_too'; like it: write_to"),
         (["--what", " , "], r"--what names no quantity"),
         (["--what", "write_to:mlp.neuron", *TO], r"no place 'mlp.neuron'"),
-        (["--layers", "x", *TO], r"layers are numbers and ranges with commas between, such as 4,8 or 0-11, not 'x'"),
+        (
+            ["--layers", "x", *TO],
+            r"layers are numbers with commas between, and ranges, such as 4,8,12 or 0-11, not 'x'",
+        ),
         (["--layers", "1-7", *TO], rf"the layers '1-7' are not in the model, which has those from 0 to {LAYERS - 1}"),
         (["--node", "mlp.neurons:1", *TO], r"a node is a place, and an index on each of its axes"),
         (["--node", "mlp.neurons:1@4", *TO], r"a node of mlp.neurons has an index on each of the axes token, neuron"),

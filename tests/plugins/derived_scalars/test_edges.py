@@ -155,7 +155,8 @@ def test_edges_by_vjp_are_edges_by_jvp(name):
             forward_edge = edge_from(source, basis).derive(raw, [2])[f"edge_from:{basis}", 2][index]
             out = edge_to(source.basis, target).derive(raw)[f"edge_to:{source.basis}", source.layer]
             backward_edge = out[source.numbers()]
-            assert float(forward_edge) == pytest.approx(float(backward_edge), rel=1e-5, abs=1e-12), (kind, str(source))
+            # softmax is in float32, and its terms cancel: 1.3e-5 in mistral
+            assert float(forward_edge) == pytest.approx(float(backward_edge), rel=2e-5, abs=1e-12), (kind, str(source))
             seen += float(backward_edge.abs()) > 1e-9
             if kind in ("k", "neuron"):
                 change = activation_from(source, basis).derive(raw, [2])[f"activation_from:{basis}", 2][index]

@@ -250,8 +250,9 @@ class RawActivations(Mapping[tuple[Place, Pass], Tensor]):
             ArtefactError: the file holds no activations, is damaged, or is of a model of another shape.
         """
         stored = read_activations(path, circuit.fingerprint())
+        metric, frozen = stored.about.metric, frozenset(stored.about.frozen)
         try:
-            raw = cls(circuit, stored.tokens, stored.values, metric=stored.metric, frozen=stored.frozen)
+            raw = cls(circuit, stored.tokens, stored.values, metric=metric, frozen=frozen)
             for place, pass_ in raw:
                 if tuple(raw[place, pass_].shape) != (shape := circuit.shape(place, len(stored.tokens))):
                     raise SiteError(f"{place} is {tuple(raw[place, pass_].shape)}; in this model it is {shape}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from featurizers.models import projection
 from torch import nn
 
-from featurizers_derived_scalars.circuit.layout import Layout, projection
-from featurizers_derived_scalars.circuit.probing import Trace, agree, by_plain_attention, refuse, same
+from featurizers_derived_scalars.circuit.layout import Layout
+from featurizers_derived_scalars.circuit.probing import HELP, Trace, agree, by_plain_attention, refuse, same
 
 
 def check_layout(model: nn.Module, layout: Layout, trace: Trace) -> None:
@@ -49,6 +50,6 @@ def _check_linear(model: nn.Module, trace: Trace, path: str, owner: str) -> None
         refuse(model, f"{path} was not called (a mixture of experts has no one down projection)")
     if not same(y, owned.view(y.shape) if y.numel() == owned.numel() else owned):
         refuse(model, f"what {owner} gives is not what its projection {path} gives")
-    weight, bias = projection(model.get_submodule(path))
+    weight, bias = projection(model.get_submodule(path), HELP)
     linear = x.to(weight.dtype) @ weight
     agree(model, linear if bias is None else linear + bias, y, f"{path} is not x · weight + bias")

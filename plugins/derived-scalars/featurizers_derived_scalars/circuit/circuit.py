@@ -9,18 +9,18 @@ from typing import Any, Literal, TypeAlias, final
 
 import torch
 from featurizers.errors import PluginError, SiteError, UsageError, shown
-from featurizers.models import evaluating
+from featurizers.models import Norm, Unembedding, evaluating, projection
 from featurizers.registry import host
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from featurizers_derived_scalars.circuit.attention import NullListener
 from featurizers_derived_scalars.circuit.checks import check_layout
-from featurizers_derived_scalars.circuit.layout import Layout, projection, trace_layout
-from featurizers_derived_scalars.circuit.norms import Norm
+from featurizers_derived_scalars.circuit.embedding import token_embeddings
+from featurizers_derived_scalars.circuit.layout import Layout, trace_layout
 from featurizers_derived_scalars.circuit.places import Place
+from featurizers_derived_scalars.circuit.probing import HELP
 from featurizers_derived_scalars.circuit.running import Arguments, run
-from featurizers_derived_scalars.circuit.unembedding import Unembedding, embedding_multiplier
 from featurizers_derived_scalars.circuit.wiring import Wiring
 
 Half: TypeAlias = Literal["attn", "mlp"]
@@ -68,8 +68,7 @@ class Circuit(Wiring):
             "neurons": neurons.shape[-1],
             "vocab": trace.logits.shape[-1] if trace.logits is not None else 0,
         }
-        self._norms = self._find_norms()
-        self._unembedding = Unembedding.of(model, self._layout, trace)
+        self._norms = self._find_norms(torch.promote_types(stream.dtype, torch.float32))
 
     # ---- modules and sizes
 
@@ -200,7 +199,7 @@ class Circuit(Wiring):
         """Return weight ``(inputs, outputs)`` and bias of the projection that ends a place's half of the block."""
         block = self.block(place)
         path = block.out_projection if _half(place) == "attn" else block.down_projection
-        return projection(self._model.get_submodule(path))
+        return projection(self._model.get_submodule(path), HELP)
 
     def arguments(self, tokens: Int[Tensor, " token"]) -> Mapping[int, Arguments]:
         """Run the model on a prompt, and return the arguments of each attention module, by layer."""
@@ -222,16 +221,18 @@ class Circuit(Wiring):
 
     # ---- tokens
 
-    @property
+    @functools.cached_property
     def unembedding(self) -> Unembedding:
-        """Map from the final norm's output to logits.
+        """Map from the final norm's output to logits, found when it is first used.
 
         Raises:
             SiteError: the model has no head, or its head does not read the final norm's output.
         """
-        if isinstance(self._unembedding, str):
-            raise SiteError(f"{type(self._model).__name__}: {self._unembedding}")
-        return self._unembedding
+        if self._layout.head is None:
+            raise SiteError(f"{type(self._model).__name__}: it has no language-model head")
+        final = self._layout.final_norm or self._layout.blocks[-1].block
+        head, final_norm = map(self._model.get_submodule, (self._layout.head, final))
+        return Unembedding.of(self._model, head=head, final_norm=final_norm)
 
     def unembed(self, direction: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Return the logits that a direction writes, times the final norm's scale: its centring, its gain and the head.
@@ -252,17 +253,22 @@ class Circuit(Wiring):
         Raises:
             SiteError: the residual stream does not begin with a multiple of the embedding's weight.
         """
-        return embedding_multiplier(self._model, self._layout)
+        return token_embeddings(self._model, self._layout)
 
-    def _find_norms(self) -> dict[str, Norm]:
+    def _find_norms(self, dtype: torch.dtype) -> dict[str, Norm]:
         paths = [self._layout.final_norm]
         for block in self._layout.blocks:
             paths += [block.attn_norm, block.mlp_norm, block.attn_post_norm, block.mlp_post_norm]
         norms = {}
         for path in dict.fromkeys(path for path in paths if path is not None):
             module = self._model.get_submodule(path)
-            device = next((parameter.device for parameter in module.parameters()), self._device)
-            norms[path] = Norm.of(module, self.d_model, path, device)
+            norm = Norm.of(module, self.d_model)
+            if norm is None:
+                raise SiteError(
+                    f"{path} ({type(module).__name__}) is not a norm of the form (x - mean) / scale * gain + bias, "
+                    f"so its scale cannot be held constant. {HELP}"
+                )
+            norms[path] = norm.to(dtype=dtype)
         return norms
 
 

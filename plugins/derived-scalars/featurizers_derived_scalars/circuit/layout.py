@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
-from featurizers.errors import SiteError
 from featurizers.models import Anatomy
 from torch import Tensor, nn
 
-from featurizers_derived_scalars.circuit.probing import HELP, Trace, refuse, same
+from featurizers_derived_scalars.circuit.probing import Trace, refuse, same
 from featurizers_derived_scalars.circuit.running import Point
 
 ACTIVATIONS: Final = ("act_fn", "act", "activation_fn", "activation", "activation_func")
@@ -171,21 +170,6 @@ def _follow(model: nn.Module, trace: Trace, layout: BlockLayout) -> BlockLayout:
         attn_factor=attn_factor,
         mlp_factor=mlp_factor,
     )
-
-
-def projection(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Return weight ``(inputs, outputs)`` and bias of a projection, in float32 or better.
-
-    Raises:
-        SiteError: it has no such weight.
-    """
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-        raise SiteError(f"{type(module).__name__} has no weight of two axes in floating point. {HELP}")
-    # transformers' Conv1D keeps (in, out), nn.Linear (out, in)
-    weight = weight.detach() if type(module).__name__ == "Conv1D" else weight.detach().T
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return weight.to(dtype), bias.detach().to(dtype) if isinstance(bias, Tensor) else None
 
 
 def _points(model: nn.Module, layout: BlockLayout) -> set[Point]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any, TypeAlias
 
 from featurizers.format import Side
 from featurizers.models import Place as Tap
-from featurizers.models import first_tensor, hook
+from featurizers.models import first_tensor, hook, run_until, without_cache
 from jaxtyping import Int
 from torch import Tensor, nn
 
@@ -30,10 +31,6 @@ class Arguments:
 
     positional: tuple[Any, ...] = ()
     named: Mapping[str, Any] = field(default_factory=dict)
-
-
-class _Stop(BaseException):
-    """Ends a run early; not an Exception, so that no model handles it."""
 
 
 def run(
@@ -63,16 +60,8 @@ def run(
             stack.callback(handle.remove)
         for (path, side), edit in taps.items():
             stack.callback(hook(Tap(path, model.get_submodule(path), side), edit).remove)
-        if stop_after is not None:
-            stack.callback(model.get_submodule(stop_after).register_forward_hook(_stop).remove)
-        try:
-            return model(input_ids=tokens[None], use_cache=False)
-        except _Stop:
-            return None
-
-
-def _stop(*_: Any) -> None:
-    raise _Stop
+        call = functools.partial(model, input_ids=tokens[None], **without_cache(model))
+        return call() if stop_after is None else run_until(model.get_submodule(stop_after), call)
 
 
 def _argument_hook(receive: Callable[[Arguments], None]) -> Callable[..., None]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from featurizers.cli import dtype_named, layer_numbers
+from featurizers.cli import dtype_named, layer_numbers, progress_bar
 from featurizers.errors import UsageError
 from featurizers.models import load_model
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from featurizers_derived_scalars.api import ByKind, Plan, plan
@@ -99,9 +97,9 @@ def scalars_command(
     largest: dict[str, list[Ranked]] = {}
     rows: dict[str, list[dict[str, object]]] = {}
     derived = {name: one.derive(raw) for name, one in plans.items()}
-    with _bar(sum(map(len, derived.values())), shown=not as_json) as tick:
+    with progress_bar(sum(map(len, derived.values())), "scalars", shown=not as_json) as bar:
         for name, scalars in derived.items():
-            seen = observed(scalars, observations[name], tick)
+            seen = observed(scalars, observations[name], bar.advance)
             largest[name] = seen.topk(top, both_ends=signed, absolute=not signed)
             rows[name] = labels.rows_of(largest[name], scalars.about, tokens)
     if page_file is not None:
@@ -178,13 +176,3 @@ def _new_page(out: Path) -> Path:
     if file.exists():
         raise UsageError(f"{file} is there already; name another --out")
     return file
-
-
-@contextmanager
-def _bar(total: int, *, shown: bool) -> Iterator[Any]:
-    """Yield a function to call for each tensor that was computed; show a bar if stderr is a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("scalars"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not (shown and console.is_terminal), transient=True) as progress:
-        task = progress.add_task("scalars", total=total)
-        yield lambda: progress.advance(task)

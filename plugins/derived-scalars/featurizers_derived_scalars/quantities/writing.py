@@ -25,7 +25,7 @@ def effects(view: View, direction: Float[Tensor, "token d_model"]) -> Tensor:
     """
     raw = view.raw
     if view.basis.kind == HEADS:
-        pulled = at_least_float32(raw.write_vjp(Place("attn.z", view.layer), direction))
+        pulled = at_least_float32(raw.write_vjp(_heads(view), direction))
         return view.x * torch.einsum("khd,qhd->qkh", _values(view), pulled)
     pulled = at_least_float32(raw.write_vjp(view.place, direction))
     return summed_if_whole(view, view.values * view.pull(pulled))
@@ -40,11 +40,11 @@ def summed_if_whole(view: View, products: Tensor) -> Tensor:
 
 def lengths(view: View) -> Tensor:
     """Return the length of what each node writes."""
-    heads, raw = Place("attn.z", view.layer), view.raw
+    raw = view.raw
     if view.basis.kind == HEADS:
-        return _scaled(view, heads, view.x.abs() * _quadratic(_values(view), _head_matrix(view)))
+        return _scaled(view, _heads(view), view.x.abs() * _quadratic(_values(view), _head_matrix(view)))
     if view.basis.whole and view.basis.axes[-1] == "head":
-        return _scaled(view, heads, _quadratic(view.values, _head_matrix(view)))
+        return _scaled(view, _heads(view), _quadratic(view.values, _head_matrix(view)))
     if view.basis.whole:
         written = at_least_float32(raw.write(view.place, view.lift(view.values)))
         whole: Tensor = torch.linalg.vector_norm(written, dim=-1, keepdim=True)
@@ -65,11 +65,11 @@ def unit_lengths(view: View) -> Tensor:
 
 def writes(view: View) -> Tensor:
     """Return what each node writes: axes of the basis, then ``d_model``; ``(token, d_model)`` for a whole vector."""
-    heads, raw = Place("attn.z", view.layer), view.raw
+    raw = view.raw
     if view.basis.kind == HEADS:
-        return _scaled(view, heads, torch.einsum("qkh,khd,hdm->qkhm", view.x, _values(view), _head_matrix(view)))
+        return _scaled(view, _heads(view), torch.einsum("qkh,khd,hdm->qkhm", view.x, _values(view), _head_matrix(view)))
     if view.basis.whole and view.basis.axes[-1] == "head":
-        return _scaled(view, heads, torch.einsum("qhd,hdm->qhm", view.values, _head_matrix(view)))
+        return _scaled(view, _heads(view), torch.einsum("qhd,hdm->qhm", view.values, _head_matrix(view)))
     if view.basis.whole:
         return at_least_float32(raw.write(view.place, view.lift(view.values)))
     if view.featurizer is not None and view.basis.part == "features":
@@ -83,14 +83,19 @@ def writes(view: View) -> Tensor:
     return _scaled(view, view.place, view.values.unsqueeze(-1) * at_least_float32(matrix).to(view.x.device))
 
 
+def _heads(view: View) -> Place:
+    """Return the place of the outputs of heads, through which their probabilities write."""
+    return Place("attn.z", view.layer)
+
+
 def _values(view: View) -> Float[Tensor, "key head d_head"]:
     return at_least_float32(view.raw[Place("attn.v", view.layer), "forward"])
 
 
 def _head_matrix(view: View) -> Float[Tensor, "head d_head d_model"]:
-    matrix = view.raw.circuit.write_matrix(Place("attn.z", view.layer))
+    matrix = view.raw.circuit.write_matrix(_heads(view))
     if matrix is None:  # heads always have an output projection
-        raise ValueError(f"attn.z:{view.layer} has no write matrix")
+        raise ValueError(f"{_heads(view)} has no write matrix")
     return at_least_float32(matrix).to(view.x.device)
 
 

@@ -1,14 +1,14 @@
-"""Files of derived scalars: safetensors, with descriptions as JSON in the header."""
+"""Files of derived scalars."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final
 
-from featurizers.errors import ArtefactError, FeaturizerError, one_line
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from featurizers.errors import ArtefactError, FeaturizerError
+from featurizers.format import read_state, write_state
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from featurizers_derived_scalars.nodes.axes import NodeAxis
@@ -16,6 +16,7 @@ from featurizers_derived_scalars.nodes.bases import Basis, Part, Via
 from featurizers_derived_scalars.results.scalar import Key, Scalar
 
 FORMAT: Final = "featurizers-derived-scalars"
+VERSION: Final = 1
 
 
 class _Basis(BaseModel):
@@ -36,23 +37,19 @@ class _Scalar(BaseModel):
     params: dict[str, str]
 
 
-class _Header(BaseModel):
+class _About(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
-    format: Literal["featurizers-derived-scalars"]
-    version: Literal[1]
     scalars: list[_Scalar]
 
 
 def write_scalars(path: Path | str, tensors: Mapping[Key, Tensor], about: Mapping[str, Scalar]) -> None:
     """Write scalars, each computed once."""
-    from safetensors.torch import save_file
-
     stored: dict[str, Tensor] = {}
     rows: list[_Scalar] = []
     for number, (name, known) in enumerate(about.items()):
         layers = [layer for other, layer in tensors if other == name]
         for layer in layers:
-            stored[f"{number}/{layer}"] = tensors[name, layer].detach().cpu().contiguous().clone()
+            stored[f"{number}/{layer}"] = tensors[name, layer]
         basis = known.basis and _Basis(
             kind=known.basis.kind,
             part=known.basis.part,
@@ -61,8 +58,7 @@ def write_scalars(path: Path | str, tensors: Mapping[Key, Tensor], about: Mappin
             featurized=known.basis.featurizer is not None,
         )
         rows.append(_Scalar(name=name, axes=list(known.axes), layers=layers, basis=basis, params=dict(known.params)))
-    header = _Header(format=FORMAT, version=1, scalars=rows)
-    save_file(stored, path, metadata={"featurizers": header.model_dump_json()})
+    write_state(path, stored, _About(scalars=rows).model_dump(), format=FORMAT, version=VERSION)
 
 
 def read_scalars(path: Path | str) -> tuple[dict[Key, Tensor], dict[str, Scalar]]:
@@ -71,21 +67,13 @@ def read_scalars(path: Path | str) -> tuple[dict[Key, Tensor], dict[str, Scalar]
     Raises:
         ArtefactError: the file holds no scalars, or is damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), "pt") as file:
-            text = (file.metadata() or {}).get("featurizers", "null")
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        header = _Header.model_validate_json(json.dumps(json.loads(text)))
-    except (OSError, SafetensorError, ValidationError, ValueError) as error:
-        raise ArtefactError(str(path), f"these are no saved scalars: {one_line(error)}") from error
-    expected = {f"{number}/{layer}" for number, row in enumerate(header.scalars) for layer in row.layers}
-    if expected != set(stored) or len({row.name for row in header.scalars}) != len(header.scalars):
+    stored, record = read_state(path, format=FORMAT, version=VERSION, schema=_About, expected="saved scalars")
+    expected = {f"{number}/{layer}" for number, row in enumerate(record.scalars) for layer in row.layers}
+    if expected != set(stored) or len({row.name for row in record.scalars}) != len(record.scalars):
         raise ArtefactError(str(path), "the tensors are not those of the header")
     tensors: dict[Key, Tensor] = {}
     about: dict[str, Scalar] = {}
-    for number, row in enumerate(header.scalars):
+    for number, row in enumerate(record.scalars):
         for layer in row.layers:
             tensor = tensors[row.name, layer] = stored[f"{number}/{layer}"]
             if tensor.dim() != len(row.axes):
