@@ -10,20 +10,12 @@ from featurizers import Featurizer
 from featurizers.errors import UsageError, shown
 from torch import Tensor, nn
 
-from featurizers_derived_scalars.capturing.activations import RawActivations
-from featurizers_derived_scalars.capturing.metrics import LogitFunction, Metric
-from featurizers_derived_scalars.capturing.prompts import Inputs
-from featurizers_derived_scalars.capturing.runs import capture
-from featurizers_derived_scalars.circuit.circuit import Circuit
-from featurizers_derived_scalars.circuit.places import KINDS, Need, Place
-from featurizers_derived_scalars.nodes.axes import at_least_float32
-from featurizers_derived_scalars.nodes.bases import Basis, Part
-from featurizers_derived_scalars.nodes.node import Node
-from featurizers_derived_scalars.quantities.derivers import Deriver
-from featurizers_derived_scalars.quantities.directions import Direction, MetricGrad, as_direction
-from featurizers_derived_scalars.quantities.tracing import NodeMetric, residual_of
+from featurizers_derived_scalars.capturing import Inputs, LogitFunction, Metric, RawActivations, capture
+from featurizers_derived_scalars.circuit import KINDS, Circuit, Need, Place
+from featurizers_derived_scalars.nodes import Basis, Node, Part, at_least_float32
+from featurizers_derived_scalars.quantities import Deriver, Direction, MetricGrad, NodeMetric, as_direction, residual_of
 from featurizers_derived_scalars.registry import spec
-from featurizers_derived_scalars.results.scalars import Scalars
+from featurizers_derived_scalars.results import Scalars
 from featurizers_derived_scalars.specs import ScalarSpec
 
 Featurizers: TypeAlias = "Mapping[Any, Any] | Iterable[Featurizer[Any]]"
@@ -207,13 +199,14 @@ def grouped(featurizers: Featurizers | None) -> dict[str, Featurizer[Any] | Mapp
     """
     if featurizers is None:
         return {}
-    rows: list[tuple[Any, Any]]
-    if isinstance(featurizers, Featurizer):
-        rows = [(featurizers.site, featurizers)]
-    elif isinstance(featurizers, Mapping):
-        rows = list(featurizers.items())
-    else:
-        rows = [(getattr(one, "site", None), one) for one in featurizers]
+    if isinstance(featurizers, Mapping):
+        return grouped_rows(featurizers.items())
+    each = [featurizers] if isinstance(featurizers, Featurizer) else featurizers
+    return grouped_rows((getattr(one, "site", None), one) for one in each)
+
+
+def grouped_rows(rows: Iterable[tuple[Any, Any]]) -> dict[str, Featurizer[Any] | Mapping[int, Featurizer[Any]]]:
+    """Do the same as `grouped` for pairs of a site and a featurizer."""
     by_kind: dict[str, Featurizer[Any] | Mapping[int, Featurizer[Any]]] = {}
     for site, one in rows:
         if site is None:
@@ -224,10 +217,10 @@ def grouped(featurizers: Featurizers | None) -> dict[str, Featurizer[Any] | Mapp
         before = by_kind.get(kind, {})
         if not isinstance(layers, Mapping) or not isinstance(before, Mapping):
             if kind in by_kind:
-                raise UsageError(f"{kind} has a featurizer for every layer, and another")
+                raise UsageError(f"{kind} has a featurizer for every layer, and another; give one")
             by_kind[kind] = layers
         elif twice := before.keys() & layers.keys():
-            raise UsageError(f"two featurizers are at {kind}:{min(twice)}")
+            raise UsageError(f"two featurizers are at {kind}:{min(twice)}; give one")
         else:
             by_kind[kind] = {**before, **layers}
     for kind, of_layers in by_kind.items():

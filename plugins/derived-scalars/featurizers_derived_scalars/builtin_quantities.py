@@ -1,32 +1,37 @@
-"""The quantities of this package, under their names."""
+"""Quantities of this package, under their names."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from featurizers_derived_scalars.quantities.edges import activation_from, edge_from, edge_to
-from featurizers_derived_scalars.quantities.latents import pair_attribution
-from featurizers_derived_scalars.quantities.of_bases import (
+from featurizers_derived_scalars.quantities import (
     act_times_grad,
+    activation_from,
     direction,
+    edge_from,
+    edge_to,
     grad,
+    node_vocab_write,
+    node_write,
+    node_write_to,
     norm,
     ones,
+    pair_attribution,
     value,
+    vocab_read,
+    vocab_write,
     weighted_value,
     write,
     write_norm,
     write_to,
 )
-from featurizers_derived_scalars.quantities.of_nodes import node_write, node_write_to
-from featurizers_derived_scalars.quantities.vocabulary import node_vocab_write, vocab_read, vocab_write
 from featurizers_derived_scalars.specs import ScalarSpec
 
 UNITS: Final = ("resid.embed", "attn.probs", "attn.bias", "mlp.neurons", "mlp.bias")
 """Bases that together are the residual stream: the embedding, heads, neurons and biases, each by its units."""
 
 NODES: Final = ("resid.embed whole", "attn.probs", "attn.bias whole", "mlp.neurons", "mlp.bias whole")
-"""The same bases, with a token's embedding and each bias as one node, as they are ranked."""
+"""Same bases, with a token's embedding and each bias as one node, as they are ranked."""
 
 TARGETS: Final = ("attn.probs", "mlp.neurons")
 VECTORS: Final = ("resid.embed", "attn.delta", "mlp.delta")

@@ -12,11 +12,11 @@ from featurizers.errors import PluginError, UsageError, shown
 from featurizers.registry import host, install_command
 
 from featurizers_derived_scalars.builtin_quantities import SPECS
-from featurizers_derived_scalars.quantities.derivers import Deriver
+from featurizers_derived_scalars.quantities import Deriver
 from featurizers_derived_scalars.specs import ScalarSpec
 
 OWN: Final[Mapping[str, ScalarSpec]] = MappingProxyType({one.name: one for one in SPECS})
-"""The quantities of this package, by name."""
+"""Quantities of this package, by name."""
 
 
 def specs() -> Mapping[str, ScalarSpec]:

@@ -12,8 +12,8 @@ from featurizers import Featurizer
 from featurizers.errors import PluginError, UsageError, one_line, shown
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from featurizers_derived_scalars.nodes.bases import HEADS, Basis, Part, Via
-from featurizers_derived_scalars.quantities.derivers import Deriver
+from featurizers_derived_scalars.nodes import HEADS, Basis, Part, Via
+from featurizers_derived_scalars.quantities import Deriver
 
 NAME: Final = re.compile(r"([a-z0-9]+(-[a-z0-9]+)*\.)?[a-z][a-z0-9_]*")
 """Lower-case words joined by ``_``; a name of another plugin begins with the plugin's name and a dot."""

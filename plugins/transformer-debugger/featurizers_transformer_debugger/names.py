@@ -88,7 +88,7 @@ DerivedScalarType: type[NamedScalar] = cast(
     "type[NamedScalar]",
     NamedScalar("DerivedScalarType", {name.upper(): name for name in ROWS}),  # type: ignore[call-arg]
 )
-"""The 106 names; the value of each is its name in lower case."""
+"""All 106 names; the value of each is its name in lower case."""
 
 ActivationLocationType: type[NamedLocation] = cast(
     "type[NamedLocation]",

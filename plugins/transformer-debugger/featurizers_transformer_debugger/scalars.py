@@ -1,4 +1,4 @@
-"""The scalars of transformer-debugger under their own names, with its numbers; `table` lists them.
+"""Scalars of transformer-debugger under their own names, with its numbers; `table` lists them.
 
 Where its number is not what its name says, the name keeps the number, and a quantity beside it is what the name says:
 
@@ -107,12 +107,12 @@ class _Request(NamedTuple):
 
     @property
     def node(self) -> Node:
-        """The target of a name that needs one; `upstream` checked that it is there."""
+        """Target of a name that needs a node; `upstream` checked that it is there."""
         return cast(Node, self.target)
 
     @property
     def latent(self) -> int:
-        """The feature of a name that needs one, likewise."""
+        """Number of the feature, likewise."""
         return cast(int, self.feature)
 
 

@@ -1,4 +1,4 @@
-"""The 106 scalars of OpenAI's transformer-debugger, each as a quantity, a basis and reductions.
+"""All 106 scalars of OpenAI's transformer-debugger, each as a quantity, a basis and reductions.
 
 Source: the enum ``DerivedScalarType`` of github.com/openai/transformer-debugger, commit 87e6db7b. Names, shapes and
 formulas are facts of that project; no code was copied.
@@ -142,7 +142,7 @@ NEED_A_NODE: Final = frozenset(
 """Quantities of a node, or along a node's gradient."""
 
 TAKE_A_NODE: Final = NEED_A_NODE | {"write_to"}
-"""The same, and quantities that are along the metric's gradient unless a node is given."""
+"""These, and quantities that are along the metric's gradient unless a node is given."""
 
 NEED_A_LATENT: Final = frozenset({"latent_direction", "write_to_latent", "token_write_to_latent"})
 """Quantities of one feature."""
@@ -157,7 +157,7 @@ FEATURIZED: Final[dict[str, tuple[str, ...]]] = {
 
 
 class Row(NamedTuple):
-    """One scalar of transformer-debugger.
+    """A scalar of transformer-debugger.
 
     Attributes:
         name: name in lower case.

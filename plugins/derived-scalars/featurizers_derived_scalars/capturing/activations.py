@@ -14,8 +14,7 @@ from torch import Tensor
 
 from featurizers_derived_scalars.capturing.files import read_activations, write_activations
 from featurizers_derived_scalars.capturing.replaying import Replay, Through
-from featurizers_derived_scalars.circuit.circuit import Circuit
-from featurizers_derived_scalars.circuit.places import Pass, Place
+from featurizers_derived_scalars.circuit import Circuit, Pass, Place
 from featurizers_derived_scalars.circuit.running import Arguments
 
 

@@ -11,7 +11,7 @@ from featurizers.format import read_state, write_state
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from featurizers_derived_scalars.circuit.places import Pass, Place
+from featurizers_derived_scalars.circuit import Pass, Place
 
 FORMAT: Final = "featurizers-raw-activations"
 VERSION: Final = 1

@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from featurizers_derived_scalars.capturing.activations import RawActivations
-from featurizers_derived_scalars.circuit.places import Need, Place
+from featurizers_derived_scalars.circuit import Need, Place
 
 LogitFunction: TypeAlias = "Callable[[Float[Tensor, 'token vocab']], Float[Tensor, '']]"
 TokenIds: TypeAlias = "int | Sequence[int]"
-"""One token id, or several."""
+"""A token id, or several."""
 
 
 class Metric(ABC):
@@ -98,8 +98,8 @@ class LogitDifference(_OfLogits):
 
     def __post_init__(self) -> None:
         """Check the ids."""
-        object.__setattr__(self, "targets", ids_of(self.targets, at_least=1))
-        object.__setattr__(self, "distractors", ids_of(self.distractors))
+        _keep_ids(self, "targets")
+        _keep_ids(self, "distractors", at_least=0)
 
     def of(self, logits: Float[Tensor, "token vocab"]) -> Float[Tensor, ""]:
         """Return the difference."""
@@ -111,22 +111,14 @@ class LogitDifference(_OfLogits):
 @final
 @dataclass(frozen=True)
 class LogitMinusMean(_OfLogits):
-    """Mean logit of the targets, minus the mean logit of the whole vocabulary.
-
-    Attributes:
-        targets: token ids, kept as a tuple.
-        position: position whose next token is predicted.
-
-    Raises:
-        UsageError: there is no target, or an id is not an integer from 0.
-    """
+    """Mean logit of the targets, minus the mean logit of the whole vocabulary; arguments as in `LogitDifference`."""
 
     targets: TokenIds
     position: int = field(default=-1, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the ids."""
-        object.__setattr__(self, "targets", ids_of(self.targets, at_least=1))
+        _keep_ids(self, "targets")
 
     def of(self, logits: Float[Tensor, "token vocab"]) -> Float[Tensor, ""]:
         """Return the difference."""
@@ -137,15 +129,10 @@ class LogitMinusMean(_OfLogits):
 @final
 @dataclass(frozen=True)
 class Probability(_OfLogits):
-    """Probability that the next token is among the targets, or its logarithm.
+    """Probability that the next token is among the targets, or its logarithm; arguments as in `LogitDifference`.
 
     Attributes:
-        targets: token ids, kept as a tuple.
-        position: position whose next token is predicted.
         log: take the logarithm.
-
-    Raises:
-        UsageError: there is no target, or an id is not an integer from 0.
     """
 
     targets: TokenIds
@@ -154,7 +141,7 @@ class Probability(_OfLogits):
 
     def __post_init__(self) -> None:
         """Check the ids."""
-        object.__setattr__(self, "targets", ids_of(self.targets, at_least=1))
+        _keep_ids(self, "targets")
 
     def of(self, logits: Float[Tensor, "token vocab"]) -> Float[Tensor, ""]:
         """Return the summed probability, or its logarithm."""
@@ -185,16 +172,17 @@ def as_metric(metric: Metric | LogitFunction) -> Metric:
     return LogitMetric(metric)
 
 
-def ids_of(tokens: TokenIds, *, at_least: int = 0) -> tuple[int, ...]:
-    """Return token ids as a tuple.
+def ids_of(tokens: TokenIds) -> tuple[int, ...]:
+    """Return token ids as a tuple."""
+    return (tokens,) if isinstance(tokens, int) else tuple(tokens)
 
-    Raises:
-        UsageError: an id is not an integer from 0, or there are too few.
-    """
-    ids = (tokens,) if isinstance(tokens, int) else tuple(tokens)
+
+def _keep_ids(metric: _OfLogits, name: str, *, at_least: int = 1) -> None:
+    """Replace an attribute of token ids by a tuple, and check them."""
+    ids = ids_of(getattr(metric, name))
     if len(ids) < at_least or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise UsageError(f"token ids are integers from 0, at least one; not {shown(tokens)}")
-    return ids
+        raise UsageError(f"{name} are token ids, integers from 0, at least {at_least}; not {shown(ids)}")
+    object.__setattr__(metric, name, ids)
 
 
 def _row(logits: Tensor, position: int) -> Tensor:

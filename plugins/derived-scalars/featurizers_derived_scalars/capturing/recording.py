@@ -13,9 +13,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from featurizers_derived_scalars.capturing.activations import RawActivations
-from featurizers_derived_scalars.circuit.attention import PARTS, Listener, Part, part_layout, place_layout
-from featurizers_derived_scalars.circuit.circuit import Circuit
-from featurizers_derived_scalars.circuit.places import Pass, Place, norm_name
+from featurizers_derived_scalars.circuit import Circuit, Listener, Pass, Place
+from featurizers_derived_scalars.circuit.attention import PARTS, Part, part_layout, place_layout
+from featurizers_derived_scalars.circuit.places import norm_name
 from featurizers_derived_scalars.circuit.running import Arguments, Point
 
 _SCALES: Final = ("norm.attn.scale", "norm.attn.post.scale", "norm.mlp.scale", "norm.mlp.post.scale")

@@ -13,9 +13,8 @@ from featurizers.models import Place as Tap
 from featurizers.models import evaluating, first_tensor, hook
 from torch import Tensor, nn
 
-from featurizers_derived_scalars.circuit.attention import PARTS, Listener, Part, listening, place_layout
-from featurizers_derived_scalars.circuit.circuit import Circuit
-from featurizers_derived_scalars.circuit.places import Place
+from featurizers_derived_scalars.circuit import Circuit, Listener, Place
+from featurizers_derived_scalars.circuit.attention import PARTS, Part, listening, place_layout
 from featurizers_derived_scalars.circuit.running import Arguments
 
 Through: TypeAlias = Literal["q", "k", "v"]

@@ -16,8 +16,8 @@ from featurizers_derived_scalars.capturing.activations import RawActivations
 from featurizers_derived_scalars.capturing.metrics import LogitFunction, Metric, as_metric
 from featurizers_derived_scalars.capturing.prompts import Inputs, sequences
 from featurizers_derived_scalars.capturing.recording import Edit, Keeper, Recorder
-from featurizers_derived_scalars.circuit.circuit import Circuit
-from featurizers_derived_scalars.circuit.places import KINDS, NORMS, Need, Pass, Place
+from featurizers_derived_scalars.circuit import KINDS, Circuit, Need, Pass, Place
+from featurizers_derived_scalars.circuit.places import NORMS
 from featurizers_derived_scalars.circuit.running import run
 
 

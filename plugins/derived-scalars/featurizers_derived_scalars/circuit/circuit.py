@@ -45,42 +45,31 @@ class Circuit(Wiring):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
         # this package's own answer comes last
         layout = host().ask("featurizers_circuits", model=model)
         if not isinstance(layout, Layout):
             raise PluginError(f"a plugin's featurizers_circuits gives {shown(layout)}; it gives a Layout, or None")
-        self._layout = layout
-        trace = trace_layout(model, self._layout)
-        check_layout(model, self._layout, trace)
-        first = self._layout.blocks[0]
+        trace = trace_layout(model, layout)
+        check_layout(model, layout, trace)
+        super().__init__(model, layout, 0 if trace.logits is None else trace.logits.shape[-1])
+        first = layout.blocks[0]
         parts = trace.attention(first.attention)
         stream, neurons = trace.output(first.block), trace.input(first.down_projection)
         if stream is None or neurons is None:
             raise SiteError(f"{first.block} was not run")
         self._device = stream.device
         self._sizes = {
-            "layers": len(self._layout.blocks),
+            "layers": self.n_layers,
             "heads": parts["q"].shape[1],
             "d_model": stream.shape[-1],
             "d_head": parts["q"].shape[-1],
             "d_value": parts["v"].shape[-1],
             "neurons": neurons.shape[-1],
-            "vocab": trace.logits.shape[-1] if trace.logits is not None else 0,
+            "vocab": self.d_vocab,
         }
         self._norms = self._find_norms(torch.promote_types(stream.dtype, torch.float32))
 
     # ---- modules and sizes
-
-    @property
-    def model(self) -> nn.Module:
-        """Model that was looked at."""
-        return self._model
-
-    @property
-    def layout(self) -> Layout:
-        """Paths of its modules."""
-        return self._layout
 
     @property
     def n_heads(self) -> int:
@@ -106,11 +95,6 @@ class Circuit(Wiring):
     def n_neurons(self) -> int:
         """Number of neurons of the first block; use `shape` where blocks differ."""
         return self._sizes["neurons"]
-
-    @property
-    def d_vocab(self) -> int:
-        """Number of logits; 0 for a model without a head."""
-        return self._sizes["vocab"]
 
     def __repr__(self) -> str:
         """Return the class of the model and its sizes."""

@@ -1,4 +1,4 @@
-"""The embedding as it enters the residual stream: its weight, times a number in some models."""
+"""Embedding as it enters the residual stream: its weight, times a number in some models."""
 
 from __future__ import annotations
 

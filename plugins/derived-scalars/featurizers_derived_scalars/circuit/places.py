@@ -1,4 +1,4 @@
-"""`Place`: one tensor in a decoder, named the same in every architecture."""
+"""`Place`: a tensor in a decoder, named the same in every architecture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from featurizers import Site
 from featurizers.errors import SiteError, UsageError, shown
 
 PlaceAxis: TypeAlias = Literal["token", "key", "head", "d_head", "d_model", "neuron", "vocab", "one"]
-"""What an axis of a place's tensor counts. ``token`` is the query's position, ``key`` the position attended to."""
+"""Axis of a place's tensor. ``token`` is the query's position, ``key`` the position attended to."""
 
 Pass: TypeAlias = Literal["forward", "backward"]
 """Activations, or the gradient of the metric in them."""
@@ -86,7 +86,7 @@ _OF_SITES: Final = {known.site: kind for kind, known in KINDS.items() if known.s
 @functools.total_ordering
 @dataclass(frozen=True)
 class Place:
-    """One tensor in a decoder: a kind and, where every block has one, a layer.
+    """A tensor in a decoder: a kind and, where every block has one, a layer.
 
     Wider than `featurizers.Site`, which names what an intervention can write: a place may also be a probability, a
     norm's scale or a bias. Sorted by layer, then in the order of `KINDS`.

@@ -1,4 +1,4 @@
-"""Run a decoder on one sequence with hooks on its modules, and leave it as it was."""
+"""Run a decoder on one sequence with hooks on its modules, and leave it unchanged."""
 
 from __future__ import annotations
 

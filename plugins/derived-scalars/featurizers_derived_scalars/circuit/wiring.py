@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-
 from featurizers.errors import SiteError
 from featurizers.format import Side
 from torch import nn
@@ -12,33 +10,42 @@ from featurizers_derived_scalars.circuit.layout import BlockLayout, Layout
 from featurizers_derived_scalars.circuit.places import KINDS, Place, check_kind
 
 
-class Wiring(ABC):
-    """Places of one model: the base of `featurizers_derived_scalars.Circuit`."""
+class Wiring:
+    """Places of one model: the base of `featurizers_derived_scalars.Circuit`.
+
+    Args:
+        model: the decoder.
+        layout: paths of its modules.
+        d_vocab: number of logits; 0 for a model without a head.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout, d_vocab: int) -> None:
+        self._model, self._layout, self._d_vocab = model, layout, d_vocab
 
     @property
-    @abstractmethod
     def model(self) -> nn.Module:
         """Model that the places are of."""
+        return self._model
 
     @property
-    @abstractmethod
     def layout(self) -> Layout:
         """Paths of its modules."""
+        return self._layout
 
     @property
-    @abstractmethod
     def d_vocab(self) -> int:
         """Number of logits; 0 for a model without a head."""
+        return self._d_vocab
 
     @property
     def n_layers(self) -> int:
         """Number of blocks."""
-        return len(self.layout.blocks)
+        return len(self._layout.blocks)
 
     @property
     def parallel(self) -> bool:
         """True if any block runs attention and MLP side by side."""
-        return any(block.parallel for block in self.layout.blocks)
+        return any(block.parallel for block in self._layout.blocks)
 
     def block(self, place: Place) -> BlockLayout:
         """Return the modules of a place's block.

@@ -1,4 +1,4 @@
-"""The command ``featurizers scalars``: its options, tables and page.
+"""Command ``featurizers scalars``: its options, tables and page.
 
 This room imports everything else in the package.
 """

@@ -1,4 +1,4 @@
-"""The command ``scalars``."""
+"""Command ``scalars``."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from featurizers_derived_scalars.api import ByKind, Plan, plan
-from featurizers_derived_scalars.capturing.metrics import LogitDifference, Metric, ids_of
-from featurizers_derived_scalars.capturing.runs import capture
-from featurizers_derived_scalars.circuit.circuit import Circuit
+from featurizers_derived_scalars.capturing import LogitDifference, Metric, capture
+from featurizers_derived_scalars.capturing.metrics import ids_of
+from featurizers_derived_scalars.circuit import Circuit
 from featurizers_derived_scalars.command import labels
 from featurizers_derived_scalars.command.observing import Observation, observed
 from featurizers_derived_scalars.command.options import load_featurizers, one_token, parse_node, prompt_ids
-from featurizers_derived_scalars.nodes.node import Node
+from featurizers_derived_scalars.nodes import Node
 from featurizers_derived_scalars.registry import spec, specs
-from featurizers_derived_scalars.results.ranking import Ranked
+from featurizers_derived_scalars.results import Ranked
 
 
 def _list(asked: bool) -> None:

@@ -8,9 +8,8 @@ from featurizers.errors import printable
 from rich.markup import escape
 from rich.table import Table
 
-from featurizers_derived_scalars.nodes.axes import NodeAxis, pair_of
-from featurizers_derived_scalars.results.ranking import Ranked
-from featurizers_derived_scalars.results.scalar import Scalar
+from featurizers_derived_scalars.nodes import NodeAxis, pair_of
+from featurizers_derived_scalars.results import Ranked, Scalar
 
 _KINDS = {
     "resid.embed": "embedding",

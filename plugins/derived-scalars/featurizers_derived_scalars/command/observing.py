@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from featurizers_derived_scalars.results import Scalars
 from featurizers_derived_scalars.results.scalar import Key
-from featurizers_derived_scalars.results.scalars import Scalars
 
 
 @dataclass

@@ -10,10 +10,9 @@ import featurizers
 import torch
 from featurizers.errors import UsageError, shown
 
-from featurizers_derived_scalars.api import grouped
-from featurizers_derived_scalars.circuit.places import KINDS, Place
-from featurizers_derived_scalars.nodes.bases import Basis
-from featurizers_derived_scalars.nodes.node import Node
+from featurizers_derived_scalars.api import ByKind, grouped_rows
+from featurizers_derived_scalars.circuit import KINDS, Place
+from featurizers_derived_scalars.nodes import Basis, Node
 
 
 def prompt_ids(tokenizer: Any, prompt: str, model: Any) -> list[int]:
@@ -35,7 +34,7 @@ def one_token(tokenizer: Any, text: str, option: str) -> int:
     """Return the id of a text that is one token.
 
     Raises:
-        UsageError: it is none or several; the message shows them.
+        UsageError: it is no token, or several; the message shows them.
     """
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
@@ -47,7 +46,7 @@ def one_token(tokenizer: Any, text: str, option: str) -> int:
     return int(ids[0])
 
 
-def load_featurizers(texts: Sequence[str], device: torch.device | str | None) -> dict[str, Any]:
+def load_featurizers(texts: Sequence[str], device: torch.device | str | None) -> ByKind:
     """Load featurizers, and return them by kind of place.
 
     Args:
@@ -59,15 +58,7 @@ def load_featurizers(texts: Sequence[str], device: torch.device | str | None) ->
         SiteError: a site is no place.
         FeaturizerError: a source cannot be loaded.
     """
-    loaded = [_load(text, device) for text in texts]
-    by_kind: dict[str, Any] = {}
-    for site, featurizer in loaded:
-        for kind, of_layers in grouped({site: featurizer}).items():
-            layers = of_layers if isinstance(of_layers, Mapping) else {None: of_layers}
-            if twice := by_kind.get(kind, {}).keys() & layers.keys():
-                raise UsageError(f"two featurizers are at {kind}:{next(iter(twice))}; give one")
-            by_kind.setdefault(kind, {}).update(layers)
-    return {kind: layers.get(None, layers) for kind, layers in by_kind.items()}
+    return grouped_rows([_load(text, device) for text in texts])
 
 
 def _load(text: str, device: torch.device | str | None) -> tuple[Any, Any]:
@@ -80,7 +71,7 @@ def _load(text: str, device: torch.device | str | None) -> tuple[Any, Any]:
     return loaded.site, loaded
 
 
-def parse_node(text: str, by_kind: Mapping[str, Any]) -> Node:
+def parse_node(text: str, by_kind: ByKind) -> Node:
     """Return the node of ``KIND:LAYER@INDEX,…``, such as ``mlp.neurons:3@4,17`` or ``attn.probs:2@5,1,0``.
 
     If the place has a featurizer, the last index is a feature's.

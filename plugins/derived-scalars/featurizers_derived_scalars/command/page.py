@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from featurizers.errors import MissingDependencyError
 from jinja2 import Environment, StrictUndefined
 
-from featurizers_derived_scalars.capturing.activations import RawActivations
+from featurizers_derived_scalars.capturing import RawActivations
 from featurizers_derived_scalars.command.observing import Observation
 from featurizers_derived_scalars.command.tokens import reads_tokens, tokens_read, tokens_written, writes_tokens
-from featurizers_derived_scalars.results.ranking import Ranked
+from featurizers_derived_scalars.results import Ranked
 from featurizers_derived_scalars.results.scalar import Key
 
 if TYPE_CHECKING:

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from featurizers_derived_scalars.capturing.activations import RawActivations
-from featurizers_derived_scalars.capturing.runs import capture
-from featurizers_derived_scalars.circuit.places import Need
-from featurizers_derived_scalars.nodes.axes import at_least_float32
-from featurizers_derived_scalars.nodes.bases import HEADS, WRITERS
-from featurizers_derived_scalars.nodes.node import Node
-from featurizers_derived_scalars.quantities.derivers import Deriver
-from featurizers_derived_scalars.quantities.of_nodes import node_write
-from featurizers_derived_scalars.quantities.vocabulary import vocab_read
+from featurizers_derived_scalars.capturing import RawActivations, capture
+from featurizers_derived_scalars.circuit import Need
+from featurizers_derived_scalars.nodes import HEADS, WRITERS, Node, at_least_float32
+from featurizers_derived_scalars.quantities import Deriver, node_write, vocab_read
 
 Ends = tuple[list[int], list[int]]
 """Ids of tokens: with the largest scores, largest first, and with the smallest, smallest first."""

@@ -14,12 +14,11 @@ from featurizers import Featurizer, create
 from featurizers.errors import BasisError, UsageError
 from torch import Tensor
 
-from featurizers_derived_scalars.capturing.activations import RawActivations
-from featurizers_derived_scalars.circuit.circuit import Circuit
-from featurizers_derived_scalars.circuit.places import Place
+from featurizers_derived_scalars.capturing import RawActivations
+from featurizers_derived_scalars.circuit import Circuit, Place
 from featurizers_derived_scalars.featurize.diagonal import DiagonalFeaturizer
-from featurizers_derived_scalars.nodes.bases import HEADS, Basis
-from featurizers_derived_scalars.nodes.views import View, flat
+from featurizers_derived_scalars.nodes import HEADS, Basis, View
+from featurizers_derived_scalars.nodes.views import flat
 
 Reverse: TypeAlias = "Callable[[RawActivations, int | None, int | None], Featurizer[Any]]"
 """From captured activations, a layer and a token to the featurizer that a scalar is."""

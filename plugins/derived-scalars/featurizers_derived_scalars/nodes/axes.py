@@ -8,10 +8,10 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from featurizers_derived_scalars.circuit.places import PlaceAxis
+from featurizers_derived_scalars.circuit import PlaceAxis
 
 NodeAxis: TypeAlias = Literal[PlaceAxis, "feature", "pair"]
-"""The axes of places, ``feature`` of a featurizer, and ``pair``: the pairs of a token and a key that is not after it,
+"""Axes of places, ``feature`` of a featurizer, and ``pair``: the pairs of a token and a key that is not after it,
 row by row of the lower triangle."""
 
 

@@ -10,7 +10,8 @@ from typing import Any, Final, Literal, Self, TypeAlias, final, get_args
 from featurizers import Featurizer, Site
 from featurizers.errors import SiteError, UsageError, shown
 
-from featurizers_derived_scalars.circuit.places import KINDS, Place, check_kind
+from featurizers_derived_scalars.circuit import KINDS, Place
+from featurizers_derived_scalars.circuit.places import check_kind
 from featurizers_derived_scalars.nodes.axes import NodeAxis
 
 Part: TypeAlias = Literal["features", "error", "bias"]
@@ -41,7 +42,7 @@ class Basis:
 
     Attributes:
         kind: kind of place, a key of `KINDS`.
-        featurizer: a featurizer for every layer, or a mapping from some layers to theirs; None for units of the place.
+        featurizer: a featurizer for every layer, or a mapping from some layers to featurizers; None for units.
         part: which part of the activations, if there is a featurizer.
         via: which input of attention an edge into or out of heads goes through.
         whole: take the last axis as one node, with quantities of the whole vector: a head's output, a layer's output,
@@ -77,7 +78,7 @@ class Basis:
             raise SiteError(f"{self.kind} holds no vectors for a featurizer; kinds that do are {', '.join(VECTORS)}")
         if not all(isinstance(each, Featurizer) for each in self.featurizers):
             raise UsageError(
-                f"the featurizer of a basis is a Featurizer, or a mapping from layers to theirs, not "
+                f"the featurizer of a basis is a Featurizer, or a mapping from layers to featurizers, not "
                 f"{shown(self.featurizer)}"
             )
         if self.part not in get_args(Part):

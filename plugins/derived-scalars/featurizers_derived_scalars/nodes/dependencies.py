@@ -1,4 +1,4 @@
-"""Which places reach which residual streams, and at which layers that leaves a basis with nodes."""
+"""Dependencies: places that reach a residual stream, and the layers at which a basis has such nodes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import TypeAlias
 
 from featurizers.errors import UsageError
 
-from featurizers_derived_scalars.circuit.circuit import Circuit
-from featurizers_derived_scalars.circuit.places import KINDS, Place
+from featurizers_derived_scalars.circuit import KINDS, Circuit, Place
 from featurizers_derived_scalars.nodes.bases import WRITERS, Basis
 
 Within: TypeAlias = "Callable[[Circuit, int | None], bool]"

@@ -1,4 +1,4 @@
-"""`Node`: one node of the circuit, at one token or pair of tokens."""
+"""`Node`: a node of the circuit, at one token or pair of tokens."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import final
 
 from featurizers.errors import UsageError, shown
 
-from featurizers_derived_scalars.circuit.places import Place
+from featurizers_derived_scalars.circuit import Place
 from featurizers_derived_scalars.nodes.bases import Basis
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Node:
-    """One node: a basis, a layer, and an index on each axis of the basis.
+    """A node: a basis, a layer, and an index on each axis of the basis.
 
     In the target of an attribution every index is a number. In a result None stands for an axis that was summed.
 

@@ -11,8 +11,8 @@ from featurizers import Featurizer
 from featurizers.errors import ShapeError, UsageError
 from torch import Tensor
 
-from featurizers_derived_scalars.capturing.activations import RawActivations
-from featurizers_derived_scalars.circuit.places import Place
+from featurizers_derived_scalars.capturing import RawActivations
+from featurizers_derived_scalars.circuit import Place
 from featurizers_derived_scalars.nodes.axes import at_least_float32
 from featurizers_derived_scalars.nodes.bases import Basis
 

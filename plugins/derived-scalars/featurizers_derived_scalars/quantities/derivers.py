@@ -13,17 +13,16 @@ from featurizers import Featurizer
 from featurizers.errors import SiteError, UsageError
 from torch import Tensor
 
-from featurizers_derived_scalars.capturing.activations import RawActivations
-from featurizers_derived_scalars.circuit.circuit import Circuit
-from featurizers_derived_scalars.circuit.places import Need
-from featurizers_derived_scalars.featurize.reverse import Reverse, refuse
-from featurizers_derived_scalars.nodes.axes import NodeAxis
-from featurizers_derived_scalars.nodes.bases import Basis
+from featurizers_derived_scalars.capturing import RawActivations
+from featurizers_derived_scalars.circuit import Circuit, Need
+from featurizers_derived_scalars.featurize import Reverse
+from featurizers_derived_scalars.featurize.reverse import refuse
+from featurizers_derived_scalars.nodes import Basis, NodeAxis
 from featurizers_derived_scalars.nodes.dependencies import Within
 from featurizers_derived_scalars.quantities.layer_maps import SAME, LayerMap, Layers
 from featurizers_derived_scalars.quantities.sources import ScalarSource
-from featurizers_derived_scalars.results.scalar import Key, Scalar
-from featurizers_derived_scalars.results.scalars import Scalars
+from featurizers_derived_scalars.results import Scalar, Scalars
+from featurizers_derived_scalars.results.scalar import Key
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,7 @@ class Deriver:
 @final
 @dataclass(frozen=True)
 class DerivedSource(ScalarSource):
-    """The result of another deriver.
+    """Result of another deriver.
 
     Attributes:
         deriver: the other deriver.

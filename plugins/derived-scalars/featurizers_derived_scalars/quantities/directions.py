@@ -11,12 +11,9 @@ from featurizers.errors import ShapeError, SiteError, UsageError, shown
 from jaxtyping import Float
 from torch import Tensor
 
-from featurizers_derived_scalars.capturing.activations import RawActivations
-from featurizers_derived_scalars.circuit.circuit import Circuit
-from featurizers_derived_scalars.circuit.places import Need, Place
-from featurizers_derived_scalars.nodes.axes import NodeAxis, at_least_float32
-from featurizers_derived_scalars.nodes.node import Node
-from featurizers_derived_scalars.nodes.views import View
+from featurizers_derived_scalars.capturing import RawActivations
+from featurizers_derived_scalars.circuit import Circuit, Need, Place
+from featurizers_derived_scalars.nodes import Node, NodeAxis, View, at_least_float32
 from featurizers_derived_scalars.quantities.layer_maps import Layers
 from featurizers_derived_scalars.quantities.sources import ScalarSource
 from featurizers_derived_scalars.quantities.tracing import (
@@ -56,14 +53,25 @@ class Direction(ScalarSource):
         return self.vector(raw)
 
 
-def _check_residual(place: Place) -> None:
-    if not place.kind.startswith("resid."):
-        raise SiteError(f"a direction is at a place of the residual stream (resid.*), not at {place}")
+class _AtPlace(Direction):
+    """A direction at a given place of the residual stream."""
+
+    at: Place
+
+    def __post_init__(self) -> None:
+        """Check the place."""
+        if not self.at.kind.startswith("resid."):
+            raise SiteError(f"a direction is at a place of the residual stream (resid.*), not at {self.at}")
+
+    @final
+    def place(self, circuit: Circuit) -> Place:
+        """Return the place."""
+        return self.at
 
 
 @final
 @dataclass(frozen=True)
-class MetricGrad(Direction):
+class MetricGrad(_AtPlace):
     """Gradient of the capture's metric at a place of the residual stream: ``MetricGrad()`` at the end of it.
 
     Attributes:
@@ -74,14 +82,6 @@ class MetricGrad(Direction):
     """
 
     at: Place = FINAL
-
-    def __post_init__(self) -> None:
-        """Check the place."""
-        _check_residual(self.at)
-
-    def place(self, circuit: Circuit) -> Place:
-        """Return the place."""
-        return self.at
 
     def needs(self, circuit: Circuit, layers: Layers | None = None) -> frozenset[Need]:
         """Return the need of the gradient."""
@@ -173,7 +173,7 @@ def _metric_gradient(node: Node, raw: RawActivations) -> Float[Tensor, ""]:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Fixed(Direction):
+class Fixed(_AtPlace):
     """A given vector.
 
     Attributes:
@@ -190,16 +190,12 @@ class Fixed(Direction):
 
     def __post_init__(self) -> None:
         """Check the tensor and the place."""
-        _check_residual(self.at)
+        super().__post_init__()
         if self.direction.dim() not in (1, 2) or not self.direction.is_floating_point():
             raise ShapeError(
                 f"a direction is (d_model,) or (token, d_model), real, not {self.direction.dtype} "
                 f"{tuple(self.direction.shape)}"
             )
-
-    def place(self, circuit: Circuit) -> Place:
-        """Return the place."""
-        return self.at
 
     def needs(self, circuit: Circuit, layers: Layers | None = None) -> frozenset[Need]:
         """Return no needs."""
@@ -227,7 +223,7 @@ def as_direction(target: Direction | Node | Tensor | None) -> Direction:
     """Return the direction that a target stands for: the metric's gradient, a node's gradient, or a vector.
 
     Raises:
-        UsageError: it is none of these.
+        UsageError: it has another type.
     """
     if target is None:
         return MetricGrad()

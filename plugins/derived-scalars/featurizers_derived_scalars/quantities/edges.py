@@ -16,14 +16,10 @@ import torch
 from featurizers.errors import UsageError
 from torch import Tensor
 
-from featurizers_derived_scalars.capturing.activations import RawActivations
-from featurizers_derived_scalars.circuit.circuit import Circuit
-from featurizers_derived_scalars.circuit.places import Need, Place
-from featurizers_derived_scalars.nodes.axes import NodeAxis, at_least_float32
-from featurizers_derived_scalars.nodes.bases import Basis
+from featurizers_derived_scalars.capturing import RawActivations
+from featurizers_derived_scalars.circuit import Circuit, Need, Place
+from featurizers_derived_scalars.nodes import Basis, Node, NodeAxis, View, at_least_float32
 from featurizers_derived_scalars.nodes.dependencies import after, read_by
-from featurizers_derived_scalars.nodes.node import Node
-from featurizers_derived_scalars.nodes.views import View
 from featurizers_derived_scalars.quantities.derivers import Context, DerivedSource, Deriver
 from featurizers_derived_scalars.quantities.directions import NodeGrad
 from featurizers_derived_scalars.quantities.layer_maps import Layers, Unlayered

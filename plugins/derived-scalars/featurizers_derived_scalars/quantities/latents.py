@@ -9,11 +9,9 @@ from featurizers import Featurizer
 from featurizers.errors import FeatureIndexError, UsageError
 from torch import Tensor
 
-from featurizers_derived_scalars.circuit.places import KINDS, Place
-from featurizers_derived_scalars.nodes.axes import NodeAxis, at_least_float32
-from featurizers_derived_scalars.nodes.bases import HEADS, Basis
+from featurizers_derived_scalars.circuit import KINDS, Place
+from featurizers_derived_scalars.nodes import HEADS, Basis, NodeAxis, View, at_least_float32
 from featurizers_derived_scalars.nodes.dependencies import anywhere
-from featurizers_derived_scalars.nodes.views import View
 from featurizers_derived_scalars.quantities.derivers import Context, Deriver
 from featurizers_derived_scalars.quantities.sources import RawSource
 

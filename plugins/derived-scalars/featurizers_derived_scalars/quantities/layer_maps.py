@@ -37,7 +37,7 @@ class LayerMap(ABC):
 @final
 @dataclass(frozen=True)
 class Same(LayerMap):
-    """The same layer.
+    """Identity: the same layer.
 
     Example:
         >>> Same().source(3)
@@ -58,7 +58,7 @@ class Same(LayerMap):
 
 
 class _Constant(LayerMap):
-    """One layer of the source, whatever the layer of the result."""
+    """A fixed layer of the source, whatever the layer of the result."""
 
     constant: ClassVar[bool] = True
 
@@ -74,7 +74,7 @@ class _Constant(LayerMap):
 @final
 @dataclass(frozen=True)
 class At(_Constant):
-    """One layer, whatever the layer of the result.
+    """A fixed layer, whatever the layer of the result.
 
     Attributes:
         layer: number of the layer.
@@ -107,8 +107,3 @@ class Unlayered(_Constant):
 
 SAME: Final = Same()
 """Layer map that a source has by default."""
-
-
-def at(layer: int | None) -> LayerMap:
-    """Return the map to one layer, or to the source that the model has once if the layer is None."""
-    return Unlayered() if layer is None else At(layer)

@@ -13,13 +13,10 @@ import torch
 from featurizers.errors import UsageError
 from torch import Tensor
 
-from featurizers_derived_scalars.circuit.places import KINDS
+from featurizers_derived_scalars.circuit import KINDS
 from featurizers_derived_scalars.featurize.reverse import by_direction, by_gains, by_value
-from featurizers_derived_scalars.nodes.axes import NodeAxis
-from featurizers_derived_scalars.nodes.bases import HEADS, VECTORS, Basis
+from featurizers_derived_scalars.nodes import HEADS, VECTORS, Basis, Node, NodeAxis, View
 from featurizers_derived_scalars.nodes.dependencies import anywhere, before, check_writes
-from featurizers_derived_scalars.nodes.node import Node
-from featurizers_derived_scalars.nodes.views import View
 from featurizers_derived_scalars.quantities.derivers import Context, Deriver
 from featurizers_derived_scalars.quantities.directions import Direction, as_direction
 from featurizers_derived_scalars.quantities.sources import RawSource, ScalarSource

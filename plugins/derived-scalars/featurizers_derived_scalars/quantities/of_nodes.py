@@ -6,15 +6,12 @@ import torch
 from featurizers.errors import UsageError
 from torch import Tensor
 
-from featurizers_derived_scalars.circuit.places import Place
-from featurizers_derived_scalars.nodes.axes import at_least_float32
-from featurizers_derived_scalars.nodes.bases import HEADS
+from featurizers_derived_scalars.circuit import Place
+from featurizers_derived_scalars.nodes import HEADS, Node, View, at_least_float32
 from featurizers_derived_scalars.nodes.dependencies import check_writes, reaches
-from featurizers_derived_scalars.nodes.node import Node
-from featurizers_derived_scalars.nodes.views import View
 from featurizers_derived_scalars.quantities.derivers import Context, Deriver
 from featurizers_derived_scalars.quantities.directions import Direction, as_direction
-from featurizers_derived_scalars.quantities.layer_maps import at
+from featurizers_derived_scalars.quantities.layer_maps import At, LayerMap, Unlayered
 from featurizers_derived_scalars.quantities.sources import RawSource
 from featurizers_derived_scalars.quantities.tracing import inside
 
@@ -26,7 +23,8 @@ def node_write(node: Node) -> Deriver:
         UsageError: the kind does not write to the residual stream.
     """
     check_writes(node.basis)
-    index, here, heads = node.numbers(), at(node.layer), node.basis.kind == HEADS
+    index, heads = node.numbers(), node.basis.kind == HEADS
+    here: LayerMap = Unlayered() if node.layer is None else At(node.layer)
     sources = (RawSource(node.basis.kind, at=here), *([RawSource("attn.v", at=here)] if heads else []))
 
     def fn(context: Context, x: Tensor, *values: Tensor) -> Tensor:

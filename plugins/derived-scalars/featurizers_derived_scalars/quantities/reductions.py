@@ -6,8 +6,8 @@ import torch
 from featurizers.errors import ShapeError, UsageError
 from torch import Tensor
 
-from featurizers_derived_scalars.capturing.activations import RawActivations
-from featurizers_derived_scalars.nodes.axes import NodeAxis
+from featurizers_derived_scalars.capturing import RawActivations
+from featurizers_derived_scalars.nodes import NodeAxis
 from featurizers_derived_scalars.quantities.derivers import Context, Deriver
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
 
-from featurizers_derived_scalars.capturing.activations import RawActivations
-from featurizers_derived_scalars.circuit.circuit import Circuit
-from featurizers_derived_scalars.circuit.places import KINDS, Need, Pass, Place
-from featurizers_derived_scalars.nodes.axes import NodeAxis, at_least_float32
+from featurizers_derived_scalars.capturing import RawActivations
+from featurizers_derived_scalars.circuit import KINDS, Circuit, Need, Pass, Place
+from featurizers_derived_scalars.nodes import NodeAxis, at_least_float32
 from featurizers_derived_scalars.quantities.layer_maps import SAME, LayerMap, Layers
 
 
@@ -48,13 +46,6 @@ class ScalarSource(ABC):
         Raises:
             SiteError: what it needs was not captured.
         """
-
-
-def need(kind: str, pass_: Pass = "forward", layers: Iterable[int | None] | None = None) -> Need:
-    """Return the need of a kind at some layers, which are ignored for a kind that the model has once."""
-    if layers is None or not KINDS[kind].layered:
-        return Need(kind, pass_)
-    return Need(kind, pass_, frozenset(layer for layer in layers if layer is not None))
 
 
 @final
@@ -96,10 +87,10 @@ class RawSource(ScalarSource):
             circuit.check(Place(self.kind))
             return frozenset({Need(self.kind, self.pass_)})
         mapped = self.at.sources(layers)
-        mapped = None if mapped is None else mapped - {None}
-        for layer in [0] if mapped is None else mapped:
+        numbers = None if mapped is None else frozenset(layer for layer in mapped if layer is not None)
+        for layer in [0] if numbers is None else numbers:
             circuit.check(Place(self.kind, layer))
-        return frozenset({need(self.kind, self.pass_, mapped)})
+        return frozenset({Need(self.kind, self.pass_, numbers)})
 
     def layers(self, raw: RawActivations) -> Layers | None:
         """Return the layers of the result for which the place was captured."""

@@ -1,4 +1,4 @@
-"""Tracing: one node as a scalar of the residual stream before it, and as the metric of a capture."""
+"""Tracing: a node as a scalar of the residual stream before it, and as the metric of a capture."""
 
 from __future__ import annotations
 
@@ -12,15 +12,11 @@ from featurizers.errors import FeatureIndexError, PositionError, UsageError
 from jaxtyping import Float
 from torch import Tensor
 
-from featurizers_derived_scalars.capturing.activations import RawActivations
-from featurizers_derived_scalars.capturing.metrics import Metric
-from featurizers_derived_scalars.circuit.circuit import Circuit
-from featurizers_derived_scalars.circuit.places import Need, Place
-from featurizers_derived_scalars.nodes.axes import at_least_float32
-from featurizers_derived_scalars.nodes.bases import HEADS
+from featurizers_derived_scalars.capturing import Metric, RawActivations
+from featurizers_derived_scalars.circuit import Circuit, Need, Place
+from featurizers_derived_scalars.nodes import HEADS, Node, View, at_least_float32
 from featurizers_derived_scalars.nodes.dependencies import read_by
-from featurizers_derived_scalars.nodes.node import Node
-from featurizers_derived_scalars.nodes.views import View, flat
+from featurizers_derived_scalars.nodes.views import flat
 
 
 def through_values(node: Node) -> bool:
@@ -142,7 +138,7 @@ def inside(node: Node, index: tuple[int, ...], shape: tuple[int, ...]) -> tuple[
 @final
 @dataclass(frozen=True, eq=False)
 class NodeMetric(Metric):
-    """One node as the metric of a capture: gradients are the node's, and zero in everything after it.
+    """A node as the metric of a capture: gradients are the node's, and zero in everything after it.
 
     Attributes:
         node: the node.

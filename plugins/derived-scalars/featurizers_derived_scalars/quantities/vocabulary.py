@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from featurizers_derived_scalars.nodes.axes import at_least_float32
-from featurizers_derived_scalars.nodes.bases import Basis
-from featurizers_derived_scalars.nodes.node import Node
+from featurizers_derived_scalars.nodes import Basis, Node, at_least_float32
 from featurizers_derived_scalars.quantities.derivers import Context, Deriver
 from featurizers_derived_scalars.quantities.directions import NodeGrad
 from featurizers_derived_scalars.quantities.layer_maps import Unlayered

@@ -1,4 +1,4 @@
-"""What the nodes of a view write to the residual stream, contracted where possible without a big tensor."""
+"""Writes of the nodes of a view to the residual stream, contracted where possible without a big tensor."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from featurizers import Featurizer
 from jaxtyping import Float
 from torch import Tensor
 
-from featurizers_derived_scalars.circuit.places import Place
-from featurizers_derived_scalars.nodes.axes import at_least_float32
-from featurizers_derived_scalars.nodes.bases import HEADS
-from featurizers_derived_scalars.nodes.views import View
+from featurizers_derived_scalars.circuit import Place
+from featurizers_derived_scalars.nodes import HEADS, View, at_least_float32
 
 _CHUNK = 2**24
 """Numbers held at a time where the lengths of writes are computed and the writes are not kept."""

@@ -11,8 +11,7 @@ from featurizers.format import read_state, write_state
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from featurizers_derived_scalars.nodes.axes import NodeAxis
-from featurizers_derived_scalars.nodes.bases import Basis, Part, Via
+from featurizers_derived_scalars.nodes import Basis, NodeAxis, Part, Via
 from featurizers_derived_scalars.results.scalar import Key, Scalar
 
 FORMAT: Final = "featurizers-derived-scalars"

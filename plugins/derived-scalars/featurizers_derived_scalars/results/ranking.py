@@ -9,14 +9,12 @@ import torch
 from featurizers.errors import UsageError
 from torch import Tensor
 
-from featurizers_derived_scalars.nodes.axes import NodeAxis, pair_of
-from featurizers_derived_scalars.nodes.bases import Basis
-from featurizers_derived_scalars.nodes.node import Node
+from featurizers_derived_scalars.nodes import Basis, Node, NodeAxis, pair_of
 from featurizers_derived_scalars.results.scalar import Key, Scalar
 
 
 class Ranked(NamedTuple):
-    """One scalar among the largest.
+    """A scalar among the largest.
 
     Attributes:
         value: its value.

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from featurizers_derived_scalars.nodes.axes import NodeAxis
-from featurizers_derived_scalars.nodes.bases import Basis
+from featurizers_derived_scalars.nodes import Basis, NodeAxis
 
 Key: TypeAlias = "tuple[str, int | None]"
 """Name of a scalar, and layer of one of its tensors."""

@@ -13,7 +13,7 @@ from featurizers.errors import ShapeError, SiteError, UsageError, shown
 from torch import Tensor
 
 from featurizers_derived_scalars.errors import IncompleteError
-from featurizers_derived_scalars.nodes.axes import NodeAxis
+from featurizers_derived_scalars.nodes import NodeAxis
 from featurizers_derived_scalars.results.files import read_scalars, write_scalars
 from featurizers_derived_scalars.results.ranking import Ranked, beside, ranked
 from featurizers_derived_scalars.results.scalar import Key, Scalar
