@@ -141,7 +141,7 @@ DOWNLOADS = {
         _fault("/resolve/", "replace", b64=LOGIN_PAGE),
         LOAD,
         HubError,
-        "what answered is not a Hub; look whether",
+        "the answer is not from a Hub; check whether",
     ),
     "a login page for the weights": Failure(
         _fault("GET /cdn", "replace", b64=LOGIN_PAGE), LOAD, FeaturizerError, "alice/x: "
@@ -179,19 +179,19 @@ DOWNLOADS = {
         HubNotFoundError,
         "model.safetensors",
     ),
-    "a checksum that is a path": Failure(_says(ETag='"/tmp/x"'), LOAD, HubError, "what answered is not a Hub"),
-    "a checksum that leads out": Failure(_says(ETag='"../../x"'), LOAD, HubError, "what answered is not a Hub"),
-    "no commit": Failure(_says(**{"X-Repo-Commit": ""}), LOAD, HubError, "what answered is not a Hub"),
+    "a checksum that is a path": Failure(_says(ETag='"/tmp/x"'), LOAD, HubError, "the answer is not from a Hub"),
+    "a checksum that leads out": Failure(_says(ETag='"../../x"'), LOAD, HubError, "the answer is not from a Hub"),
+    "no commit": Failure(_says(**{"X-Repo-Commit": ""}), LOAD, HubError, "the answer is not from a Hub"),
     "a commit that leads out": Failure(
-        _says(**{"X-Repo-Commit": "../x"}), LOAD, HubError, "what answered is not a Hub"
+        _says(**{"X-Repo-Commit": "../x"}), LOAD, HubError, "the answer is not from a Hub"
     ),
-    "an absurd size": Failure(_says(**{"X-Linked-Size": 10**15 * 2}), LOAD, HubError, "which cannot be"),
-    "a listing of numbers": Failure(_foreign_with(5), LOAD, HubError, "its list of files is none"),
+    "an absurd size": Failure(_says(**{"X-Linked-Size": 10**15 * 2}), LOAD, HubError, "which is impossible"),
+    "a listing of numbers": Failure(_foreign_with(5), LOAD, HubError, "its list of files is malformed"),
     "a listing that leads out": Failure(
-        _foreign_with("../../evil.json"), LOAD, HubError, "its list of files has '../../evil.json', which would lie"
+        _foreign_with("../../evil.json"), LOAD, HubError, "its list of files has '../../evil.json', which is outside"
     ),
-    "an absolute listing": Failure(_foreign_with("/etc/passwd"), LOAD, HubError, "has '/etc/passwd', which would"),
-    "a listing for Windows": Failure(_foreign_with(r"..\evil"), LOAD, HubError, "which would lie elsewhere"),
+    "an absolute listing": Failure(_foreign_with("/etc/passwd"), LOAD, HubError, "has '/etc/passwd', which is outside"),
+    "a listing for Windows": Failure(_foreign_with(r"..\evil"), LOAD, HubError, "which is outside the repository"),
     "a listing of controls": Failure(_foreign_with("\x1b[2J\u202e"), LOAD, ManifestError, r"'\\x1b\[2J\\u202e'"),
 }
 

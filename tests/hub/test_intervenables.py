@@ -94,7 +94,9 @@ def test_the_command_pushes_and_pulls_it(hub, tmp_path):
 def test_what_does_not_belong_together_is_not_pushed(hub, tmp_path):
     folder = featurizers.save_intervenable(several(), tmp_path / "it")
     subspace(5, 32, 6).save_pretrained(folder / "featurizer-0")
-    with pytest.raises(WeightsError, match=r"another than was saved with intervenable\.json; nothing was pushed"):
+    with pytest.raises(
+        WeightsError, match=r"not the featurizer that was saved with intervenable\.json; nothing was pushed"
+    ):
         featurizers.push(folder, "alice/it")
     folder = featurizers.save_intervenable(several(), tmp_path / "other")
     tensors = folder / "intervenable.safetensors"

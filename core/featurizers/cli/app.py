@@ -112,7 +112,7 @@ def kinds(as_json: Json = False) -> None:
 def info(source: SourceArgument, subfolder: Subfolder = None, revision: Revision = None, as_json: Json = False) -> None:
     """Show what an artefact says of itself, without its plugin and, on the Hub, without its weights."""
     from featurizers.hub.sources import FolderSource, parse_source
-    from featurizers.store.loading import manifest_of
+    from featurizers.store.records import manifest_of
 
     record = manifest_of(source, subfolder=subfolder, revision=revision)
     data = record.model_dump()
@@ -144,7 +144,7 @@ def info(source: SourceArgument, subfolder: Subfolder = None, revision: Revision
 @app.command("list")
 def list_(source: SourceArgument, revision: Revision = None, as_json: Json = False) -> None:
     """List the artefacts of a folder or a repository."""
-    from featurizers.store.loading import list_artefacts
+    from featurizers.store.records import list_artefacts
 
     _show(_entries(list_artefacts(source, revision=revision)), as_json, ["subfolder", "kind", "id", "site"])
 
@@ -222,7 +222,8 @@ def verify(
     source: SourceArgument, subfolder: Subfolder = None, revision: Revision = None, as_json: Json = False
 ) -> None:
     """Check an artefact, or each of a collection: config, shapes, checksum, finite and well-formed weights."""
-    from featurizers.store.loading import load, manifest_of
+    from featurizers.store.loading import load
+    from featurizers.store.records import manifest_of
 
     record = manifest_of(source, subfolder=subfolder, revision=revision)
     names = list(record.artefacts) if isinstance(record, Index) else [subfolder or ""]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from featurizers.errors import ConfigError, PluginError, UnknownKindError, explain, shown
+from featurizers.errors import ConfigError, PluginError, UnknownKindError, UsageError, explain, shown
 from featurizers.names import FIRST_PARTY, KIND, NAME, OWNERS, install_command, install_hint
 from featurizers.registry.loader import PluginInfo, PluginLoader
 
@@ -119,6 +119,23 @@ def check_plugins() -> list[PluginInfo]:
 def kinds() -> list[str]:
     """Names of the installed kinds, by their entry points; imports none of them."""
     return sorted(host()._entries)
+
+
+def create(kind: str, **config: Any) -> Featurizer[Any]:
+    """Build a new featurizer of a kind, from the keyword arguments of its config.
+
+    Raises:
+        UnknownKindError: no installed plugin provides the kind.
+        ConfigError: the kind refuses the arguments.
+        UsageError: the kind is not a string.
+
+    Example:
+        >>> create("subspace", d_in=768, n_features=16, seed=0).n_features
+        16
+    """
+    if not isinstance(kind, str):
+        raise UsageError(f"a kind is a string such as 'subspace', not {shown(kind)}")
+    return build(host().featurizer_class(kind), config)
 
 
 def build(cls: type[Featurizer[Any]], config: Mapping[str, Any]) -> Featurizer[Any]:
