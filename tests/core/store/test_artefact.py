@@ -258,7 +258,8 @@ def test_a_readme_that_was_there_first_is_kept(tmp_path):
     (tmp_path / "a" / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
     subspace().save_pretrained(tmp_path / "a")
     text = (tmp_path / "a" / "README.md").read_text()
-    assert text.startswith("---\nlicense: mit\n---\n# Mine\n")
+    assert text.startswith("---\nlicense: mit\nlibrary_name: featurizers\n")
+    assert "\n---\n# Mine\n" in text
     assert text.count("featurizers.load(") == 1
 
 
