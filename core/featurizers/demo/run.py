@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import featurizers
 from featurizers.cli.options import layer_numbers
+from featurizers.cli.progress import progress_bar
 from featurizers.errors import MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
@@ -70,10 +70,8 @@ def run(
     for note in task.notes:
         say(f"  {note}")
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("searching", total=len(task.sites) * len(METHODS))
-        rows = search(task, lambda: progress.advance(bar))
+    with progress_bar(len(task.sites) * len(METHODS), "searching", shown=not quiet) as bar:
+        rows = search(task, bar.advance)
     best = max(rows, key=lambda row: row.accuracy["subspace"])
     console.print(report.table(task.title, rows, best))
     shown = examples(task, best.found.featurizer)

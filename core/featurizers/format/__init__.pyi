@@ -2,6 +2,7 @@ from .companion import Companion as Companion
 from .companion import read_companion as read_companion
 from .external_files import ExternalFiles as ExternalFiles
 from .external_files import TensorFile as TensorFile
+from .fingerprints import fingerprint as fingerprint
 from .manifest import INTERVENABLE_NAME as INTERVENABLE_NAME
 from .manifest import INTERVENABLE_WEIGHTS_NAME as INTERVENABLE_WEIGHTS_NAME
 from .manifest import LIBRARY_NAME as LIBRARY_NAME
@@ -14,6 +15,10 @@ from .manifest import parse_json as parse_json
 from .sites import Blocks as Blocks
 from .sites import Side as Side
 from .sites import Site as Site
+from .state_files import read_json as read_json
+from .state_files import read_state as read_state
+from .state_files import write_json as write_json
+from .state_files import write_state as write_state
 from .weights import MAX_HEADER_BYTES as MAX_HEADER_BYTES
 from .weights import check_finite as check_finite
 from .weights import check_header as check_header

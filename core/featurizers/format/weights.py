@@ -54,6 +54,17 @@ def read_header(path: Path, where: str, file_name: str = WEIGHTS_NAME) -> dict[s
     Raises:
         WeightsError: it is not a whole safetensors file.
     """
+    return read_header_and_metadata(path, where, file_name)[0]
+
+
+def read_header_and_metadata(
+    path: Path, where: str, file_name: str = WEIGHTS_NAME
+) -> tuple[dict[str, Spec], dict[str, str]]:
+    """Read the strings of ``__metadata__`` too; the rest as `read_header`.
+
+    Raises:
+        WeightsError: it is not a whole safetensors file.
+    """
     with opened(path, where, WeightsError, file_name) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(8)
@@ -71,7 +82,7 @@ def read_header(path: Path, where: str, file_name: str = WEIGHTS_NAME) -> dict[s
         raise WeightsError(where, f"{file_name} has a damaged header: {one_line(reason)}") from error
     if size != end:
         raise WeightsError(where, f"{file_name} has {size} bytes, its header promises {end}; fetch it again")
-    return specs
+    return specs, header.get(METADATA, {})
 
 
 def _parse_header(raw: bytes) -> dict[str, Any]:
@@ -262,22 +273,32 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, where: str) -> str:
     Raises:
         WeightsError: one could not be read again: it has a dtype that no artefact holds, or holds NaN or infinity.
     """
+    check_finite(tensors, where)
+    save_tensors(tensors, path, where)
+    return sha256(path, where)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, where: str, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors and strings to a safetensors file, with the mode that the umask gives.
+
+    Raises:
+        WeightsError: a tensor has a dtype that no artefact holds, or the file cannot be written.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     for name, tensor in tensors.items():
         if (dtype := str(tensor.dtype).removeprefix("torch.")) not in DTYPES.values():
             raise WeightsError(where, f"tensor {name!r} is {dtype}; an artefact holds {', '.join(DTYPES.values())}")
-    check_finite(tensors, where)
     path.touch()
     mode = path.stat().st_mode  # save_file leaves 0600 whatever the umask
     # safetensors refuses views and shared storage
+    stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+        save_file(stored, path, metadata)
     except SafetensorError as error:  # a full disk, above all
         raise WeightsError(where, f"{path.name} cannot be written: {one_line(error)}") from error
     path.chmod(mode)
-    return sha256(path, where)
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from featurizers.errors import PluginError, SiteError
 from featurizers.format.sites import Blocks, Side, Site
+from featurizers.models.projections import input_width
 from featurizers.registry.plugin_host import host
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
@@ -145,7 +146,7 @@ class Anatomy:
         return _join(self.blocks.layers, str(site.layer), within), side  # type: ignore[return-value]
 
     def _head(self, site: Site, head: int, projection: nn.Module) -> slice:
-        width, heads = _in_features(projection), getattr(self._config, "num_attention_heads", None)
+        width, heads = input_width(projection), getattr(self._config, "num_attention_heads", None)
         if width is None or not isinstance(heads, int) or width % heads:
             raise SiteError(f"{site}: the heads of {type(self.model).__name__} cannot be told apart. {_HELP}")
         if head >= heads:
@@ -247,17 +248,9 @@ def _first_descendant(block: nn.Module, part: str | None, names: tuple[str, ...]
     inside = block.get_submodule(part)
     for wanted in names:
         for name, module in inside.named_modules():
-            if name.rpartition(".")[2] == wanted and _in_features(module) is not None:
+            if name.rpartition(".")[2] == wanted and input_width(module) is not None:
                 return f"{part}.{name}"
     return None
-
-
-def _in_features(projection: nn.Module) -> int | None:
-    weight = getattr(projection, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
-        return None
-    # transformers' Conv1D keeps (in, out), nn.Linear (out, in)
-    return weight.shape[0] if type(projection).__name__ == "Conv1D" else weight.shape[1]
 
 
 def _join(*parts: str) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,10 @@ from featurizers.errors import PositionError, ShapeError, UsageError
 from featurizers.features.featurizer import Featurizer
 from featurizers.format.sites import Site
 from featurizers.models.anatomy import Anatomy, Place, first_tensor
+from featurizers.models.calling import signature, without_cache
 from featurizers.models.operations import Collect, Operation, SourcedOperation
 from featurizers.models.positions import Inputs, Pass, Positions, are_tokens, columns
+from featurizers.models.stopping import stoppable
 
 SiteT = TypeVar("SiteT", Site, str)
 
@@ -118,30 +119,24 @@ def _collect(
     places = {key: anatomy.place(key) for key in featurizers}
     found: dict[SiteT, Tensor] = {}
 
-    def keep(key: SiteT, watch: _PassWatch, hidden: Tensor) -> Tensor:
+    def keep(key: SiteT, watch: _PassWatch, stop: Callable[[], NoReturn], hidden: Tensor) -> Tensor:
         chosen = gather(hidden, columns(positions, hidden, watch.current))
         featurizer = featurizers[key]
         # a later layer of the model may write into the tensor that it was given
         found[key] = chosen.clone() if featurizer is None else featurizer.collect(chosen)
         if len(found) == len(places):
-            raise _Finished
+            stop()
         return hidden
 
-    with ExitStack() as hooks:
+    with stoppable() as stop, ExitStack() as hooks:
         watch = _PassWatch(anatomy)
         hooks.callback(watch.stop)
         for key, place in places.items():
-            hooks.callback(hook(place, functools.partial(keep, key, watch)).remove)
-        cacheless = {"use_cache": False} if _takes_use_cache(anatomy.model) else {}
-        with suppress(_Finished):
-            anatomy.model(**{**cacheless, **inputs})
+            hooks.callback(hook(place, functools.partial(keep, key, watch, stop)).remove)
+        anatomy.model(**{**without_cache(anatomy.model), **inputs})
     if missing := [str(key) for key in places if key not in found]:
         raise UsageError(f"the model ran without passing through {', '.join(missing)}")
     return found
-
-
-class _Finished(BaseException):
-    """Ends a forward pass whose rest nobody needs; not an Exception, so that no model handles it."""
 
 
 _paused: ContextVar[bool] = ContextVar("featurizers_paused", default=False)
@@ -161,7 +156,7 @@ class _PassWatch:
         self.current = Pass(0, True, None)
         self._seen_prompt = False
         self._prompt_columns: int | None = None
-        self._signature = _signature(type(decoder).forward)
+        self._signature = signature(type(decoder).forward)
         self._exit = ExitStack()
         self._exit.callback(decoder.register_forward_pre_hook(self._note, with_kwargs=True).remove)
         if callable(generate := getattr(model, "generate", None)):
@@ -357,13 +352,3 @@ def hook(place: Place, edit: Callable[[Tensor], Tensor]) -> RemovableHandle:
     if place.side == "output":
         return place.module.register_forward_hook(on_output)
     return place.module.register_forward_pre_hook(on_input, with_kwargs=True)
-
-
-@functools.cache
-def _signature(forward: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(forward)
-
-
-def _takes_use_cache(model: nn.Module) -> bool:
-    parameters = _signature(type(model).forward).parameters
-    return "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -1,0 +1,84 @@
+"""The progress bar of commands: on stderr, and only where that is a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, final
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@final
+class ProgressBar:
+    """What a command tells of its progress; see `progress_bar`."""
+
+    def __init__(self, bar: Any = None, task: Any = None) -> None:
+        self._bar, self._task = bar, task
+
+    def advance(self, steps: int = 1, description: str | None = None) -> None:
+        """Add steps that were done.
+
+        Args:
+            steps: how many.
+            description: text to show from now on; None for that before.
+        """
+        if self._bar is not None:
+            self._bar.update(self._task, advance=steps, description=description)
+
+    def reach(self, completed: int, description: str | None = None) -> None:
+        """Set how many steps are done in all; description as in `advance`."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=completed, description=description)
+
+
+@contextmanager
+def progress_bar(
+    total: int | None,
+    description: str = "",
+    *,
+    shown: bool = True,
+    elapsed: bool = False,
+    transient: bool = True,
+    console: Console | None = None,
+) -> Iterator[ProgressBar]:
+    """Show a progress bar while the context lasts.
+
+    Args:
+        total: number of steps; None if it is not known.
+        description: text before the bar.
+        shown: whether to show it at all, as ``--json`` and ``quiet`` decide. It is never shown but on a terminal.
+        elapsed: whether to show the time so far, and not an estimate of what remains.
+        transient: whether it disappears at the end.
+        console: where; None for stderr.
+
+    Yields:
+        What to tell of the progress.
+
+    Example:
+        >>> with progress_bar(3, "scalars") as bar:
+        ...     for _ in range(3):
+        ...         bar.advance()
+    """
+    if not shown:
+        yield ProgressBar()
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        yield ProgressBar()
+        return
+    time = TimeElapsedColumn() if elapsed else TimeRemainingColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), time)
+    with Progress(*columns, console=console, transient=transient) as bar:
+        yield ProgressBar(bar, bar.add_task(description, total=total))
