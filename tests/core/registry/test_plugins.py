@@ -458,9 +458,9 @@ UNMET = {
     "featurizers[demo]>=9,<10": "it needs featurizers <10,>=9, this is 0.1.0",
     'featurizers>=9; python_version >= "3"': "it needs featurizers >=9",
     "featurizers === \x1b[31m": r"'===\x1b[31m'",
-    "featurizers >>> 1": "what it requires cannot be read: InvalidRequirement",
-    "!": "what it requires cannot be read: InvalidRequirement",
-    "featurizers>=9; nonsense": "what it requires cannot be read: InvalidRequirement",
+    "featurizers >>> 1": "its requirements cannot be read: InvalidRequirement",
+    "!": "its requirements cannot be read: InvalidRequirement",
+    "featurizers>=9; nonsense": "its requirements cannot be read: InvalidRequirement",
 }
 
 
