@@ -1,7 +1,7 @@
-"""Programs killed in the middle of a save, a conversion, a pull and a push, and crowds of them on one folder.
+"""Kill programs in the middle of a save, a conversion, a pull or a push, and let many work on one folder.
 
-``python benchmarks/faults.py`` prints a table; its last two columns are zero, or the exit code is 1. A kill is at a
-moment that is uniform over the time that the operation takes, and "in the middle" are those that came before its end.
+``python benchmarks/faults.py`` prints a table. The exit code is 1 unless its last two columns are zero. The time of a
+kill is uniform over the duration of the operation; "in the middle" counts the kills that came before its end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Row = tuple[str, Callable[[], faults.Tally | faults.Crowd]]
 
 
 def on_disk(place: Path, kills: int) -> Iterator[Row]:
-    """Kills of what writes a folder."""
+    """Yield kills of programs that write a folder."""
     with faults.Nursery() as nursery:
         over = {
             "save over an artefact": "save",
@@ -45,7 +45,7 @@ def on_disk(place: Path, kills: int) -> Iterator[Row]:
 
 
 def with_the_hub(place: Path, kills: int) -> Iterator[Row]:
-    """Kills of what talks to the Hub, whose storage is plain HTTP or, for what is sent, Xet."""
+    """Yield kills of programs that talk to the Hub, which stores uploads by plain HTTP or by Xet."""
     for xet in [False] + [True] * (importlib.util.find_spec("hf_xet") is not None):
         how = "Xet" if xet else "plain"
         with faults.HubProcess(place / how, xet) as hub, faults.Nursery(hub.environment) as nursery:
@@ -54,7 +54,7 @@ def with_the_hub(place: Path, kills: int) -> Iterator[Row]:
 
 
 def crowds(place: Path, seconds: float, processes: int) -> Iterator[Row]:
-    """Savers and loaders of one folder, none of which is killed."""
+    """Yield crowds of programs that save and load one folder; none is killed."""
     with faults.Nursery() as nursery:
         for name, in_two_steps in {"": False, ", in two renames": True}.items():
             folder = place / f"crowd{int(in_two_steps)}" / "a"
@@ -67,12 +67,12 @@ def crowds(place: Path, seconds: float, processes: int) -> Iterator[Row]:
 def main(
     kills: Annotated[int, typer.Option(min=1, help="Kills of each operation on the disk.")] = 500,
     hub_kills: Annotated[int, typer.Option(min=1, help="Kills of each operation with the Hub.")] = 200,
-    crowd_seconds: Annotated[float, typer.Option(min=0.1, help="How long the crowd is at work.")] = 60.0,
-    processes: Annotated[int, typer.Option(min=1, help="How many are in the crowd.")] = 8,
-    only: Annotated[str, typer.Option(help="Only the faults with this in their name.")] = "",
-    json_: Annotated[Path | None, typer.Option("--json", help="Where to write the figures too.")] = None,
+    crowd_seconds: Annotated[float, typer.Option(min=0.1, help="Duration of each crowd in seconds.")] = 60.0,
+    processes: Annotated[int, typer.Option(min=1, help="Processes of each crowd.")] = 8,
+    only: Annotated[str, typer.Option(help="Run only the faults with this text in their name.")] = "",
+    json_: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
 ) -> None:
-    """Kill and crowd, and count what is bad."""
+    """Kill programs and count bad states and lost bytes."""
     torch.set_num_threads(1)
     console, table, figures = Console(), Table("fault"), []
     if not console.is_terminal:

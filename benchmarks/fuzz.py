@@ -1,8 +1,8 @@
-"""Coverage-guided fuzzing of everything that reads a stranger's bytes; see SECURITY.md.
+"""Coverage-guided fuzzing of every reader of untrusted bytes; see SECURITY.md.
 
-``python benchmarks/fuzz.py TARGET -max_total_time=600`` with atheris installed; the options are libFuzzer's. What is
-raised but one of our errors is a crash, and so is a header that is accepted here and refused by safetensors, more than
-2 GB of memory, or more than 10 seconds for one input.
+Run ``python benchmarks/fuzz.py TARGET -max_total_time=600`` with atheris installed; the options are libFuzzer's. Any
+exception but a `FeaturizerError` is a crash, and so is a header that is accepted here and refused by safetensors, more
+than 4 GB of memory, or more than 10 seconds for one input.
 """
 
 from __future__ import annotations
@@ -24,27 +24,17 @@ import torch  # before the instrumentation, which would take minutes for it
 import transformers  # noqa: F401
 from safetensors import safe_open
 
-OURS = [
+PACKAGES = [
     "featurizers",
     *(f"featurizers_{name}" for name in ("dictionary_learning", "identity", "sae_lens", "sparsify", "subspace")),
 ]
-with atheris.instrument_imports(include=[*OURS, "zipfile", "pickletools"], enable_loader_override=False):
+with atheris.instrument_imports(include=[*PACKAGES, "zipfile", "pickletools"], enable_loader_override=False):
     import featurizers
     from featurizers.errors import FeaturizerError
-    from featurizers.files import (
-        numpy_files,
-        torch_files,
-    )
-    from featurizers.format import external_files as foreign  # noqa: F401
-    from featurizers.format import (
-        manifest,
-        weights,
-    )
+    from featurizers.files import numpy_files, torch_files
+    from featurizers.format import external_files, manifest, weights  # noqa: F401
     from featurizers.registry import host
-    from featurizers.store import (
-        artefact,
-        loading,  # noqa: F401
-    )
+    from featurizers.store import artefact, loading  # noqa: F401
 
     host().load_all()
 
@@ -54,7 +44,7 @@ WHERE = "fuzzed"
 
 
 def config(data: bytes) -> None:
-    """A ``config.json``: whatever is accepted is built without weights."""
+    """Read a ``config.json``, and build what is accepted without weights."""
     record = manifest.parse(data, WHERE)
     if isinstance(record, manifest.Manifest):
         assert artefact.most_bytes(record, WHERE) >= 0
@@ -62,7 +52,7 @@ def config(data: bytes) -> None:
 
 
 def header(data: bytes) -> None:
-    """A safetensors header with as many bytes of data as it promises; what we take, safetensors takes as we do."""
+    """Read a safetensors header; safetensors must read one that is accepted in the same way."""
     path = SCRATCH / "header.safetensors"
     raw = data[2:]
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(int.from_bytes(data[:2], "little")))
@@ -74,7 +64,7 @@ def header(data: bytes) -> None:
 
 
 def tensors(data: bytes) -> None:
-    """A whole safetensors file."""
+    """Read a whole safetensors file."""
     path = SCRATCH / "whole.safetensors"
     path.write_bytes(data)
     weights.read_header(path, WHERE)
@@ -82,7 +72,7 @@ def tensors(data: bytes) -> None:
 
 
 def pair(data: bytes) -> None:
-    """A folder with a config and weights, split at the first NUL."""
+    """Load a folder whose config and weights are separated by a marker."""
     folder = SCRATCH / "artefact"
     folder.mkdir(exist_ok=True)
     config, _, tensors = data.partition(b"\0\0\0\0CUT\0\0\0\0")
@@ -92,7 +82,7 @@ def pair(data: bytes) -> None:
 
 
 def pickle(data: bytes) -> None:
-    """The pickle of a ``.pt`` file, beside two tensors' numbers."""
+    """Load a ``.pt`` file with this pickle and the data of two tensors."""
     path = SCRATCH / "state.pt"
     with zipfile.ZipFile(path, "w") as archive:
         for name, part in {"data.pkl": data, "byteorder": b"little", "data/0": bytes(96), "data/1": bytes(8)}.items():
@@ -102,14 +92,14 @@ def pickle(data: bytes) -> None:
 
 
 def torch_file(data: bytes) -> None:
-    """A whole ``.pt`` file."""
+    """Load a whole ``.pt`` file."""
     path = SCRATCH / "whole.pt"
     path.write_bytes(data)
     torch_files.load_torch(path, WHERE)
 
 
 def array(data: bytes) -> None:
-    """An array in an ``.npz`` file."""
+    """Load an ``.npz`` file with this array."""
     path = SCRATCH / "arrays.npz"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if data[:1] == b"\1" else zipfile.ZIP_STORED) as archive:
         archive.writestr("W_enc.npy", data[1:])
@@ -117,25 +107,25 @@ def array(data: bytes) -> None:
 
 
 def npz(data: bytes) -> None:
-    """A whole ``.npz`` file."""
+    """Load a whole ``.npz`` file."""
     path = SCRATCH / "whole.npz"
     path.write_bytes(data)
     numpy_files.load_npz(path, WHERE)
 
 
 FORMATS = {"sae-lens": "relu", "sparsify": "topk", "dictionary-learning": "relu"}
-"""The formats of other libraries, and a rule that each can hold."""
+"""Formats of other libraries, and a rule that each can hold."""
 
 
 def others(data: bytes) -> None:
-    """The config of another library, which the first byte chooses, beside weights that fit a sound one."""
+    """Load a config of another library, which the first byte selects, with the weights of a valid one."""
     folder = SCRATCH / sorted(FORMATS)[data[0] % 3 if data else 0]
     next(folder.glob("*.json")).write_bytes(data[1:])
     featurizers.load(folder)
 
 
 def _seeds() -> dict[Callable[[bytes], None], list[bytes]]:
-    """Sound inputs of each target, from which the fuzzer departs."""
+    """Return valid inputs of each target, from which the fuzzer starts."""
     made = SCRATCH / "made"
     f = featurizers.create("subspace", d_in=8, n_features=3, seed=0)
     f.feature_sets = {"best": torch.tensor([1])}
@@ -171,13 +161,13 @@ def _seeds() -> dict[Callable[[bytes], None], list[bytes]]:
     for state in states:
         with zipfile.ZipFile(io.BytesIO(state)) as archive:
             pickled.append(archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl"))))
-    foreign = []
+    configs_of_others = []
     for number, (name, rule) in enumerate(sorted(FORMATS.items())):
         settings = {"k": 2} if rule == "topk" else {}
         f = featurizers.create("dictionary", d_in=4, n_features=8, rule=rule, rule_options=settings)
         f.site = featurizers.Site("resid.post", 3)
         featurizers.convert(f, SCRATCH / name, to=name)
-        foreign.append(bytes([number]) + next((SCRATCH / name).glob("*.json")).read_bytes())
+        configs_of_others.append(bytes([number]) + next((SCRATCH / name).glob("*.json")).read_bytes())
     return {
         config: configs,
         header: [struct.pack("<H", size) + raw for size, raw in zip(sizes, headers, strict=True)],
@@ -187,7 +177,7 @@ def _seeds() -> dict[Callable[[bytes], None], list[bytes]]:
         torch_file: states,
         array: [b"\0" + raw for raw in arrays] + [b"\1" + raw for raw in arrays],
         npz: archives,
-        others: foreign,
+        others: configs_of_others,
     }
 
 
@@ -196,7 +186,7 @@ EXTREMES = (0, 1, -1, 2**31, 2**63, 10**400, 0.5, -1e308, True, None, "", "a" * 
 
 
 def mutated(data: bytes, most: int, seed: int) -> bytes:
-    """Half the time a change of a value of the JSON in the data, else one of libFuzzer's own of its bytes."""
+    """Change a value of the JSON in the data, or, half the time, its bytes as libFuzzer does."""
     chance = random.Random(seed)
     start = data.find(b"{")
     try:
@@ -242,7 +232,7 @@ def main() -> None:
             target(data)
         except FeaturizerError as error:
             if not str(error).isprintable() or len(str(error)) > 2000:
-                raise AssertionError("an error that no terminal should be sent") from error
+                raise AssertionError("an error that is too long, or not printable") from error
             counts["refused"] += 1
         else:
             counts["accepted"] += 1
@@ -250,7 +240,7 @@ def main() -> None:
             print(f"{target.__name__}: {total} inputs, {counts}", file=sys.stderr, flush=True)
 
     arguments = [sys.argv[0], "-timeout=10", "-rss_limit_mb=4096", "-max_len=16384", *sys.argv[1:]]
-    if not any(Path(argument).exists() for argument in sys.argv[1:]):  # else it is what crashed before
+    if not any(Path(argument).exists() for argument in sys.argv[1:]):  # else an input to repeat
         arguments.append(str(corpus))
     atheris.Setup(arguments, one, custom_mutator=mutated)
     atheris.Fuzz()

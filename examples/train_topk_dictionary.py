@@ -1,10 +1,10 @@
-"""Trains one small TopK dictionary on the activations of a decoder and saves it as an artefact: an example, no library.
+"""Example: train a small TopK dictionary on the activations of a decoder and save it as an artefact.
 
     python examples/train_topk_dictionary.py --model SmolLM2-135M-Instruct.Q4_1.gguf --layer 12 --out dictionary
 
 Gao et al. 2024 (arXiv:2406.04093): x̂ = W_decᵀ topk(W_enc (x - b_dec) + b_enc) + b_dec with rows of W_dec of length 1,
-the squared error relative to the variance, and an auxiliary loss in which features that are dead explain what is left.
-The text is whatever ``--text`` names, by default the documentation inside of Python's own library.
+the squared error relative to the variance, and an auxiliary loss that lets dead features explain the residual. The text
+is the file that ``--text`` names, by default the docstrings of Python's standard library.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ console = Console()
 
 
 def python_documentation() -> str:
-    """The docstrings of Python's standard library, which every machine has."""
+    """Return the docstrings of Python's standard library, which every machine has."""
     texts = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
         if "site-packages" in path.parts or "test" in path.parts:
@@ -37,7 +37,7 @@ def python_documentation() -> str:
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
-            continue  # a file of another encoding, kept there for tests
+            continue  # some files have another encoding, for tests
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
                 texts.append(text)
@@ -45,15 +45,16 @@ def python_documentation() -> str:
 
 
 def activations(model: Any, ids: Tensor, site: str, batch: int = 8) -> Tensor:
-    """Activations at a site of sequences ``(n, length)``, without outliers: ``(tokens, d)``.
+    """Return activations at a site of sequences ``(n, length)``, without outliers: ``(tokens, d)``.
 
-    Left out are the first token, and the few others whose activations are tens of times longer than the median's
-    (massive activations, Sun et al. 2024, arXiv:2402.17762): they would be most of the variance by themselves.
+    The first token of each sequence is left out, and so are the few others whose activations have more than ten times
+    the median norm (massive activations, Sun et al. 2024, arXiv:2402.17762), because they would make up most of the
+    variance.
     """
     parts = []
     for start in track(range(0, len(ids), batch), "activations", console=console):
-        found = featurizers.collect(model, {"input_ids": ids[start : start + batch]}, [site])[site]
-        parts.append(found[:, 1:].flatten(0, 1))
+        collected = featurizers.collect(model, {"input_ids": ids[start : start + batch]}, [site])[site]
+        parts.append(collected[:, 1:].flatten(0, 1))
     x = torch.cat(parts)
     norms = x.norm(dim=-1)
     return x[norms < 10 * norms.median()]
@@ -62,7 +63,7 @@ def activations(model: Any, ids: Tensor, site: str, batch: int = 8) -> Tensor:
 def train(
     x: Tensor, n_features: int, k: int, steps: int, batch: int, seed: int
 ) -> tuple[DictionaryFeaturizer, list[float]]:
-    """The dictionary of activations ``(n, d)``, and the share of the variance unexplained at each step."""
+    """Train a dictionary on activations ``(n, d)``; also return the unexplained share of the variance at each step."""
     g = torch.Generator().manual_seed(seed)
     d = x.shape[1]
     rows = functional.normalize(torch.randn(n_features, d, generator=g), dim=-1)
@@ -79,14 +80,15 @@ def train(
         pre = (tokens - f.b_dec) @ f.W_enc.T + f.get_parameter("b_enc")
         values, indices = pre.topk(k, dim=-1, sorted=False)
         kept = torch.zeros_like(pre).scatter(-1, indices, values.relu())
-        left = tokens - (kept @ f.W_dec + f.b_dec)
-        loss = left.square().sum(-1).mean() / variance
+        residual = tokens - (kept @ f.W_dec + f.b_dec)
+        loss = residual.square().sum(-1).mean() / variance
         silent = torch.where((kept > 0).any(0), 0.0, silent + batch)
         dead = silent > 20 * batch
         if (count := int(dead.sum())) >= k:
             top = pre[:, dead].topk(min(count, d // 2), dim=-1)
-            again = torch.zeros(batch, count).scatter(-1, top.indices, top.values.relu()) @ f.W_dec[dead]
-            loss_of_dead = (left.detach() - again).square().sum(-1).mean() / left.detach().square().sum(-1).mean()
+            explained = torch.zeros(batch, count).scatter(-1, top.indices, top.values.relu()) @ f.W_dec[dead]
+            target = residual.detach()
+            loss_of_dead = (target - explained).square().sum(-1).mean() / target.square().sum(-1).mean()
             total = loss + loss_of_dead / 32
         else:
             total = loss
@@ -102,18 +104,18 @@ def train(
 
 @torch.no_grad()
 def measure(f: DictionaryFeaturizer, x: Tensor, trained_on: Tensor, k: int) -> dict[str, float]:
-    """What the dictionary explains of held-out activations ``(n, d)``, beside k principal components of the others."""
+    """Measure what the dictionary explains of held-out activations ``(n, d)``, and what k principal components do."""
     mean = trained_on.mean(0)
     total = (x - x.mean(0)).square().sum()
-    fires, left = torch.zeros(f.n_features), 0.0
+    fires, residual = torch.zeros(f.n_features), 0.0
     for part in x.split(2048):
         features, error = f.featurize(part)
         fires += (features > 0).sum(0)
-        left += float(error.square().sum())
+        residual += float(error.square().sum())
     components = torch.linalg.eigh((trained_on - mean).T @ (trained_on - mean)).eigenvectors[:, -k:]
     rest = (x - mean) - (x - mean) @ components @ components.T
     return {
-        "variance_explained": 1 - left / float(total),
+        "variance_explained": 1 - residual / float(total),
         "variance_explained_by_pca_of_rank_k": 1 - float(rest.square().sum() / total),
         "l0": float(fires.sum()) / len(x),
         "never_fired": float((fires == 0).float().mean()),
@@ -149,12 +151,12 @@ def main(
     x = activations(decoder, ids, site)
     held_out, rest = x[: len(x) // 11], x[len(x) // 11 :]
     f, losses = train(rest, features, k, steps, batch, seed)
-    found = measure(f, held_out, rest, k)
+    measures = measure(f, held_out, rest, k)
     f.id, f.site = f"topk-{features}-{site}", featurizers.Site.parse(site).at(model=hub_id)
-    f.metadata = {**found, "tokens": len(rest), "tokens_held_out": len(held_out), "steps": steps}
+    f.metadata = {**measures, "tokens": len(rest), "tokens_held_out": len(held_out), "steps": steps}
     f.save_pretrained(out)
     table = Table("", "", title=f"{features} features, {k} of a token, at {site}")
-    rows = {**found, "unexplained_in_training": losses[-1], "minutes": (time.perf_counter() - start) / 60}
+    rows = {**measures, "unexplained_in_training": losses[-1], "minutes": (time.perf_counter() - start) / 60}
     for label, value in rows.items():
         table.add_row(label.replace("_", " "), f"{value:.3f}")
     console.print(table)

@@ -1,15 +1,14 @@
 """Portable feature spaces for mechanistic interpretability.
 
-A featurizer maps a model's activations into a feature space and back,
-``x → (features, error) → x̂``. This package loads one by its id, whoever made it, and
-intervenes through it:
+A featurizer maps a model's activations into a feature space and back, ``x → (features, error) → x̂``. This package
+loads any featurizer by its id and intervenes through it:
 
     f = featurizers.load("owner/name")
     with featurizers.intervene(model, {f.site: featurizers.Interchange(f, source=other_prompt)}):
         model(**prompt)
 
-``__init__.pyi`` lists the public names and where each is defined. A name is imported when it is first used, so that
-``import featurizers`` does not import torch.
+``__init__.pyi`` lists the public names and the modules that define them. A name is imported when it is first used, so
+that ``import featurizers`` does not import torch.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""``python -m featurizers``: the command line."""
+"""Run the command line: ``python -m featurizers``."""
 
 from featurizers.cli.app import main
 

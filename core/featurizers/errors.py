@@ -1,7 +1,7 @@
-"""The errors of the library: one class a cause, each saying what was given, what is allowed, what to do.
+"""Errors of the library. Each class has one cause; each message says what was given, what is allowed and what to do.
 
-Everything raised on purpose is a `FeaturizerError`; the offending values are fields, so that a program can
-act on them. Strings that came from a file or a repository are shown with `repr`.
+Everything that the library raises on purpose is a `FeaturizerError`. The offending values are fields, so that a program
+can act on them. Strings from a file or a repository are shown with `repr`.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 MOST: Final = 1000
-"""Characters of a message, or of the name of a folder in it."""
+"""Largest number of characters of a message, or of a folder's name in it."""
 
 
 def shown(value: object, most: int = 80) -> str:
-    """What an error shows of a value from outside: its `repr`, cut to ``most`` characters.
+    """Return the `repr` of an untrusted value for an error, cut to ``most`` characters.
 
-    A string keeps its head; nothing in it reaches a terminal as a control character.
+    Control characters are escaped, so that none reaches a terminal.
     """
-    if isinstance(value, str):  # the repr of an enormous string is not made
+    if isinstance(value, str):  # first, so that the repr of an enormous string is never built
         value = value[:most]
     text = repr(value) if not isinstance(value, int) or abs(value) < 10**most else "an enormous number"
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def one_line(message: object, most: int = 300) -> str:
-    """The message of another library's error in one line, with what cannot be printed escaped."""
+    """Return another library's error message on one line, with unprintable characters escaped."""
     return printable(" ".join(str(message)[: 10 * most].split()), most)
 
 
 def printable(text: str, most: int) -> str:
-    """A text with what cannot be printed escaped, cut to ``most`` characters."""
+    """Escape unprintable characters in a text and cut it to ``most`` characters."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def explain(error: ValidationError) -> str:
-    """One line for each thing that pydantic found wrong."""
+    """Return the first five problems that pydantic found, on one line."""
     lines = []
     for detail in error.errors()[:5]:
         path = ".".join(str(part) for part in detail["loc"]) or "it"
@@ -48,14 +48,14 @@ def explain(error: ValidationError) -> str:
 
 
 class FeaturizerError(Exception):
-    """Base of every error that this library raises on purpose; its message is fit for a terminal."""
+    """Base of every error that this library raises on purpose; its message is printable."""
 
     def __init__(self, message: object = "") -> None:
         super().__init__(printable(str(message).replace("\n", " "), 3 * MOST))
 
 
 class CachedCopyWarning(UserWarning):
-    """The Hub could not be asked, and a cached copy was used."""
+    """Warning that the Hub could not be reached and a cached copy was used."""
 
 
 class UsageError(FeaturizerError, ValueError):
@@ -90,8 +90,8 @@ class MissingDependencyError(FeaturizerError, ImportError):
     """An optional package that an operation needs.
 
     Attributes:
-        package: what is missing.
-        command: what installs it.
+        package: name of the missing package.
+        command: command that installs it.
     """
 
     def __init__(self, purpose: str, package: str, command: str) -> None:
@@ -107,7 +107,7 @@ class UnknownKindError(PluginError, LookupError):
     """A kind of featurizer or of intervention that no installed plugin registers.
 
     Attributes:
-        kind: what was asked for.
+        kind: the requested kind.
         known: the installed kinds.
     """
 
@@ -123,8 +123,8 @@ class PluginConflictError(PluginError):
     """Two distributions that claim one plugin name.
 
     Attributes:
-        name: the entry-point name.
-        distributions: who claims it.
+        name: name of the entry point.
+        distributions: distributions that claim it.
     """
 
     def __init__(self, name: str, distributions: Iterable[str]) -> None:
@@ -139,7 +139,7 @@ class PluginLoadError(PluginError):
     """A plugin that fails while it is imported or registered.
 
     Attributes:
-        name: the entry-point name.
+        name: name of the entry point.
         distribution: the distribution and its version.
     """
 
@@ -147,7 +147,7 @@ class PluginLoadError(PluginError):
         self.name, self.distribution = name, distribution
         super().__init__(
             f"the plugin {name!r} of {distribution} cannot be used: {reason}. "
-            "Upgrade or uninstall that distribution; the other plugins go on working."
+            "Upgrade or uninstall that distribution; the other plugins still work."
         )
 
 
@@ -158,11 +158,11 @@ class SourceError(FeaturizerError, ValueError):
 class ArtefactError(FeaturizerError):
     """An artefact that cannot be read or written.
 
-    Whatever a reader puts into it, it is one line that a terminal can be sent.
+    The message is one printable line, whatever the arguments hold.
 
     Attributes:
         where: the folder, or the repository and its revision.
-        problem: what is wrong there.
+        problem: description of the problem.
     """
 
     def __init__(self, where: str, problem: str) -> None:
@@ -171,7 +171,7 @@ class ArtefactError(FeaturizerError):
 
 
 class ManifestError(ArtefactError, ValueError):
-    """A ``config.json`` that does not describe an artefact this version can read."""
+    """A ``config.json`` that does not describe an artefact that this version can read."""
 
 
 class NotOursError(ManifestError):
@@ -183,7 +183,7 @@ class WeightsError(ArtefactError, ValueError):
 
 
 class ConversionError(ArtefactError, ValueError):
-    """A featurizer whose map the format that was asked for cannot hold."""
+    """A featurizer that the requested format cannot hold."""
 
 
 class HubError(ArtefactError):
@@ -194,7 +194,7 @@ class HubNotFoundError(HubError, LookupError):
     """A repository, revision or file that does not exist, or that this token may not see.
 
     Attributes:
-        what: is not there.
+        what: which of the three is missing.
     """
 
     what: Literal["repository", "revision", "file"] = "repository"
@@ -205,7 +205,7 @@ class HubAccessError(HubError, PermissionError):
 
 
 class HubConflictError(HubError):
-    """A push that lost a race against another one."""
+    """A push that failed because another push came first."""
 
 
 class HubOfflineError(HubError, ConnectionError):

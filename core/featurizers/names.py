@@ -1,4 +1,4 @@
-"""The names that plugins and kinds may have, and who owns those of this project."""
+"""Grammar of the names of plugins and kinds, and the distributions that own this project's kinds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 KIND = re.compile(rf"{NAME.pattern}(\.{NAME.pattern})?")
 
-# A pip command is printed only for what this project publishes itself, never for a name that a file gives.
+# A pip command is printed only for this project's own distributions, never for a name from a file.
 FIRST_PARTY = {
     "autoencoder": "featurizers-autoencoder",
     "causal-basis": "featurizers-causal-basis",
@@ -22,16 +22,17 @@ FIRST_PARTY = {
     "subspace": "featurizers-subspace",
     "training": "featurizers-training",
 }
-OWNERS = {**FIRST_PARTY, "composition": "featurizers", "dictionary": "featurizers"}  # no other may provide these
+# No other distribution may provide these.
+OWNERS = {**FIRST_PARTY, "composition": "featurizers", "dictionary": "featurizers"}
 
 
 def install_command(kind: str) -> str | None:
-    """The pip command for a first-party kind, None for any other."""
+    """Return the pip command for a first-party kind, None for any other."""
     distribution = FIRST_PARTY.get(kind.partition(".")[0])
     return distribution and f"pip install {distribution}"
 
 
 def install_hint(kind: str) -> str:
-    """Return the sentence that tells how to install the plugin of a kind."""
+    """Return a sentence that says how to install the plugin of a kind."""
     command = install_command(kind)
     return f"Install it with: {command}." if command else "Install the package of its author."

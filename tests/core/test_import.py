@@ -1,4 +1,4 @@
-"""What starting costs: neither ``import featurizers`` nor ``featurizers plugins`` loads torch or a plugin."""
+"""Cost of starting: neither ``import featurizers`` nor ``featurizers plugins`` loads torch or a plugin."""
 
 import json
 import subprocess

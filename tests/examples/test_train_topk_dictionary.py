@@ -1,4 +1,4 @@
-"""The example that trains a dictionary, on data whose features are known and on a tiny model."""
+"""Example that trains a dictionary, on data whose features are known and on a tiny model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def example():
 
 @pytest.fixture
 def model(tmp_path):
-    """The folder of a tiny decoder whose tokens are bytes."""
+    """Save a tiny decoder whose tokens are bytes, and return its folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -45,8 +45,8 @@ def test_it_learns_what_there_is_to_learn(example):
     x = active @ truth + 3.0
     f, losses = example.train(x[600:], n_features=64, k=4, steps=400, batch=256, seed=0)
     assert losses[-1] < 0.4 * losses[0]
-    found = example.measure(f, x[:600], x[600:], k=4)
-    assert found["variance_explained"] > found["variance_explained_by_pca_of_rank_k"] + 0.2
+    measures = example.measure(f, x[:600], x[600:], k=4)
+    assert measures["variance_explained"] > measures["variance_explained_by_pca_of_rank_k"] + 0.2
     close = (f.W_dec @ truth.T).amax(0)
     assert (close > 0.9).float().mean() > 0.5, "few of the true directions are found"
     again, losses_again = example.train(x[600:], n_features=64, k=4, steps=20, batch=256, seed=0)
@@ -58,18 +58,18 @@ def test_what_is_measured_is_what_it_says(example):
     g = torch.Generator().manual_seed(1)
     x, held_out = (torch.randn(n, 6, generator=g) * torch.tensor([5, 3, 1, 1, 1, 1.0]) + 2 for n in (900, 300))
     f, _ = example.train(x, n_features=8, k=3, steps=30, batch=64, seed=0)
-    found = example.measure(f, held_out, x, k=2)
+    measures = example.measure(f, held_out, x, k=2)
     total = (held_out - held_out.mean(0)).square().sum()
     left = (held_out - f.decode(f.encode(held_out))).square().sum()
-    assert found["variance_explained"] == pytest.approx(1 - float(left / total), abs=1e-5)
+    assert measures["variance_explained"] == pytest.approx(1 - float(left / total), abs=1e-5)
     axes = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:2]
     rest = (held_out - x.mean(0)) - (held_out - x.mean(0)) @ axes.T @ axes
-    assert found["variance_explained_by_pca_of_rank_k"] == pytest.approx(
+    assert measures["variance_explained_by_pca_of_rank_k"] == pytest.approx(
         1 - float(rest.square().sum() / total), abs=1e-4
     )
     fires = f.encode(held_out) > 0
-    assert found["l0"] == pytest.approx(float(fires.sum(-1).float().mean()))
-    assert found["never_fired"] == pytest.approx(float((~fires.any(0)).float().mean()))
+    assert measures["l0"] == pytest.approx(float(fires.sum(-1).float().mean()))
+    assert measures["never_fired"] == pytest.approx(float((~fires.any(0)).float().mean()))
 
 
 def test_the_whole_of_it(example, model, tmp_path, capsys):
@@ -102,8 +102,7 @@ def test_massive_activations_are_left_out(example, model):
     assert torch.equal(example.activations(decoder, ids, "resid.post:0"), whole[:, 1:].flatten(0, 1))
     with torch.no_grad():
         decoder.transformer.wte.weight[27] *= 1e4
-    found = example.activations(decoder, ids, "resid.post:0")
-    assert len(found) == 3 * 19 - 1
+    assert len(example.activations(decoder, ids, "resid.post:0")) == 3 * 19 - 1
 
 
 def test_the_text_is_there(example):

@@ -1,4 +1,4 @@
-"""Programs that are killed while they talk to the Hub: a branch, a cache and a folder are whole or as they were."""
+"""Programs that are killed while they talk to the Hub: branch, cache and folder stay whole."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""SAELens' catalogue over a Hub that serves small files under its repositories and names, beside SAELens' loaders."""
+"""SAELens' catalogue, with a Hub that serves small files under its names, compared with SAELens' own loaders."""
 
 from __future__ import annotations
 
@@ -15,26 +15,9 @@ from featurizers.errors import HubNotFoundError, ManifestError, MissingDependenc
 from featurizers_sae_lens import catalogue
 from safetensors.torch import save
 
+from tests.support.sae_lens import D, F, linear, same, weights
+
 np = pytest.importorskip("numpy")
-D, F = 16, 64
-
-
-def weights(*extra: str) -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(0)
-    shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,)}
-    return {
-        **{name: torch.randn(shape, generator=g) for name, shape in shapes.items()},
-        **{name: torch.rand(F, generator=g) for name in extra},
-    }
-
-
-def linear(t: dict[str, torch.Tensor], joint: str = ".") -> dict[str, torch.Tensor]:
-    return {
-        f"encoder{joint}weight": t["W_enc"].T.contiguous(),
-        f"encoder{joint}bias": t["b_enc"],
-        f"decoder{joint}weight": t["W_dec"].T.contiguous(),
-        f"decoder{joint}bias": t["b_dec"],
-    }
 
 
 def pickled(data: Any) -> bytes:
@@ -69,7 +52,7 @@ NORMED = {"d_model": D, "d_sae": F, "jump_relu_threshold": 3.0, "dataset_average
 V5 = {"d_in": D, "d_sae": F, "dtype": "float32"}
 V6 = {"d_in": D, "d_sae": F, "architecture": "jumprelu", "dtype": "float32", "device": "cpu", "metadata": {}}
 
-# the release and id, and the files that it needs
+# release and id, and the files that they need
 ENTRIES: dict[str, tuple[str, dict[str, bytes]]] = {
     "sae_lens": (
         "gpt2-small-res-jb/blocks.8.hook_resid_pre",
@@ -100,20 +83,20 @@ ENTRIES: dict[str, tuple[str, dict[str, bytes]]] = {
         "llama_scope_lxr_8x/l5r_8x",
         {
             "hyperparams.json": raw({**NORMED, "hook_point_in": "blocks.5.hook_resid_post"}),
-            "checkpoints/final.safetensors": save(linear(weights())),
+            "checkpoints/final.safetensors": save(linear()),
         },
     ),
     "llama_scope_r1_distill": (
         "llama_scope_r1_distill/l0r_800m_slimpajama",
         {
             "config.json": raw({"d_model": D, "expansion_factor": 4, "hook_point_in": "blocks.0.hook_resid_post"}),
-            "sae_weights.safetensors": save({**linear(weights()), "log_jumprelu_threshold": torch.randn(F)}),
+            "sae_weights.safetensors": save({**linear(), "log_jumprelu_threshold": torch.randn(F)}),
         },
     ),
-    "goodfire": ("goodfire-llama-3.1-8b-instruct/layer_19", {"": pickled(linear(weights(), "_linear."))}),
+    "goodfire": ("goodfire-llama-3.1-8b-instruct/layer_19", {"": pickled(linear("_linear."))}),
     "deepseek_r1": (
         "deepseek-r1-distill-llama-8b-qresearch/blocks.19.hook_resid_post",
-        {"": pickled(linear(weights()))},
+        {"": pickled(linear())},
     ),
     "qwen_scope": (
         "qwen-scope-3-1.7b-base-w32k-l50/layer3",
@@ -199,7 +182,7 @@ ENTRIES: dict[str, tuple[str, dict[str, bytes]]] = {
         },
     ),
 }
-PLACES = {
+SITES = {
     "gemma_2 attention": ("attn.z:12", "google/gemma-2-2b"),
     "gemma_2 embedding": ("embed", "google/gemma-2-2b"),
     "gemma_2 mlp": ("module:model.layers.12.post_feedforward_layernorm:output", "google/gemma-2-2b"),
@@ -219,7 +202,7 @@ PLACES = {
     "qwen_scope": ("resid.post:3", "Qwen/Qwen3-1.7B-Base"),
     "connor_rob_hook_z": ("attn.z:1", "openai-community/gpt2"),
 }
-"""The sites, and the models' ids; of the rest, the residual stream of layer 12 of Gemma 2."""
+"""Site and model of each entry; entries that are not listed are of the residual stream of layer 12 of Gemma 2."""
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +213,7 @@ def sae_lens() -> Any:
 
 
 def entry(sae_lens: Any, reference: str) -> tuple[str, str, str, str]:
-    """Release and id, and the repository and the path that the catalogue gives them."""
+    """Return release and id, and the repository and the path that the catalogue has for them."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     release, _, name = reference.partition("/")
@@ -241,22 +224,22 @@ def entry(sae_lens: Any, reference: str) -> tuple[str, str, str, str]:
 
 
 def serve(hub: Any, repo_id: str, path: str, files: dict[str, bytes]) -> None:
-    """Put files where the catalogue has them: under the path, or with a suffix to it."""
+    """Put files at the path that the catalogue has, or at that path with a suffix."""
     repo = hub.create("model", repo_id)
-    placed = dict(repo["commits"][hub.head(repo_id)]["files"])
+    entries = dict(repo["commits"][hub.head(repo_id)]["files"])
     for name, data in files.items():
         if name == "":
-            place = path
+            file = path
         elif name.startswith("_"):
-            place = path.removesuffix(".pt") + name
+            file = path.removesuffix(".pt") + name
         else:
-            place = f"{path}/{name}"
-        placed[place] = hub.entry(hub.put_bytes(data), len(data), place.endswith((".safetensors", ".npz", ".pt")), data)
-    hub.commit(repo, "refs/heads/main", placed, "files", "", "alice", hub.head(repo_id))
+            file = f"{path}/{name}"
+        entries[file] = hub.entry(hub.put_bytes(data), len(data), file.endswith((".safetensors", ".npz", ".pt")), data)
+    hub.commit(repo, "refs/heads/main", entries, "files", "", "alice", hub.head(repo_id))
 
 
 def _of_these_sizes(release: str) -> Any:
-    """SAELens' own loader, some of which know the sizes of the real weights by heart."""
+    """Return SAELens' own loader with the sizes of these weights; some loaders have hard-coded sizes."""
     from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS, get_conversion_loader_name
 
     loader = NAMED_PRETRAINED_SAE_LOADERS[get_conversion_loader_name(release)]
@@ -272,8 +255,8 @@ def test_a_release_is_what_saelens_loads(sae_lens, hub, monkeypatch, case):
     from sae_lens.loading import pretrained_sae_loaders as loaders
 
     reference, files = ENTRIES[case]
-    site, model = PLACES.get(case, ("resid.post:12", "google/gemma-2-2b"))
-    # it asks huggingface.co, by name, for the header of the file
+    site, model = SITES.get(case, ("resid.post:12", "google/gemma-2-2b"))
+    # SAELens asks huggingface.co for the header of the file
     monkeypatch.setattr(loaders, "get_safetensors_tensor_shapes", lambda *_: {"w_enc": [D, F], "w_dec": [F, D]})
     release, name, repo_id, path = entry(sae_lens, reference)
     serve(hub, repo_id, path, files)
@@ -286,11 +269,9 @@ def test_a_release_is_what_saelens_loads(sae_lens, hub, monkeypatch, case):
     expected = sae.encode(apart)
     x_hat = sae.decode(expected).reshape(x.shape)
     features, error = f.featurize(x)
-    found = x - (error[0] if isinstance(error, tuple) else error)
-    assert float(expected.abs().max()) > 0
-    assert float((features - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
+    same(features, expected)
     assert torch.equal(f.encode(apart), features)
-    assert float((found - x_hat).abs().max()) <= 1e-6 * float(x_hat.abs().max())
+    same(x - (error[0] if isinstance(error, tuple) else error), x_hat)
     assert f.id == f"sae-lens:{release}/{name}"
     assert f.revision == hub.head(repo_id)
     assert f.metadata["catalogue"]["repo_id"] == repo_id
@@ -325,7 +306,7 @@ WRONG = {
     "a transcoder": (
         "gemma-scope-2b-pt-transcoders/layer_0/width_16k/average_l0_76",
         ManifestError,
-        "no featurizer of one",
+        "is not a featurizer of a single site",
     ),
     "another transcoder": ("mwhanna-qwen3-4b-transcoders/layer_0", ManifestError, "reads one site and writes another"),
     "a cross-layer transcoder": ("mntss-gemma-2-2b-2.5m-clt-as-per-layer/layer_0", ManifestError, "cross-layer"),
@@ -368,7 +349,7 @@ def test_without_saelens_there_is_no_catalogue(monkeypatch):
 
 
 def test_every_entry_of_the_catalogue_is_decided(sae_lens):
-    """Each is of a loader, with overrides, that are known here; no file is asked for."""
+    """Every entry has a known loader and known overrides, or is refused; no file is downloaded."""
 
     class Asked(Exception):
         pass
@@ -381,7 +362,7 @@ def test_every_entry_of_the_catalogue_is_decided(sae_lens):
             with pytest.raises((Asked, ManifestError)) as caught:
                 catalogue.resolve(f"{release}/{sae['id']}", repository)
             other = any(word in release for word in ("transcoder", "clt", "temporal"))
-            assert ("is no featurizer of one site" in str(caught.value)) == other
+            assert ("is not a featurizer of a single site" in str(caught.value)) == other
 
 
 def test_pickled_objects_are_not_run(sae_lens, hub, tmp_path):

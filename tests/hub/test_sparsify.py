@@ -1,4 +1,4 @@
-"""Repositories of sparsify, laid out by hookpoint."""
+"""Repositories of sparsify, with a folder for each hookpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GOLDEN = Path(__file__).parents[1] / "fixtures/sparsify/golden.safetensors"
 
 @pytest.fixture
 def repo(hub):
-    """``alice/sae`` with two hookpoints."""
+    """Create ``alice/sae`` with two hookpoints, and return its golden tensors."""
     tensors = {n.removeprefix("topk/"): t for n, t in load_file(GOLDEN).items() if n.startswith("topk/")}
     weights = save({n: tensors[n] for n in ("encoder.weight", "encoder.bias", "W_dec", "b_dec")})
     cfg = json.dumps({"d_in": 16, "k": 8, "expansion_factor": 4, "activation": "topk"}).encode()
@@ -28,7 +28,7 @@ def repo(hub):
         for name, data in (("cfg.json", cfg), ("sae.safetensors", weights)):
             files[f"{hookpoint}/{name}"] = hub.entry(hub.put_bytes(data), len(data), name != "cfg.json", data)
     root = json.dumps({"sae": {"k": 8}}).encode()
-    files["config.json"] = hub.entry(hub.put_bytes(root), len(root), False, root)  # sparsify's own, of the training
+    files["config.json"] = hub.entry(hub.put_bytes(root), len(root), False, root)  # sparsify writes one
     hub.commit(record, "refs/heads/main", files, "files", "", "alice", hub.head("alice/sae"))
     return tensors
 
@@ -65,7 +65,7 @@ def test_a_flipped_bit_is_found_by_the_hubs_checksums(hub, repo, source, name):
     with pytest.raises(FeaturizerError) as caught:
         featurizers.load(source[0], **options)
     assert re.search(rf"{name} has checksum \w+, the Hub says \w+; load it with force_download=True", str(caught.value))
-    if name == "sae.safetensors":  # unasked, the client's cache is believed
+    if name == "sae.safetensors":  # without verify the client's cache is trusted
         featurizers.load(source[0], subfolder=source[1])
     assert featurizers.load(source[0], **options, force_download=True).kind == "dictionary"
     assert featurizers.load(source[0], **options).kind == "dictionary"

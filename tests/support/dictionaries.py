@@ -1,4 +1,4 @@
-"""Dictionaries with random weights, and their formulas written out by hand."""
+"""Dictionaries with random weights, and their formulas, written out by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RULES = ("relu", "jumprelu", "jump", "gated", "topk", "abstopk", "groupmax", "id
 
 
 def weights(rule: str, d_in: int = 8, n_features: int = 64, *, bias: float = -0.5, seed: int = 0) -> dict[str, Any]:
-    """Tensors of a rule; a lower bias makes fewer features fire. Feature 0 fires at nearly every token."""
+    """Return the tensors of a rule; a lower bias makes fewer features fire. Feature 0 fires at nearly every token."""
     g = torch.Generator().manual_seed(seed)
     w_enc, w_dec = torch.randn(2, n_features, d_in, generator=g)
     always = torch.zeros(n_features)
@@ -24,7 +24,7 @@ def weights(rule: str, d_in: int = 8, n_features: int = 64, *, bias: float = -0.
         "b_dec": torch.randn(d_in, generator=g),
     }
     if rule == "jumprelu":
-        tensors["threshold"] = torch.rand(n_features, generator=g) - 0.1  # some are negative, where ReLU decides
+        tensors["threshold"] = torch.rand(n_features, generator=g) - 0.1  # some are negative, so that ReLU decides
     if rule == "jump":
         tensors["jump"] = torch.randn(n_features, generator=g)
     if rule == "gated":
@@ -35,7 +35,7 @@ def weights(rule: str, d_in: int = 8, n_features: int = 64, *, bias: float = -0.
 
 
 def dictionary(rule: str = "relu", *, k: int = 8, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """The featurizer of `weights`; k is that of the rules that select."""
+    """Return the featurizer of `weights`; k is for the rules that select."""
     sizes = {name: options.pop(name) for name in ("d_in", "n_features", "bias", "seed") if name in options}
     if rule in ("topk", "abstopk", "groupmax"):
         options["rule_options"] = {"k": k}
@@ -44,7 +44,7 @@ def dictionary(rule: str = "relu", *, k: int = 8, dtype: torch.dtype = torch.flo
 
 
 def features_by_hand(rule: str, t: dict[str, Tensor], z: Tensor, k: int = 8) -> Tensor:
-    """Features of normalised activations, token by token where the rule selects."""
+    """Return features of normalised activations, computed token by token if the rule selects."""
     if rule == "gated":
         u = z @ t["W_enc"].T
         return (u + t["b_gate"] > 0).to(z.dtype) * torch.relu(t["r_mag"].exp() * u + t["b_mag"])
@@ -73,7 +73,7 @@ def features_by_hand(rule: str, t: dict[str, Tensor], z: Tensor, k: int = 8) -> 
 
 
 def normalized_by_hand(how: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised activations, and the factor and the offset that undo it."""
+    """Return normalised activations, and the factor and the offset that undo the normalisation."""
     if how == "layer-norm":
         mean = x.mean(-1, keepdim=True)
         std = ((x - mean).square().sum(-1, keepdim=True) / (x.shape[-1] - 1)).sqrt()

@@ -1,4 +1,4 @@
-"""Golden tensors of dictionary_learning, and folders as it writes them."""
+"""Golden tensors of dictionary_learning, and folders in its format."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ D, F, K = 16, 64, 5
 
 
 def golden(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The state dict of a class, and what it computed."""
-    found = {n.removeprefix(f"{name}/"): t for n, t in load_file(GOLDEN).items() if n.startswith(f"{name}/")}
-    state = {n.removeprefix("state/"): t for n, t in found.items() if n.startswith("state/")}
-    return state, {n: t for n, t in found.items() if not n.startswith("state/")}
+    """Return the state dict of a class, and the tensors that dictionary_learning computed with it."""
+    tensors = {n.removeprefix(f"{name}/"): t for n, t in load_file(GOLDEN).items() if n.startswith(f"{name}/")}
+    state = {n.removeprefix("state/"): t for n, t in tensors.items() if n.startswith("state/")}
+    return state, {n: t for n, t in tensors.items() if not n.startswith("state/")}
 
 
 def model(name: str) -> Any:
-    """The autoencoder of the golden tensors, which may be trained."""
+    """Return the autoencoder of the golden tensors, with a copy of them."""
     state = {n: t.clone() for n, t in golden(name)[0].items()}
     return getattr(dl, name).from_state(state, "golden")
 
 
 def saved(folder: Path, name: str, state: Any = None, buffer: Any = None, **trainer: Any) -> Path:
-    """A folder of dictionary_learning with the golden weights of a class, or others."""
+    """Write a folder of dictionary_learning with the golden weights of a class, or with ``state``, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(golden(name)[0] if state is None else state, folder / "ae.pt")
     common = {"dict_class": name, "activation_dim": D, "dict_size": F, "layer": 12, "lm_name": "google/gemma-2-2b"}
@@ -40,9 +40,9 @@ def saved(folder: Path, name: str, state: Any = None, buffer: Any = None, **trai
     return folder
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
-    """Equal to rounding, and not because both are zero."""
+def close(result: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
+    """Assert that two tensors are equal to rounding, and not all zero."""
     __tracebackhide__ = True
     size = float(expected.detach().abs().max())
     assert size > 0
-    torch.testing.assert_close(found.detach(), expected.detach(), rtol=tolerance, atol=tolerance * size)
+    torch.testing.assert_close(result.detach(), expected.detach(), rtol=tolerance, atol=tolerance * size)

@@ -1,7 +1,7 @@
-"""Programs that are killed, and crowds of them on one folder; what is left is looked at and judged.
+"""Kill programs in the middle of their work, or let many work on one folder, and check what they leave.
 
-A `Nursery` is a process that has imported everything and forks a child for each piece of work, so that hundreds can be
-killed in a minute. It has one thread and no connections, whatever its children use.
+A `Nursery` is a process that has imported everything and forks a child for each call, so that hundreds of calls can be
+killed in a minute. The nursery itself has one thread and no connections.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ exec(compile(sys.argv[2], "<worker>", "exec"))
 
 
 def born(name, arguments):
-    """A child at work, and the pipe through which it says that it begins and what came out."""
+    """Fork a child that makes a call; return its id and the pipe on which it reports its start and its result."""
     reading, writing = os.pipe()
     child = os.fork()
     if child:
@@ -59,13 +59,13 @@ def born(name, arguments):
 
 
 def ended(child, reading, left=None):
-    """The answer of a child, None if it was killed before it had one because its time was up."""
+    """Return the answer of a child, or None if it was killed when its time was up."""
     pieces, deadline = [], None if left is None else time.monotonic() + left
     while True:
         rest = None if deadline is None else max(0, deadline - time.monotonic())
         if not select.select([reading], [], [], rest)[0]:
             os.kill(child, signal.SIGKILL)
-            deadline = None  # what it sent before is read all the same
+            deadline = None  # read what it sent before
         if not (piece := os.read(reading, 65536)):
             break
         pieces.append(piece)
@@ -101,7 +101,7 @@ from tests.support import faults
 host().load_all()
 
 
-with tempfile.TemporaryDirectory() as warm:  # what only the first call does is done
+with tempfile.TemporaryDirectory() as warm:  # do what only first calls do
     featurizers.save_collection(faults.parts(0), f"{warm}/a")
     featurizers.load(Path(f"{warm}/a"), subfolder="one", verify=True)
     for to in ("sae-lens", "dictionary-learning"):
@@ -130,13 +130,13 @@ def pull(repo_id, folder, cache):
     cli.app(["pull", repo_id, "--out", folder], standalone_mode=False)
 
 def fetch(repo_id, cache):
-    """The seed, the commit and the card of what a repository holds; nothing if it holds nothing yet."""
+    """Return the seed, the commit and the card of an artefact in a repository, or None if it is empty or missing."""
     try:
         f = featurizers.load(repo_id, cache_dir=cache, verify=True)
     except featurizers.errors.HubNotFoundError:
         return None
     except featurizers.errors.ManifestError as error:
-        if "knows the format of '.gitattributes'" not in str(error):  # all that a new repository has
+        if "knows the format of '.gitattributes'" not in str(error):  # the only file of a new repository
             raise
         return None
     card = Path(huggingface_hub.hf_hub_download(repo_id, "README.md", revision=f.revision, cache_dir=cache))
@@ -147,18 +147,18 @@ def member(folder, number, seconds, in_two_steps):
         replacement._swap = lambda *_: False
     return faults.member(Path(folder), number, seconds, always=not in_two_steps)
 '''
-"""The work that a nursery's children can do, by name."""
+"""Functions that the children of a nursery can call."""
 
 
 class BadStateError(AssertionError):
-    """What was found is no state that anyone saved."""
+    """A state that no program saved."""
 
 
 # ---------------------------------------------------------------------- versions that can be told apart
 
 
 def made(seed: int) -> featurizers.Featurizer[Any]:
-    """A featurizer whose weights, shape, config, name, metadata and feature set all tell the seed."""
+    """Return a featurizer whose weights, shape, config, name, metadata and feature sets all depend on the seed."""
     f = featurizers.create("subspace", d_in=64, n_features=2 + seed % 7, seed=seed)
     f.id, f.metadata = f"seed-{seed}", {"seed": seed}
     f.feature_sets = {"seed": torch.tensor([seed]), "long": torch.full((4096,), float(seed))}
@@ -166,20 +166,20 @@ def made(seed: int) -> featurizers.Featurizer[Any]:
 
 
 def seed_of(f: featurizers.Featurizer[Any]) -> int:
-    """Which version it is.
+    """Return the seed of a featurizer that `made` returned.
 
     Raises:
-        BadStateError: it is none, or a mixture.
+        BadStateError: its parts have different seeds, or none.
     """
     seed = f.metadata.get("seed")
     if not isinstance(seed, int):
         raise BadStateError(f"no seed in {f.metadata}")
-    wanted = made(seed)
+    expected = made(seed)
     agree = {
-        "id": f.id == wanted.id,
-        "config": f.config == wanted.config,
-        "weights": _equal(f.state_dict(), wanted.state_dict()),
-        "feature sets": _equal(f.feature_sets, wanted.feature_sets),
+        "id": f.id == expected.id,
+        "config": f.config == expected.config,
+        "weights": _equal(f.state_dict(), expected.state_dict()),
+        "feature sets": _equal(f.feature_sets, expected.feature_sets),
     }
     if not all(agree.values()):
         raise BadStateError(f"metadata of seed {seed}, but not {[name for name, same in agree.items() if not same]}")
@@ -187,12 +187,12 @@ def seed_of(f: featurizers.Featurizer[Any]) -> int:
 
 
 def parts(seed: int) -> dict[str, featurizers.Featurizer[Any]]:
-    """A collection of two, of one seed."""
+    """Return a collection of two featurizers of one seed."""
     return {"one": made(seed), "deep/two": made(seed)}
 
 
 def dictionary(seed: int) -> featurizers.Featurizer[Any]:
-    """A dictionary whose weights tell the seed."""
+    """Return a dictionary whose weights depend on the seed."""
     f = featurizers.create("dictionary", d_in=16, n_features=64)
     numbers = torch.Generator().manual_seed(seed)
     f.load_state_dict({name: torch.randn(t.shape, generator=numbers) for name, t in f.state_dict().items()})
@@ -204,19 +204,19 @@ def _equal(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool
     return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
 
 
-# ---------------------------------------------------------------------- what people put beside them
+# ---------------------------------------------------------------------- files of other programs
 
 
 @dataclass
-class ExternalFiles:
-    """Files of a folder, and prose in its README, that no saver may touch."""
+class OtherFiles:
+    """Files in a folder, and prose in its README, that a save must keep."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     before: str = ""
     after: str = ""
 
     def put(self, folder: Path, number: int = 0) -> None:
-        """Write them, with contents that tell the number; a file is added beside and then takes the name."""
+        """Write the files, each beside its place and then renamed, with contents that depend on the number."""
         self.files = {
             "notes.txt": b"my notes, state %d\n" % number,
             "sub/other.bin": random.Random(number).randbytes(2000),
@@ -232,12 +232,12 @@ class ExternalFiles:
         _replace(readme, f"{head}{self.before}{START}{block}{END}{self.after}".encode())
 
     def lost(self, folder: Path) -> int:
-        """How many bytes of them are not there any more, or not as they were."""
+        """Return the number of bytes that are missing or changed."""
         lost = sum(len(data) for name, data in self.files.items() if _read(folder / name) != data)
         return lost + self.lost_prose((_read(folder / CARD_NAME) or b"").decode())
 
     def lost_prose(self, card: str) -> int:
-        """How many bytes of the prose a README has not."""
+        """Return the number of bytes of the prose that a README lacks."""
         return sum(
             len(text.encode())
             for text, part in ((self.before, card.partition(START)[0]), (self.after, card.partition(END)[2]))
@@ -259,10 +259,10 @@ def _read(path: Path) -> bytes | None:
 
 
 def seed_in(folder: Path) -> int | None:
-    """Which version a folder holds, the same in all its files; None if it is not there, or empty.
+    """Return the seed of the version in a folder, None if the folder is missing or empty.
 
     Raises:
-        BadStateError: it holds a part of one, or a mixture.
+        BadStateError: the folder holds a part of a version, or a mixture.
     """
     try:
         f = featurizers.load(folder, verify=True)
@@ -277,10 +277,10 @@ def seed_in(folder: Path) -> int | None:
 
 
 def seed_in_collection(folder: Path) -> int | None:
-    """Which version a folder holds, the same in each of its parts; None if it is not there, or empty.
+    """Return the seed of the collection in a folder, None if the folder is missing or empty.
 
     Raises:
-        BadStateError: it holds a part of one, or a mixture.
+        BadStateError: the folder holds a part of a collection, or a mixture.
     """
     try:
         featurizers.list_artefacts(folder)
@@ -296,19 +296,19 @@ def seed_in_collection(folder: Path) -> int | None:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """What is beside a folder that is not it."""
+    """Return the names of the other files beside a folder."""
     return sorted(path.name for path in folder.parent.iterdir() if path.name != folder.name)
 
 
-# ---------------------------------------------------------------------- children, and how they end
+# ---------------------------------------------------------------------- killed children
 
 
 class Nursery:
     """A process that forks a child for each call of a function of a script, and may kill it.
 
     Args:
-        environment: what is added to that of this process.
-        script: defines the functions.
+        environment: variables to add to the environment of this process.
+        script: source code that defines the functions.
     """
 
     def __init__(self, environment: Mapping[str, str] | None = None, script: str = WORK) -> None:
@@ -327,7 +327,7 @@ class Nursery:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.communicate()  # the end of its input ends it
+        self.process.communicate()  # it ends with its input
 
     def _line(self) -> str:
         line = self.process.stdout.readline()
@@ -336,14 +336,14 @@ class Nursery:
         return line
 
     def together(self, *calls: tuple[str, ...], left: float | None = None) -> tuple[list[Any], float]:
-        """What some calls give, made at once, each in a child, and the seconds that they took.
+        """Make some calls at once, each in a child; return their results and the seconds that they took.
 
         Args:
-            calls: the name of a function and its arguments.
-            left: seconds after which a child that is not done is killed; what it gives is then None.
+            calls: name and arguments of a function, for each call.
+            left: seconds after which a child is killed; its result is then None.
 
         Raises:
-            AssertionError: one raised.
+            AssertionError: a call raised an exception.
         """
         ask = [[[name, [str(a) if isinstance(a, Path) else a for a in arguments]] for name, *arguments in calls], left]
         print(json.dumps(ask), file=self.process.stdin, flush=True)
@@ -354,11 +354,11 @@ class Nursery:
         return [None if answer is None else answer["result"] for answer in answers], seconds
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """What one call gives, that is not disturbed."""
+        """Return the result of a call that is not killed."""
         return self.together((name, *arguments))[0][0]
 
     def killed(self, left: float, name: str, *arguments: Any) -> bool:
-        """Whether a call was killed after some seconds, before it had an end."""
+        """Make a call and return True if it was killed, after some seconds, before its end."""
         ask = [[[name, [str(a) if isinstance(a, Path) else a for a in arguments]]], left]
         print(json.dumps(ask), file=self.process.stdin, flush=True)
         (answer,), _ = json.loads(self._line())
@@ -369,15 +369,15 @@ class Nursery:
 
 @dataclass
 class Tally:
-    """What came of many kills.
+    """Results of many kills.
 
     Attributes:
-        kills: how many programs were to be killed.
-        middle: how many of them were not done yet.
-        finished: after how many the new version was there.
-        bad: what was found that should not be.
-        lost: bytes of other people's.
-        seconds: that one operation takes.
+        kills: number of kills.
+        middle: number of kills that came before the end of the work.
+        finished: number of kills after which the new version was there.
+        bad: descriptions of bad states.
+        lost: bytes of other programs' files that were lost.
+        seconds: time that an operation takes.
     """
 
     kills: int = 0
@@ -389,9 +389,9 @@ class Tally:
 
 
 class Killer:
-    """Calls of one operation, each killed at a moment that is uniform over the time that it takes.
+    """Kills calls of an operation, each at a time that is uniform over its duration.
 
-    Every tenth is let run to its end, since that time changes with what else the machine does.
+    Every tenth call runs to its end, because the duration changes with the load of the machine.
     """
 
     def __init__(self, nursery: Nursery, seed: int = 0) -> None:
@@ -399,12 +399,12 @@ class Killer:
         self._times: list[float] = []
 
     def measure(self, name: str, *arguments: Any) -> None:
-        """Let one call run to its end, to know how long it takes; the median of the last few counts."""
+        """Let a call run to its end; the duration is the median of the last five such calls."""
         self._times = [*self._times[-4:], self.nursery.together((name, *arguments))[1]]
         self.tally.seconds = sorted(self._times)[len(self._times) // 2]
 
     def rounds(self, kills: int) -> Iterator[int]:
-        """Numbers from 0, as long as more kills are wanted."""
+        """Yield numbers from 0 until there have been so many kills."""
         for number in itertools.count():
             if self.tally.kills >= kills:
                 return
@@ -412,7 +412,7 @@ class Killer:
             yield number
 
     def kill(self, name: str, *arguments: Any) -> bool:
-        """Whether the call was killed before its end."""
+        """Make a call and return True if it was killed before its end."""
         if self.is_spared:
             self.measure(name, *arguments)
             return False
@@ -422,53 +422,53 @@ class Killer:
         return killed
 
     def ended(self, is_new: bool) -> None:
-        """Count a killed call that had done its work."""
+        """Count a killed call whose work was already done."""
         self.tally.finished += is_new and not self.is_spared
 
     def check(self, is_good: bool, what: str) -> None:
-        """Count something bad."""
+        """Record a bad state."""
         if not is_good:
             self.tally.bad.append(what)
 
     def found(self, look: Any, *arguments: Any) -> Any:
-        """What looking gives; None, and something bad, if it fails."""
+        """Return what a function returns; if it fails, record a bad state and return None."""
         try:
             return look(*arguments)
-        except Exception as error:  # whatever it is, it is bad
+        except Exception as error:  # any exception is a bad state
             self.tally.bad.append(f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
             return None
 
 
 def kills_over(nursery: Nursery, folder: Path, kills: int, work: str = "save", seed: int = 0) -> Tally:
-    """Kill savers over an artefact (``save``) or a collection (``save_collection``) with other files in it.
+    """Kill programs that save over an artefact (``save``) or a collection (``save_collection``) with other files in it.
 
-    With ``save_in_two_steps`` they do as on a disk that cannot exchange two names at once.
+    With ``save_in_two_steps`` they save as on a disk that cannot swap two paths at once.
 
-    After each, the folder holds the old or the new version, whole, and every other file as it was left, which is
-    another one each time. The saver that ends well removes what the killed ones left.
+    After each kill the folder must hold the old or the new version, whole, and all other files, which change each time.
+    The next saver that succeeds must remove what the killed ones left.
     """
     look = seed_in_collection if work == "save_collection" else seed_in
-    killer, numbers, foreign = Killer(nursery, seed), itertools.count(1), ExternalFiles()
+    killer, numbers, others = Killer(nursery, seed), itertools.count(1), OtherFiles()
     for _ in range(5):
         killer.measure(work, folder, old := next(numbers))
     for _ in killer.rounds(kills):
         new = next(numbers)
-        foreign.put(folder, new)
+        others.put(folder, new)
         killed = killer.kill(work, folder, new)
         found = killer.found(look, folder)
         killer.check(found == new or (killed and found == old), f"{found} after {old} and {new}")
         killer.ended(found == new)
-        killer.tally.lost += foreign.lost(folder)
+        killer.tally.lost += others.lost(folder)
         old = old if found is None else found
     nursery.call(work, folder, new := next(numbers))
     killer.check(killer.found(look, folder) == new, "the last one was not saved")
     killer.check(not leftovers(folder), f"left: {leftovers(folder)}")
-    killer.tally.lost += foreign.lost(folder)
+    killer.tally.lost += others.lost(folder)
     return killer.tally
 
 
 def kills_anew(nursery: Nursery, place: Path, kills: int, seed: int = 0) -> Tally:
-    """Kill savers of an artefact that was not there: it then is absent, empty or whole, and can be saved."""
+    """Kill programs that save a new artefact: it must be absent, empty or whole, and the next save must succeed."""
     killer, numbers = Killer(nursery, seed), itertools.count(1)
     for _ in range(5):
         killer.measure("save", place / "measured" / str(new := next(numbers)), new)
@@ -486,7 +486,7 @@ def kills_anew(nursery: Nursery, place: Path, kills: int, seed: int = 0) -> Tall
 
 
 def kills_of_convert(nursery: Nursery, place: Path, kills: int, to: str, seed: int = 0) -> Tally:
-    """Kill conversions to a format: the folder then is absent, empty or whole, and can be converted to."""
+    """Kill conversions to a format: the folder must be absent, empty or whole, and the next conversion must succeed."""
 
     def holds(folder: Path, number: int) -> bool:
         if not folder.exists() or not any(folder.iterdir()):
@@ -515,13 +515,13 @@ def kills_of_convert(nursery: Nursery, place: Path, kills: int, to: str, seed: i
 
 
 class HubProcess:
-    """A loopback Hub that is a process of its own, and the environment that points a client to it."""
+    """A loopback Hub in a process of its own, and the environment that points a client to it."""
 
     def __init__(self, place: Path, xet: bool = False) -> None:
         self.root, self.place = place / "server", place
         command = [sys.executable, ROOT / "tests/support/hubserver.py", "--root", self.root, "--port", "0"]
         place.mkdir(parents=True, exist_ok=True)
-        with (place / "server.log").open("w") as log:  # where it complains of every client that was killed
+        with (place / "server.log").open("w") as log:  # it logs every client that was killed
             self.process = subprocess.Popen([*command, *["--xet"] * xet], stdout=subprocess.PIPE, stderr=log, text=True)
         url = json.loads(self.process.stdout.readline())["HF_ENDPOINT"]
         self.environment = {
@@ -542,7 +542,7 @@ class HubProcess:
         self.process.communicate()
 
     def history(self, repo_id: str) -> dict[str, set[str]]:
-        """The commits of a repository's main branch, the last one first, and the files of each."""
+        """Return the files of each commit of a repository's main branch, the last commit first."""
         path = self.root / "repos" / f"model--{repo_id.replace('/', '--')}.json"
         record = json.loads(path.read_text(encoding="utf-8"))
         commit, history = record["refs"]["refs/heads/main"], {}
@@ -552,23 +552,23 @@ class HubProcess:
         return history
 
 
-OURS = {"config.json", "model.safetensors", "README.md"}
+ARTEFACT_FILES = {"config.json", "model.safetensors", "README.md"}
 
 
 def kills_of_push(nursery: Nursery, hub: HubProcess, kills: int, seed: int = 0) -> Tally:
-    """Kill pushes to a repository that holds an older version and prose, and every third to one that is not there.
+    """Kill pushes to a repository that holds an older version and prose; every third to a new repository.
 
-    A branch then stands where it stood or at a new commit on that; what it holds is whole, by a load with an empty
-    cache, and so is the prose. What the Hub was sent before a kill may still arrive after it: a commit of an earlier
-    push is as good.
+    After each kill the branch must be at the old commit, or at a new one whose parent is the old one. A load with an
+    empty cache must find a whole version, and the prose. What was sent to the Hub before a kill may arrive after it, so
+    the commit of an earlier push is as good.
     """
-    killer, numbers, foreign = Killer(nursery, seed), itertools.count(1), ExternalFiles()
+    killer, numbers, others = Killer(nursery, seed), itertools.count(1), OtherFiles()
     place = hub.place / "push"
     artefact = place / "artefact"
     repo_id, known, pending = "alice/x", "", set()
     for _ in range(3):
         made(old := next(numbers)).save_pretrained(artefact)
-        foreign.put(artefact, 1)
+        others.put(artefact, 1)
         killer.measure("push", artefact, repo_id)
         known = next(iter(hub.history(repo_id)))
     for round_ in killer.rounds(kills):
@@ -582,14 +582,16 @@ def kills_of_push(nursery: Nursery, hub: HubProcess, kills: int, seed: int = 0) 
             killer.check(is_new and killed, f"nothing after the push of {new} to {target}")
             continue
         version, commit, card = found
-        killer.tally.lost += foreign.lost_prose(card)
+        killer.tally.lost += others.lost_prose(card)
         killer.check(f"\n# seed-{version}\n" in card, f"the card of another version than {version}")
         killer.ended(version == new)
         if is_new:
             killer.check(version == new, f"{version} in a new repository instead of {new}")
             continue
         history = hub.history(repo_id)
-        killer.check(history[commit] == OURS | {".gitattributes"}, f"the commit holds {sorted(history[commit])}")
+        killer.check(
+            history[commit] == ARTEFACT_FILES | {".gitattributes"}, f"the commit holds {sorted(history[commit])}"
+        )
         if commit == known:
             killer.check(version == old, f"{version} at the commit of {old}")
             killer.check(killed, f"a push of {new} without a commit")
@@ -602,7 +604,7 @@ def kills_of_push(nursery: Nursery, hub: HubProcess, kills: int, seed: int = 0) 
 
 
 def kills_of_pull(nursery: Nursery, hub: HubProcess, kills: int, seed: int = 0) -> Tally:
-    """Kill ``pull --out``: the folder is absent, empty or whole, and the cache that it used serves the next load."""
+    """Kill ``pull --out``: the folder must be absent, empty or whole, and its cache must serve the next load."""
     killer = Killer(nursery, seed)
     place = hub.place / "pull"
     repo_id, version = "alice/pulled", 5
@@ -610,7 +612,10 @@ def kills_of_pull(nursery: Nursery, hub: HubProcess, kills: int, seed: int = 0) 
     for number in range(3):
         killer.measure("pull", repo_id, place / f"measured-{number}", place / f"cache-{number}")
     for number in killer.rounds(kills):
-        folder, cache = place / f"out-{number}" / "a", place / f"killed-cache-{number // 3}"  # some are killed thrice
+        folder, cache = (
+            place / f"out-{number}" / "a",
+            place / f"killed-cache-{number // 3}",
+        )
         killed = killer.kill("pull", repo_id, folder, cache)
         found = killer.found(seed_in, folder)
         killer.check(found == version or (killed and found is None), f"{found} in the folder")
@@ -621,12 +626,12 @@ def kills_of_pull(nursery: Nursery, hub: HubProcess, kills: int, seed: int = 0) 
     return killer.tally
 
 
-# ---------------------------------------------------------------------- many at once
+# ---------------------------------------------------------------------- many programs at once
 
 
 @dataclass
 class Crowd:
-    """What a crowd did on one folder."""
+    """Results of many programs at work on one folder."""
 
     saves: int = 0
     loads: int = 0
@@ -636,13 +641,13 @@ class Crowd:
 
 
 def crowd(nursery: Nursery, folder: Path, seconds: float, processes: int, in_two_steps: bool = False) -> Crowd:
-    """Let processes save different versions into one folder, load it and add files to it, all at the same time.
+    """Let processes save different versions to one folder, load it and add files to it, all at the same time.
 
-    Every load is one version; none fails. Every file that was added, before or meanwhile, is there at the end.
+    Each load must succeed and return a single version. At the end the folder must hold every file that was added.
     """
-    foreign, result = ExternalFiles(), Crowd()
+    others, result = OtherFiles(), Crowd()
     made(0).save_pretrained(folder)
-    foreign.put(folder)
+    others.put(folder)
     calls = [("member", folder, number, seconds, in_two_steps) for number in range(1, processes + 1)]
     members, _ = nursery.together(*calls)
     for member in members:
@@ -651,7 +656,7 @@ def crowd(nursery: Nursery, folder: Path, seconds: float, processes: int, in_two
         result.added += len(member["added"])
         result.bad += member["bad"]
         result.lost += sum(len(text) for name, text in member["added"].items() if _read(folder / name) != text.encode())
-    result.lost += foreign.lost(folder)
+    result.lost += others.lost(folder)
     if (found := seed_in(folder)) not in {member["last"] for member in members}:
         result.bad.append(f"{found} at the end, which nobody saved last")
     if leftovers(folder):
@@ -660,13 +665,13 @@ def crowd(nursery: Nursery, folder: Path, seconds: float, processes: int, in_two
 
 
 def member(folder: Path, number: int, seconds: float, always: bool) -> dict[str, Any]:
-    """One of a crowd: what it did, and what went wrong.
+    """Save, load and add files as one process of a crowd; return what it did and what went wrong.
 
     Args:
-        folder: that all are at work on.
-        number: which one it is.
-        seconds: how long.
-        always: whether a name leads to the folder at every moment; between two renames none does.
+        folder: the folder of the crowd.
+        number: number of this process.
+        seconds: duration.
+        always: True if the folder exists at every moment, as it does not between two renames.
     """
     chance = random.Random(number)
     end, last, saves, loads, bad = time.monotonic() + seconds, None, 0, 0, []
@@ -683,13 +688,13 @@ def member(folder: Path, number: int, seconds: float, always: bool) -> dict[str,
                 if always and not (folder / "notes.txt").exists():
                     raise BadStateError("no notes.txt")
                 loads += 1
-        except Exception as error:  # whatever it is, it is bad
+        except Exception as error:  # any exception is a bad state
             bad.append(f"{type(error).__name__}: {error}")
         if time.monotonic() > next_file:
             name = f"sub/added-{number}-{len(added)}"
             try:
                 (folder / name).write_text(name, encoding="utf-8")
-            except FileNotFoundError:  # the folder was replaced in this moment
+            except FileNotFoundError:  # the folder was replaced at this moment
                 continue
             added[name] = name
             next_file += 1

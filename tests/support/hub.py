@@ -1,4 +1,4 @@
-"""A Hub on this machine's loopback, and the real huggingface_hub client pointed at it."""
+"""A Hub on the loopback interface, and the real huggingface_hub client pointed at it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ ALICE, ALICE_READ, BOB = "hf_alice_write", "hf_alice_read", "hf_bob_write"
 
 
 class LoopbackHub(hubserver.Hub):
-    """A Hub with the users alice and bob; what the tests ask of it and do behind the client's back."""
+    """A Hub with the users alice and bob, whose state tests can read and change behind the client's back."""
 
     def repo(self, repo_id: str) -> dict[str, Any]:
-        """The record of a repository."""
+        """Return the record of a repository."""
         return self.repos["model", repo_id]
 
     def head(self, repo_id: str, ref: str = "refs/heads/main") -> str:
-        """The commit that a branch or a pull request stands at."""
+        """Return the head commit of a branch or a pull request."""
         return self.repo(repo_id)["refs"][ref]
 
     def titles(self, repo_id: str, ref: str = "refs/heads/main") -> list[str]:
-        """Titles of the commits of a branch, oldest first, without the one that every repository begins with."""
+        """Return the titles of the commits of a branch, oldest first, without the initial commit."""
         commits, titles = self.repo(repo_id)["commits"], []
         commit = self.head(repo_id, ref)
         while commit:
@@ -35,7 +35,7 @@ class LoopbackHub(hubserver.Hub):
         return titles[-2::-1]
 
     def files(self, repo_id: str, ref: str = "refs/heads/main") -> dict[str, bytes]:
-        """The files of a branch, without ``.gitattributes``."""
+        """Return the files of a branch, without ``.gitattributes``."""
         entries = self.repo(repo_id)["commits"][self.head(repo_id, ref)]["files"]
         return {
             name: Path(self.blob(entry["sha256"])).read_bytes()
@@ -44,7 +44,7 @@ class LoopbackHub(hubserver.Hub):
         }
 
     def put(self, repo_id: str, **changes: bytes | None) -> str:
-        """Commit as someone else would: new contents by file name, None to delete; `_` stands for the dot."""
+        """Commit as another user: new contents by file name, with `_` for the dot; None deletes a file."""
         repo = self.repos.get(("model", repo_id)) or self.create("model", repo_id)
         files = dict(repo["commits"][self.head(repo_id)]["files"])
         for name, data in changes.items():
@@ -55,18 +55,18 @@ class LoopbackHub(hubserver.Hub):
         return self.commit(repo, "refs/heads/main", files, "someone else", "", "alice", self.head(repo_id))
 
     def stop(self) -> None:
-        """End the server, and the connections to it that the client keeps."""
+        """Stop the server and close the client's connections to it."""
         from huggingface_hub import close_session
 
         super().stop()
         close_session()
 
     def fail(self, match: str, kind: str = "status", times: int = -1, **rule: Any) -> None:
-        """Answer matching requests wrongly, for ever unless told otherwise."""
+        """Answer matching requests wrongly, by default for ever."""
         self.faults.append({"match": match, "kind": kind, "times": times, **rule})
 
     def requests(self) -> list[str]:
-        """Method and path of every request for a model so far, storage included."""
+        """Return the method and path of every request for a model so far, storage included."""
         paths = [(r["method"], r["path"].partition("?")[0], r["cdn"]) for r in self.log]
         return [f"{method} {'/cdn' if cdn else ''}{path}" for method, path, cdn in paths if "agent" not in path]
 
@@ -74,7 +74,7 @@ class LoopbackHub(hubserver.Hub):
 def connect(
     monkeypatch: pytest.MonkeyPatch, url: str, home: Path, token: str | None = ALICE, *, xet: bool = False
 ) -> None:
-    """Point huggingface_hub at a Hub, with an empty cache and one user's token, whether or not it is imported yet."""
+    """Point huggingface_hub, imported already or not, at a Hub, with an empty cache and a user's token."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", url)
@@ -93,12 +93,12 @@ def connect(
 
 
 def subspace(seed: int = 0, d_in: int = 8, n_features: int = 3) -> featurizers.Featurizer[Any]:
-    """A featurizer whose artefact is small."""
+    """Return a featurizer whose artefact is small."""
     return featurizers.create("subspace", d_in=d_in, n_features=n_features, seed=seed)
 
 
 def edit(path: Path, old: str, new: str) -> None:
-    """Replace the one place of a text file that reads so."""
+    """Replace a text that occurs exactly once in a file."""
     text = path.read_text(encoding="utf-8")
     assert len(re.findall(re.escape(old), text)) == 1, f"{old!r} is not in {path.name} exactly once"
     path.write_text(text.replace(old, new), encoding="utf-8")

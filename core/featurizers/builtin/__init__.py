@@ -1,7 +1,8 @@
-"""The two kinds that ship with the core: compositions (`a >> b`) and dictionaries (sparse autoencoders).
+"""Kinds that ship with the core: compositions (`a >> b`) and dictionaries (sparse autoencoders).
 
-They register through the same hooks as the kinds of any plugin. This room imports `featurizers.registry` and the
-rooms below it.
+They register through the same hooks as the kinds of any plugin. For plugins there is also `LinearDecoderFeaturizer`, a
+base of other kinds of autoencoders, and helpers that write a dictionary in another library's format. This room imports
+`featurizers.registry` and the rooms below it.
 """
 
 import lazy_loader

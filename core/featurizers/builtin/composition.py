@@ -1,4 +1,4 @@
-"""`a >> b`: the features of one featurizer, featurized by the next."""
+"""Compositions: ``a >> b`` featurizes the features of ``a`` by ``b``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from featurizers.registry.plugin_host import build, host
 
 
 class StageConfig(BaseModel):
-    """One stage: its kind, its name and its configuration."""
+    """Kind, name and configuration of a stage."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     kind: Annotated[str, Field(max_length=128)]
@@ -37,8 +37,8 @@ class Composition(Featurizer[CompositionConfig]):
 
     The features are those of the last stage, and the error is the tuple of the stages' errors. An edit of the
     features is applied from the last stage to the first, each in its own closed form, so that a composition of
-    lossless stages is lossless and an edit that changes nothing gives the base back exactly. Cost: the sum of the
-    stages'.
+    lossless stages is lossless and an edit that changes nothing returns the base exactly. Cost: the sum over the
+    stages.
 
     Example:
         >>> import torch, featurizers
@@ -63,7 +63,7 @@ class Composition(Featurizer[CompositionConfig]):
 
     @classmethod
     def of(cls, stages: list[Featurizer[Any]]) -> Composition:
-        """The composition of these very featurizers, which go on being shared with the caller."""
+        """Return the composition of these featurizers, which stay shared with the caller."""
         self = cls.__new__(cls)
         records = [StageConfig(kind=s.kind, id=s.id, config=s.config.model_dump(mode="json")) for s in stages]
         Featurizer.__init__(self, CompositionConfig(stages=records))
@@ -91,7 +91,7 @@ class Composition(Featurizer[CompositionConfig]):
         return list(self.stages)  # type: ignore[arg-type]  # a ModuleList does not know its elements
 
     def featurize(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Float[Tensor, "*batch n_features"], Error]:
-        """Features of the last stage, and the errors of all, first to last."""
+        """Return the features of the last stage, and the errors of all stages, first to last."""
         errors = []
         for stage in self._stages():
             x, error = stage.featurize(x)
@@ -101,15 +101,15 @@ class Composition(Featurizer[CompositionConfig]):
     def inverse_featurize(
         self, features: Float[Tensor, "*batch n_features"], error: Error
     ) -> Float[Tensor, "*batch d_in"]:
-        """The stages' inverses, last to first."""
+        """Apply the inverses of the stages, last to first."""
         if not isinstance(error, tuple) or len(error) != len(self.stages):
-            raise ShapeError(f"the error of {self.id!r} is a tuple of {len(self.stages)}, one for each stage")
-        for stage, own in zip(reversed(self._stages()), reversed(error), strict=True):
-            features = stage.inverse_featurize(features, own)
+            raise ShapeError(f"the error of {self.id!r} must be a tuple of {len(self.stages)}, an error for each stage")
+        for stage, stage_error in zip(reversed(self._stages()), reversed(error), strict=True):
+            features = stage.inverse_featurize(features, stage_error)
         return features
 
     def encode(self, x: Float[Tensor, "*batch d_in"], columns: Tensor | None = None) -> Float[Tensor, "*batch k"]:
-        """Features of the last stage alone."""
+        """Return the features of the last stage, without any errors."""
         *first, last = self._stages()
         for stage in first:
             x = stage.encode(x)
@@ -122,26 +122,26 @@ class Composition(Featurizer[CompositionConfig]):
         edited: Float[Tensor, "*batch k"],
         columns: Tensor | None = None,
     ) -> Float[Tensor, "*batch d_in"]:
-        """The edit of the last stage's features, as an edit of the features before it, and so to the first."""
+        """Apply the edit to the last stage, its result as an edit of the stage before, and so on to the first."""
         inputs = self._inputs(base)
         return self._undo(inputs, self._stages()[-1].apply_edit(inputs[-1], features, edited, columns))
 
     def blend(
         self, base: Float[Tensor, "*batch d_in"], source: Float[Tensor, "*#batch d_in"], gate: Tensor | None
     ) -> Float[Tensor, "*batch d_in"]:
-        """The blend of the last stage, as an edit of the features before it, and so to the first."""
+        """Blend in the last stage, apply the result as an edit of the stage before, and so on to the first."""
         inputs = self._inputs(base)
         return self._undo(inputs, self._stages()[-1].blend(inputs[-1], self._inputs(source)[-1], gate))
 
     def _inputs(self, x: Tensor) -> list[Tensor]:
-        """What each stage takes."""
+        """Return the input of each stage."""
         inputs = [x]
         for stage in self._stages()[:-1]:
             inputs.append(stage.encode(inputs[-1]))
         return inputs
 
     def _undo(self, inputs: list[Tensor], edited: Tensor) -> Tensor:
-        """The input of the first stage, once that of the last is edited."""
+        """Turn an edited input of the last stage into the edited input of the first."""
         stages = self._stages()[:-1]
         for stage, x, produced in zip(reversed(stages), reversed(inputs[:-1]), reversed(inputs[1:]), strict=True):
             edited = stage.apply_edit(x, produced, edited)
@@ -154,10 +154,10 @@ class Composition(Featurizer[CompositionConfig]):
 
 
 def compose(first: Featurizer[Any], second: Featurizer[Any]) -> Composition:
-    """``first >> second``, flattened.
+    """Return ``first >> second``, flattened.
 
     Raises:
-        ShapeError: the second does not take as many inputs as the first has features.
+        ShapeError: the width of the second is not the number of features of the first.
     """
     stages: list[Featurizer[Any]] = []
     for part in (first, second):

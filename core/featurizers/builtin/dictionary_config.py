@@ -1,4 +1,4 @@
-"""The configuration of a `DictionaryFeaturizer`, and what in it must fit."""
+"""Configuration of a `DictionaryFeaturizer`, and the check that its rule and its numbers fit each other."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class DictionaryConfig(BaseModel):
         d_in: width of the activations.
         n_features: number of features held.
         rule: name of the activation rule.
-        rule_options: its numbers, such as ``{"k": 64}``.
-        pre_bias: whether the decoder's bias is taken off before encoding.
-        normalize: what is done to each token's activations before, and undone after decoding.
-        input_scale: the factor of ``normalize="scale"``.
-        n_heads: number of heads whose outputs, side by side, are the activations, 0 for any number; then
-            ``(*batch, n_heads, d_head)`` is taken too.
-        units: what the features are measured in: ``raw``, as the encoder gives them; ``decoder-norm``, multiplied by
-            the norms of their decoder rows; ``folded``, the same with the norms moved into the weights.
-        special_tokens: ids of tokens that interventions leave alone, such as that which begins a sequence.
-        slice_of: number of features of the dictionary that these are a slice of, None for a whole one.
+        rule_options: numbers of the rule, such as ``{"k": 64}``.
+        pre_bias: if True the decoder's bias is subtracted before encoding.
+        normalize: normalisation of each token's activations before encoding, undone after decoding.
+        input_scale: factor of ``normalize="scale"``.
+        n_heads: number of heads whose outputs, side by side, are the activations, 0 for any number; if it is not None,
+            ``(*batch, n_heads, d_head)`` is accepted too.
+        units: units of the features: ``raw``, as the encoder computes them; ``decoder-norm``, multiplied by the norms
+            of their decoder rows; ``folded``, the same with the norms moved into the weights.
+        special_tokens: ids of tokens that interventions do not change, such as the first token of a sequence.
+        slice_of: number of features of the whole dictionary if this is a slice, None if it is whole.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -48,7 +48,7 @@ class DictionaryConfig(BaseModel):
 
 
 def validate_rule(config: DictionaryConfig) -> Rule:
-    """The rule of a config that fits it.
+    """Return the rule of a config, once the fields of the config are known to fit it.
 
     Raises:
         ConfigError: no plugin has the rule, or the fields do not fit each other.
@@ -60,15 +60,13 @@ def validate_rule(config: DictionaryConfig) -> Rule:
         )
     k = config.rule_options.get("k", 1)
     if rule.select is not None and not (type(k) is int and 1 <= k <= config.n_features):
-        raise ConfigError(f"k is between 1 and the {config.n_features} features, got {k!r}")
+        raise ConfigError(f"k must be between 1 and the {config.n_features} features, got {k!r}")
     if config.rule == "groupmax" and config.n_features % k:
         raise ConfigError(f"{config.n_features} features do not make {k} equal groups")
-    if config.normalize == "layer-norm" and config.d_in < 2:
-        raise ConfigError("one coordinate has no standard deviation; layer-norm needs d_in of 2 at least")
     if config.normalize != "scale" and config.input_scale != 1:
         raise ConfigError(f"input_scale belongs to normalize='scale', not to {config.normalize!r}")
-    if config.n_heads and config.d_in % config.n_heads:
-        raise ConfigError(f"a width of {config.d_in} does not make {config.n_heads} equal heads")
     if config.slice_of is not None and (config.slice_of < config.n_features or not rule.elementwise):
-        raise ConfigError(f"{config.n_features} features are no slice of {config.slice_of} with rule {config.rule!r}")
+        raise ConfigError(
+            f"{config.n_features} features cannot be a slice of {config.slice_of} with the rule {config.rule!r}"
+        )
     return rule

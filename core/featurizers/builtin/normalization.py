@@ -1,4 +1,4 @@
-"""What a dictionary does to the activations of each token before it encodes them, and how it is undone."""
+"""Normalisation of each token's activations before a dictionary encodes them, and its inverse."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 Normalization: TypeAlias = Literal["none", "layer-norm", "constant-norm", "scale"]
-"""``layer-norm``: (x - mean) / (std + 1e-5) with the unbiased standard deviation, and y std + mean back.
-``constant-norm``: to the norm √d, and back. ``scale``: times a fixed number, and back. The formulas are SAELens'."""
+"""``layer-norm``: (x - mean) / (std + 1e-5) with the unbiased standard deviation; the inverse is y std + mean.
+``constant-norm``: to the norm √d. ``scale``: times a fixed number. The formulas are SAELens'."""
 
 
 def normalize(
     x: Float[Tensor, "*batch d"], how: Normalization, scale: float
 ) -> tuple[Float[Tensor, "*batch d"], tuple[Tensor, ...]]:
-    """Normalised activations, and the statistics ``(*batch, 1)`` of each token that undo it."""
+    """Return normalised activations, and the statistics ``(*batch, 1)`` of each token that the inverse needs."""
     match how:
         case "layer-norm":
             mean = x.mean(dim=-1, keepdim=True)
@@ -35,7 +35,7 @@ def normalize(
 def denormalize(
     y: Float[Tensor, "*batch d"], how: Normalization, scale: float, statistics: tuple[Any, ...], *, offset: bool = True
 ) -> Float[Tensor, "*batch d"]:
-    """The inverse of `normalize`; without its offset it takes a change of y to a change of x."""
+    """Invert `normalize`; with ``offset=False``, turn a change of y into the change of x."""
     match how:
         case "layer-norm":
             mean, std = statistics

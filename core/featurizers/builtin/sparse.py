@@ -1,4 +1,4 @@
-"""Features of which few fire: their coordinates, and products with the rows of a matrix that they name."""
+"""Sparse activations: coordinates of the active features, and products with the matrix rows that they select."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 from torch.nn import functional
 
 DENSE = 0.12
-"""The share of features that fire above which a matrix product is faster than its sparse form, on a CPU."""
+"""Share of active features above which a dense matrix product is faster than the sparse form, on a CPU."""
 
 
 class SparseFeatures(NamedTuple):
-    """The features of each token that fire.
+    """Active features of each token.
 
     Attributes:
         values: ``(*batch, k)``; zero where a token has fewer than k.
-        indices: ``(*batch, k)``, int64; which features, ascending for rules that do not select, else in any order.
+        indices: ``(*batch, k)``, int64, columns of the features; ascending unless the rule selects, else in any order.
     """
 
     values: Tensor
@@ -25,11 +25,11 @@ class SparseFeatures(NamedTuple):
 
 
 class Active(NamedTuple):
-    """The features that fire among those of n tokens, as coordinates ordered by token.
+    """Values at some coordinates of a matrix ``(n, n_features)``, ordered by token.
 
     Attributes:
-        rows: ``(m,)``, which token, ascending.
-        columns: ``(m,)``, which feature.
+        rows: ``(m,)``, numbers of the tokens, ascending.
+        columns: ``(m,)``, columns of the features.
         values: ``(m,)``.
     """
 
@@ -38,23 +38,23 @@ class Active(NamedTuple):
     values: Tensor
 
     def padded(self, n: int) -> SparseFeatures:
-        """Those of each of n tokens side by side."""
+        """Return the values of each of n tokens side by side."""
         counts = torch.bincount(self.rows, minlength=n)
         k = int(counts.max()) if n else 0
-        place = torch.arange(len(self.rows), device=self.rows.device) - (counts.cumsum(0) - counts)[self.rows]
-        values = self.values.new_zeros(n, k).index_put((self.rows, place), self.values)
-        indices = self.columns.new_zeros(n, k).index_put((self.rows, place), self.columns)
+        slot = torch.arange(len(self.rows), device=self.rows.device) - (counts.cumsum(0) - counts)[self.rows]
+        values = self.values.new_zeros(n, k).index_put((self.rows, slot), self.values)
+        indices = self.columns.new_zeros(n, k).index_put((self.rows, slot), self.columns)
         return SparseFeatures(values, indices)
 
 
 def nonzero(features: Tensor) -> Active:
-    """The coordinates of a matrix ``(n, n_features)``."""
+    """Return the nonzero values of a matrix ``(n, n_features)``."""
     rows, columns = features.nonzero(as_tuple=True)
     return Active(rows, columns, features[rows, columns])
 
 
 def times_rows(active: Active, weight: Tensor, n: int) -> Tensor:
-    """The product of the features of n tokens with ``weight (n_features, d)``: ``(n, d)``, in O(m d).
+    """Multiply the active features of n tokens with ``weight (n_features, d)``: ``(n, d)``, in O(m d).
 
     The gradient reaches the values and not the weight.
     """
@@ -65,7 +65,7 @@ def times_rows(active: Active, weight: Tensor, n: int) -> Tensor:
 
 
 def times_rows_of_each(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    """The same of k features of each token, ``(*batch, k)``: ``(*batch, d)``, in O(k d) a token."""
+    """Multiply k features of each token, ``(*batch, k)``, with ``weight``: ``(*batch, d)``, in O(k d) a token."""
     shape = (*values.shape[:-1], weight.shape[-1])
     if not values.numel():
         return weight.new_zeros(shape)
@@ -77,7 +77,7 @@ def times_rows_of_each(values: Tensor, indices: Tensor, weight: Tensor) -> Tenso
 
 
 class _PreActivations(torch.autograd.Function):
-    """Pre-activations at some coordinates, computed already, as a function of the tokens ``(n, d)``."""
+    """Given pre-activations at some coordinates, differentiable as a function of the tokens ``(n, d)``."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, values: Tensor, rows: Tensor, columns: Tensor, w_enc: Tensor) -> Tensor:
@@ -92,12 +92,12 @@ class _PreActivations(torch.autograd.Function):
 
 
 def pre_activations(z: Tensor, values: Tensor, rows: Tensor, columns: Tensor, w_enc: Tensor) -> Tensor:
-    """``values``, with the gradient that ``(z @ w_enc.T)[rows, columns]`` has in z."""
+    """Return ``values`` with the gradient of ``(z @ w_enc.T)[rows, columns]`` with respect to z."""
     return _PreActivations.apply(z, values, rows, columns, w_enc)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def union(one: Active, other: Active, n_features: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows and columns of the coordinates that are in either, and the values of each at them, zero where absent."""
+    """Return rows and columns of the coordinates in either, and both values at each of them, zero where absent."""
     keys = [part.rows * n_features + part.columns for part in (one, other)]
     either = torch.unique(torch.cat(keys))
     values = [

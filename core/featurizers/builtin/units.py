@@ -1,4 +1,4 @@
-"""The units of a dictionary's features, and the weights that give them."""
+"""Units of a dictionary's features: the weights that measure them in other units."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from featurizers.features.rules import Rule
 
 
 def convert(state: Mapping[str, Tensor], rule: Rule, before: Units, after: Units) -> dict[str, Tensor]:
-    """The state dict of the same dictionary with its features in other units.
+    """Return the state dict of the same dictionary with its features in other units.
 
-    ``decoder_norm``, the norms of the raw decoder rows, is in it unless the units are raw, so that the way back is
-    exact up to rounding.
+    Unless the units are raw it holds ``decoder_norm``, the norms of the raw decoder rows, so that the conversion can be
+    undone up to rounding.
 
     Raises:
-        UsageError: the rule's selection would change, or a decoder row is zero.
+        UsageError: the rule would select other features, or a decoder row is zero.
     """
     raw = dict(state)
     norm = raw.pop("decoder_norm", None)
@@ -29,13 +29,14 @@ def convert(state: Mapping[str, Tensor], rule: Rule, before: Units, after: Units
     if norm is None:
         norm = raw["W_dec"].norm(dim=-1)
         if not (norm > 0).all():
-            raise UsageError(f"feature {int((norm <= 0).nonzero()[0])} has a decoder row of zeros, and so no unit")
+            feature = int((norm <= 0).nonzero()[0])
+            raise UsageError(f"feature {feature} has a decoder row of zeros, so its norm cannot be its unit")
     converted = raw if after == "decoder-norm" else _rescaled(raw, rule, norm)
     return {**converted, "decoder_norm": norm}
 
 
 def _rescaled(state: dict[str, Tensor], rule: Rule, factor: Tensor) -> dict[str, Tensor]:
-    """Weights whose features are multiplied by a factor each, with the same x̂."""
+    """Return weights that multiply each feature by its factor, with the same x̂."""
     if rule.scaled is None:
         raise UsageError(
             f"the features of the rule {rule.name!r} cannot be rescaled in the weights without changing which of "

@@ -1,4 +1,4 @@
-"""What options say that several commands have: layers, and the dtype of a model."""
+"""Options that several commands share: layers, and the dtype of a model."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 
 
 def layer_numbers(text: str, n_layers: int | None = None) -> list[int]:
-    """Layers from ``4,8,12``, ``0-29`` or both, each once and in the order given.
+    """Parse layers such as ``4,8,12`` or ``0-29``, or both; each layer once, in the order of the text.
 
     Args:
         text: of the option.
-        n_layers: how many the model has; None if it is not known yet.
+        n_layers: number of layers of the model; None if it is not known yet.
 
     Raises:
-        UsageError: it is not like that, or there is no such layer.
+        UsageError: the text is not of that form, or names a layer that the model does not have.
 
     Example:
         >>> layer_numbers("4,0-2,1")
         [4, 0, 1, 2]
     """
-    found: list[int] = []
+    layers: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
         if not match:
@@ -39,15 +39,15 @@ def layer_numbers(text: str, n_layers: int | None = None) -> list[int]:
             raise UsageError(
                 f"the layers {part.strip()!r} are not in the model, which has those from 0 to {n_layers - 1}"
             )
-        found += range(first, last + 1)
-    return list(dict.fromkeys(found))
+        layers += range(first, last + 1)
+    return list(dict.fromkeys(layers))
 
 
 def dtype_named(name: str) -> torch.dtype | None:
-    """The dtype of a model's parameters, None for that which they are stored in.
+    """Return the dtype of a name; None for ``auto``, the dtype that the model is stored in.
 
     Raises:
-        UsageError: it is none.
+        UsageError: there is no dtype of that name.
     """
     if name not in DTYPES:
         raise UsageError(f"a dtype is one of {', '.join(DTYPES)}, not {name!r}")

@@ -1,4 +1,4 @@
-"""The progress bar of commands: on stderr, and only where that is a terminal."""
+"""Progress bar of commands: on stderr, and only if that is a terminal."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
 
 @final
 class ProgressBar:
-    """What a command tells of its progress; see `progress_bar`."""
+    """Bar that `progress_bar` yields."""
 
     def __init__(self, bar: Any = None, task: Any = None) -> None:
         self._bar, self._task = bar, task
 
     def advance(self, steps: int = 1, description: str | None = None) -> None:
-        """Add steps that were done.
+        """Add completed steps.
 
         Args:
-            steps: how many.
-            description: text to show from now on; None for that before.
+            steps: number of steps.
+            description: text to show from now on; None to keep it.
         """
         if self._bar is not None:
             self._bar.update(self._task, advance=steps, description=description)
 
     def reach(self, completed: int, description: str | None = None) -> None:
-        """Set how many steps are done in all; description as in `advance`."""
+        """Set the number of completed steps; ``description`` as in `advance`."""
         if self._bar is not None:
             self._bar.update(self._task, completed=completed, description=description)
 
@@ -48,13 +48,13 @@ def progress_bar(
     Args:
         total: number of steps; None if it is not known.
         description: text before the bar.
-        shown: whether to show it at all, as ``--json`` and ``quiet`` decide. It is never shown but on a terminal.
-        elapsed: whether to show the time so far, and not an estimate of what remains.
-        transient: whether it disappears at the end.
-        console: where; None for stderr.
+        shown: False to show nothing, for ``--json`` and ``quiet``. Without a terminal nothing is shown either.
+        elapsed: True to show the time so far instead of an estimate of the time that remains.
+        transient: whether the bar disappears at the end.
+        console: to show it on; None for stderr.
 
     Yields:
-        What to tell of the progress.
+        The bar, to advance.
 
     Example:
         >>> with progress_bar(3, "scalars") as bar:

@@ -1,4 +1,4 @@
-"""What a feature space is: `Featurizer` and its laws, indices, derivatives, gates and activation rules.
+"""Feature spaces: `Featurizer` and its laws, indices, derivatives, gates and activation rules.
 
 This room imports `featurizers.format` (for sites) and the top of the package. It knows neither plugins nor models.
 """

@@ -1,11 +1,11 @@
-"""`Featurizer`: an invertible map between a model's activations and a feature space, and what is done through it."""
+"""`Featurizer`: an invertible map between a model's activations and a feature space, and the operations through it."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, final
 
 import torch
 from jaxtyping import Float
@@ -25,18 +25,18 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 class Featurizer(Derivatives, Generic[ConfigT]):
-    """Maps activations into a feature space and back: x → (features, error) → x̂.
+    """Map of activations into a feature space and back: x → (features, error) → x̂.
 
-    A kind gives `featurize` and `inverse_featurize`; everything else follows from them. It may give the closed
-    forms `encode`, `apply_edit` and `blend` too, where they are cheaper than the defaults. Laws, which
+    A kind implements `featurize` and `inverse_featurize`; everything else follows from them. It may also implement
+    `encode`, `apply_edit` and `blend` where it has closed forms that are cheaper than the defaults. Laws, which
     `featurizers.testing.FeaturizerContract` checks for every kind:
 
     - ``inverse_featurize(*featurize(x)) == x`` to rounding. For a lossless kind the error is None or zero.
-    - An operation that changes no feature gives ``base`` back, equal in every element in fp32, fp16 and bf16:
-      edits are applied as a difference, ``base + decode(edited) - decode(features)``.
-    - The error carries all that the inverse needs beside the features; nothing is kept on the module.
-    - ``indices=None`` is every feature, ``[]`` is none.
-    - Inputs are never changed in place, returned as they are, or detached; gradients reach the features, the
+    - An operation that changes no feature returns ``base``, equal in every element in fp32, fp16 and bf16, because
+      edits are applied as a difference: ``base + decode(edited) - decode(features)``.
+    - The error carries all that the inverse needs besides the features; nothing is kept on the module.
+    - ``indices=None`` means every feature, ``[]`` means no feature.
+    - Inputs are never changed in place, returned as the same tensor, or detached; gradients reach the features, the
       parameters and the inputs.
 
     Attributes:
@@ -45,13 +45,13 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         config: the configuration this featurizer was built from.
         d_in: width of the activations, None if any width will do.
         n_features: number of features, None if it is the width of the activations.
-        id: a name for people; its kind unless set.
-        site: where in which model it belongs, if known.
+        id: human-readable name; the kind unless set.
+        site: model and place that it belongs to, if known.
         revision: commit that it was loaded from, if any.
         feature_sets: named indices (int64) or masks (any other dtype) that belong to it; saved with it. ``selected``
             are the features that a search found, which `attach` interchanges.
         metadata: anything that JSON can hold; saved with it.
-        special_tokens: ids of tokens whose activations `featurizers.intervene` leaves as they are.
+        special_tokens: ids of tokens whose activations `featurizers.intervene` does not change.
     """
 
     kind: ClassVar[str]
@@ -71,21 +71,21 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         self.metadata: dict[str, Any] = {}
         self.special_tokens: tuple[int, ...] = ()
 
-    # ------------------------------------------------------------------ what a kind gives
+    # ------------------------------------------------------------------ what a kind implements
     @abstractmethod
     def featurize(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Float[Tensor, "*batch n_features"], Error]:
-        """Features of x, and the error term that the inverse needs."""
+        """Return the features of x, and the error term that the inverse needs."""
 
     @abstractmethod
     def inverse_featurize(
         self, features: Float[Tensor, "*batch n_features"], error: Error
     ) -> Float[Tensor, "*batch d_in"]:
-        """The activations that have these features and this error term."""
+        """Return the activations that have these features and this error term."""
 
     def encode(self, x: Float[Tensor, "*batch d_in"], columns: Tensor | None = None) -> Float[Tensor, "*batch k"]:
-        """Features alone, all or those in ``columns`` (int64, ``(k,)``).
+        """Return the features without the error: all, or those in ``columns`` (int64, ``(k,)``).
 
-        A kind replaces it where this is cheaper than `featurize`. It may return x itself.
+        Kinds override it where this is cheaper than `featurize`. It may return x itself.
         """
         features, _ = self.featurize(x)
         return features if columns is None else features[..., columns]
@@ -97,16 +97,16 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         edited: Float[Tensor, "*batch k"],
         columns: Tensor | None = None,
     ) -> Float[Tensor, "*batch d_in"]:
-        """``base + decode(edited) - decode(features)``, in the dtype of ``base``.
+        """Return ``base + decode(edited) - decode(features)``, in the dtype of ``base``.
 
         Every operation goes through this method. The default costs one `featurize` and two inverses; a kind with
-        a linear decoder replaces it by one decoding of the difference.
+        a linear decoder overrides it to decode the difference once.
 
         Args:
-            base: the activations to edit.
+            base: activations to edit.
             features: ``encode(base, columns)``.
-            edited: the values that those features shall have.
-            columns: which features these are, None for all.
+            edited: new values of those features.
+            columns: numbers of those features, None for all.
         """
         full, error = self.featurize(base)
         if columns is not None:
@@ -118,15 +118,15 @@ class Featurizer(Derivatives, Generic[ConfigT]):
     def blend(
         self, base: Float[Tensor, "*batch d_in"], source: Float[Tensor, "*#batch d_in"], gate: Tensor | None
     ) -> Float[Tensor, "*batch d_in"]:
-        """``base`` with its features moved towards those of ``source``: an interchange or a mask of many features.
+        """Move the features of ``base`` towards those of ``source``: an interchange or a mask of many features.
 
-        The default encodes both and applies the edit. A kind replaces it where most features are zero.
+        The default encodes both and applies the edit. Kinds whose features are mostly zero override it.
 
         Args:
-            base: the activations to edit.
-            source: those to take features from.
-            gate: None to take every feature; booleans, which to take; or how far to move each, 0 to 1. Its shape
-                broadcasts against the features.
+            base: activations to edit.
+            source: activations to take features from.
+            gate: None to take every feature; booleans that are True for the features to take; or how far to move
+                each feature, from 0 to 1. Its shape broadcasts against the features.
         """
         features = self.encode(base)
         target = self.encode(source).to(features.dtype).expand_as(features)
@@ -137,11 +137,11 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         else:  # lerp is exact at 0, at 1 and where both ends are equal
             edited = torch.lerp(features, target, gate.to(features.dtype).expand_as(features))
         result = self.apply_edit(base, features, edited)
-        # a closed form may hand back what it was given, as the identity's does, and that may be the caller's
+        # a closed form may return its argument, as the identity's does, and that may be the caller's tensor
         return result.clone() if result is base or (gate is None and result is edited) else result
 
     def flatten(self, x: Tensor) -> Float[Tensor, "*batch d_in"]:
-        """X with its activations on the last axis; a kind replaces it to take another layout, such as heads apart.
+        """Return x with the activations on the last axis. Kinds override it to accept other layouts, such as heads.
 
         Raises:
             ShapeError: x does not have width ``d_in``.
@@ -150,41 +150,41 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         return x
 
     def select(self, indices: Indices, x: Tensor) -> Selection:
-        """What ``indices`` mean among the features of x; a kind whose features have numbers of their own replaces it.
+        """Check ``indices`` against the features of x. Kinds whose features are numbered otherwise override it.
 
         Raises:
-            FeatureIndexError: a feature is not there.
+            FeatureIndexError: an index is out of range, repeated, or not an integer.
         """
         return select(indices, self._count(x), x.device)
 
     @classmethod
     def sliced(cls, config: ConfigT, columns: Tensor) -> tuple[ConfigT, set[str], dict[str, Tensor]]:
-        """How to load some features alone: what a kind whose features are rows of its tensors replaces.
+        """Describe how to load some features alone. Kinds whose features are rows of their tensors override it.
 
         Args:
-            config: of the whole.
-            columns: int64 ``(k,)``, which features.
+            config: of the whole featurizer.
+            columns: int64 ``(k,)``, numbers of the features to load.
 
         Returns:
-            The config of the part, the names of the tensors of which the rows ``columns`` are read, and tensors that
-            the part has beside.
+            The config of the slice, the names of the tensors to read only the rows ``columns`` of, and the extra
+            tensors that the slice has.
 
         Raises:
-            UsageError: the kind is loaded whole.
+            UsageError: the kind can only be loaded whole.
         """
         raise UsageError(
             f"a featurizer of kind {cls.kind!r} is loaded whole; give the indices to the operation instead"
         )
 
     def check(self) -> None:
-        """Raise a `FeaturizerError` if the tensors do not have the property that the kind promises.
+        """Raise a `FeaturizerError` if the tensors lack a property that the kind promises.
 
-        Called after loading; the default finds nothing wrong.
+        Called after loading. The default accepts all tensors.
         """
 
     # ------------------------------------------------------------------ operations, final
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Float[Tensor, "*batch n_features"], Error]:
-        """The same as `featurize`."""
+        """Return `featurize` of x."""
         return self.featurize(x)
 
     @final
@@ -194,7 +194,7 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         source: Float[Tensor, "*#batch d_in"],
         indices: Indices = None,
     ) -> Float[Tensor, "*batch d_in"]:
-        """``base`` with the chosen features taken from ``source``.
+        """Return ``base`` with the chosen features taken from ``source``.
 
         Interchange intervention of Geiger et al. 2021 (arXiv:2106.02997), through a featurizer as in distributed
         alignment search (arXiv:2303.02536).
@@ -206,9 +206,9 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         shape, base, source = base.shape, self.flatten(base), self.flatten(source)
         selection = self.select(indices, base)
         columns = selection.columns
-        if columns is None or 4 * columns.numel() > self._count(
-            base
-        ):  # many are masked, which is faster than gathering
+        # masking is faster than gathering where many features are chosen
+        mostly_dense = columns is not None and 4 * columns.numel() > self._count(base)
+        if columns is None or mostly_dense:
             gate = None if selection.is_everything else selection.mask_for(base, self._count(base))
             return self.blend(base, source, gate).reshape(shape)
         if columns.numel() == 0:
@@ -224,7 +224,7 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         source: Float[Tensor, "*#batch d_in"],
         gate: Float[Tensor, "*#batch n_features"],
     ) -> Float[Tensor, "*batch d_in"]:
-        """``base`` with each feature moved towards that of ``source`` by its gate: 0 keeps it, 1 swaps it.
+        """Return ``base`` with each feature moved towards that of ``source`` by its gate: 0 keeps it, 1 swaps it.
 
         Differential binary masking, De Cao et al. 2020 (arXiv:2004.14992).
 
@@ -238,11 +238,12 @@ class Featurizer(Derivatives, Generic[ConfigT]):
 
     @final
     def collect(self, x: Float[Tensor, "*batch d_in"], indices: Indices = None) -> Float[Tensor, "*batch k"]:
-        """Features of x, all or the chosen ones in the order given, in the featurizer's own dtype.
+        """Return the features of x, all or those chosen in the order given, in the featurizer's own dtype.
 
         Raises:
             ShapeError: x does not have width ``d_in``.
-            FeatureIndexError: indices out of range, or different ones for each example, which make no tensor.
+            FeatureIndexError: an index is out of range.
+            UsageError: the indices differ by example, so that the result would not be a tensor.
         """
         x = self.flatten(x)
         selection = self.select(indices, x)
@@ -255,13 +256,13 @@ class Featurizer(Derivatives, Generic[ConfigT]):
     def steer(
         self, base: Float[Tensor, "*batch d_in"], delta: float | Tensor, indices: Indices = None
     ) -> Float[Tensor, "*batch d_in"]:
-        """``base`` with ``delta`` added to the chosen features.
+        """Return ``base`` with ``delta`` added to the chosen features.
 
         Args:
             base: activations.
-            delta: a number, or a tensor whose last axis follows ``indices`` (all features if they are None or
-                differ by example); in units of the features.
-            indices: which features.
+            delta: in units of the features: a number, or a tensor whose last axis follows ``indices`` (or has all
+                features if the indices are None or differ by example).
+            indices: features to change.
         """
         return self._edit(base, indices, lambda features: features + _values(delta, features))
 
@@ -269,17 +270,17 @@ class Featurizer(Derivatives, Generic[ConfigT]):
     def ablate(
         self, base: Float[Tensor, "*batch d_in"], indices: Indices = None, value: float | Tensor = 0.0
     ) -> Float[Tensor, "*batch d_in"]:
-        """``base`` with the chosen features set to ``value``: zero, a mean, or any other.
+        """Return ``base`` with the chosen features set to ``value``: zero, a mean, or any other.
 
         Args:
             base: activations.
-            indices: which features.
+            indices: features to change.
             value: a number, or a tensor whose last axis follows ``indices`` as in `steer`.
         """
         return self._edit(base, indices, lambda features: _values(value, features))
 
     def _edit(self, base: Tensor, indices: Indices, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """Apply a change, which may bring values that follow the indices, to the chosen features of base."""
+        """Apply ``change`` to the chosen features of base."""
         shape, base = base.shape, self.flatten(base)
         selection = self.select(indices, base)
         columns = selection.as_columns()
@@ -292,88 +293,48 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         return self._applied(base, features, edited, columns).reshape(shape)
 
     def _applied(self, base: Tensor, features: Tensor, edited: Tensor, columns: Tensor | None) -> Tensor:
-        """`apply_edit`, whose closed form may hand back what it was given, as the identity's does."""
+        """Apply an edit, and copy the result if a closed form returned its argument, as the identity's does."""
         result = self.apply_edit(base, features, edited, columns)
         return result.clone() if result is base or result is edited else result
-
-    # ------------------------------------------------------------------ splicing
-    @final
-    def splice(
-        self,
-        x: Float[Tensor, "*batch d_in"],
-        tap: Callable[[Tensor], Tensor | None],
-        *,
-        error_grad: Literal["live", "stop"] = "live",
-    ) -> Float[Tensor, "*batch d_in"]:
-        """x, routed through its features: ``tap`` sees them, and may return others.
-
-        The value is that of x unless the tap changes a feature; what the splice is for is the gradient, which
-        reaches the tapped features: they are a copy, since the gradient of the features that are both added and
-        taken away is exactly zero.
-
-        Args:
-            x: activations.
-            tap: called once with the features; what it returns replaces them, None keeps them.
-            error_grad: whether the gradient flows to x through the error term as well (``live``), or through the
-                features alone (``stop``: the error is held constant, as SAELens' error term is).
-
-        Example:
-            >>> import torch, featurizers
-            >>> x = torch.randn(2, 8, requires_grad=True)
-            >>> seen = []
-            >>> f = featurizers.create("subspace", d_in=8, n_features=2)
-            >>> f.splice(x, lambda z: (z.retain_grad(), seen.append(z))[1]).sum().backward()
-            >>> seen[0].grad.shape
-            torch.Size([2, 2])
-        """
-        if error_grad not in ("live", "stop"):
-            raise UsageError(f"error_grad must be 'live' or 'stop', not {error_grad!r}")
-        shape, x = x.shape, self.flatten(x)
-        features = self.encode(x)
-        tapped = features.clone()
-        changed = tap(tapped)
-        if error_grad == "stop":
-            x, features = x.detach(), features.detach()
-        return self.apply_edit(x, features, tapped if changed is None else changed).reshape(shape)
 
     # ------------------------------------------------------------------ composition, pyvene, artefacts
     @final
     def __rshift__(self, other: Featurizer[Any]) -> Featurizer[Any]:
-        """``a >> b``: the features of a, featurized by b."""
+        """Return ``a >> b``: the features of a, featurized by b."""
         return featurizers.compose(self, other)
 
     @final
     def get_interchange_intervention(self) -> type:
-        """A pyvene intervention class that interchanges through this featurizer; needs pyvene."""
+        """Return a pyvene intervention class that interchanges through this featurizer; needs pyvene."""
         return featurizers.pyvene.bind(featurizers.pyvene.FeatureInterchangeIntervention, self)
 
     @final
     def get_collect_intervention(self) -> type:
-        """A pyvene intervention class that collects this featurizer's features; needs pyvene."""
+        """Return a pyvene intervention class that collects this featurizer's features; needs pyvene."""
         return featurizers.pyvene.bind(featurizers.pyvene.FeatureCollectIntervention, self)
 
     @final
     def get_mask_intervention(self) -> type:
-        """A pyvene intervention class with a trainable gate on each feature; needs pyvene."""
+        """Return a pyvene intervention class with a trainable gate on each feature; needs pyvene."""
         return featurizers.pyvene.bind(featurizers.pyvene.FeatureMaskIntervention, self)
 
     @final
     def attach(self, model: nn.Module, *, any_model: bool = False) -> featurizers.Attached:
-        """This featurizer at its site of a model, ready to intervene with; see `featurizers.attach`."""
+        """Attach this featurizer to its site in a model, ready to intervene with; see `featurizers.attach`."""
         return featurizers.attach(model, self, any_model=any_model)
 
     @final
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write this featurizer as an artefact and return its folder; see `featurizers.store.artefact.save`."""
+        """Write this featurizer as an artefact and return its folder; see `featurizers.save`."""
         return featurizers.save(self, folder)
 
     @classmethod
     @final
     def from_pretrained(cls, source: str | Path, **options: Any) -> Self:
-        """The same as `featurizers.load`, for a source that must hold this class.
+        """Load a featurizer of this class; see `featurizers.load` for the options.
 
         Raises:
-            UsageError: it holds another kind.
+            UsageError: the source holds another kind.
         """
         loaded = featurizers.load(source, **options)
         if not isinstance(loaded, cls):
@@ -401,15 +362,15 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         return x.shape[-1] if self.n_features is None else self.n_features
 
     def extra_repr(self) -> str:
-        """What ``print`` shows beside the class name."""
+        """Return the text that ``print`` shows after the class name."""
         return f"id={self.id!r}, d_in={self.d_in}, n_features={self.n_features}"
 
 
 def _values(value: float | Tensor, features: Tensor) -> Tensor:
-    given = torch.as_tensor(value, device=features.device).to(features.dtype)
+    values = torch.as_tensor(value, device=features.device).to(features.dtype)
     try:
-        return given.expand_as(features)
+        return values.expand_as(features)
     except RuntimeError as error:
         raise ShapeError(
-            f"values of shape {tuple(given.shape)} do not fit the selected features {tuple(features.shape)}"
+            f"values of shape {tuple(values.shape)} do not fit the selected features {tuple(features.shape)}"
         ) from error

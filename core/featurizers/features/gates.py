@@ -1,4 +1,4 @@
-"""Gates: how far each feature is moved from the base to the source by a mask."""
+"""Gates: how far a mask moves each feature from the base to the source."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from featurizers.errors import UsageError
 
 
 class SigmoidGate(nn.Module):
-    """A trainable gate per feature: ``sigmoid(logits / temperature)``, or its rounding where ``hard``.
+    """Trainable gate for each feature: ``sigmoid(logits / temperature)``, rounded to 0 or 1 where ``hard`` is set.
 
-    Differential binary masking (De Cao et al. 2020, arXiv:2004.14992). Whether the gate is hard is a setting of
-    its own and never follows ``.training``; the hard gate has no gradient.
+    Differential binary masking (De Cao et al. 2020, arXiv:2004.14992). ``hard`` is a setting of its own and does not
+    follow ``.training``. The hard gate has no gradient.
 
     Args:
         n_features: number of features.
-        temperature: divides the logits; towards 0 the gate becomes a step.
-        hard: whether the gate is exactly 0 or 1: 1 where the logit is positive.
-        tied: whether one logit stands for all features.
+        temperature: divides the logits; the gate approaches a step as it approaches 0.
+        hard: if True the gate is 1 where the logit is positive and 0 elsewhere.
+        tied: if True all features share one logit.
 
     Example:
         >>> gate = SigmoidGate(3, hard=True)
@@ -37,7 +37,7 @@ class SigmoidGate(nn.Module):
 
     @property
     def temperature(self) -> float:
-        """What the logits are divided by; positive and finite."""
+        """Positive, finite divisor of the logits."""
         return self._temperature
 
     @temperature.setter
@@ -50,19 +50,19 @@ class SigmoidGate(nn.Module):
         self._temperature = temperature
 
     def soft(self) -> Float[Tensor, " n_features"]:
-        """``sigmoid(logits / temperature)``, whatever ``hard`` is."""
+        """Return ``sigmoid(logits / temperature)``, whether or not ``hard`` is set."""
         return torch.sigmoid(self.logits / self.temperature).expand(self.n_features)
 
     def forward(self) -> Float[Tensor, " n_features"]:
-        """The gate, between 0 (keep the base) and 1 (take the source)."""
+        """Return the gate, between 0 (keep the base) and 1 (take the source)."""
         if not self.hard:
             return self.soft()
         return (self.logits > 0).to(self.logits.dtype).expand(self.n_features)
 
     def selected(self) -> Tensor:
-        """Numbers of the features whose hard gate is 1, int64."""
+        """Return the numbers of the features whose hard gate is 1, int64."""
         return (self.logits.detach() > 0).expand(self.n_features).nonzero().squeeze(-1)
 
     def sparsity_loss(self) -> Float[Tensor, ""]:
-        """Sum of the soft gates: the expected number of features that are swapped."""
+        """Return the sum of the soft gates: the expected number of swapped features."""
         return self.soft().sum()

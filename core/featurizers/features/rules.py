@@ -1,7 +1,7 @@
-"""Activation rules of dictionaries: from pre-activations to features. A new one is one function.
+"""Activation rules of dictionaries: functions from pre-activations to features.
 
-A rule acts on each feature alone, or selects which features of a token may fire. It is looked up by its name among
-the installed plugins, as a kind is.
+A rule acts on each feature alone, or selects which features of a token may fire. Like a kind, it is looked up by its
+name among the installed plugins.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """An activation rule; made by `activation_rule`.
+    """Activation rule of a dictionary; made by `activation_rule`.
 
     Attributes:
-        name: what a config calls it: the name of the plugin that registers it, or that and a dot and a word.
-        function: ``(pre, **tensors, **options) → features`` of the same shape. For a rule that selects, what becomes
-            of the selected.
+        name: its name in configs: the plugin that registers it, optionally followed by a dot and a word.
+        function: ``(pre, **tensors, **options) → features`` of the same shape. A rule with ``select`` applies it to
+            the selected features, without the options.
         tensors: names of its parameters, each ``(n_features,)``, stored with the weights.
         options: names of its numbers, stored in the config.
-        select: ``(pre, **options) → int64 (*batch, k)``, which features of each token may fire; None for all.
-        elementwise: whether a feature depends on its own pre-activation alone, so that a part of a dictionary gives
-            the features that the whole would.
-        sparse: whether a feature that is zero has the gradient zero, as with every kind of ReLU.
-        encoder_bias: whether the encoder has a bias; False where the rule brings its own.
-        scaled: the tensors that are multiplied with the features when their unit changes; None if the features
-            cannot be rescaled inside of the rule.
+        select: ``(pre, **options) → int64 (*batch, k)``, the features of each token that may fire; None for all.
+        elementwise: True if a feature depends on its own pre-activation alone, so that a slice of a dictionary has
+            the same features as the whole.
+        sparse: True if the gradient of a zero feature is zero, as with every kind of ReLU.
+        encoder_bias: True if the encoder has a bias, False if the rule brings its own.
+        scaled: names of the tensors to multiply by the same factor as the features when the unit changes; None if
+            the features cannot be rescaled through the rule's tensors.
     """
 
     name: str
@@ -43,8 +43,13 @@ class Rule:
     encoder_bias: bool = True
     scaled: tuple[str, ...] | None = None
 
+    @property
+    def separable(self) -> bool:
+        """True if a feature follows from its own pre-activation, once it is known which features may fire."""
+        return self.elementwise or self.select is not None
+
     def __call__(self, pre: Tensor, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
-        """Features ``(*batch, n)`` of pre-activations ``(*batch, n)``; ``tensors`` are those of the same features."""
+        """Return features ``(*batch, n)`` of pre-activations ``(*batch, n)``; ``tensors`` are ``(n,)`` each."""
         if self.select is None:
             return self.function(pre, **tensors, **options)
         chosen = self.select(pre.detach(), **options)
@@ -63,9 +68,9 @@ def activation_rule(
     encoder_bias: bool = True,
     scaled: tuple[str, ...] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Rule]:
-    """Make a function an activation rule; the arguments are the fields of `Rule`.
+    """Turn a function into an activation rule; the arguments are the fields of `Rule`.
 
-    A plugin registers it with the hook ``featurizers_rules``.
+    A plugin registers the rule with the hook ``featurizers_rules``.
 
     Example:
         >>> import torch
@@ -86,19 +91,19 @@ def activation_rule(
 
 @activation_rule("relu", sparse=True, scaled=())
 def relu(pre: Tensor) -> Tensor:
-    """f = max(h, 0)."""
+    """Return f = max(h, 0)."""
     return torch.relu(pre)
 
 
 @activation_rule("jumprelu", tensors=("threshold",), sparse=True, scaled=("threshold",))
 def jumprelu(pre: Tensor, threshold: Tensor) -> Tensor:
-    """f = h where h exceeds both its threshold and zero, else 0 (Rajamanoharan et al. 2024, arXiv:2407.14435)."""
+    """Return f = h where h exceeds both its threshold and zero, else 0 (JumpReLU, arXiv:2407.14435)."""
     return torch.where(pre > threshold.detach().clamp(min=0), pre, 0.0)
 
 
 @activation_rule("jump", tensors=("jump",), sparse=True, scaled=("jump",))
 def jump(pre: Tensor, jump: Tensor) -> Tensor:
-    """f = h + jump where h is positive, else 0: dictionary_learning's JumpAutoEncoder, which has no threshold."""
+    """Return f = h + jump where h is positive, else 0: dictionary_learning's JumpAutoEncoder. It has no threshold."""
     return torch.where(pre > 0, pre + jump, 0.0)
 
 
@@ -110,7 +115,10 @@ def jump(pre: Tensor, jump: Tensor) -> Tensor:
     scaled=("b_gate", "b_mag"),
 )
 def gated(pre: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor) -> Tensor:
-    """f = max(exp(r_mag) h + b_mag, 0) where h + b_gate is positive, else 0 (arXiv:2404.16014): one matrix product."""
+    """Return f = max(exp(r_mag) h + b_mag, 0) where h + b_gate is positive, else 0.
+
+    Rajamanoharan et al. 2024 (arXiv:2404.16014): gate and magnitude share the encoder, so it is one matrix product.
+    """
     return torch.where(pre + b_gate > 0, torch.relu(r_mag.exp() * pre + b_mag), 0.0)
 
 
@@ -130,25 +138,25 @@ def _largest_of_groups(pre: Tensor, k: int) -> Tensor:
 
 @activation_rule("topk", options=("k",), select=_largest, sparse=True)
 def topk(pre: Tensor) -> Tensor:
-    """f = max(h, 0) of the k largest h of a token, else 0 (Gao et al. 2024, arXiv:2406.04093)."""
+    """Return f = max(h, 0) for the k largest h of a token, else 0 (Gao et al. 2024, arXiv:2406.04093)."""
     return torch.relu(pre)
 
 
 @activation_rule("abstopk", options=("k",), select=_largest_magnitude, sparse=True)
 def abstopk(pre: Tensor) -> Tensor:
-    """f = h of the k largest magnitudes of a token, with their sign, else 0."""
+    """Return f = h, with its sign, for the k largest magnitudes of a token, else 0."""
     return pre.clone()
 
 
 @activation_rule("groupmax", options=("k",), select=_largest_of_groups, sparse=True)
 def groupmax(pre: Tensor) -> Tensor:
-    """f = max(h, 0) of the largest h in each of k equal groups of neighbouring features, else 0 (sparsify)."""
+    """Return f = max(h, 0) for the largest h in each of k equal groups of neighbouring features, else 0 (sparsify)."""
     return torch.relu(pre)
 
 
 @activation_rule("identity", scaled=())
 def identity(pre: Tensor) -> Tensor:
-    """f = h."""
+    """Return f = h."""
     return pre.clone()
 
 

@@ -1,6 +1,6 @@
-"""Files from outside, opened safely: regular files within the named folder, folders replaced whole, bounded readers.
+"""Safe access to untrusted files: regular files within a folder, folders replaced atomically, bounded readers.
 
-Safe readers of zip archives, of `torch.save` files and of numpy files check their size before they allocate memory.
+The readers of zip archives, `torch.save` files and numpy files check sizes before they allocate memory.
 This room imports `featurizers.errors` and nothing else of the package.
 """
 

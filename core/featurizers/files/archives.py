@@ -1,4 +1,4 @@
-"""Zip archives from strangers, of which torch and numpy make their files: looked at within bounds, before use."""
+"""Check untrusted zip archives (.pt, .npz) against size limits before they are opened."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from featurizers.errors import FeaturizerError, WeightsError, one_line, shown
 from featurizers.files.regular import looks_like
 
 MAX_ENTRIES = 50_000
-"""How many files an archive may hold."""
+"""Largest number of files in an archive."""
 MAX_DIRECTORY = 10 * 2**20
-"""How many bytes the list of those files may have; it is read as a whole."""
+"""Largest size in bytes of the directory, which is read as a whole."""
 
 HEADER, END, END_64, LOCATOR = b"PK\x03\x04", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 END_SIZE, END_64_SIZES = 22, (56, 20)
@@ -24,38 +24,38 @@ AGAIN = "; download or save it again"
 
 @contextmanager
 def reading(where: str, name: str) -> Iterator[None]:
-    """Turn whatever goes wrong while a file is read into a `WeightsError`.
+    """Turn any exception that reading a file raises into a `WeightsError`.
 
     Args:
-        where: what to call the folder of the file in an error.
-        name: of the file.
+        where: name of the file's folder in errors.
+        name: name of the file in errors.
 
     Raises:
-        WeightsError: instead of any other exception.
+        WeightsError: the block raised an exception that is not a `FeaturizerError`.
     """
     try:
         yield
     except FeaturizerError:
         raise
-    except Exception as error:  # of zipfile, zlib, struct, pickletools, torch, …: each raises its own
+    except Exception as error:  # zipfile, zlib, struct, pickletools and torch each raise their own
         reason = f"{type(error).__name__}: {one_line(error, 200)}"
         raise WeightsError(where, f"{name} cannot be read: {reason}{AGAIN}") from error
 
 
 def archive(file: BufferedReader, where: str, name: str, methods: Collection[int]) -> ZipFile:
-    """The archive in a file, once its directory is known to be small, and to say of each entry what is true.
+    """Return the archive in a file after checking that its directory is small and agrees with the file.
 
-    What several readers of zip could take for different archives is refused: there is one directory, at the very end,
-    and the names in it differ by more than their case.
+    Archives that two zip readers could read differently are refused: the only directory must be at the very end of the
+    file, and the names in it must differ even if case is ignored.
 
     Args:
         file: open for reading.
-        where: what to call its folder in an error.
-        name: what to call the file.
-        methods: how entries may be compressed.
+        where: name of the file's folder in errors.
+        name: name of the file in errors.
+        methods: compression methods that entries may have.
 
     Raises:
-        WeightsError: it is no such archive.
+        WeightsError: the file is not such an archive.
     """
 
     def refuse(problem: str, remedy: str = AGAIN) -> WeightsError:
@@ -65,15 +65,15 @@ def archive(file: BufferedReader, where: str, name: str, methods: Collection[int
     file.seek(0)
     head = file.read(512)
     if not head.startswith(HEADER):
-        raise refuse(seeming(head))
+        raise refuse(_likely_format(head))
     file.seek(max(0, size - END_SIZE - sum(END_64_SIZES)))
     tail = file.read()
     record, locator, end = tail[-98:-42], tail[-42:-22], tail[-22:]
     if len(end) < END_SIZE or not end.startswith(END) or end[-2:] != b"\0\0":
-        raise refuse("it is a zip archive that is cut short, or that something was added to")
+        raise refuse("it is a zip archive that is cut short or has extra bytes at its end")
     count, length, start = struct.unpack("<10xHII2x", end)
     stop = size - END_SIZE
-    if locator.startswith(LOCATOR):  # of archives above 4 GB, and of all that torch writes
+    if locator.startswith(LOCATOR):  # in archives above 4 GB and in all that torch writes
         stop -= sum(END_64_SIZES)
         if len(record) < 56 or not record.startswith(END_64) or struct.unpack("<8xQ4x", locator) != (stop,):
             raise refuse("the end of this zip archive is damaged")
@@ -94,22 +94,21 @@ def archive(file: BufferedReader, where: str, name: str, methods: Collection[int
             raise refuse(f"{shown(entry.filename)} in it is encrypted", "; save it again, without a password")
         if entry.compress_type not in methods:
             raise refuse(
-                f"{shown(entry.filename)} in it is compressed in a way that is not read (zip method "
-                f"{entry.compress_type})",
-                "; save it again, with the library that reads it",
+                f"{shown(entry.filename)} in it is compressed by zip method {entry.compress_type}, which is not read",
+                "; save it again with torch.save or numpy.savez",
             )
         stored = entry.compress_size == entry.file_size or entry.compress_type != ZIP_STORED
         if not stored or entry.header_offset + 30 + len(entry.filename) + entry.compress_size > after:
-            raise refuse(f"{shown(entry.filename)} in it is of another size than listed, or overlaps another file")
+            raise refuse(f"{shown(entry.filename)} in it has another size than listed, or overlaps another file")
     return zipped
 
 
-def seeming(head: bytes) -> str:
-    """What a file seems to be that should be a zip archive, by how it begins."""
+def _likely_format(head: bytes) -> str:
+    """Guess from its first bytes what a file is that should be a zip archive."""
     if head[257:262] == b"ustar":
         return "it is a tar archive"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
         return "it is a safetensors file under another name"
     if head.lstrip()[:1] in (b"{", b"["):
         return "it is JSON"
-    return looks_like(head) or f"it is no zip archive; it begins with {shown(head[:16])}"
+    return looks_like(head) or f"it is not a zip archive; it begins with {shown(head[:16])}"

@@ -1,4 +1,4 @@
-"""What ``numpy.savez`` wrote, from strangers: each array is known to be small enough before it is read."""
+"""Read untrusted `numpy.savez` files as tensors; the size of each array is checked before it is read."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ DTYPES = {
     **{f"<u{size}": f"uint{8 * size}" for size in (2, 4, 8)},
     **{f"<f{size}": f"float{8 * size}" for size in (2, 4, 8)},
 }
-"""What numpy calls the dtypes that torch has, and what torch calls them."""
+"""Torch's name of each numpy dtype that torch has."""
 MAX_HEADER = 10_000
 MAX_ARRAYS = 1000
 MAX_AXES = 64
 CHUNK = 2**24
 SMALL, MOST_TIMES = 64 * 2**20, 10
-"""How many bytes may come out of a file of any size, and how many times its own size out of a larger one."""
+"""Limit of the decompressed size: so many bytes, or so many times the size of the file if that is more."""
 
 
 def load_npz(path: Path, where: str) -> dict[str, Tensor]:
-    """The arrays that `numpy.savez` or `numpy.savez_compressed` wrote, by name, as tensors in memory of their own.
+    """Read the arrays that `numpy.savez` or `numpy.savez_compressed` wrote as tensors, by name.
 
     Args:
-        path: of the file.
-        where: what to call its folder in an error.
+        path: the file.
+        where: name of its folder in errors.
 
     Raises:
-        WeightsError: it is no such file, it is damaged or far larger than it seems, or it holds anything else than
-            arrays of numbers.
+        WeightsError: the file has another format, is damaged, decompresses to more than `SMALL` bytes and `MOST_TIMES`
+            its size, or holds anything but arrays of numbers.
     """
     name = path.name if path.name.isprintable() else shown(path.name)
     with opened(path, where, WeightsError) as file, reading(where, name):
@@ -67,29 +67,29 @@ def load_npz(path: Path, where: str) -> dict[str, Tensor]:
 
 
 class _UnfitError(ValueError):
-    """What an entry is that should be an array."""
+    """An entry of the archive that is not an array of numbers."""
 
 
 def _array(stream: IO[bytes], entry: ZipInfo) -> Tensor:
-    """The array in an entry of an archive.
+    """Read the array in an entry of an archive.
 
     Raises:
-        _UnfitError: it is none, or not of numbers that torch has.
+        _UnfitError: the entry is not an array, or its dtype is not one of `DTYPES`.
     """
     import torch
 
     if not entry.filename.endswith(".npy") or "/" in entry.filename or "\\" in entry.filename:
-        raise _UnfitError("is no array")
+        raise _UnfitError("is not an array")
     dtype, shape, reverse, start = _header(stream)
     nbytes = math.prod(shape) * dtype.itemsize
     if start + nbytes != entry.file_size:
-        raise _UnfitError(f"should be {shown(start + nbytes)} bytes, by its own header, and is {entry.file_size}")
+        raise _UnfitError(f"should be {shown(start + nbytes)} bytes by its own header, but is {entry.file_size}")
     memory = bytearray(nbytes)
     filled, view = 0, memoryview(memory)
     while filled < nbytes and (part := stream.read(min(CHUNK, nbytes - filled))):
         view[filled : filled + len(part)] = part
         filled += len(part)
-    if filled < nbytes:  # of the last byte, zipfile looks at the checksum
+    if filled < nbytes:  # zipfile checks the checksum when it has read the last byte
         raise _UnfitError("is shorter than listed")
     flat = torch.frombuffer(memory, dtype=dtype) if nbytes else torch.empty(0, dtype=dtype)
     if not reverse:
@@ -98,23 +98,23 @@ def _array(stream: IO[bytes], entry: ZipInfo) -> Tensor:
 
 
 def _header(stream: IO[bytes]) -> tuple[torch.dtype, tuple[int, ...], bool, int]:
-    """The dtype and shape of an array, whether it is stored column by column, and where its numbers begin.
+    """Read the header of an array: its dtype, its shape, True for Fortran order, and the offset of its data.
 
     Raises:
-        _UnfitError: it has none, or one that torch has no tensor for.
+        _UnfitError: the header is malformed, or torch has no such dtype.
     """
     import torch
 
     magic = stream.read(8)
     width = {1: 2, 2: 4, 3: 4}.get(magic[6]) if magic[:6] == b"\x93NUMPY" and len(magic) == 8 else None
     if width is None:
-        raise _UnfitError("is no array")
+        raise _UnfitError("is not an array")
     (length,) = struct.unpack("<H" if width == 2 else "<I", stream.read(width))
     if length > MAX_HEADER:
         raise _UnfitError(f"has a header of {length} bytes, more than {MAX_HEADER}")
     header = ast.literal_eval(stream.read(length).decode("latin-1"))
     if not isinstance(header, dict) or header.keys() != {"descr", "fortran_order", "shape"}:
-        raise _UnfitError("has a header that is none of numpy's")
+        raise _UnfitError("has a header that numpy does not write")
     kind, reverse, shape = header["descr"], header["fortran_order"], header["shape"]
     if not isinstance(kind, str) or kind not in DTYPES:
         why = ", which are objects: they would run code" if kind == "|O" else ", which torch does not have"

@@ -1,4 +1,4 @@
-"""The pickle that `torch.save` writes, followed without making anything of what it says, to see what it would cost."""
+"""Walk the pickle in a `torch.save` file without executing it, to bound the memory that loading would take."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from featurizers.errors import WeightsError, shown
 
 MAX_OPERATIONS = 1_000_000
-"""How many instructions the pickle may have."""
+"""Largest number of instructions in the pickle."""
 MAX_LENGTH = 10_000_000
-"""How many values and characters there may be, each counted as often as it would be written out."""
+"""Largest number of values and characters; a shared object counts once for each reference to it."""
 MAX_DEPTH = 64
-"""How deep dicts, lists and tuples may lie in each other."""
+"""Largest nesting depth of dicts, lists and tuples."""
 MAX_AXES = 64
 
 ITEM_SIZES = {
@@ -27,7 +27,7 @@ ITEM_SIZES = {
     "torch ComplexDoubleStorage": 16,
     "torch.storage UntypedStorage": 1,
 }
-"""The storages that a tensor of numbers has, and the bytes of an item."""
+"""Storage classes of dense tensors, and the size of an item in bytes."""
 FUNCTIONS = {
     "collections OrderedDict",
     "torch Size",
@@ -41,14 +41,14 @@ TENSORS_ALONE = "; save a dict of dense tensors, numbers and strings with torch.
 
 @dataclass(frozen=True)
 class _Global:
-    """A function or a class of storages that the pickle would import."""
+    """A function or storage class that the pickle would import."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class _Storage:
-    """The numbers of one or more tensors."""
+    """Data that one or more tensors share."""
 
     nbytes: int
     item_size: int
@@ -56,20 +56,25 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _Leaf:
-    """A tensor, dtype, shape or device.
+    """Stand-in for a tensor, dtype, shape or device.
 
     Attributes:
-        item_size: of a dtype, in bytes.
+        item_size: size of an item in bytes if it stands for a dtype, else 0.
     """
 
     item_size: int = 0
 
 
 class PickleReader:
-    """Follows a pickle instruction by instruction, with a stand-in for every tensor.
+    """Interpreter of a pickle that builds stand-ins instead of tensors and refuses what `torch.save` does not write.
 
-    torch's own unpickler runs no code either. But it follows a pickle whatever that costs: with a few kilobytes it can
-    be made to hash a tuple for years, or to copy one dict a million times.
+    `torch.load` with ``weights_only`` runs no code either, but it has no limits: a few kilobytes can make it hash a
+    tuple for years or copy a dict a million times.
+
+    Args:
+        where: name of the file's folder in errors.
+        name: name of the file in errors.
+        sizes: size in bytes of each entry of the archive.
     """
 
     def __init__(self, where: str, name: str, sizes: Mapping[str, int]) -> None:
@@ -79,22 +84,22 @@ class PickleReader:
         self.measured: dict[int, tuple[int, int]] = {}
 
     def refuse(self, problem: str) -> WeightsError:
-        """What is damaged, or would cost too much."""
+        """Return an error about a pickle that is damaged or would cost too much."""
         return WeightsError(self.where, f"{self.name} cannot be read: {problem}{TENSORS_ALONE}")
 
     def refuse_more(self, what: str) -> WeightsError:
-        """What is no tensor, and no plain value."""
+        """Return an error about a pickle that holds more than tensors and plain values."""
         reason = f"holds more than tensors, and nothing of it is run: {what}"
         return WeightsError(self.where, f"{self.name} {reason}{TENSORS_ALONE}")
 
     def check(self, pickle: bytes) -> None:
-        """Raise an exception unless the pickle makes tensors and plain values, at no great cost."""
-        self.measure(self.follow(pickle))
-        if any(self.hooks):  # they were empty when a tensor got them
+        """Raise an exception unless the pickle holds only tensors and plain values within the limits."""
+        self.measure(self.walk(pickle))
+        if any(self.hooks):  # filled after the tensor was built
             raise self.refuse_more("a tensor with hooks")
 
-    def follow(self, pickle: bytes) -> Any:  # noqa: PLR0912 - one case an instruction
-        """What the pickle makes."""
+    def walk(self, pickle: bytes) -> Any:  # noqa: PLR0912 - one case an instruction
+        """Return the object in the pickle, with stand-ins for tensors."""
         stack: list[Any] = []
         below: list[list[Any]] = []
         memo: dict[int, Any] = {}
@@ -112,7 +117,7 @@ class PickleReader:
                 case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT":
                     stack.append({"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}[operation.name]())
                 case "GLOBAL":
-                    stack.append(self.named(arg))
+                    stack.append(self.imported(arg))
                 case "BINPUT" | "LONG_BINPUT":
                     memo[arg] = stack[-1]
                 case "BINGET" | "LONG_BINGET":
@@ -143,15 +148,15 @@ class PickleReader:
         raise self.refuse("its pickle has no end")
 
     def plain(self, value: float | str) -> float | str:
-        """A number of 64 bits, or a string that can be written."""
+        """Return a number or a string; refuse an integer of more than 64 bits."""
         if isinstance(value, str):
-            value.encode()  # of a lone surrogate: an exception
+            value.encode()  # raises an exception for a lone surrogate
         elif isinstance(value, int) and not -(2**63) <= value < 2**64:
             raise self.refuse("it holds a number of more than 64 bits")
         return value
 
-    def named(self, name: str) -> _Global | _Leaf:
-        """What is imported by a name: one of the few functions, or a dtype."""
+    def imported(self, name: str) -> _Global | _Leaf:
+        """Return a stand-in for a function, storage class or dtype; refuse every other import."""
         import torch
 
         if name in FUNCTIONS or name in ITEM_SIZES:
@@ -162,16 +167,16 @@ class PickleReader:
         return _Leaf(dtype.itemsize)
 
     def add(self, items: list[Any], target: Any) -> None:
-        """Add items to a list, or keys and values, in turns, to a dict."""
+        """Append items to a list, or add alternating keys and values to a dict."""
         if type(target) is list:
             target.extend(items)
         elif isinstance(target, dict) and all(type(key) in (str, int) for key in items[::2]):
             target.update(zip(items[::2], items[1::2], strict=True))
-        else:  # the hash of a tuple may take years
+        else:  # hashing a nested tuple may take years
             raise self.refuse("it has a dict with keys that are neither strings nor integers")
 
     def stored(self, pid: Any) -> _Storage:
-        """What a reference to numbers in the archive stands for."""
+        """Return a stand-in for the storage that a persistent id refers to."""
         match pid:
             case ("storage", _Global(kind), str(key), str(), int(count)) if kind in ITEM_SIZES:
                 nbytes, listed = count * ITEM_SIZES[kind], self.sizes.get(f"data/{key}")
@@ -180,10 +185,10 @@ class PickleReader:
                 raise self.refuse(
                     f"{shown(f'data/{key}')} in it should have {shown(nbytes)} bytes, and has {listed or 'none'}"
                 )
-        raise self.refuse("its pickle refers to something else than the numbers of a tensor")
+        raise self.refuse("its pickle refers to something other than the data of a tensor")
 
     def called(self, function: Any, args: Any) -> OrderedDict[Any, Any] | _Leaf:
-        """What a call gives, if it is one that torch.save writes."""
+        """Return what a call returns; refuse calls that `torch.save` does not write."""
         match function, args:
             case _Global("collections OrderedDict"), ():
                 return OrderedDict()
@@ -210,15 +215,15 @@ class PickleReader:
         raise self.refuse_more(f"a call of {called} that torch.save does not write for dense tensors")
 
     def view(self, storage: _Storage, item_size: int, offset: Any, size: Any, stride: Any) -> _Leaf:
-        """A tensor, if it has no more numbers than its storage, and all are in there."""
+        """Return a stand-in for a tensor; refuse one that is not within its storage."""
         if not (self.naturals((offset,)) and self.naturals(size) and self.naturals(stride)) or len(size) != len(stride):
             raise self.refuse("it has a tensor of an impossible shape")
         count = math.prod(size)
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if count and max(count, last + 1) * item_size > storage.nbytes:
             raise self.refuse(
-                f"it has a tensor of shape {shown(size)} and strides {shown(stride)} in {storage.nbytes} bytes, which "
-                "do not hold so many numbers; clone it before it is saved"
+                f"it has a tensor of shape {shown(size)} and strides {shown(stride)} in {storage.nbytes} bytes, "
+                "which is too few; clone it before it is saved"
             )
         self.left -= count * item_size
         if self.left < 0:
@@ -227,7 +232,7 @@ class PickleReader:
 
     @staticmethod
     def naturals(values: Any) -> bool:
-        """Whether these can be the sizes of a tensor, or its strides."""
+        """Return True for a tuple that can be the shape or the strides of a tensor."""
         return (
             type(values) is tuple
             and len(values) <= MAX_AXES
@@ -235,35 +240,35 @@ class PickleReader:
         )
 
     def describe(self, state: Any, target: Any) -> None:
-        """Give a dict of tensors the attribute that `torch.nn.Module.state_dict` gives it."""
+        """Set ``_metadata``, which `torch.nn.Module.state_dict` adds to its dict; refuse any other attribute."""
         if type(target) is not OrderedDict or type(state) is not dict or state.keys() != {"_metadata"}:
             raise self.refuse_more("an object with attributes")
         vars(target).update(state)
 
     def measure(self, value: Any, depth: int = 0) -> tuple[int, int]:
-        """How long a value is when it is written out, and how many levels it has."""
+        """Return the number of values and characters in a value, shared ones counted repeatedly, and its depth."""
         if value is None or isinstance(value, bool | int | float | str | _Leaf):
             return len(value) + 1 if isinstance(value, str) else 1, 0
         if not isinstance(value, list | tuple | dict):
-            raise self.refuse_more("a function, or numbers that are of no tensor")
+            raise self.refuse_more("a function, or data that belongs to no tensor")
         if depth >= MAX_DEPTH:
-            raise self.refuse(f"its values lie more than {MAX_DEPTH} deep in each other")
+            raise self.refuse(f"its values are nested more than {MAX_DEPTH} deep")
         known = self.measured.get(id(value))
         if known is None:
-            self.measured[id(value)] = 0, MAX_DEPTH  # what holds itself has no depth
+            self.measured[id(value)] = 0, MAX_DEPTH  # for a value that contains itself
             inner = [*value, *value.values(), *self.metadata(value)] if isinstance(value, dict) else value
             lengths, depths = zip((1, 0), *(self.measure(each, depth + 1) for each in inner), strict=True)
             known = self.measured[id(value)] = sum(lengths), 1 + max(depths)
         if known[0] > MAX_LENGTH or depth + known[1] > MAX_DEPTH:
             raise self.refuse(
-                f"its values are more than {MAX_LENGTH} when they are written out, or lie more than {MAX_DEPTH} deep"
+                f"it would expand to more than {MAX_LENGTH} values, or is nested more than {MAX_DEPTH} deep"
             )
         return known
 
     def metadata(self, value: dict[Any, Any]) -> list[Any]:
-        """What `describe` gave a dict."""
-        given = list(vars(value).values()) if isinstance(value, OrderedDict) else []
-        for each in given:
-            if not isinstance(each, dict) or not all(isinstance(module, dict) for module in each.values()):
+        """Return the attributes that `describe` set on a dict."""
+        attributes = list(vars(value).values()) if isinstance(value, OrderedDict) else []
+        for metadata in attributes:
+            if not isinstance(metadata, dict) or not all(isinstance(entry, dict) for entry in metadata.values()):
                 raise self.refuse_more("a dict with attributes")
-        return given
+        return attributes

@@ -1,4 +1,4 @@
-"""Files that may come from a stranger: only regular ones are opened, and none outside the folder that was named."""
+"""Open untrusted files: only regular files, and none outside the folder that the user named."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Final
 from featurizers.errors import ArtefactError, one_line, shown
 
 MAX_LEVELS: Final = 64
-"""How deep the folders of a folder may lie in each other."""
+"""Largest nesting depth of folders within a folder."""
 SNAPSHOT: Final = re.compile(r"(models|datasets|spaces)--[^/\\]+")
-"""What the Hub's cache calls the folder of a repository."""
+"""Name of a repository's folder in the Hub's cache."""
 
 KINDS: Final = {
     stat.S_IFDIR: "a folder",
@@ -35,40 +35,40 @@ LOOKALIKES: Final = {
     b"\x93numpy": "it is a numpy array",
     b"\x89hdf": "it is an HDF5 file",
 }
-"""What is found under the name of another file, by how it begins, in lower case."""
+"""What files are that are often found under a wrong name, by their first bytes in lower case."""
 
 
 @contextmanager
 def opened(path: Path, where: str, error: type[ArtefactError], name: str | None = None) -> Iterator[BufferedReader]:
-    """A regular file, open for reading.
+    """Open a regular file for reading.
 
     Args:
-        path: of the file.
-        where: what to call its artefact in an error.
-        error: the class of that error.
-        name: what to call the file, its last part if None.
+        path: the file.
+        where: name of its artefact in errors.
+        error: class of the errors.
+        name: name of the file in errors; default: the last part of its path.
 
     Raises:
-        ArtefactError: of the class given: it is a pipe, a device or a folder, or cannot be read.
+        ArtefactError: the file is a pipe, a device or a folder, or cannot be read; the class is ``error``.
     """
     name = name or path.name
     try:
-        _refuse_special(path.stat(), where, error, name)  # opening some devices has effects
+        _refuse_special(path.stat(), where, error, name)  # opening a device may have side effects
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         with open(os.open(path, flags), "rb") as file:
-            _refuse_special(os.fstat(file.fileno()), where, error, name)  # it may be another one by now
+            _refuse_special(os.fstat(file.fileno()), where, error, name)  # it may have been replaced
             yield file
-    except ArtefactError:  # some are an OSError too
+    except ArtefactError:  # some are OSErrors too
         raise
     except OSError as cause:
         raise error(where, f"{_named(name)} cannot be read: {one_line(cause.strerror or cause)}") from cause
 
 
 def read_bytes(path: Path, where: str, error: type[ArtefactError], most: int, name: str | None = None) -> bytes:
-    """The contents of a file that is no larger than ``most`` bytes; the rest as `opened`.
+    """Return the contents of a regular file of at most ``most`` bytes; the other arguments are those of `opened`.
 
     Raises:
-        ArtefactError: of the class given: it is larger, or no regular file, or cannot be read.
+        ArtefactError: the file is larger, not regular, or cannot be read; the class is ``error``.
     """
     with opened(path, where, error, name) as file:
         raw = file.read(most + 1)
@@ -78,21 +78,20 @@ def read_bytes(path: Path, where: str, error: type[ArtefactError], most: int, na
 
 
 def looks_like(head: bytes) -> str | None:
-    """What a file seems to be that is not what its name says, by how it begins; None if that tells nothing."""
+    """Guess what a misnamed file is from its first bytes; return None if they are not known."""
     head = head.lstrip(b" \t\r\n").lower()
     if not head:
         return "it is empty"
-    return next((looks for start, looks in LOOKALIKES.items() if head.startswith(start)), None)
+    return next((description for start, description in LOOKALIKES.items() if head.startswith(start)), None)
 
 
 def contained(folder: Path, path: Path, where: str, error: type[ArtefactError]) -> Path:
-    """The path itself, if the file that it leads to is in the folder, whatever links there are on the way.
+    """Return the path if the file that it leads to, links resolved, is in the folder.
 
-    The links of the Hub's cache, from a snapshot to the blobs of its repository or to those of the whole cache, are
-    followed too.
+    Links of the Hub's cache may also lead from a snapshot to the blobs of its repository or of the whole cache.
 
     Raises:
-        ArtefactError: of the class given: it leads out of the folder.
+        ArtefactError: the file is outside the folder; the class is ``error``.
     """
     root = folder.resolve()
     try:
@@ -102,7 +101,7 @@ def contained(folder: Path, path: Path, where: str, error: type[ArtefactError]) 
     roots = [root]
     for repository in (root, *root.parents):
         if SNAPSHOT.fullmatch(repository.name) and root.is_relative_to(repository / "snapshots"):
-            # as they are named: where a link in their place leads is a stranger's choice
+            # not resolved: a stranger may have replaced a folder of blobs by a link
             roots += [repository / "blobs", repository.parent / "blobs"]
             break
     if not any(real.is_relative_to(allowed) for allowed in roots):
@@ -115,24 +114,24 @@ def contained(folder: Path, path: Path, where: str, error: type[ArtefactError]) 
 
 
 def stat_signature(folder: Path, *names: str) -> tuple[tuple[int, ...] | None, ...]:
-    """What changes when one of the files of a folder is written again or replaced; None for one that is not there."""
-    return tuple(_version(folder / name) for name in names)
+    """Return the stat signature (device, inode, size, mtime, ctime) of each file of a folder, None if absent."""
+    return tuple(_signature(folder / name) for name in names)
 
 
-def _version(path: Path) -> tuple[int, ...] | None:
+def _signature(path: Path) -> tuple[int, ...] | None:
     try:
-        found = path.stat()
+        info = path.stat()
     except (OSError, ValueError):
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
 
-def _refuse_special(found: os.stat_result, where: str, error: type[ArtefactError], name: str) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        kind = KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+def _refuse_special(info: os.stat_result, where: str, error: type[ArtefactError], name: str) -> None:
+    if not stat.S_ISREG(info.st_mode):
+        kind = KINDS.get(stat.S_IFMT(info.st_mode), "something else")
         raise error(where, f"{_named(name)} is {kind}, not a regular file")
 
 
 def _named(name: str) -> str:
-    """A file's name as an error shows it: bare if it is an ordinary one."""
+    """Return a file's name for an error: as it is if it is plain ASCII, else its repr."""
     return name if re.fullmatch(r"[A-Za-z0-9._/-]{1,200}", name) else shown(name, 200)

@@ -1,10 +1,16 @@
-"""A folder is replaced as a whole: whoever is killed, the old one or the new one stands there, and nothing is lost."""
+"""Replace a folder atomically: after a crash at any point, the old or the new version is intact.
+
+A saver locks the target folder and makes a new one beside it, named ``.NAME.`` and 32 hex digits. It hard-links the
+files that it does not write into the new folder, writes the others, flushes all of them to the disk, and swaps the two
+paths: in one system call, or by two renames where there is no such call. It then moves files that another program
+changed in the old folder meanwhile to the new one, and deletes the old one. The next saver deletes what a killed saver
+left behind; `recover` undoes the first of two renames.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import functools
 import os
 import re
 import shutil
@@ -20,79 +26,85 @@ from typing import Any, Final
 from featurizers.errors import ArtefactError, FeaturizerError, one_line
 from featurizers.files.regular import MAX_LEVELS
 
-TRIES: Final = 100
-"""How often a rename is tried that others hinder, and how often a lock is taken that turns out to be an old one."""
-PATIENCE: Final = 600.0
-"""Seconds that a saver waits for another one."""
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
-Ours = Callable[[str], bool]
-"""Whether a file, named from the folder with ``/``, is written anew; every other one is kept."""
-Identity = tuple[int, int]
-"""Which file it is, whatever its name: the disk and the inode."""
+TRIES: Final = 100
+"""Attempts to lock or to rename a folder while other programs replace it."""
+PATIENCE: Final = 600.0
+"""Seconds to wait for another program that saves to the same folder."""
+
+Rewritten = Callable[[str], bool]
+"""Returns True for a file that the save writes itself, named relative to the folder with ``/``; all others are kept."""
+FileId = tuple[int, int]
+"""Device and inode."""
 
 
 @contextmanager
-def replacing(target: Path, ours: Ours, check: Callable[[Path], None]) -> Iterator[Path]:
-    """A new folder that takes the place of ``target`` when the block ends well, and is removed when it does not.
+def replacing(target: Path, rewritten: Rewritten, check: Callable[[Path], None]) -> Iterator[Path]:
+    """Yield a new folder, which replaces ``target`` if the block succeeds and is removed if it raises.
 
-    Files that are not ours are in the new folder too, as the same files. Savers of one folder wait for each other.
+    The files that the block does not write are kept. Savers of one folder wait for each other.
 
     Args:
-        target: the folder to write or to replace, without links on its way.
-        ours: says of a file whether the block writes it; the old one is then not kept.
-        check: raises if the folder that is there may not be replaced; called while no other saver is at work.
+        target: the folder to write or to replace, with symbolic links resolved.
+        rewritten: whether the block writes a file itself, in which case the old one is not kept.
+        check: raises an exception if the present folder may not be replaced; called while the folder is locked.
 
     Raises:
-        ArtefactError: the folder, or the one above it, cannot be written.
+        ArtefactError: the folder or its parent cannot be written.
     """
     with os_errors(target):
         if os.path.ismount(target):
             raise ArtefactError(str(target), "it is the root of a disk, which cannot be replaced; name a folder in it")
         target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target) as (made, alone):
-        new = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-        held = None
-        try:
-            with os_errors(target):
+        with _locked(target) as (created, has_locks):
+            new = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+            new_lock = None
+            try:
                 check(target)
-                if alone:
-                    _clear(target)
+                if has_locks:  # so no saver is at work, and what is left was left by killed ones
+                    for leftover in _leftovers(target):
+                        shutil.rmtree(leftover, ignore_errors=True)
                 new.mkdir()
-                held = _lock(new)  # the next saver finds this folder, and must wait until the old one is dealt with
+                new_lock = _lock(new)  # the next saver locks this folder, and must wait until the old one is deleted
                 shutil.copymode(target, new)
-                kept = keep(target, new, ours)
+                kept = _keep(target, new, rewritten)
                 yield new
                 _flush(new)
                 _exchange(new, target)
-                _salvage(new, target, ours, kept)
-                _follow(new, target)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-            if made:
-                _drop_empty(target)
-            _release(held)
+                _salvage(new, target, rewritten, kept)
+                with suppress(OSError, ValueError):  # the current folder is not in it
+                    os.chdir(target / Path.cwd().relative_to(new))
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
+                if created:
+                    with suppress(OSError):  # it is not empty, as after a successful save
+                        target.rmdir()
+                _release(new_lock)
 
 
 @contextmanager
 def filling(folder: str | Path) -> Iterator[Path]:
-    """As `replacing`, of a folder that must be new or empty.
+    """Yield a new folder as `replacing` does, for a target that is empty or does not exist.
 
     Raises:
-        ArtefactError: it holds something, or cannot be written.
+        ArtefactError: the target is not empty, or cannot be written.
     """
-
     with replacing(resolved(folder), lambda _: False, refuse_full) as new:
         yield new
 
 
 def refuse_full(folder: Path) -> None:
-    """Raise `ArtefactError` unless a folder is empty or not there at all."""
+    """Raise an `ArtefactError` unless the folder is empty or does not exist."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtefactError(str(folder), "it is there already; choose a new or an empty folder")
 
 
 def resolved(folder: str | Path) -> Path:
-    """The folder itself, behind links and dots, because it is replaced as a whole.
+    """Return the absolute path of a folder with ``~``, links and dots resolved.
 
     Raises:
         ArtefactError: no folder can have this name.
@@ -105,7 +117,7 @@ def resolved(folder: str | Path) -> Path:
 
 @contextmanager
 def os_errors(target: Path) -> Iterator[None]:
-    """What the system refuses, as an error of ours."""
+    """Turn an OSError into an ArtefactError."""
     try:
         yield
     except FeaturizerError:
@@ -117,59 +129,43 @@ def os_errors(target: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(target: Path) -> Iterator[tuple[bool, bool]]:
-    """Hold the folder against other savers, which would throw away what this one keeps; it is made if it is not there.
+    """Lock the folder against other savers; create it first if it does not exist.
 
-    It is the folder itself that is locked, so that no file of a lock stays behind.
+    The lock is on the folder itself, so that no lock file stays behind.
 
     Yields:
-        Whether it was made here, and whether there can be no other saver: some disks know no locks.
+        True if the folder was created here, and True if it is locked (some file systems have no locks).
     """
-    made, descriptor = False, None
-    with os_errors(target):
-        for _ in range(TRIES):
-            recover(target)
-            try:
-                target.mkdir()
-                made = True
-            except FileExistsError:
-                made = False
-                if _is_file(target):
+    for _ in range(TRIES):
+        recover(target)
+        try:
+            target.mkdir()
+            created = True
+        except FileExistsError:
+            created = False
+            with suppress(FileNotFoundError):  # moved away at this moment
+                if not stat.S_ISDIR(target.lstat().st_mode):
                     raise ArtefactError(str(target), "it is a file; choose a new or an empty folder") from None
-            descriptor = _lock(target)
-            if descriptor is None:
+        lock = None
+        with suppress(FileNotFoundError):  # moved away at this moment
+            lock = _lock(target)
+            # In this order: a saver that renames twice moves the target away before another folder takes its name.
+            if lock is None or (not _moved_away(target) and os.path.samestat(os.fstat(lock), target.stat())):
                 break
-            if not _between(target) and _stands(descriptor, target):  # in this order
-                break
-            _release(descriptor)  # another saver has replaced it meanwhile, or is about to
-        else:
-            raise ArtefactError(str(target), "other programs keep replacing it; try again when they have finished")
+        _release(lock)
+    else:
+        raise ArtefactError(str(target), "other programs keep replacing it; try again when they have finished")
     try:
-        yield made, descriptor is not None
+        yield created, lock is not None
     finally:
-        _release(descriptor)
-
-
-def _between(target: Path) -> list[Path]:
-    """The folder that a saver at work, or killed, has taken away in the first of the two steps of its exchange.
-
-    None, once the second step has put another in its place; a third program may have made an empty one meanwhile.
-    """
-    with suppress(FileNotFoundError):
-        if any(target.iterdir()):
-            return []
-    return _leftovers(target, r"\.old")
+        _release(lock)
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the lock of a folder, once nobody else does; None where there are no locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    """Wait for the lock of a folder and return a descriptor that holds it, or None where there are no locks."""
+    if fcntl is None:
         return None
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:  # replaced in this moment, or made and taken away
-        return os.open(folder.parent, os.O_RDONLY)  # which does not stand for the folder
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -188,40 +184,22 @@ def _lock(folder: Path) -> int | None:
             return descriptor
 
 
-def _release(descriptor: int | None) -> None:
-    """Give a lock back, even if a process that was forked meanwhile has the descriptor too."""
-    if descriptor is not None:
-        import fcntl
-
+def _release(lock: int | None) -> None:
+    """Unlock and close. Closing alone is not enough: a child process may have inherited the descriptor."""
+    if lock is not None:
         with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
+            fcntl.flock(lock, fcntl.LOCK_UN)
+        os.close(lock)
 
 
-def _is_file(path: Path) -> bool:
-    """Whether there is anything but a folder."""
-    try:
-        return not stat.S_ISDIR(path.lstat().st_mode)
-    except FileNotFoundError:
-        return False
-
-
-def _stands(descriptor: int, folder: Path) -> bool:
-    """Whether a path still leads to the folder that was opened."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), folder.stat())
-    except FileNotFoundError:
-        return False
-
-
-def keep(old: Path, new: Path, ours: Ours) -> dict[str, Identity | None]:
-    """Put the files of a folder that are not ours into a new one: the same files, copies where that cannot be.
+def _keep(old: Path, new: Path, rewritten: Rewritten) -> dict[str, FileId | None]:
+    """Hard-link the files that the save does not write into the new folder; copy those that cannot be linked.
 
     Returns:
-        Which file then has each name.
+        The identity of each file at that time, by name.
     """
     kept = {}
-    for name in _others(old, ours):
+    for name in _others(old, rewritten):
         source, copy = old / name, new / name
         if source.is_dir() and not source.is_symlink():
             copy.mkdir()
@@ -230,76 +208,67 @@ def keep(old: Path, new: Path, ours: Ours) -> dict[str, Identity | None]:
             continue
         try:
             os.link(source, copy, follow_symlinks=False)
-        except (OSError, NotImplementedError):  # a disk without links, or someone else's file
+        except (OSError, NotImplementedError):  # a file system without links, or another user's file
             if not os.path.lexists(source):
-                continue  # taken away in this moment
+                continue  # deleted at this moment
             shutil.copy2(source, copy, follow_symlinks=False)
-        kept[name] = _identity(copy)
+        kept[name] = _file_id(copy)
     return kept
 
 
-def _identity(path: Path) -> Identity | None:
-    try:
-        found = path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return found.st_dev, found.st_ino
+def _salvage(old: Path, new: Path, rewritten: Rewritten, kept: Mapping[str, FileId | None]) -> None:
+    """Move the files that were added or changed in the old folder after `_keep` into the new one.
+
+    A file that was changed in the new folder since the exchange is the latest version, and stays.
+    """
+    for name in _others(old, rewritten):
+        source, destination = old / name, new / name
+        if source.is_dir() and not source.is_symlink():
+            destination.mkdir(exist_ok=True)
+        elif _file_id(source) != _file_id(destination) == kept.get(name):
+            with suppress(FileNotFoundError):  # deleted at this moment
+                os.replace(source, destination)
 
 
-def _others(folder: Path, ours: Ours) -> Iterator[str]:
-    """What is in a folder and not ours, parents first, named from there with ``/``."""
+def _others(folder: Path, rewritten: Rewritten) -> Iterator[str]:
+    """Yield the names of the folders in a folder and of the files that the save does not write, parents first."""
     pending = [folder]
     while pending:
         try:
             entries = sorted(os.scandir(pending.pop()), key=lambda entry: entry.name)
         except FileNotFoundError:
-            continue  # taken away in this moment
+            continue  # deleted at this moment
         for entry in entries:
             name = Path(entry.path).relative_to(folder).as_posix()
-            if name.count("/") > MAX_LEVELS:  # more could be kept, and not be removed again
+            if name.count("/") > MAX_LEVELS:  # deeper folders could be kept but not deleted
                 raise ArtefactError(str(folder), f"the folders in it lie more than {MAX_LEVELS} deep; move them away")
             if entry.is_dir(follow_symlinks=False):
                 pending.append(Path(entry.path))
                 yield name
-            elif not ours(name):
+            elif not rewritten(name):
                 yield name
 
 
-def _salvage(old: Path, new: Path, ours: Ours, kept: Mapping[str, Identity | None]) -> None:
-    """Move what was put into the old folder, or changed there, after its files were kept.
-
-    What was changed in the new folder since it took its place is later still, and stays.
-    """
-    for name in _others(old, ours):
-        source, place = old / name, new / name
-        if source.is_dir() and not source.is_symlink():
-            place.mkdir(exist_ok=True)
-        elif _identity(source) != _identity(place) == kept.get(name):
-            with suppress(FileNotFoundError):  # taken away in this moment
-                os.replace(source, place)
-
-
-def _follow(old: Path, new: Path) -> None:
-    """Let this program stay in the folder that it is in, whose files are at home in another one now."""
-    with suppress(OSError, ValueError):  # it is somewhere else
-        os.chdir(new / Path.cwd().relative_to(old))
+def _file_id(path: Path) -> FileId | None:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        info = path.lstat()
+        return info.st_dev, info.st_ino
+    return None
 
 
 def _flush(folder: Path) -> None:
-    """Wait until the files of a folder are on the disk, so that a power cut does not leave empty ones."""
-    for place, _, names in os.walk(folder):
-        for name in (*names, "."):
-            path = os.path.join(place, name)
-            if os.path.isfile(path) or name == ".":
+    """Write the files of a folder to the disk, so that a power cut does not leave empty ones."""
+    for parent, _, names in os.walk(folder):
+        for path in (os.path.join(parent, name) for name in names):
+            if os.path.isfile(path):
                 _sync(path)
+        _sync(parent)
 
 
 def _sync(path: str) -> None:
-    if os.path.isdir(path) and os.name == "nt":
-        return
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # someone else's, and not written here
+    except PermissionError:  # another user's file, which was not written here, or a folder on Windows
         return
     try:
         os.fsync(descriptor)
@@ -308,7 +277,7 @@ def _sync(path: str) -> None:
 
 
 def _exchange(new: Path, target: Path) -> None:
-    """Let two folders take each other's names, in one step where the system can, else in two."""
+    """Swap the paths of two folders: in one step where the system can, else by two renames."""
     if _swap(new, target):
         _sync(str(target.parent))
         return
@@ -319,39 +288,31 @@ def _exchange(new: Path, target: Path) -> None:
             new.rename(target)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and not old.exists():
-                continue  # a loader has brought the old one back, see `recover`
+                continue  # another program has moved the old folder back, see `recover`
             if not target.exists():
                 old.rename(target)
             raise
-        with suppress(FileNotFoundError):  # a loader has brought back an empty one, which is gone now
+        with suppress(FileNotFoundError):  # another program had moved back an empty folder, which was replaced
             old.rename(new)
         return
     raise ArtefactError(str(target), "other programs keep changing it; try again when they have finished")
 
 
-@functools.cache
-def _system_call() -> Callable[[bytes, bytes], int] | None:
-    """The call of this system's that exchanges two names, None if there is none."""
-    try:
-        library: Any = ctypes.CDLL(None, use_errno=True)
-        if sys.platform == "darwin":
-            return lambda a, b: library.renamex_np(a, b, 2)  # RENAME_SWAP
-        library.renameat2  # noqa: B018  # an attribute of the C library, absent from old ones
-        return lambda a, b: library.renameat2(-100, a, -100, b, 2)  # AT_FDCWD, RENAME_EXCHANGE
-    except (OSError, AttributeError, TypeError):
-        return None
-
-
 def _swap(a: Path, b: Path) -> bool:
-    """Whether two folders were exchanged in one step; False if this system or this disk does not know how.
+    """Swap two paths by libc's atomic call; return False if the platform or the file system has none.
 
     Raises:
-        OSError: it knows how, and refuses.
+        OSError: the call failed.
     """
-    call = _system_call()
-    if call is None:
+    try:
+        libc: Any = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "darwin":
+            failed = libc.renamex_np(os.fsencode(a), os.fsencode(b), 2)  # RENAME_SWAP
+        else:
+            failed = libc.renameat2(-100, os.fsencode(a), -100, os.fsencode(b), 2)  # AT_FDCWD, RENAME_EXCHANGE
+    except (OSError, AttributeError, TypeError):  # Windows, or a C library that lacks the call
         return False
-    if call(os.fsencode(a), os.fsencode(b)) == 0:
+    if not failed:
         return True
     code = ctypes.get_errno()
     if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
@@ -359,30 +320,26 @@ def _swap(a: Path, b: Path) -> bool:
     raise OSError(code, os.strerror(code), str(b))
 
 
-def _clear(target: Path) -> None:
-    """Remove what savers of this folder left that were killed; there is no other at work."""
-    for leftover in _leftovers(target):
-        shutil.rmtree(leftover, ignore_errors=True)
+def recover(target: Path) -> None:
+    """Move the old folder back if a saver was killed between its two renames."""
+    with suppress(OSError):  # no parent folder or no permission; the caller will report that the target is missing
+        if moved := _moved_away(target):
+            max(moved, key=lambda path: path.stat().st_mtime).rename(target)
 
 
-def _leftovers(target: Path, end: str = r"(\.old)?") -> list[Path]:
-    pattern = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{32}" + end)
+def _moved_away(target: Path) -> list[Path]:
+    """Return the folders that savers have moved away in the first of two renames, if the second has not happened.
+
+    The target is then missing, or is an empty folder that another program made at that moment.
+    """
+    with suppress(FileNotFoundError):
+        if any(target.iterdir()):
+            return []
+    return _leftovers(target, r"\.old")
+
+
+def _leftovers(target: Path, suffix: str = r"(\.old)?") -> list[Path]:
+    """Return the folders beside the target that savers have made or moved away."""
+    pattern = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{32}" + suffix)
     with os.scandir(target.parent) as entries:
         return [Path(entry.path) for entry in entries if pattern.fullmatch(entry.name)]
-
-
-def recover(target: Path) -> None:
-    """Bring back the folder of a saver that was killed between the two steps of an exchange."""
-    try:
-        if old := _between(target):
-            max(old, key=lambda path: path.stat().st_mtime).rename(target)
-    except OSError:
-        return  # there is no such folder above, or it is not ours: whoever asked finds nothing, and says so
-
-
-def _drop_empty(target: Path) -> None:
-    """Take away the folder that was made here, unless the new one or anything else is in its place."""
-    try:
-        target.rmdir()
-    except OSError:
-        return

@@ -1,4 +1,4 @@
-"""What ``torch.save`` wrote, from strangers: its pickle is looked at first, and only then given to `torch.load`."""
+"""Read untrusted `torch.save` files; the pickle is checked before `torch.load` opens the file."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from featurizers.files.pickles import TENSORS_ALONE, PickleReader
 from featurizers.files.regular import opened
 
 MAX_PART = 4 * 2**20
-"""How many bytes there may be of the pickle, and of any other part but the numbers of the tensors."""
+"""Largest size in bytes of the pickle, and of any other entry that is not tensor data."""
 
 
 def load_torch(path: Path, where: str) -> Any:
-    """What ``torch.save`` wrote in a file: tensors, numbers, strings, tuples, lists and dicts, and nothing else.
+    """Load tensors, numbers, strings, tuples, lists and dicts from a `torch.save` file.
 
-    The tensors are mapped from the file, on the CPU, whatever device they were saved on. Before torch sees the file,
-    it is known to hold nothing that costs more than the file is large.
+    The tensors are memory-mapped on the CPU, whatever device they were saved on. The pickle is checked before torch
+    opens the file, so that loading takes time and memory in proportion to the file.
 
     Args:
-        path: of the file.
-        where: what to call its folder in an error.
+        path: the file.
+        where: name of its folder in errors.
 
     Raises:
-        WeightsError: it is not such a file, or it holds objects of other classes.
+        WeightsError: the file has another format, is damaged, or holds objects of other classes.
     """
     import torch
 
@@ -49,7 +49,7 @@ def load_torch(path: Path, where: str) -> Any:
             )
         if any(entry.compress_type != ZIP_STORED for entry in zipped.infolist()):
             raise WeightsError(
-                where, f"{name} cannot be read: it is a compressed zip archive, which torch.save never is"
+                where, f"{name} cannot be read: it is a compressed zip archive, which torch.save never writes"
             )
         if len(folders) != 1 or "data.pkl" not in sizes:
             raise WeightsError(where, f"{name} cannot be read: it is a zip archive that torch.save did not write")
@@ -60,6 +60,9 @@ def load_torch(path: Path, where: str) -> Any:
                     where, f"{name} cannot be read: {shown(part)} in it has {size} bytes, more than {MAX_PART}"
                 )
         if "byteorder" in sizes and zipped.read(f"{folder}/byteorder") != b"little":
-            raise WeightsError(where, f"{name} cannot be read: it is of a big-endian machine; save it on another one")
+            raise WeightsError(
+                where,
+                f"{name} cannot be read: it was saved on a big-endian machine; save it again on a little-endian one",
+            )
         PickleReader(where, name, sizes).check(zipped.read(f"{folder}/data.pkl"))
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -1,4 +1,4 @@
-"""What an artefact says: `config.json`, the weights, the card, sites as data, and files of other libraries as data.
+"""Files of an artefact: `config.json`, weights and card; sites as data; files of other libraries as data.
 
 This room imports `featurizers.files` and the top of the package. Nothing here builds a featurizer.
 """

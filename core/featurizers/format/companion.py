@@ -1,4 +1,4 @@
-"""Companion record: `intervenable.json`, which may stand beside the index of a collection, with its own tensors.
+"""Companion record: `intervenable.json`, which may accompany the index of a collection, with tensors of its own.
 
 `featurizers-pyvene` writes and reads it. The core copies it with the collection and compares checksums, for which it
 needs neither that plugin nor pyvene.
@@ -23,8 +23,8 @@ class CompanionPart(BaseModel):
     """Featurizer that a companion record refers to, an artefact of the same collection.
 
     Attributes:
-        subfolder: where the artefact is.
-        sha256: of its ``model.safetensors``.
+        subfolder: folder of the artefact within the collection.
+        sha256: checksum of its ``model.safetensors``.
     """
 
     model_config = ConfigDict(strict=True)
@@ -34,11 +34,11 @@ class CompanionPart(BaseModel):
 
 
 class Companion(BaseModel):
-    """What the core reads of a companion record; other keys belong to the plugin.
+    """Keys of a companion record that the core reads; the others belong to the plugin.
 
     Attributes:
-        featurizers: that the record refers to.
-        sha256: of ``intervenable.safetensors``.
+        featurizers: the featurizers that the record refers to.
+        sha256: checksum of ``intervenable.safetensors``.
     """
 
     model_config = ConfigDict(strict=True)

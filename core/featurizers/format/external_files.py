@@ -1,4 +1,4 @@
-"""Files that other libraries wrote, as a plugin's reader sees them: names, JSON and tensors, and no code."""
+"""Files of other libraries as data for a plugin's reader: names, JSON and tensors, never code."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class TensorFile:
     """A safetensors file of another library.
 
     Attributes:
-        path: of the file.
-        where: what to call its folder in an error.
-        specs: what its header says of each tensor.
+        path: the file.
+        where: name of its folder in errors.
+        specs: dtype and shape of each tensor, from the header.
     """
 
     path: Path
@@ -34,20 +34,19 @@ class TensorFile:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor."""
+        """Shape of each tensor."""
         return {name: spec.shape for name, spec in self.specs.items()}
 
     def read(self, name: str, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
-        """One tensor, or some of its rows or columns; one that is whole is mapped where it lies aligned in the file.
+        """Read a tensor, or some of its rows or columns. A whole tensor is memory-mapped if its data is aligned.
 
         Args:
-            name: of the tensor.
-            rows: int64 ``(k,)``; no other rows are read.
-            columns: int64 ``(k,)``, of a tensor of two axes; the whole is read, a block of rows at a time, and the
-                columns are kept.
+            name: name of the tensor.
+            rows: int64 ``(k,)``, the rows to read; no others are read.
+            columns: int64 ``(k,)``, the columns to keep of a matrix, which is read in blocks of 256 rows.
 
         Raises:
-            WeightsError: there is no such tensor, or it cannot be read.
+            WeightsError: the file has no such tensor, or it cannot be read.
         """
         import torch
         from safetensors import SafetensorError, safe_open
@@ -61,9 +60,8 @@ class TensorFile:
                 if rows is not None:
                     tensor = take_rows(file.get_slice(name), rows)
                 elif columns is not None:
-                    stored, step = file.get_slice(name), 256
-                    count = self.specs[name].shape[0]
-                    tensor = torch.cat([stored[start : start + step][:, columns] for start in range(0, count, step)])
+                    matrix, starts = file.get_slice(name), range(0, self.specs[name].shape[0], 256)
+                    tensor = torch.cat([matrix[start : start + 256][:, columns] for start in starts])
                 else:
                     tensor = aligned(file.get_tensor(name))
         except (SafetensorError, OSError, ValueError, RuntimeError, IndexError) as error:
@@ -73,15 +71,15 @@ class TensorFile:
 
 @dataclass(frozen=True)
 class ExternalFiles:
-    """A folder, or a folder of a repository at one commit, that has no ``config.json`` of ours.
+    """Files that another library wrote: a folder, or a folder of a repository at one commit.
 
     Attributes:
-        where: what to call it in an error.
-        names: its files, ``/`` between folders.
-        indices: int64 ``(k,)``, which features are wanted; None for all.
-        revision: the commit of a repository.
-        fetch: the local path of a file of so many bytes at most.
-        allow_nonfinite: whether tensors may hold NaN and infinity.
+        where: name of the folder in errors.
+        names: names of its files, ``/`` between folders.
+        indices: int64 ``(k,)``, the features to load; None for all.
+        revision: commit of the repository, None for a folder.
+        fetch: returns the local path of a file, given its name and its largest size in bytes.
+        allow_nonfinite: True if tensors may hold NaN and infinity.
     """
 
     where: str
@@ -92,25 +90,25 @@ class ExternalFiles:
     allow_nonfinite: bool = False
 
     def path(self, name: str, most: int | None = None) -> Path:
-        """The local path of a file, which is downloaded if need be.
+        """Return the local path of a file; download it first if necessary.
 
         Args:
-            name: of the file.
-            most: how many bytes it may have; a larger one is not downloaded.
+            name: name of the file.
+            most: largest size in bytes; a larger file is not downloaded.
 
         Raises:
             ManifestError: there is no such file, or it is larger.
-            HubError: it cannot be had.
+            HubError: the file cannot be downloaded.
         """
         if name not in self.names:
             raise ManifestError(self.where, f"there is no file {shown(name, 200)}")
         return self.fetch(name, most)
 
     def json(self, name: str) -> dict[str, Any]:
-        """A JSON object, read as strictly as our own.
+        """Read a JSON object, as strictly as the ``config.json`` of an artefact.
 
         Raises:
-            ManifestError: it is too large, not JSON, or no object.
+            ManifestError: the file is too large, not JSON, or not an object.
         """
         raw = read_bytes(self.path(name, MAX_CONFIG_BYTES), self.where, ManifestError, MAX_CONFIG_BYTES, name)
         data = parse_json(raw, self.where, name)
@@ -119,28 +117,28 @@ class ExternalFiles:
         return data
 
     def safetensors(self, name: str) -> TensorFile:
-        """A file of tensors, of which only the header is read.
+        """Read the header of a safetensors file.
 
         Raises:
-            WeightsError: it is not a whole safetensors file.
+            WeightsError: the file is not a complete safetensors file.
         """
         path = self.path(name)
         return TensorFile(path, self.where, read_header(path, self.where, name))
 
     def torch(self, name: str) -> Any:
-        """What ``torch.save`` wrote: tensors, numbers, strings, lists and dicts, and nothing else.
+        """Load tensors, numbers, strings, tuples, lists and dicts from a `torch.save` file.
 
-        The tensors are mapped from the file, on the CPU, whatever device they were saved on.
+        The tensors are memory-mapped on the CPU, whatever device they were saved on.
 
         Raises:
-            WeightsError: it is not such a file, or it holds objects of other classes.
+            WeightsError: the file has another format, or holds objects of other classes.
         """
         return load_torch(self.path(name), self.where)
 
     def npz(self, name: str) -> dict[str, Tensor]:
-        """The arrays that ``numpy.savez`` wrote, compressed or not, as tensors in memory of their own.
+        """Read the arrays of a `numpy.savez` file, compressed or not, as tensors.
 
         Raises:
-            WeightsError: it is not such a file, or it holds anything else than arrays of numbers.
+            WeightsError: the file has another format, or holds anything but arrays of numbers.
         """
         return load_npz(self.path(name), self.where)

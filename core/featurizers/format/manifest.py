@@ -1,4 +1,4 @@
-"""`config.json`: what an artefact says of itself. Reading it imports neither torch nor a plugin."""
+"""Read and write `config.json`, the description of an artefact. Imports neither torch nor a plugin."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FORMAT_VERSION: Final = 1
 MAX_CONFIG_BYTES: Final = 1_000_000
 MAX_CARD_BYTES: Final = 10_000_000
 MAX_DEPTH: Final = 64
-"""How deeply the JSON of a config may be nested."""
+"""Largest nesting depth of JSON."""
 
 RESERVED: Final = {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME}
 
@@ -39,7 +39,7 @@ def _not_a_file(subfolder: str) -> str:
 
 def _printable(text: str) -> str:
     if not text.isprintable():
-        raise ValueError("it holds characters that cannot be printed")
+        raise ValueError("it has characters that are not printable")
     return text
 
 
@@ -71,18 +71,18 @@ class SiteRecord(_Record):
 
     @classmethod
     def of(cls, site: Site) -> SiteRecord:
-        """The record of a site."""
+        """Return the record of a site."""
         fields = {name: getattr(site, name) for name in cls.model_fields}
         return cls(**{**fields, "position": None if site.position is None else list(site.position)})
 
     def site(self) -> Site:
-        """The site of a record."""
+        """Return the site of a record."""
         fields = self.model_dump()
         return Site(**{**fields, "position": None if self.position is None else tuple(self.position)})
 
 
 class Entry(_Record):
-    """One artefact in an `Index`."""
+    """An artefact in an `Index`."""
 
     kind: Name
     id: Name
@@ -90,17 +90,17 @@ class Entry(_Record):
 
 
 class Manifest(_Record):
-    """The ``config.json`` of one artefact, format version 1.
+    """Contents of the ``config.json`` of an artefact, format version 1.
 
     Attributes:
-        kind: registered name of the featurizer; looked up among the installed plugins and nowhere else.
-        id: a name for people.
+        kind: kind of the featurizer, looked up among the installed plugins and nowhere else.
+        id: name for people.
         config: configuration that the kind's ``Config`` validates.
-        site: where in which model it belongs.
-        features: names of the feature sets stored beside the weights.
-        saved_with: distributions and versions that wrote it.
-        sha256: of ``model.safetensors``.
-        metadata: anything.
+        site: place, and model, where the featurizer was found.
+        features: names of the feature sets stored with the weights.
+        saved_with: versions of the distributions that wrote it.
+        sha256: checksum of ``model.safetensors``.
+        metadata: any JSON.
     """
 
     library_name: Literal["featurizers"] = "featurizers"
@@ -129,15 +129,15 @@ class Manifest(_Record):
         return kind
 
     def entry(self) -> Entry:
-        """What an index says of this artefact."""
+        """Return the entry for this artefact in an index."""
         return Entry(kind=self.kind, id=self.id, site=None if self.site is None else str(self.site.site()))
 
 
 class Index(_Record):
-    """The ``config.json`` at the root of a folder of several artefacts.
+    """Contents of the ``config.json`` at the root of a collection.
 
     Attributes:
-        artefacts: subfolder of each, and what it holds.
+        artefacts: entry of each artefact, by subfolder.
     """
 
     library_name: Literal["featurizers"] = "featurizers"
@@ -146,31 +146,31 @@ class Index(_Record):
 
 
 def read(path: Path, where: str) -> Manifest | Index:
-    """The manifest or index in a ``config.json``.
+    """Read the manifest or index in a ``config.json``.
 
     Args:
         path: the file.
-        where: what to call its artefact in an error.
+        where: name of its artefact in errors.
 
     Raises:
-        ManifestError: it is not one, or was written by a newer version.
+        ManifestError: the file is malformed, or was written by a newer version.
     """
     return parse(read_bytes(path, where, ManifestError, MAX_CONFIG_BYTES), where)
 
 
 def named_folder(folder: Path, subfolder: str | None) -> Path:
-    """The folder of a name that may begin with ``~``."""
+    """Return the path of a folder, or of a subfolder, with ``~`` expanded."""
     try:
         return folder.expanduser() / (subfolder or "")
-    except RuntimeError:  # there is no such user
+    except RuntimeError:  # no such user
         return folder / (subfolder or "")
 
 
 def read_local(folder: Path, subfolder: str | None) -> tuple[Path, Manifest | Index]:
-    """The folder of an artefact or a collection, and its ``config.json``; none of its files may lie elsewhere.
+    """Read the ``config.json`` of a folder, and return the path of the folder too.
 
     Raises:
-        ManifestError: there is none.
+        ManifestError: there is no ``config.json``, or it is malformed.
         ArtefactError: a file is a link out of the folder.
     """
     root = named_folder(folder, None)
@@ -178,11 +178,11 @@ def read_local(folder: Path, subfolder: str | None) -> tuple[Path, Manifest | In
     try:
         if not (folder / CONFIG_NAME).exists():
             recover(root.resolve())
-        there = (folder / CONFIG_NAME).exists()
-    except (OSError, RuntimeError, ValueError):  # a name that no folder can have
-        there = False
+        exists = (folder / CONFIG_NAME).exists()
+    except (OSError, RuntimeError, ValueError):  # no folder can have this name
+        exists = False
     where = str(folder)
-    if not there:
+    if not exists:
         raise ManifestError(
             where,
             f"there is no {CONFIG_NAME}; give the folder that save_pretrained wrote, or convert another one",
@@ -193,7 +193,7 @@ def read_local(folder: Path, subfolder: str | None) -> tuple[Path, Manifest | In
 
 
 def parse(raw: bytes, where: str) -> Manifest | Index:
-    """As `read`, from the bytes of the file."""
+    """Parse the bytes of a ``config.json``, as `read` does."""
     data = parse_json(raw, where, CONFIG_NAME)
     if not isinstance(data, dict) or data.get("library_name") != LIBRARY_NAME:
         raise (NotOursError if isinstance(data, dict) else ManifestError)(
@@ -218,10 +218,10 @@ def parse(raw: bytes, where: str) -> Manifest | Index:
 
 
 def parse_json(raw: bytes, where: str, name: str) -> Any:
-    """What strict JSON says: no repeated key, no NaN or infinity, not too large and not too deep.
+    """Parse strict JSON.
 
     Raises:
-        ManifestError: it is not that.
+        ManifestError: the JSON is malformed, too large or nested too deeply, repeats a key, or holds NaN or infinity.
     """
     if len(raw) > MAX_CONFIG_BYTES:
         raise ManifestError(where, f"{name} is larger than {MAX_CONFIG_BYTES} bytes")
@@ -240,10 +240,10 @@ def parse_json(raw: bytes, where: str, name: str) -> Any:
 
 
 def dump(record: Manifest | Index) -> bytes:
-    """The bytes of a ``config.json``.
+    """Return the bytes of a ``config.json``.
 
     Raises:
-        ManifestError: its free metadata is not JSON, or is too large to be read again.
+        ManifestError: the metadata is not JSON, or the file would be too large to be read again.
     """
     try:
         raw = (json.dumps(record.model_dump(), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
@@ -269,7 +269,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def repeated(names: Iterable[str]) -> str | None:
-    """The first name that occurs a second time."""
+    """Return the first name that occurs a second time, None if all differ."""
     seen: set[str] = set()
     for name in names:
         if name in seen:

@@ -1,4 +1,4 @@
-"""`Site`: a place in a model where activations are read or written, named the same for every architecture."""
+"""Sites: places in a model where activations are read or written, with the same names for every architecture."""
 
 from __future__ import annotations
 
@@ -17,29 +17,28 @@ BLOCK_KINDS: Final = {
     "mlp.out": "output of the MLP module",
     "mlp.act": "activations of the neurons, the input of the MLP's down projection",
 }
-"""Kinds of site that every block has."""
+"""Kinds of site that each block has."""
 
 MODEL_KINDS: Final = {"embed": "output of the token embedding", "norm.out": "output of the final norm"}
-"""Kinds of site that a model has once."""
+"""Kinds of site that a model has only once."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place in a model, and what is known of the model it was found in.
+    """A place in a model, and the model and positions where a featurizer was found there.
 
-    Written ``resid.post:8``; ``attn.z:8:3`` is head 3 of layer 8; ``embed`` and ``norm.out`` have no layer; and
-    ``module:model.layers.8.mlp:output`` is any module's input or output. Layers and heads count from 0.
+    A site is written ``resid.post:8``. ``attn.z:8:3`` is head 3 of layer 8, ``embed`` and ``norm.out`` have no layer,
+    and ``module:model.layers.8.mlp:output`` is the output of any module. Layers and heads count from 0.
 
-    Only the first five fields say *which* place it is; the others record where a featurizer was found and do not
-    take part in comparisons.
+    The first five fields identify the place. The others record where a featurizer was found; comparisons ignore them.
 
     Attributes:
-        kind: one of `BLOCK_KINDS` and `MODEL_KINDS`, or ``module``.
-        layer: block, where the kind has one.
+        kind: a key of `BLOCK_KINDS` or `MODEL_KINDS`, or ``module``.
+        layer: number of the block, for kinds of `BLOCK_KINDS`.
         head: attention head, for ``attn.z`` only.
-        module: path of a module, for ``module`` sites.
-        side: its ``input`` or its ``output``, likewise.
-        position: token positions that the featurizer was found at; -1 is the last token of the prompt.
+        module: path of the module, for ``module`` sites.
+        side: ``input`` or ``output``, for ``module`` sites.
+        position: token positions at which the featurizer was found; -1 is the last token of the prompt.
         model: Hub id of the model.
         model_revision: commit of the model.
 
@@ -60,9 +59,9 @@ class Site:
     model_revision: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a site that does not say which place it is."""
+        """Raise a `SiteError` unless the fields identify one place."""
         if self.kind != "module" and (self.module is not None or self.side is not None):
-            raise SiteError(f"{self.kind!r} is found by its name; a module and a side belong to kind 'module'")
+            raise SiteError(f"{self.kind!r} takes no module and no side; only the kind 'module' does")
         if self.kind in BLOCK_KINDS:
             wrong = not _is_count(self.layer) or (self.head is not None and self.kind != "attn.z")
             if wrong or (self.head is not None and not _is_count(self.head)):
@@ -72,7 +71,7 @@ class Site:
                 raise SiteError(f"{self.kind!r} has no layer and no head")
         elif self.kind == "module":
             if self.module and not self.module.isprintable():
-                raise SiteError(f"the path of a module is printable, not {self.module!r}")
+                raise SiteError(f"the path of a module must be printable, not {self.module!r}")
             numbered = self.layer is not None or self.head is not None
             if numbered or not self.module or self.side not in ("input", "output"):
                 raise SiteError("a module site is written 'module:PATH:input' or 'module:PATH:output'")
@@ -81,11 +80,11 @@ class Site:
             raise SiteError(f"unknown kind of site {self.kind!r}; the kinds are {known}")
 
     def __eq__(self, other: object) -> bool:
-        """Whether both are the same place, wherever they were found."""
+        """Return True for the same place, whatever model and positions are recorded."""
         return isinstance(other, Site) and self._place == other._place
 
     def __hash__(self) -> int:
-        """Consistent with equality."""
+        """Return a hash that is consistent with equality."""
         return hash(self._place)
 
     @property
@@ -93,17 +92,17 @@ class Site:
         return self.kind, self.layer, self.head, self.module, self.side
 
     def __str__(self) -> str:
-        """The form that `parse` reads."""
+        """Return the form that `parse` reads."""
         if self.kind == "module":
             return f"module:{self.module}:{self.side}"
         return ":".join(str(part) for part in (self.kind, self.layer, self.head) if part is not None)
 
     @classmethod
     def parse(cls, text: str | Site) -> Site:
-        """The site that a string such as ``resid.post:8`` names; a `Site` is returned as it is.
+        """Return the site that a string such as ``resid.post:8`` names; a `Site` is returned unchanged.
 
         Raises:
-            SiteError: the string is not a site.
+            SiteError: the string does not name a site.
         """
         if isinstance(text, Site):
             return text
@@ -112,7 +111,7 @@ class Site:
         kind, colon, rest = text.partition(":")
         if kind == "module":
             module, _, side = rest.rpartition(":")
-            return cls("module", module=module, side=side)  # type: ignore[arg-type]  # checked above
+            return cls("module", module=module, side=side)  # type: ignore[arg-type]  # __post_init__ checks it
         numbers = rest.split(":") if colon else []
         if len(numbers) > 2 or not all(number.isascii() and number.isdecimal() for number in numbers):
             raise SiteError(f"cannot read the site {text!r}; write 'resid.post:8', 'attn.z:8:3' or 'embed'")
@@ -126,7 +125,7 @@ class Site:
         model: str | None = None,
         model_revision: str | None = None,
     ) -> Site:
-        """The same place, with where it was found; what is not given stays as it was."""
+        """Return a copy that records where a featurizer was found; omitted fields keep their values."""
         return replace(
             self,
             position=self.position if position is None else position,
@@ -137,14 +136,14 @@ class Site:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where a model keeps its blocks: what a plugin's ``featurizers_anatomy`` returns.
+    """Paths of a model's blocks and their parts, which a plugin's ``featurizers_anatomy`` returns.
 
     Attributes:
         decoder: path of the module that owns the blocks and is called with the attention mask.
         layers: path of the `nn.ModuleList` of blocks.
-        attention: path of the attention module within a block, None if blocks have none.
-        mlp: path of the MLP module within a block, None if blocks have none.
-        out_projection: path of attention's output projection within a block.
+        attention: path of the attention module within a block, None if blocks have no attention.
+        mlp: path of the MLP module within a block, None if blocks have no MLP.
+        out_projection: path of the attention's output projection within a block.
         down_projection: path of the MLP's down projection within a block.
     """
 

@@ -196,11 +196,12 @@ def _parsed(
     if not isinstance(about, dict):
         raise ArtefactError(where, f"{name} is not a JSON object")
     if format is not None:
-        if (found := about.pop("format", None)) != format:
-            raise ArtefactError(where, f"{name} has the format {shown(found)}, not {format!r}")
-        found = about.pop("version", None)
-        if type(found) is not type(version) or found != version:
-            raise ArtefactError(where, f"{name} has version {shown(found)}; this release reads version {version}")
+        stored_format, stored_version = about.pop("format", None), about.pop("version", None)
+        if stored_format != format:
+            raise ArtefactError(where, f"{name} has the format {shown(stored_format)}, not {format!r}")
+        if type(stored_version) is not type(version) or stored_version != version:
+            text = f"{name} has version {shown(stored_version)}; this release reads version {version}"
+            raise ArtefactError(where, text)
     if schema is None:
         return about
     try:

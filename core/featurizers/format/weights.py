@@ -1,4 +1,4 @@
-"""`model.safetensors`: its header is checked against what a config implies before any tensor is read."""
+"""Read and write `model.safetensors`; its header is checked against the config before any tensor is read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
 from featurizers.errors import WeightsError, one_line, shown
 from featurizers.files.regular import looks_like, opened
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES: Final = 10_000_000
 SET_PREFIX: Final = "features."
-"""What the names of stored feature sets begin with."""
+"""Prefix of the tensor names of feature sets."""
 
 ALIGNMENT: Final = 64
-"""Bytes, of which torch's own tensors begin at a multiple."""
+"""Torch aligns tensors to this many bytes."""
 METADATA: Final = "__metadata__"
 MAX_AXES: Final = 16
 FLOATS: Final = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 OTHERS: Final = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
 DTYPES: Final = {**FLOATS, **OTHERS}
-"""What safetensors calls the dtypes that an artefact may hold, and what torch calls them."""
+"""Torch's name of each safetensors dtype that an artefact may hold."""
 
 ITEM_BYTES: Final = {
     "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8
@@ -39,20 +39,20 @@ ITEM_BYTES: Final = {
 
 @dataclass(frozen=True)
 class Spec:
-    """What a header says of one tensor: torch's name of its dtype, and its shape."""
+    """Dtype (torch's name) and shape of a tensor, as a header gives them."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 def read_header(path: Path, where: str, file_name: str = WEIGHTS_NAME) -> dict[str, Spec]:
-    """Names, dtypes and shapes of the tensors in a safetensors file; reads no tensor.
+    """Read the names, dtypes and shapes of the tensors in a safetensors file, and no tensor.
 
-    It is as strict as the format's specification, and stricter than its readers: no name occurs twice, and the tensors
-    fill the file without a gap, an overlap or a byte too many.
+    The check is stricter than the safetensors library, which accepts repeated names, unknown keys, leading spaces and
+    headers of 100 MB, and whose errors mostly do not name the tensor.
 
     Raises:
-        WeightsError: it is not a whole safetensors file.
+        WeightsError: the file is not a complete safetensors file.
     """
     return read_header_and_metadata(path, where, file_name)[0]
 
@@ -60,66 +60,67 @@ def read_header(path: Path, where: str, file_name: str = WEIGHTS_NAME) -> dict[s
 def read_header_and_metadata(
     path: Path, where: str, file_name: str = WEIGHTS_NAME
 ) -> tuple[dict[str, Spec], dict[str, str]]:
-    """Read the strings of ``__metadata__`` too; the rest as `read_header`.
+    """Read the header of a safetensors file, and the strings of its ``__metadata__``; checked as in `read_header`.
 
     Raises:
-        WeightsError: it is not a whole safetensors file.
+        WeightsError: the file is not a complete safetensors file.
     """
     with opened(path, where, WeightsError, file_name) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(8)
         length = int.from_bytes(head, "little")
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            looks = looks_like(head + file.read(100)) or "it is cut short, or something else"
-            raise WeightsError(where, f"{file_name} ({size} bytes) is not a whole safetensors file: {looks}")
+            reason = looks_like(head + file.read(100)) or "it is cut short, or has another format"
+            raise WeightsError(where, f"{file_name} ({size} bytes) is not a whole safetensors file: {reason}")
         raw = file.read(length)
     try:
-        header = _parse_header(raw)
-        specs = {name: _spec(name, entry) for name, entry in header.items() if name != METADATA}
-        end = 8 + length + _end([(*entry["data_offsets"], name) for name, entry in header.items() if name != METADATA])
+        header, metadata = _parse_header(raw)
+        specs = {name: _spec(name, entry) for name, entry in header.items()}
+        end = 8 + length + _end([(*entry["data_offsets"], name) for name, entry in header.items()])
     except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise WeightsError(where, f"{file_name} has a damaged header: {one_line(reason)}") from error
+        problem = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise WeightsError(where, f"{file_name} has a damaged header: {one_line(problem)}") from error
     if size != end:
         raise WeightsError(where, f"{file_name} has {size} bytes, its header promises {end}; fetch it again")
-    return specs, header.get(METADATA, {})
+    return specs, metadata
 
 
-def _parse_header(raw: bytes) -> dict[str, Any]:
-    """A JSON object with the metadata, if there is any, as the format has it."""
+def _parse_header(raw: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the entries of the tensors in a header and the strings of its metadata, after checking strict JSON.
+
+    Raises:
+        ValueError: the header is not JSON, repeats a name, holds a number that is not natural, or has invalid metadata.
+    """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) != len(items):
+        entries = dict(items)
+        if len(entries) != len(items):
             raise ValueError(f"the name {shown(repeated(name for name, _ in items))} is repeated")
-        return found
+        return entries
 
     def natural(number: str) -> int:
-        if not number.isdigit():  # "-0" too, which safetensors takes for a fraction
+        if not number.isdigit():  # NaN, 8.0, -1, and -0, which safetensors reads as a float
             raise ValueError(f"{shown(number, 40)} is not a natural number")
         return int(number)
-
-    def refuse(number: str) -> NoReturn:
-        raise ValueError(f"{shown(number, 40)} is not a natural number")
 
     if raw[:1] != b"{":
         raise ValueError("it does not begin with '{'")
     header: dict[str, Any] = json.loads(
-        raw.decode("utf-8"), object_pairs_hook=pairs, parse_int=natural, parse_constant=refuse, parse_float=refuse
+        raw.decode("utf-8"), object_pairs_hook=pairs, parse_int=natural, parse_constant=natural, parse_float=natural
     )
-    metadata = header.get(METADATA, {})
+    metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{METADATA} is not an object of strings")
     for name in (*header, *metadata, *metadata.values()):
-        name.encode()  # half of a surrogate pair is JSON, and no text
-    return header
+        name.encode()  # raises an exception for a lone surrogate, which JSON allows
+    return header, metadata
 
 
 def _spec(name: str, entry: Any) -> Spec:
-    """What a header's entry says, if it is one that agrees with itself.
+    """Return the dtype and shape in a tensor's entry.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the entry is malformed, or its size does not fit its dtype and shape.
     """
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"the tensor {shown(name)} has {shown(entry)}, not a dtype, a shape and data_offsets")
@@ -130,9 +131,9 @@ def _spec(name: str, entry: Any) -> Spec:
         raise ValueError(f"the tensor {shown(name)} has the shape {shown(shape)}")
     if not _naturals(offsets) or len(offsets) != 2:
         raise ValueError(f"the tensor {shown(name)} has the data_offsets {shown(offsets)}")
-    if (held := offsets[1] - offsets[0]) != (implied := math.prod(shape) * ITEM_BYTES[dtype]):
+    if (size := offsets[1] - offsets[0]) != (implied := math.prod(shape) * ITEM_BYTES[dtype]):
         raise ValueError(
-            f"the tensor {shown(name)} has {shown(held)} bytes, but {shown(implied)} by its shape {shown(shape)}"
+            f"the tensor {shown(name)} has {shown(size)} bytes, but {shown(implied)} by its shape {shown(shape)}"
         )
     return Spec(DTYPES[dtype], tuple(shape))
 
@@ -142,7 +143,11 @@ def _naturals(value: Any) -> bool:
 
 
 def _end(extents: list[tuple[int, int, str]]) -> int:
-    """Where the last tensor ends, if each begins where the one before it ends."""
+    """Return where the last tensor ends, given the start, end and name of each.
+
+    Raises:
+        ValueError: a tensor does not begin where the previous one ends.
+    """
     end = 0
     for start, stop, name in sorted(extents):
         if start != end:
@@ -152,7 +157,7 @@ def _end(extents: list[tuple[int, int, str]]) -> int:
 
 
 def check_header(
-    found: Mapping[str, Spec],
+    specs: Mapping[str, Spec],
     expected: Mapping[str, Tensor],
     feature_sets: list[str],
     where: str,
@@ -162,29 +167,31 @@ def check_header(
 ) -> None:
     """Compare a header with the state dict that a config implies.
 
-    A floating-point tensor may be stored in any floating-point dtype; every other dtype is exact.
+    A floating-point tensor may be stored in any floating-point dtype; other dtypes must be equal.
 
     Args:
-        found: what the header says.
+        specs: dtypes and shapes in the header.
         expected: the state dict.
-        feature_sets: names of those stored beside it.
-        where: what to call the artefact in an error.
-        file_name: of the tensors.
-        config_name: of the file beside it that implies them.
+        feature_sets: names of the feature sets stored with it.
+        where: name of the artefact in errors.
+        file_name: name of the file of tensors.
+        config_name: name of the config that implies them.
 
     Raises:
-        WeightsError: tensors are missing, unknown, or of another shape or dtype.
+        WeightsError: a tensor is missing, unknown, or has another shape or dtype.
     """
     stored_sets = {f"{SET_PREFIX}{name}" for name in feature_sets}
-    missing = (set(expected) | stored_sets) - set(found)
-    unknown = set(found) - set(expected) - stored_sets
-    if missing or unknown:
-        parts = [f"lacks {shown_names(missing)}"] * bool(missing) + [f"has unknown {shown_names(unknown)}"] * bool(
-            unknown
-        )
-        raise WeightsError(where, f"{file_name} {' and '.join(parts)}; its {config_name} is of another artefact")
+    missing = (set(expected) | stored_sets) - set(specs)
+    unknown = set(specs) - set(expected) - stored_sets
+    problems = []
+    if missing:
+        problems.append(f"lacks {shown_names(missing)}")
+    if unknown:
+        problems.append(f"has unknown {shown_names(unknown)}")
+    if problems:
+        raise WeightsError(where, f"{file_name} {' and '.join(problems)}; its {config_name} is of another artefact")
     for name, tensor in expected.items():
-        spec = found[name]
+        spec = specs[name]
         if spec.shape != tuple(tensor.shape):
             raise WeightsError(
                 where,
@@ -197,7 +204,7 @@ def check_header(
 
 
 def shown_names(names: Iterable[str]) -> str:
-    """The first few names of tensors, as an error shows them."""
+    """Return the first five tensor names for an error."""
     ordered = sorted(names)
     return f"[{', '.join(map(shown, ordered[:5]))}{', …' if len(ordered) > 5 else ''}]"
 
@@ -210,17 +217,17 @@ def read_tensors(
     *,
     allow_nonfinite: bool = False,
 ) -> dict[str, Tensor]:
-    """The tensors of a file whose header was checked.
+    """Read the tensors of a file whose header was checked.
 
     Args:
-        path: of the file.
-        device: where to put them.
-        where: what to call the artefact in an error.
-        rows: int64 ``(k,)`` for each tensor of which only these rows are wanted; no others are read.
-        allow_nonfinite: take NaN and infinity too.
+        path: the file.
+        device: device to put them on; None for the CPU.
+        where: name of the artefact in errors.
+        rows: int64 ``(k,)`` by the name of a tensor, the only rows of it to read.
+        allow_nonfinite: accept NaN and infinity.
 
     Raises:
-        WeightsError: they cannot be read, or one holds NaN or infinity.
+        WeightsError: a tensor cannot be read, or holds NaN or infinity.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -229,11 +236,11 @@ def read_tensors(
         with safe_open(path, framework="pt", device=str(device) if device is not None else "cpu") as file:
             tensors = {
                 name: take_rows(file.get_slice(name), rows[name]) if name in rows else aligned(file.get_tensor(name))
-                for name in file.keys()  # noqa: SIM118  # it is no mapping
+                for name in file.keys()  # noqa: SIM118  # not a mapping
             }
-        if rows:  # one tensor that is mapped would keep the file's pages
+        if rows:  # a single mapped tensor would keep the whole file mapped
             tensors = {name: tensor if name in rows else tensor.clone() for name, tensor in tensors.items()}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # the last for a device that is not there
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: the device does not exist
         raise WeightsError(where, f"{path.name} cannot be read: {one_line(error)}") from error
     if not allow_nonfinite:
         check_finite(tensors, where)
@@ -241,37 +248,37 @@ def read_tensors(
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor where torch would have put it: products of matrices round by the address that they are at.
+    """Copy the tensor to 64-byte-aligned memory if needed: matmul kernels round differently on unaligned data.
 
-    A file is mapped, and its tensors begin anywhere in it. Copied, a featurizer that was saved and loaded gives the
-    bits that it gave.
+    In a memory-mapped file a tensor may begin at any address. With aligned copies a loaded featurizer computes the same
+    bits as the one that was saved.
     """
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def take_rows(stored: Any, rows: Tensor) -> Tensor:
-    """Some rows of a tensor in a file, which are all that is read of it; neighbours in one piece.
+    """Read some rows of a tensor in a file, adjacent rows at once, and no others.
 
     Args:
-        stored: a slice of safetensors.
-        rows: int64 ``(k,)``, in the order wanted.
+        stored: slice object of safetensors.
+        rows: int64 ``(k,)``, the rows in the order of the result.
     """
     import torch
 
-    wanted = rows.tolist()
-    starts = [i for i in range(len(wanted)) if i == 0 or wanted[i] != wanted[i - 1] + 1]
+    numbers = rows.tolist()
+    starts = [i for i in range(len(numbers)) if i == 0 or numbers[i] != numbers[i - 1] + 1]
     pieces = [
-        stored[wanted[start] : wanted[end - 1] + 1].clone()
-        for start, end in zip(starts, [*starts[1:], len(wanted)], strict=True)
+        stored[numbers[start] : numbers[end - 1] + 1].clone()
+        for start, end in zip(starts, [*starts[1:], len(numbers)], strict=True)
     ]
     return torch.cat(pieces)
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, where: str) -> str:
-    """Write tensors, with the mode that the umask gives, and return the file's sha256.
+    """Write tensors to a file, whose mode follows the umask, and return its sha256.
 
     Raises:
-        WeightsError: one could not be read again: it has a dtype that no artefact holds, or holds NaN or infinity.
+        WeightsError: a tensor has a dtype that an artefact cannot hold, or holds NaN or infinity; the write failed.
     """
     check_finite(tensors, where)
     save_tensors(tensors, path, where)
@@ -291,26 +298,25 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, where: str, metadata
         if (dtype := str(tensor.dtype).removeprefix("torch.")) not in DTYPES.values():
             raise WeightsError(where, f"tensor {name!r} is {dtype}; an artefact holds {', '.join(DTYPES.values())}")
     path.touch()
-    mode = path.stat().st_mode  # save_file leaves 0600 whatever the umask
-    # safetensors refuses views and shared storage
+    mode = path.stat().st_mode  # save_file sets 0600 whatever the umask
+    # clones, because safetensors refuses views and shared storage
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
         save_file(stored, path, metadata)
-    except SafetensorError as error:  # a full disk, above all
+    except SafetensorError as error:  # above all for a full disk
         raise WeightsError(where, f"{path.name} cannot be written: {one_line(error)}") from error
     path.chmod(mode)
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise `WeightsError` if a tensor holds NaN or infinity."""
+    """Raise a `WeightsError` if a tensor holds NaN or infinity."""
+    import torch
+
     for name, tensor in tensors.items():
         if not is_finite(tensor):
-            wrong = ~(tensor.float() if tensor.element_size() == 1 else tensor).isfinite()
-            count, first = int(wrong.count_nonzero()), list[int]()
-            place = int(wrong.flatten().byte().argmax())
-            for size in reversed(tensor.shape):
-                place, index = divmod(place, size)
-                first.insert(0, index)
+            nonfinite = ~(tensor.float() if tensor.element_size() == 1 else tensor).isfinite()
+            count = int(nonfinite.count_nonzero())
+            first = [int(index) for index in torch.unravel_index(nonfinite.flatten().byte().argmax(), tensor.shape)]
             raise WeightsError(
                 where,
                 f"tensor {shown(name)} holds NaN or infinity: {count} of its {tensor.numel()} numbers, the "
@@ -319,10 +325,10 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every number of a tensor is finite."""
-    # a sum is finite only if every element is; it may overflow, so that only then each is looked at
-    if tensor.is_floating_point() and tensor.element_size() == 1:  # torch knows no infinity of these
+    """Return True if the tensor holds neither NaN nor infinity."""
+    if tensor.is_floating_point() and tensor.element_size() == 1:  # torch has no isfinite for 8-bit floats
         tensor = tensor.float()
+    # A finite sum proves it cheaply; a sum that is not finite may have overflowed, so each element is then checked.
     return not tensor.is_floating_point() or bool(tensor.float().sum().isfinite()) or bool(tensor.isfinite().all())
 
 
@@ -332,15 +338,15 @@ def verify_weights(path: Path, expected: str, where: str) -> None:
     Raises:
         WeightsError: they differ.
     """
-    if (found := sha256(path, where)) != expected:
-        raise WeightsError(where, f"{path.name} has sha256 {found}, its config says {expected}; fetch it again")
+    if (actual := sha256(path, where)) != expected:
+        raise WeightsError(where, f"{path.name} has sha256 {actual}, its config says {expected}; fetch it again")
 
 
 def sha256(path: Path, where: str) -> str:
-    """Hexadecimal sha256 of a file.
+    """Return the hexadecimal sha256 of a file.
 
     Raises:
-        WeightsError: it cannot be read.
+        WeightsError: the file cannot be read.
     """
     with opened(path, where, WeightsError) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,6 @@
-"""Language models: finding sites and positions, describing an edit, and running the model with it.
+"""Language models: sites and positions, operations on activations, hooks, and surgery on decoders.
 
-This room imports `featurizers.registry`, `featurizers.features` and the rooms below them. It knows no files.
+This room imports `featurizers.registry`, `featurizers.features` and the rooms below them. It reads and writes no files.
 """
 
 import lazy_loader

@@ -1,11 +1,10 @@
-"""`Anatomy`: where a decoder of `transformers` keeps the modules that sites name, found by looking at it."""
+"""`Anatomy`: finds the module that a site means in a model, by looking at the model."""
 
 from __future__ import annotations
 
 import functools
 import re
 import warnings
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -13,17 +12,12 @@ from torch import Tensor, nn
 
 from featurizers.errors import PluginError, SiteError
 from featurizers.format.sites import Blocks, Side, Site
+from featurizers.models.detection import EMBEDDING, FINAL_NORM, block_lists, blocks_at, first_child, join, submodule
 from featurizers.models.projections import input_width
 from featurizers.registry.plugin_host import host
 
-ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-MLP = ("mlp", "feed_forward", "ffn", "ff")
-OUT_PROJECTION = ("o_proj", "c_proj", "out_proj", "dense", "wo")
-DOWN_PROJECTION = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo")
-EMBEDDING = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
-FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 RESIDUAL = {"block_input", "block_output", "attention_input", "attention_output", "mlp_input", "mlp_output"}
-"""What pyvene calls places that are as wide as the residual stream."""
+"""pyvene's names for places that are as wide as the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +25,10 @@ class Place:
     """A site in one model.
 
     Attributes:
-        path: the module's name in ``model.named_modules()``.
+        path: name of the module in ``model.named_modules()``.
         module: the module.
-        side: whether the activations are its first input or its (first) output.
-        columns: the part of the last axis that is the site, for a head.
+        side: ``input`` for its first input, ``output`` for its (first) output.
+        columns: part of the last axis that belongs to the site, for a head; None for the whole axis.
     """
 
     path: str
@@ -44,7 +38,10 @@ class Place:
 
 
 class Anatomy:
-    """The sites of one model.
+    """Sites of one model.
+
+    The blocks are found when they are first asked for. Make a new `Anatomy` after the model has changed: that takes
+    some microseconds.
 
     Args:
         model: a decoder of `transformers`, with or without its language-model head, or a module that a plugin's
@@ -58,27 +55,31 @@ class Anatomy:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._config = _text_config(model)
+
+    @functools.cached_property
+    def _config(self) -> Any:
+        config: Any = getattr(self.model, "config", None)
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
 
     @functools.cached_property
     def blocks(self) -> Blocks:
-        """Where the model keeps its blocks.
+        """Paths of the blocks and of their parts.
 
         Raises:
-            SiteError: they cannot be found.
+            SiteError: no blocks were found.
         """
         return self._find_blocks()
 
     @property
     def layers(self) -> nn.Module:
-        """The list of blocks."""
-        return self.model.get_submodule(self.blocks.layers)
+        """List of blocks."""
+        return submodule(self.model, self.blocks.layers)
 
     @property
     def decoder(self) -> nn.Module:
-        """The module that owns the blocks and is called with the attention mask; the model if none are found."""
+        """Module that owns the blocks and is called with the attention mask; the model if it has no blocks."""
         try:
-            return self.model.get_submodule(self.blocks.decoder)
+            return submodule(self.model, self.blocks.decoder)
         except SiteError:  # module sites need no blocks
             return self.model
 
@@ -88,21 +89,25 @@ class Anatomy:
         return len(self.layers)  # type: ignore[arg-type]
 
     def place(self, site: Site | str) -> Place:
-        """The module, side and columns that a site means in this model.
+        """Return the module, side and columns that a site means in this model.
 
         Raises:
-            SiteError: the model does not have it; the message names what is missing.
+            SiteError: the model does not have the site; the message names what is missing.
         """
         site = Site.parse(site)
         path, side = self._path(site)
         try:
-            module = self.model.get_submodule(path)
+            module = submodule(self.model, path)
         except AttributeError as error:
             raise SiteError(f"{site}: {type(self.model).__name__} has no module {path!r}") from error
         return Place(path, module, side, None if site.head is None else self._head(site, site.head, module))
 
     def pyvene_component(self, site: Site | str) -> str:
-        """The site as pyvene writes a module path: ``model.layers[8].output``."""
+        """Return a site in the form of a module path of pyvene: ``model.layers[8].output``.
+
+        Raises:
+            SiteError: the model does not have the site, or the site is a head.
+        """
         place = self.place(site)
         if place.columns is not None:
             raise SiteError(f"{site}: pyvene selects a head by its unit 'h', not by a module path")
@@ -111,7 +116,7 @@ class Anatomy:
         return f"{indexed}.{place.side}"
 
     def residual_width(self, component: str) -> int | None:
-        """Width of the residual stream, if a component of pyvene's is known to be as wide; None if it is not."""
+        """Return the width of the residual stream if a pyvene component is known to be as wide, else None."""
         path = re.sub(r"\[(\d+)\]", r".\1", component.rpartition(".")[0])
         if component not in RESIDUAL:
             try:
@@ -129,7 +134,9 @@ class Anatomy:
             return site.module, site.side
         if site.layer is None:
             names = EMBEDDING if site.kind == "embed" else FINAL_NORM
-            return _join(self.blocks.decoder, self._child(self.decoder, names, site.kind)), "output"
+            if (name := first_child(self.decoder, names)) is None:
+                raise SiteError(f"{site}: no such module was found in {type(self.decoder).__name__}. {_HELP}")
+            return join(self.blocks.decoder, name), "output"
         if site.layer >= self.n_layers:
             raise SiteError(f"{site}: {type(self.model).__name__} has {self.n_layers} layers, 0 to {self.n_layers - 1}")
         within, side = {
@@ -143,7 +150,7 @@ class Anatomy:
         if within is None:
             block = type(self.layers[site.layer]).__name__  # type: ignore[index]
             raise SiteError(f"{site}: no such part was found in {block}. {_HELP}")
-        return _join(self.blocks.layers, str(site.layer), within), side  # type: ignore[return-value]
+        return join(self.blocks.layers, str(site.layer), within), side  # type: ignore[return-value]
 
     def _head(self, site: Site, head: int, projection: nn.Module) -> slice:
         width, heads = input_width(projection), getattr(self._config, "num_attention_heads", None)
@@ -154,58 +161,27 @@ class Anatomy:
         size = width // heads
         return slice(head * size, (head + 1) * size)
 
-    # ---- finding the blocks
-
     def _find_blocks(self) -> Blocks:
-        layers = self._layers_path()
         try:
-            if (found := host().anatomy(self.model)) is not None:
-                return found
+            if (blocks := host().anatomy(self.model)) is not None:
+                return blocks
         except PluginError as error:
-            if layers is None:
+            if not (lists := self._lists()):
                 raise
             warnings.warn(f"{error} The blocks of the model were found without it.", stacklevel=2)
-        if layers is None:
+        else:
+            lists = self._lists()
+        if not lists:
             host().load_all()
-            if (found := host().anatomy(self.model)) is not None:
-                return found
+            if (blocks := host().anatomy(self.model)) is not None:
+                return blocks
             self._refuse(f"no list of {getattr(self._config, 'num_hidden_layers', '?')} blocks was found")
-        block = self.model.get_submodule(layers)[0]  # type: ignore[index]
-        attention = _first_child(block, ATTENTION)
-        out = _first_descendant(block, attention, OUT_PROJECTION)
-        mlp = _first_child(block, MLP)
-        return Blocks(
-            decoder=layers.rpartition(".")[0],
-            layers=layers,
-            attention=attention,
-            mlp=mlp,
-            out_projection=out,
-            down_projection=_first_descendant(block, mlp, DOWN_PROJECTION),
-        )
+        if len(lists) > 1:
+            self._refuse(f"several lists look like its blocks: {', '.join(lists)}")
+        return blocks_at(self.model, lists[0])
 
-    def _layers_path(self) -> str | None:
-        count = getattr(self._config, "num_hidden_layers", None)
-        found = [
-            name
-            for name, module in _lists(self.model)
-            if len(module) == count
-            and len({type(block) for block in module}) == 1
-            and _first_child(module[0], (*ATTENTION, *MLP))
-        ]
-        # A model that sees as well has a second list; the words are in the one beside a token embedding.
-        spoken = [name for name in found if _first_child(self._parent(name), EMBEDDING)]
-        found = spoken or found
-        if len(found) > 1:
-            self._refuse(f"several lists look like its blocks: {', '.join(found)}")
-        return found[0] if found else None
-
-    def _parent(self, path: str) -> nn.Module:
-        return self.model.get_submodule(path.rpartition(".")[0])
-
-    def _child(self, module: nn.Module, names: Iterable[str], what: str) -> str:
-        if (name := _first_child(module, names)) is None:
-            raise SiteError(f"{what}: no such module was found in {type(module).__name__}. {_HELP}")
-        return name
+    def _lists(self) -> list[str]:
+        return block_lists(self.model, getattr(self._config, "num_hidden_layers", None))
 
     def _refuse(self, problem: str) -> NoReturn:
         raise SiteError(f"{type(self.model).__name__}: {problem}. {_HELP}")
@@ -214,44 +190,16 @@ class Anatomy:
 _HELP = "Name the module itself, as in 'module:PATH:output', or write a plugin with the hook featurizers_anatomy."
 
 
-def _lists(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
-    """The outermost module lists, which is where blocks are; walking through every block takes a while."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.ModuleList):
-            yield _join(path, name), child
-        else:
-            yield from _lists(child, _join(path, name))
-
-
 def first_tensor(output: Any) -> Tensor:
-    """The activations in what a module takes or returns: a tensor, or the first of a tuple."""
+    """Return the activations in a module's input or output: the tensor itself, or the first of a tuple.
+
+    Raises:
+        SiteError: there is no tensor.
+    """
     tensor = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(tensor, Tensor):
         raise SiteError(f"the site carries {type(output).__name__}, not a tensor of activations; choose another module")
     return tensor
 
 
-def _text_config(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _first_child(module: nn.Module, names: Iterable[str]) -> str | None:
-    children = dict(module.named_children())
-    return next((name for name in names if name in children), None)
-
-
-def _first_descendant(block: nn.Module, part: str | None, names: tuple[str, ...]) -> str | None:
-    """Path within the block of the first projection of that name inside a part, at any depth."""
-    if part is None:
-        return None
-    inside = block.get_submodule(part)
-    for wanted in names:
-        for name, module in inside.named_modules():
-            if name.rpartition(".")[2] == wanted and input_width(module) is not None:
-                return f"{part}.{name}"
-    return None
-
-
-def _join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
+_first_child = first_child  # until derived-scalars uses the public name

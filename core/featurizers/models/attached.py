@@ -1,4 +1,4 @@
-"""`attach`: featurizers at the sites that they were found at, ready to intervene with."""
+"""`attach`: binds featurizers to the sites of a model at which they were found."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from featurizers.models.operations import Interchange, Mask, Operation
 from featurizers.models.positions import Inputs, Positions
 
 SELECTED: Final = "selected"
-"""The feature set of the features that a search found: numbers, or a gate between 0 and 1 for each."""
+"""Feature set of the features that a search found: their indices, or a gate between 0 and 1 for each feature."""
 GATE_LOGITS: Final = "gate_logits"
-"""The feature set of the logits of a search's gate, one a feature, from which a search may go on."""
+"""Feature set of the logits of a search's gate, ``(n_features,)``, from which a search may go on."""
 
 Source: TypeAlias = "Inputs | Sequence[Inputs]"
 
@@ -29,8 +29,8 @@ Source: TypeAlias = "Inputs | Sequence[Inputs]"
 class Attached:
     """Featurizers at their sites of one model; what `attach` returns.
 
-    The features that take part are those of the feature set ``selected``, all if there is none; the tokens are those
-    of ``site.position``, all if it says none.
+    Each featurizer acts on the features of its feature set ``selected`` (on all without such a set), at the tokens of
+    its ``site.position`` (at all if that is None).
     """
 
     def __init__(self, model: nn.Module, featurizers: Sequence[Featurizer[Any]]) -> None:
@@ -38,66 +38,67 @@ class Attached:
         self.featurizers = tuple(featurizers)
 
     def __repr__(self) -> str:
-        """The model's class and the sites."""
+        """Name the model's class and the sites."""
         sites = ", ".join(str(featurizer.site) for featurizer in self.featurizers)
         return f"{type(self).__name__}({type(self.model).__name__}, {sites})"
 
     def interchange(
         self, source: Source, *, positions: Positions = None, source_positions: Positions = None
     ) -> AbstractContextManager[dict[Site, Tensor]]:
-        """A context in which the model runs with the selected features of a source.
+        """Return a context in which the model runs with the selected features of a source.
 
         Args:
-            source: inputs of the model, or one such for each featurizer.
-            positions: tokens of the base; those of each site unless given.
-            source_positions: tokens of the source; ``positions`` unless given.
+            source: inputs of the model, or a sequence of inputs with an item for each featurizer.
+            positions: tokens of the base; None for those of each site.
+            source_positions: tokens of the source; None for ``positions``.
 
         Raises:
-            UsageError: the sources are not one, or one a featurizer.
-            SiteError, PositionError, ShapeError: as `featurizers.intervene`.
+            UsageError: there is neither a single source nor a source for each featurizer.
+            SiteError, PositionError, ShapeError: as in `featurizers.intervene`.
         """
         sources = [source] * len(self.featurizers) if isinstance(source, Mapping) else list(source)
         if len(sources) != len(self.featurizers):
             raise UsageError(f"give one source, or one for each of the {len(self.featurizers)} sites")
         operations: dict[Site, list[Operation]] = {}
         for featurizer, own in zip(self.featurizers, sources, strict=True):
-            where = _positions(featurizer) if positions is None else positions
-            operation = interchange(featurizer, own, positions=where, source_positions=source_positions)
+            of_site = _positions(featurizer) if positions is None else positions
+            operation = interchange(featurizer, own, positions=of_site, source_positions=source_positions)
             operations.setdefault(site_of(featurizer), []).append(operation)
         return intervene(self.model, operations)
 
     def __call__(
         self, base: Inputs, source: Source, *, positions: Positions = None, source_positions: Positions = None
     ) -> Any:
-        """What the model returns for the base with the selected features of the source; arguments as `interchange`."""
+        """Run the model on the base with the selected features of the source; arguments as in `interchange`."""
         with self.interchange(source, positions=positions, source_positions=source_positions):
             return self.model(**base)
 
     def collect(self, inputs: Inputs, *, positions: Positions = None) -> list[Tensor]:
-        """The selected features of inputs, ``(batch, n_positions, k)`` for each featurizer."""
-        found = []
+        """Return the selected features of inputs, ``(batch, n_positions, k)`` for each featurizer."""
+        collected = []
         for featurizer in self.featurizers:
-            site, where = site_of(featurizer), _positions(featurizer) if positions is None else positions
-            features = collect(self.model, inputs, {site: featurizer}, positions=where)[site]
+            site, of_site = site_of(featurizer), _positions(featurizer) if positions is None else positions
+            features = collect(self.model, inputs, {site: featurizer}, positions=of_site)[site]
             chosen = selected(featurizer)
-            found.append(features[..., chosen] if chosen is not None and not chosen.is_floating_point() else features)
-        return found
+            by_index = chosen is not None and not chosen.is_floating_point()
+            collected.append(features[..., chosen] if by_index else features)
+        return collected
 
 
 def attach(
     model: nn.Module, featurizers: Featurizer[Any] | Iterable[Featurizer[Any]], *, any_model: bool = False
 ) -> Attached:
-    """Featurizers at the sites of a model that their artefacts name, ready to intervene with.
+    """Bind featurizers to the sites of a model that their artefacts name, ready for interventions.
 
     Args:
         model: a decoder, as in `featurizers.intervene`.
-        featurizers: one or several, whose ``site`` says where.
-        any_model: take another model than the one that an artefact names.
+        featurizers: a featurizer or several, each with a ``site``.
+        any_model: accept another model than the one that an artefact names.
 
     Raises:
         UsageError: a featurizer has no site, or was found in another model of the Hub.
         SiteError: the model does not have a site.
-        ShapeError, FeatureIndexError: the features selected are not those of the featurizer.
+        ShapeError, FeatureIndexError: the featurizer does not have the selected features.
 
     Example:
         >>> import torch, featurizers
@@ -110,16 +111,16 @@ def attach(
         >>> featurizers.attach(model, f)(base, source).logits.shape
         torch.Size([1, 3, 20])
     """
-    wanted = [featurizers] if isinstance(featurizers, Featurizer) else list(featurizers)
-    if not wanted:
+    attached = [featurizers] if isinstance(featurizers, Featurizer) else list(featurizers)
+    if not attached:
         raise UsageError("there is no featurizer to attach")
     anatomy = Anatomy(model)
-    for featurizer in wanted:
+    for featurizer in attached:
         anatomy.place(site_of(featurizer))
         selected(featurizer)
         if not any_model:
             _check_model(model, featurizer)
-    return Attached(model, wanted)
+    return Attached(model, attached)
 
 
 def interchange(
@@ -129,10 +130,19 @@ def interchange(
     positions: Positions = None,
     source_positions: Positions = None,
 ) -> Operation:
-    """The interchange of the features that a featurizer's artefact selects.
+    """Return the operation that interchanges the features which a featurizer's artefact selects.
+
+    Args:
+        featurizer: with or without a feature set ``selected``.
+        source: as in `Interchange`.
+        positions: as in `Interchange`.
+        source_positions: as in `Interchange`.
+
+    Returns:
+        A `Mask` if the artefact holds a gate, else an `Interchange`.
 
     Raises:
-        ShapeError, FeatureIndexError: the features selected are not those of the featurizer.
+        ShapeError, FeatureIndexError: the featurizer does not have the selected features.
     """
     chosen = selected(featurizer)
     if chosen is not None and chosen.is_floating_point():
@@ -143,11 +153,11 @@ def interchange(
 
 
 def selected(featurizer: Featurizer[Any]) -> Tensor | None:
-    """The features that a search found, int64 numbers or a floating-point gate; None for all.
+    """Return the features that a search found: int64 indices or a floating-point gate; None for all features.
 
     Raises:
         ShapeError: a gate has another number of features.
-        FeatureIndexError: a number is out of range or repeated.
+        FeatureIndexError: an index is out of range or repeated.
     """
     chosen = featurizer.feature_sets.get(SELECTED)
     if chosen is None or featurizer.n_features is None:
@@ -163,10 +173,10 @@ def selected(featurizer: Featurizer[Any]) -> Tensor | None:
 
 
 def site_of(featurizer: Featurizer[Any]) -> Site:
-    """Where a featurizer belongs.
+    """Return the site of a featurizer.
 
     Raises:
-        UsageError: it does not say.
+        UsageError: the featurizer has none.
     """
     if featurizer.site is None:
         raise UsageError(
@@ -181,13 +191,13 @@ def _positions(featurizer: Featurizer[Any]) -> Positions:
 
 
 def _check_model(model: nn.Module, featurizer: Featurizer[Any]) -> None:
-    """Both names say something only where they are names of the Hub."""
-    there = getattr(getattr(model, "config", None), "_name_or_path", None)
-    found = site_of(featurizer).model
-    if found and there and found != there and all(name.count("/") == 1 for name in (found, there)):
-        if Path(there).exists():
+    """Raise UsageError if both models are named by Hub ids and the ids differ."""
+    loaded_from = getattr(getattr(model, "config", None), "_name_or_path", None)
+    found_in = site_of(featurizer).model
+    if found_in and loaded_from and found_in != loaded_from and all(n.count("/") == 1 for n in (found_in, loaded_from)):
+        if Path(loaded_from).exists():  # a folder
             return
         raise UsageError(
-            f"{featurizer.id!r} was found in the model {found!r}, and this one is {there!r}; "
+            f"{featurizer.id!r} was found in the model {found_in!r}, and this one is {loaded_from!r}; "
             "attach it with any_model=True if that is what you want"
         )

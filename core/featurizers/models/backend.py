@@ -1,4 +1,21 @@
-"""The native backend: operations on a model's sites by plain torch hooks."""
+"""Native backend: `intervene` and `collect` by plain torch hooks.
+
+How it works, in order:
+
+1. `Anatomy` finds the module, the side and the columns of each site. A site is always a module's input or output, so
+   that a plain hook reaches it whatever attention kernel the model uses.
+2. Sources in the form of model inputs are read, one forward pass for each distinct inputs and positions. Meanwhile the
+   operations of this context and of any context around it pause (`_paused`): a source is read from the unedited model.
+3. `_PassWatch` hooks the decoder. Before each forward pass it notes how many tokens are cached, and the mask and the
+   token ids. It also replaces ``model.generate`` on the instance, because without a cache each pass of ``generate``
+   starts at the first token and would look like a new prompt; the wrapper says how long the prompt is.
+4. One hook for each site gathers the columns of the positions, applies the site's operations in the order given, and
+   puts the edited columns back. Positions and sources belong to the prompt: passes that compute later tokens are
+   edited only by operations with ``positions=None`` and no source.
+5. `collect` stops the forward pass as soon as the last site has run.
+
+When the context ends, also by an error, all hooks are removed and ``generate`` is restored.
+"""
 
 from __future__ import annotations
 
@@ -30,26 +47,25 @@ def intervene(
 ) -> Iterator[dict[SiteT, Tensor]]:
     """Carry out operations at sites of a model while the context lasts.
 
-    Every forward pass of the model inside the context is edited, one of ``generate`` included: operations with
-    positions act on the prompt, those with ``positions=None`` on every token of every pass, except that an
-    operation with a source acts on the prompt only, where its source has tokens. Several operations at one site
-    act in their order. The source of an operation is read when the context is entered, from the model without the
-    operations of any context around it. The hooks are removed when the context ends, however it ends; no other hook
-    is touched.
+    Every forward pass of the model inside the context is edited, also those of ``generate``. Operations with positions
+    act on the prompt. Operations with ``positions=None`` act on every token of every pass, unless they have a source:
+    then they act on the prompt only, where the source has tokens. Several operations at one site act in their order.
+    Sources are read when the context is entered, from the model without the operations of any context around it. When
+    the context ends, also by an error, its hooks are removed; no other hook is touched.
 
     Args:
         model: a decoder of `transformers`, or any module that `Anatomy` understands.
-        operations: what to do at each site, a `Site` or its string.
+        operations: an operation, or several, for each site; a site is a `Site` or its string.
 
     Yields:
-        What the `Collect` operations kept, by site, once the model has run: ``(batch, n_positions, k)``. A new
-        prompt replaces it; tokens generated after it are appended if ``positions`` is None. A site with several
-        `Collect` operations keeps the last.
+        Results of the `Collect` operations by site, once the model has run: ``(batch, n_positions, k)``. A new prompt
+        replaces them; tokens generated after it are appended if ``positions`` is None. A site with several `Collect`
+        operations keeps the last result.
 
     Raises:
         SiteError: the model does not have a site.
         PositionError: a prompt does not have a position.
-        ShapeError: a source does not fit the batch, or a featurizer the site.
+        ShapeError: a source does not fit the batch, or a featurizer does not fit the site.
 
     Example:
         >>> import torch, featurizers
@@ -64,14 +80,14 @@ def intervene(
         True
     """
     anatomy = Anatomy(model)
-    plan = [(key, anatomy.place(key), _as_operations(key, todo)) for key, todo in operations.items()]
+    plan = [(key, anatomy.place(key), _as_operations(key, value)) for key, value in operations.items()]
     sources = _read_sources(anatomy, plan)
     collected: dict[SiteT, Tensor] = {}
     with ExitStack() as hooks:
         watch = _PassWatch(anatomy)
         hooks.callback(watch.stop)
-        for key, place, todo in plan:
-            edit = functools.partial(_carry_out_all, key, todo, watch, sources, collected)
+        for key, place, at_site in plan:
+            edit = functools.partial(_carry_out_all, key, at_site, watch, sources, collected)
             hooks.callback(hook(place, edit).remove)
         yield collected
 
@@ -84,17 +100,17 @@ def collect(
     positions: Positions = None,
     grad: bool = False,
 ) -> dict[SiteT, Tensor]:
-    """Activations of a model at sites, or their features; the forward pass stops after the last site.
+    """Return activations of a model at sites, or their features. The forward pass stops after the last site.
 
     Args:
         model: as in `intervene`.
-        inputs: what the model is called with.
-        sites: where; a mapping gives a featurizer to each site, whose features are returned.
-        positions: which tokens of each prompt, None for all columns, padding included.
+        inputs: keyword arguments of the model.
+        sites: sites whose activations to return, or a mapping from sites to featurizers whose features to return.
+        positions: tokens of each prompt; None for all columns, padding included.
         grad: whether to keep the graph.
 
     Returns:
-        For each site, as it was given: ``(batch, n_positions, d)``.
+        ``(batch, n_positions, d)`` for each site, under the key that was given.
 
     Raises:
         SiteError, PositionError, ShapeError: as in `intervene`.
@@ -117,14 +133,14 @@ def _collect(
     anatomy: Anatomy, inputs: Inputs, featurizers: Mapping[SiteT, Featurizer[Any] | None], positions: Positions
 ) -> dict[SiteT, Tensor]:
     places = {key: anatomy.place(key) for key in featurizers}
-    found: dict[SiteT, Tensor] = {}
+    activations: dict[SiteT, Tensor] = {}
 
     def keep(key: SiteT, watch: _PassWatch, stop: Callable[[], NoReturn], hidden: Tensor) -> Tensor:
         chosen = gather(hidden, columns(positions, hidden, watch.current))
         featurizer = featurizers[key]
-        # a later layer of the model may write into the tensor that it was given
-        found[key] = chosen.clone() if featurizer is None else featurizer.collect(chosen)
-        if len(found) == len(places):
+        # cloned: a later layer may write into its input
+        activations[key] = chosen.clone() if featurizer is None else featurizer.collect(chosen)
+        if len(activations) == len(places):
             stop()
         return hidden
 
@@ -134,25 +150,25 @@ def _collect(
         for key, place in places.items():
             hooks.callback(hook(place, functools.partial(keep, key, watch, stop)).remove)
         anatomy.model(**{**without_cache(anatomy.model), **inputs})
-    if missing := [str(key) for key in places if key not in found]:
+    if missing := [str(key) for key in places if key not in activations]:
         raise UsageError(f"the model ran without passing through {', '.join(missing)}")
-    return found
+    return activations
 
 
 _paused: ContextVar[bool] = ContextVar("featurizers_paused", default=False)
-"""Whether the operations of `intervene` rest, because the source of another is being read."""
+"""True while a source is read: the operations of all contexts then leave the model unedited."""
 
 
 class _PassWatch:
-    """Notes, before each forward pass of the decoder, where in the sequence it is and what is padding.
+    """Records a `Pass` before each forward pass of the decoder, as ``current``, until `stop` is called.
 
-    Without a cache every pass of ``generate`` begins at the first token, as a new prompt does; so ``generate`` itself
-    is watched too, by an attribute of the instance that is taken away again.
+    Without a cache every pass of ``generate`` begins at the first token, as a new prompt does. Therefore ``generate``
+    is wrapped too, by an attribute of the instance that `stop` removes.
     """
 
     def __init__(self, anatomy: Anatomy) -> None:
         model, decoder = anatomy.model, anatomy.decoder
-        self._paused = _paused.get()  # the watch of a source's own pass is not
+        self._made_while_paused = _paused.get()  # this watch belongs to the pass that reads a source
         self.current = Pass(0, True, None)
         self._seen_prompt = False
         self._prompt_columns: int | None = None
@@ -164,7 +180,7 @@ class _PassWatch:
             vars(model)["generate"] = functools.partial(self._generate, generate)
 
     def stop(self) -> None:
-        """Leave the model as it was."""
+        """Remove the hook and restore ``generate``."""
         self._exit.close()
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -177,13 +193,13 @@ class _PassWatch:
             self._prompt_columns = before
 
     def _note(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _paused.get() and not self._paused:
+        if _paused.get() and not self._made_while_paused:
             return
-        given = self._signature.bind_partial(decoder, *args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {})}
-        mask: Any = given.get("attention_mask")
-        cache: Any = given.get("past_key_values")
-        cache = given.get("cache") if cache is None else cache  # the name since transformers 5.24
+        arguments = self._signature.bind_partial(decoder, *args, **kwargs).arguments
+        arguments = {**arguments, **arguments.get("kwargs", {})}
+        mask: Any = arguments.get("attention_mask")
+        cache: Any = arguments.get("past_key_values")
+        cache = arguments.get("cache") if cache is None else cache  # the name since transformers 5.24
         start = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
         self._seen_prompt |= start == 0
         flat = isinstance(mask, Tensor) and mask.dim() == 2
@@ -193,7 +209,7 @@ class _PassWatch:
             mask if flat else None,
             opaque_mask=mask is not None and not flat,
             prompt_columns=self._prompt_columns,
-            tokens=given.get("input_ids"),
+            tokens=arguments.get("input_ids"),
         )
 
 
@@ -204,8 +220,8 @@ def _restore(model: nn.Module, name: str, value: object) -> None:
         vars(model)[name] = value
 
 
-def _as_operations(key: object, todo: object) -> tuple[Operation, ...]:
-    operations = tuple(todo) if isinstance(todo, Sequence) else (todo,)
+def _as_operations(key: object, value: object) -> tuple[Operation, ...]:
+    operations = tuple(value) if isinstance(value, Sequence) else (value,)
     for operation in operations:
         if not isinstance(operation, Operation):
             raise UsageError(
@@ -218,46 +234,42 @@ def _as_operations(key: object, todo: object) -> tuple[Operation, ...]:
 def _read_sources(
     anatomy: Anatomy, plan: Sequence[tuple[SiteT, Place, tuple[Operation, ...]]]
 ) -> dict[tuple[SiteT, Operation], Tensor]:
-    """Activations for each operation with a source; each distinct inputs and positions cost one forward pass."""
+    """Return activations for each operation with a source; those with the same inputs and positions share a pass."""
     sources: dict[tuple[SiteT, Operation], Tensor] = {}
     runs: dict[tuple[int, str], tuple[Inputs, Positions, list[tuple[SiteT, Operation]]]] = {}
-    for key, _, todo in plan:
-        for operation in todo:
+    for key, _, operations in plan:
+        for operation in operations:
             if not isinstance(operation, SourcedOperation):
                 continue
             if isinstance(operation.source, Tensor):
                 sources[key, operation] = operation.source
             else:
-                where = _source_positions(operation)
-                name = repr(where.tolist() if isinstance(where, Tensor) else where)
-                run = runs.setdefault((id(operation.source), name), (operation.source, where, []))
+                positions = operation.positions if operation.source_positions is None else operation.source_positions
+                name = repr(positions.tolist() if isinstance(positions, Tensor) else positions)
+                run = runs.setdefault((id(operation.source), name), (operation.source, positions, []))
                 run[2].append((key, operation))
     token = _paused.set(True)
     try:
-        for inputs, where, wanted in runs.values():
-            found = _collect(anatomy, inputs, dict.fromkeys(key for key, _ in wanted), where)
-            sources.update({(key, operation): found[key] for key, operation in wanted})
+        for inputs, positions, readers in runs.values():
+            activations = _collect(anatomy, inputs, dict.fromkeys(key for key, _ in readers), positions)
+            sources.update({(key, operation): activations[key] for key, operation in readers})
     finally:
         _paused.reset(token)
     return sources
 
 
-def _source_positions(operation: SourcedOperation) -> Positions:
-    return operation.positions if operation.source_positions is None else operation.source_positions
-
-
 def _carry_out_all(
     key: SiteT,
-    todo: Sequence[Operation],
+    operations: Sequence[Operation],
     watch: _PassWatch,
     sources: Mapping[tuple[SiteT, Operation], Tensor],
     collected: dict[SiteT, Tensor],
     hidden: Tensor,
 ) -> Tensor:
-    """``hidden`` after all operations of a site in one forward pass."""
+    """Return ``hidden`` after all operations of a site in one forward pass."""
     if _paused.get():
         return hidden
-    for operation in todo:
+    for operation in operations:
         hidden = _carry_out(operation, hidden, watch.current, sources.get((key, operation)), collected, key)
     return hidden
 
@@ -270,7 +282,7 @@ def _carry_out(
     collected: dict[SiteT, Tensor],
     key: SiteT,
 ) -> Tensor:
-    """``hidden`` after one operation in one forward pass."""
+    """Return ``hidden`` after one operation in one forward pass."""
     if current.start and (operation.positions is not None or source is not None):
         if not current.seen_prompt:
             raise PositionError(
@@ -281,8 +293,9 @@ def _carry_out(
     chosen = columns(operation.positions, hidden, current, prompt_only=source is not None)
     base = gather(hidden, chosen)
     if isinstance(operation, Collect):
-        kept = operation.apply(base, None)
-        collected[key] = torch.cat([collected[key], kept], dim=1) if current.start and key in collected else kept
+        features = operation.apply(base, None)
+        appends = current.start and key in collected
+        collected[key] = torch.cat([collected[key], features], dim=1) if appends else features
         return hidden
     edited = operation.apply(base, None if source is None else _fit(source, base, key))
     if special := operation.featurizer.special_tokens:
@@ -293,20 +306,31 @@ def _carry_out(
 
 
 def scatter(hidden: Tensor, chosen: Tensor, edited: Tensor) -> Tensor:
-    """Activations ``(batch, sequence, d)`` with other ones in the columns ``(batch, n)``: undoes `gather`."""
+    """Replace columns of activations: the inverse of `gather`.
+
+    Args:
+        hidden: activations, ``(batch, sequence, d)``.
+        chosen: columns, ``(batch, n)``.
+        edited: what to put there, ``(batch, n, d)``.
+    """
     rows = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(-1)
     return hidden.index_put((rows, chosen), edited)
 
 
 def gather(hidden: Tensor, chosen: Tensor | None) -> Tensor:
-    """The columns ``(batch, n)`` of activations ``(batch, sequence, d)``, or all of them."""
+    """Return columns of activations, ``(batch, n, d)``.
+
+    Args:
+        hidden: activations, ``(batch, sequence, d)``.
+        chosen: columns, ``(batch, n)``; None for all of ``hidden``.
+    """
     if chosen is None:
         return hidden
     return hidden.gather(1, chosen.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
 def _fit(source: Tensor, base: Tensor, key: object) -> Tensor:
-    """The source in the shape of base: one position or one example may stand for all."""
+    """Expand a source to the shape of base: a single position or example is repeated."""
     if source.dim() == 2 and base.shape[1] == 1:
         source = source.unsqueeze(1)
     try:
@@ -322,9 +346,16 @@ def _fit(source: Tensor, base: Tensor, key: object) -> Tensor:
 
 
 def hook(place: Place, edit: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    """Pass the activations of a place through ``edit``, the rest of what its module takes or returns as it was.
+    """Register a hook that passes the activations of a place through ``edit``.
 
-    What a backend of another kind is built on; the caller removes the hook.
+    The rest of the module's input or output is unchanged. Other backends are built on this function.
+
+    Args:
+        place: of the activations.
+        edit: returns the activations to go on with; its own argument, to change nothing.
+
+    Returns:
+        The handle; the caller removes the hook with it.
     """
 
     def part(hidden: Tensor) -> Tensor:

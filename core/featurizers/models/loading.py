@@ -1,4 +1,4 @@
-"""`load_model`: a language model and its tokenizer, by the names that the commands take."""
+"""`load_model`: loads a language model and its tokenizer by the names that the commands accept."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class LanguageModel(NamedTuple):
-    """A language model that was loaded.
+    """A loaded language model.
 
     Attributes:
-        model: in evaluation mode, its parameters without gradient.
-        tokenizer: as transformers gives it.
-        revision: the commit of the Hub that it was loaded from; None for a file or a folder.
+        model: in evaluation mode, with parameters that need no gradient.
+        tokenizer: of transformers.
+        revision: commit on the Hub that the model was loaded from; None for a file or a folder.
     """
 
     model: nn.Module
@@ -31,15 +31,15 @@ class LanguageModel(NamedTuple):
 def load_model(
     name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = torch.float32
 ) -> LanguageModel:
-    """A language model of a Hub id, a folder, or a ``.gguf`` file, ready to intervene in.
+    """Load a language model, ready for interventions.
 
     Args:
-        name: of the model.
-        device: where to put it; where transformers does if None.
-        dtype: of its parameters; as stored if None.
+        name: Hub id, folder or ``.gguf`` file.
+        device: of the model; None for the one that transformers chooses.
+        dtype: of its parameters; None for the stored one.
 
     Raises:
-        UsageError: it cannot be loaded, or the device or the dtype is none.
+        UsageError: the model cannot be loaded, or the device or the dtype does not exist.
         MissingDependencyError: transformers is not installed.
     """
     check_placement(device, dtype)
@@ -49,15 +49,15 @@ def load_model(
         raise MissingDependencyError("a language model", "transformers", "pip install 'transformers>=5.0'") from error
     path = Path(name).expanduser()
     gguf = path.suffix == ".gguf"
-    where, options = (str(path.parent), {"gguf_file": path.name}) if gguf else (name, {})
+    source, options = (str(path.parent), {"gguf_file": path.name}) if gguf else (name, {})
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype="auto" if dtype is None else dtype, **options)
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if dtype is None else dtype, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = model if device is None else model.to(device)
     except (OSError, ValueError, ImportError, RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UsageError(f"cannot load the language model {name!r}: {one_line(reason)}") from error
-    if gguf:  # transformers names the folder, which may hold others
+    if gguf:  # transformers records the folder, which may hold other files
         model.config._name_or_path = str(path)
     revision = getattr(model.config, "_commit_hash", None)
     return LanguageModel(model.eval().requires_grad_(False), tokenizer, revision)

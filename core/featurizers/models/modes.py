@@ -1,4 +1,4 @@
-"""A model as it is to be while something is measured in it, and then as it was."""
+"""Contexts that put a model into evaluation mode or freeze it, and restore it afterwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and then as it was."""
+    """Put every module into evaluation mode, and restore each module's own mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -22,7 +22,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient, and then as it was: graphs are smaller, and no ``.grad`` is touched."""
+    """Turn off the gradients of all parameters, and restore them: graphs are smaller, and no ``.grad`` changes."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)
@@ -35,6 +35,6 @@ def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Both: the model in evaluation mode and without gradients of its own, and then as it was."""
+    """Put a model into evaluation mode without parameter gradients, and restore both afterwards."""
     with evaluating(model), without_parameter_gradients(model):
         yield

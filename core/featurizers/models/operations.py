@@ -1,6 +1,6 @@
-"""Operations: what is done to the activations of a site, through a featurizer.
+"""Operations: edits of the activations of a site, made through a featurizer.
 
-Each is a frozen description; `featurizers.intervene` carries it out with hooks on a model.
+Each operation is a frozen description; `featurizers.intervene` carries it out with hooks on a model.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ class Operation(ABC):
     """Base of the operations.
 
     Attributes:
-        featurizer: what the activations are seen through.
-        positions: which tokens; see `Positions`.
+        featurizer: maps the activations to features and back.
+        positions: tokens to edit; see `Positions`.
     """
 
     featurizer: Featurizer[Any]
     positions: Positions = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse what is not a featurizer."""
+        """Raise UsageError unless the first argument is a featurizer."""
         if not isinstance(self.featurizer, Featurizer):
             raise UsageError(f"{type(self).__name__} needs a Featurizer first, got {type(self.featurizer).__name__}")
 
     @abstractmethod
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
-        """What becomes of activations ``(batch, n_positions, d_in)``: edited ones, or features to keep."""
+        """Return edited activations, or features to collect, for activations ``(batch, n_positions, d_in)``."""
 
 
 @dataclass(frozen=True, eq=False)
 class SourcedOperation(Operation):
-    """Base of the operations that take features from somewhere else.
+    """Base of the operations that take features from a source.
 
     Attributes:
-        source: activations of the same site, ``(batch, n_positions, d_in)``, or ``(batch, d_in)`` for one
-            position; or the inputs of a model, whose activations are then collected without gradient.
-        source_positions: tokens to read in those inputs; ``positions`` unless given.
+        source: activations of the same site, ``(batch, n_positions, d_in)``, or ``(batch, d_in)`` for a single
+            position; or inputs of the model, whose activations are then collected without gradient.
+        source_positions: tokens to read in those inputs; None for ``positions``.
     """
 
     source: Tensor | Inputs = field(kw_only=True)
     source_positions: Positions = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse a source that is neither activations nor inputs."""
+        """Raise UsageError unless the source is activations or model inputs."""
         super().__post_init__()
         if not isinstance(self.source, Tensor | Mapping):
             raise UsageError(
@@ -67,31 +67,32 @@ class SourcedOperation(Operation):
 
 @dataclass(frozen=True, eq=False)
 class Interchange(SourcedOperation):
-    """Swaps features for those of a source: `Featurizer.interchange`.
+    """Replaces features by those of a source: `Featurizer.interchange`.
 
     Attributes:
-        indices: which features, for all examples or for each its own.
+        indices: features to replace, the same for all examples or for each example its own.
     """
 
     indices: Indices = field(default=None, kw_only=True)
 
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
-        """Base with the source's features."""
+        """Return base with the source's features."""
         return self.featurizer.interchange(base, given(source), self.indices)
 
 
 @dataclass(frozen=True, eq=False)
 class Mask(SourcedOperation):
-    """Moves each feature towards that of a source by a gate: `Featurizer.mask`.
+    """Moves each feature towards the source's by a gate: `Featurizer.mask`.
 
     Attributes:
-        gate: ``(n_features,)`` between 0 and 1, or a module that returns it, such as `featurizers.SigmoidGate`.
+        gate: ``(n_features,)`` between 0 and 1, or a module that returns such a tensor, as `featurizers.SigmoidGate`
+            does.
     """
 
     gate: Tensor | nn.Module = field(kw_only=True)
 
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
-        """Base with the gated features of the source."""
+        """Return base with its features moved towards the source's."""
         gate = self.gate() if isinstance(self.gate, nn.Module) else self.gate
         return self.featurizer.mask(base, given(source), gate)
 
@@ -101,15 +102,15 @@ class Steer(Operation):
     """Adds to features: `Featurizer.steer`.
 
     Attributes:
-        delta: a number, or one for each selected feature.
-        indices: which features.
+        delta: a number, or one number for each of the features, in units of the features.
+        indices: features to add to.
     """
 
     delta: float | Tensor = field(kw_only=True)
     indices: Indices = field(default=None, kw_only=True)
 
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
-        """Base with delta added to its features."""
+        """Return base with delta added to its features."""
         return self.featurizer.steer(base, self.delta, self.indices)
 
 
@@ -118,22 +119,22 @@ class Ablate(Operation):
     """Sets features to a value: `Featurizer.ablate`.
 
     Attributes:
-        value: a number (0 unless given); one for each selected feature, such as a mean over a data set; or
-            ``"mean"``, the mean over the examples and positions of the batch itself.
-        indices: which features.
+        value: a number; a number for each of the features, such as a mean over a data set; or ``"mean"``, the mean
+            over the examples and positions of the batch.
+        indices: features to set.
     """
 
     value: float | Tensor | Literal["mean"] = field(default=0.0, kw_only=True)
     indices: Indices = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse a string that is not ``"mean"``."""
+        """Raise UsageError for a string other than ``"mean"``."""
         super().__post_init__()
         if isinstance(self.value, str) and self.value != "mean":
             raise UsageError(f"Ablate takes a number, a tensor or 'mean', not {self.value!r}")
 
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
-        """Base with its features set."""
+        """Return base with its features set."""
         value = self.value
         if isinstance(value, str):
             value = self.featurizer.collect(base, self.indices).flatten(0, -2).mean(dim=0)
@@ -142,24 +143,24 @@ class Ablate(Operation):
 
 @dataclass(frozen=True, eq=False)
 class Collect(Operation):
-    """Keeps the features of a site, and edits nothing.
+    """Collects the features of a site, and edits nothing.
 
     Attributes:
-        indices: which features, in the order wanted.
+        indices: features to collect, in this order.
     """
 
     indices: Indices = field(default=None, kw_only=True)
 
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
-        """The features, ``(batch, n_positions, k)``."""
+        """Return the features, ``(batch, n_positions, k)``."""
         return self.featurizer.collect(base, self.indices)
 
 
 def given(source: Tensor | None) -> Tensor:
-    """The activations that an operation's source was made to.
+    """Return the source's activations, which `intervene` has read.
 
     Raises:
-        UsageError: it is still in the form of inputs.
+        UsageError: the source is None, because the operation has model inputs and is not run by `intervene`.
     """
     if source is None:
         raise UsageError("the operation has a source in the form of inputs, which only `intervene` can run")

@@ -1,4 +1,4 @@
-"""Where the tokens that an operation names are in the batch that a model is computing."""
+"""From token positions in prompts to columns of the batch that a model computes."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch import Tensor
 from featurizers.errors import PositionError, ShapeError
 
 Positions: TypeAlias = "None | Sequence[int] | Sequence[Sequence[int]] | Tensor"
-"""Tokens of each prompt: ``None`` for all; ``[0, -1]`` for the same of every prompt; ``(batch, n)`` for its own of
-each. They count the prompt's own tokens and not its padding: 0 is the first and -1 the last, whichever side is
-padded."""
+"""Tokens of each prompt: ``None`` for all; ``[0, -1]`` for the same tokens of every prompt; ``(batch, n)`` for other
+tokens of each prompt. Positions count the prompt's own tokens and not its padding: 0 is the first and -1 the last,
+whichever side is padded."""
 
 Inputs: TypeAlias = "Mapping[str, Any]"
-"""What a model is called with: ``tokenizer(..., return_tensors="pt")``."""
+"""Keyword arguments of a model, such as ``tokenizer(..., return_tensors="pt")``."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass: what it computes of which sequences.
+    """State of one forward pass.
 
     Attributes:
-        start: how many tokens are cached already: 0 for a prompt, more while generating.
-        seen_prompt: whether this pass, or one before it in the same context, began at the first token.
-        attention_mask: ``(batch, total)``, 1 for a token and 0 for padding; None where nothing is padded.
-        prompt_columns: how many columns the prompt has, while ``generate`` runs.
+        start: number of tokens that are cached already: 0 for a prompt, more while generating.
+        seen_prompt: whether this pass, or an earlier pass in the same context, began at the first token.
+        attention_mask: ``(batch, total)``, 1 for a token and 0 for padding; None if nothing is padded.
         opaque_mask: whether the model was given a mask in a form that does not show the padding.
-        tokens: ids ``(batch, sequence)`` of what this pass computes; None where the model was given embeddings.
+        prompt_columns: number of columns of the prompt, while ``generate`` runs; else None.
+        tokens: ids ``(batch, sequence)`` that this pass computes; None if the model was given embeddings.
     """
 
     start: int
@@ -42,15 +42,16 @@ class Pass:
 
 
 def columns(positions: Positions, hidden: Tensor, current: Pass, *, prompt_only: bool = False) -> Tensor | None:
-    """Columns ``(batch, n)`` of ``hidden`` ``(batch, sequence, d)`` that hold these positions of the prompt.
+    """Return the columns ``(batch, n)`` of ``hidden`` that hold some positions of the prompt; None for all columns.
 
-    None means that all of ``hidden`` is meant. Call it for passes that compute the prompt only.
+    Call it only for passes that compute the prompt.
 
     Args:
-        positions: as an operation names them.
-        hidden: activations of the pass.
+        positions: of an operation.
+        hidden: activations of the pass, ``(batch, sequence, d)``.
         current: the pass.
-        prompt_only: whether no positions mean those of the prompt, where the pass computes generated tokens as well.
+        prompt_only: whether ``positions=None`` means the prompt's columns where the pass also computes generated
+            tokens.
 
     Raises:
         PositionError: a prompt is too short for a position, is computed in parts, or its padding is unknown.
@@ -72,16 +73,16 @@ def columns(positions: Positions, hidden: Tensor, current: Pass, *, prompt_only:
     if positions is None:
         return torch.arange(length, device=hidden.device).expand(batch, -1)
     try:
-        wanted = torch.as_tensor(positions, device=hidden.device)
+        indices = torch.as_tensor(positions, device=hidden.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise PositionError(
             f"positions must be a list of integers or one such list of equal length an example, not {positions!r}"
         ) from error
-    if wanted.is_floating_point() or wanted.dtype == torch.bool or wanted.dim() not in (1, 2):
+    if indices.is_floating_point() or indices.dtype == torch.bool or indices.dim() not in (1, 2):
         raise PositionError(f"positions must be a list of integers or one such list an example, not {positions!r}")
-    if wanted.dim() == 2 and wanted.shape[0] != batch:
-        raise PositionError(f"positions are given for {wanted.shape[0]} examples, but the batch has {batch}")
-    wanted = wanted.expand(batch, -1)
+    if indices.dim() == 2 and indices.shape[0] != batch:
+        raise PositionError(f"positions are given for {indices.shape[0]} examples, but the batch has {batch}")
+    indices = indices.expand(batch, -1)
     if current.opaque_mask:
         raise PositionError(
             "the attention mask is not of shape (batch, sequence), so padding cannot be told from tokens; "
@@ -92,20 +93,26 @@ def columns(positions: Positions, hidden: Tensor, current: Pass, *, prompt_only:
         mask = torch.ones(batch, length, dtype=torch.long, device=hidden.device)
     mask = mask.to(hidden.device)[:, :length] != 0
     lengths = mask.sum(-1, keepdim=True)
-    from_start = torch.where(wanted < 0, wanted + lengths, wanted)
+    from_start = torch.where(indices < 0, indices + lengths, indices)
     bad = (from_start < 0) | (from_start >= lengths)
     if bad.any():
         row, column = bad.nonzero()[0].tolist()
         raise PositionError(
-            f"position {int(wanted[row, column])} is not in prompt {row}, which has {int(lengths[row])} tokens"
+            f"position {int(indices[row, column])} is not in prompt {row}, which has {int(lengths[row])} tokens"
         )
-    # tokens keep their order and come before the padding's columns in a stable sort
+    # a stable sort puts the columns of tokens, in their order, before those of padding
     order = torch.argsort((~mask).int(), dim=-1, stable=True)
     return order.gather(-1, from_start)
 
 
 def are_tokens(ids: Sequence[int], hidden: Tensor, chosen: Tensor | None, current: Pass) -> Tensor:
-    """Which of the chosen columns of ``hidden`` hold one of these tokens: booleans ``(batch, n, 1)``.
+    """Return booleans ``(batch, n, 1)``: whether each chosen column of ``hidden`` holds one of some tokens.
+
+    Args:
+        ids: of the tokens.
+        hidden: activations of the pass, ``(batch, sequence, d)``.
+        chosen: columns ``(batch, n)``; None for all columns.
+        current: the pass.
 
     Raises:
         PositionError: the model was not given token ids, or the site has no positions.
@@ -113,7 +120,7 @@ def are_tokens(ids: Sequence[int], hidden: Tensor, chosen: Tensor | None, curren
     tokens = current.tokens
     if tokens is None or tokens.shape != hidden.shape[:2]:
         raise PositionError(
-            "the featurizer leaves special tokens alone, and the tokens of these activations are not known: give the "
+            "the featurizer does not edit special tokens, and the tokens of these activations are not known: give the "
             "model input_ids, and choose a site with an axis of positions"
         )
     tokens = tokens.to(hidden.device)

@@ -1,4 +1,4 @@
-"""Running a decoder from the middle: earlier blocks are skipped and one block returns activations that are known."""
+"""Runs a decoder from the middle: earlier blocks are skipped, and a block returns activations that are known."""
 
 from __future__ import annotations
 

@@ -83,13 +83,13 @@ class Unembedding:
 
     @property
     def weight(self) -> Float[Tensor, "d_model vocab"]:
-        """The head's weight times the scale, in float32 or better."""
+        """Weight of the head times the scale, in float32 or better."""
         weight = projection(self.head)[0]
         return weight if self.scale == 1.0 else weight * self.scale
 
     @property
     def bias(self) -> Float[Tensor, " vocab"] | None:
-        """The head's bias times the scale, in float32 or better; None if it has none."""
+        """Bias of the head times the scale, in float32 or better; None if it has none."""
         bias = projection(self.head)[1]
         return None if bias is None else bias * self.scale
 

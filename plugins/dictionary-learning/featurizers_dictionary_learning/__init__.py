@@ -1,4 +1,4 @@
-"""dictionary_learning's autoencoders: its classes, its files, and both as featurizers. Needs none of its packages."""
+"""dictionary_learning's autoencoders: its classes, its files, and both as featurizers, without its package."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ __all__ = [
 
 @hookimpl
 def featurizers_read(source: ExternalFiles) -> Featurizer[Any] | None:
-    """The featurizer in a folder ``{ae.pt, config.json}``."""
+    """Read the featurizer in a folder ``{ae.pt, config.json}``."""
     return reading.read(source)
 
 

@@ -1,4 +1,4 @@
-"""What all autoencoders share: safe loading, whatever device they were saved on, and the same map as a featurizer."""
+"""Base classes of the autoencoders: safe loading from any device, and conversion to a featurizer."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ class Dictionary(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Features ``(*batch, dict_size)`` of activations ``(*batch, activation_dim)``."""
+        """Return features ``(*batch, dict_size)`` of activations ``(*batch, activation_dim)``."""
 
     @abstractmethod
     def decode(self, f: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Activations of features."""
+        """Return activations of features."""
 
     @classmethod
     @abstractmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
-        """The autoencoder whose state dict is in a file."""
+        """Load the autoencoder whose state dict is in a file."""
 
     @classmethod
     @abstractmethod
     def sized(cls, state: dict[str, Tensor]) -> Self:
-        """A new one of the sizes of a state dict."""
+        """Return a new autoencoder of the sizes of a state dict."""
 
     @abstractmethod
     def map(self, columns: Tensor | None = None) -> Featurizer[Any]:
-        """The same map as a featurizer, which shares the weights where their layout is its own.
+        """Return the same map as a featurizer, which shares the weights that already have its layout.
 
         Args:
-            columns: int64 ``(k,)``, for these features alone; of no others is a row of the weights read.
+            columns: int64 ``(k,)``, the features to keep; only their rows of the weights are read. None for all.
 
         Raises:
-            UsageError: the features depend on each other, so that some alone are another map.
+            UsageError: the features depend on each other, so that a part of them would be another map.
         """
 
     @final
     def as_featurizer(self) -> Featurizer[Any]:
-        """The same map as a featurizer, with a copy of the weights; the features are those of `encode`."""
+        """Return the same map as a featurizer, with a copy of the weights; the features are those of `encode`."""
         featurizer = self.map()
         shared = {tensor.data_ptr() for tensor in self.state_dict().values()}
         state = featurizer.state_dict().items()
@@ -66,14 +66,14 @@ class Dictionary(nn.Module, ABC):
     @classmethod
     @final
     def from_state(cls, state: Any, where: str) -> Self:
-        """The autoencoder whose tensors are those of a state dict, in their dtypes.
+        """Return the autoencoder that has the tensors of a state dict, in their dtypes.
 
         Args:
-            state: of `torch.nn.Module.state_dict`.
-            where: what to call it in an error.
+            state: as from `torch.nn.Module.state_dict`.
+            where: name of the state dict in errors.
 
         Raises:
-            WeightsError: it is not that of this class.
+            WeightsError: it is not a state dict of this class.
         """
         if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
             raise WeightsError(where, f"it holds no state dict of a {cls.__name__}")
@@ -90,42 +90,42 @@ class Dictionary(nn.Module, ABC):
     @classmethod
     @final
     def read(cls, path: str | Path, device: torch.device | str | None, dtype: torch.dtype | None) -> Self:
-        """The autoencoder whose state dict is in a file, in memory of its own.
+        """Load the autoencoder whose state dict is in a file, copied into memory.
 
         Raises:
-            WeightsError: the file holds something else than the tensors of this class.
-            UsageError: the device is none.
+            WeightsError: the file holds anything but the tensors of this class.
+            UsageError: the device is a dtype.
         """
         if isinstance(device, torch.dtype):
             raise UsageError(f"the device is {device}, which is a dtype; write dtype={device}")
         self = cls.from_state(load_torch(Path(path), str(path)), str(path))
         own = {name: tensor.clone() for name, tensor in self.state_dict().items()}
-        self.load_state_dict(own, assign=True)  # not mapped from the file, which may be written anew
+        self.load_state_dict(own, assign=True)  # not mapped from the file, which may be overwritten
         return self.to(device=device, dtype=dtype)
 
     def forward(self, x: Tensor, output_features: bool = False) -> Any:
-        """The reconstruction; with ``output_features`` the features too."""
+        """Return the reconstruction; with ``output_features`` also the features."""
         f = self.encode(x)
         x_hat = self.decode(f)
         return (x_hat, f) if output_features else x_hat
 
 
 class FromFile(Dictionary):
-    """What is loaded with a path, a device and a dtype."""
+    """Autoencoder whose ``from_pretrained`` takes a path, a device and a dtype."""
 
     @classmethod
     def from_pretrained(
         cls, path: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = torch.float32
     ) -> Self:
-        """The autoencoder whose state dict is in a file, as the file has it: in raw units.
+        """Load the autoencoder whose state dict is in a file, in raw units.
 
         Args:
             path: of the file.
-            device: where to put it, None for the CPU.
-            dtype: what to convert it to, None for the dtype of the file.
+            device: device of the autoencoder, None for the CPU.
+            dtype: dtype of the autoencoder, None for that of the file.
 
         Raises:
-            WeightsError: the file holds something else than the tensors of this class.
+            WeightsError: the file holds anything but the tensors of this class.
         """
         return cls.read(path, device, dtype)
 
@@ -133,14 +133,14 @@ class FromFile(Dictionary):
 def canonical(
     W_enc: Tensor, W_dec: Tensor, b_enc: Tensor | None, b_dec: Tensor, columns: Tensor | None, **rule: Any
 ) -> DictionaryFeaturizer:
-    """The featurizer of weights with a feature a row, or of some of those rows.
+    """Return the featurizer of weights that have a row for each feature, or of some of those rows.
 
     Args:
         W_enc: ``(n_features, d_in)``.
-        W_dec: likewise.
+        W_dec: ``(n_features, d_in)``.
         b_enc: ``(n_features,)``.
         b_dec: ``(d_in,)``.
-        columns: which features, None for all.
+        columns: features to keep, None for all.
         rule: options of `DictionaryFeaturizer.from_tensors`, and the tensors of the rule.
     """
 
@@ -151,14 +151,14 @@ def canonical(
         return value if columns is None or not value.dim() else value[columns]
 
     part: dict[str, Any] = {} if columns is None else {"numbers": columns, "slice_of": len(W_enc)}
-    given: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         name: rows(value) for name, value in {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, **rule}.items()
     }
-    return DictionaryFeaturizer.from_tensors(**given, b_dec=b_dec.detach(), **part)
+    return DictionaryFeaturizer.from_tensors(**arguments, b_dec=b_dec.detach(), **part)
 
 
 class Linear(Dictionary):
-    """What the autoencoders of two `torch.nn.Linear` share."""
+    """Base of the autoencoders that are made of two `torch.nn.Linear`."""
 
     encoder: nn.Linear
     decoder: nn.Linear
@@ -173,7 +173,7 @@ class Linear(Dictionary):
 
     @final
     def norms(self) -> Tensor:
-        """Norms of the decoder's columns, ``(dict_size,)``."""
+        """Return the norms of the decoder's columns, ``(dict_size,)``."""
         norms: Tensor = self.decoder.weight.norm(dim=0)
         return norms
 
@@ -192,6 +192,6 @@ class Linear(Dictionary):
     def in_rows(
         self, rule: str, b_dec: Tensor, columns: Tensor | None, pre_bias: bool, **tensors: Any
     ) -> Featurizer[Any]:
-        """The canonical form of these weights; see `canonical`."""
+        """Return the canonical form of these weights; see `canonical`."""
         weights = self.encoder.weight, self.decoder.weight.T, self.encoder.bias, b_dec
         return canonical(*weights, columns, rule=rule, pre_bias=pre_bias, **tensors)

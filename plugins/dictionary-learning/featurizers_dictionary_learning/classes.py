@@ -1,4 +1,4 @@
-"""dictionary_learning's first autoencoders as torch modules: its names of classes, methods, arguments and tensors."""
+"""dictionary_learning's first autoencoders as torch modules, with its classes, methods, arguments and tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from featurizers_dictionary_learning.base import Dictionary, FromFile, Linear
 
 
 class AutoEncoder(Linear):
-    """f = max(W_e (x - bias) + b_e, 0), x̂ = W_d f + bias."""
+    """ReLU autoencoder: f = max(W_e (x - bias) + b_e, 0), x̂ = W_d f + bias."""
 
     def __init__(self, activation_dim: int, dict_size: int) -> None:
         super().__init__(activation_dim, dict_size)
@@ -31,14 +31,14 @@ class AutoEncoder(Linear):
         dtype: torch.dtype | None = torch.float32,
         normalize_decoder: bool = False,
     ) -> Self:
-        """As `FromFile.from_pretrained`.
+        """Load the autoencoder whose state dict is in a file.
 
         Args:
-            path: as there, like the next two.
-            device: as there.
-            dtype: as there.
-            normalize_decoder: whether to multiply each feature by the norm of its decoder column, which versions of
-                dictionary_learning from 2025 on do unasked; False is what the file holds.
+            path: see `FromFile.from_pretrained`, as for the next two.
+            device: see there.
+            dtype: see there.
+            normalize_decoder: if True multiply each feature by the norm of its decoder column, as versions of
+                dictionary_learning from 2025 on do by default; if False keep the features that the file holds.
         """
         self = cls.read(path, device, dtype)
         if normalize_decoder:
@@ -46,15 +46,15 @@ class AutoEncoder(Linear):
         return self
 
     def encode(self, x: Tensor) -> Tensor:
-        """Features."""
+        """Return features."""
         return torch.relu(self.encoder(x - self.bias))
 
     def decode(self, f: Tensor) -> Tensor:
-        """Activations."""
+        """Return activations."""
         return self.decoder(f) + self.bias  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, output_features: bool = False, ghost_mask: Tensor | None = None) -> Any:
-        """The reconstruction; with a ghost mask that of the masked features too, as exponentials and without bias.
+        """Return the reconstruction; with a ghost mask also that of the masked features' exponentials, without bias.
 
         Returns:
             ``x_hat``; ``(x_hat, f)``; ``(x_hat, x_ghost)``; or ``(x_hat, x_ghost, f)``.
@@ -69,14 +69,15 @@ class AutoEncoder(Linear):
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
-        """Make the decoder's columns unit vectors; their norms multiply the features, and x̂ stays.
+        """Make the decoder's columns unit vectors; their norms multiply the features, and x̂ does not change.
 
         Raises:
             UsageError: a column is zero.
         """
         norms = self.norms()
         if not (norms > 0).all():
-            raise UsageError(f"the decoder column of feature {int((norms <= 0).nonzero()[0])} is zero: it has no unit")
+            feature = int((norms <= 0).nonzero()[0])
+            raise UsageError(f"the decoder column of feature {feature} is zero, so it cannot have length 1")
         if torch.allclose(norms, torch.ones_like(norms)):
             return
         self.decoder.weight.div_(norms)
@@ -95,7 +96,7 @@ class AutoEncoder(Linear):
 
 
 class IdentityDict(Dictionary):
-    """The identity function; with a device or a dtype, of what is moved there."""
+    """Identity function; if a device or a dtype is given, x is moved to it."""
 
     def __init__(
         self,
@@ -109,7 +110,7 @@ class IdentityDict(Dictionary):
 
     @classmethod
     def sized(cls, state: dict[str, Tensor]) -> Self:
-        """See `Dictionary.sized`; there is nothing in it to tell the width."""
+        """See `Dictionary.sized`; a state dict without tensors does not tell the width."""
         return cls()
 
     @classmethod
@@ -120,31 +121,34 @@ class IdentityDict(Dictionary):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Self:
-        """A new one, which no file is read for."""
+        """Return a new instance; no file is read."""
         return cls(activation_dim, dtype, device)
 
     def encode(self, x: Tensor) -> Tensor:
-        """X itself."""
+        """Return x itself."""
         return x.to(device=self.device, dtype=self.dtype)
 
     def decode(self, f: Tensor) -> Tensor:
-        """F itself."""
+        """Return f itself."""
         return f.to(device=self.device, dtype=self.dtype)
 
     def forward(self, x: Tensor, output_features: bool = False, ghost_mask: Tensor | None = None) -> Any:
-        """X itself; twice with ``output_features``."""
+        """Return x itself; with ``output_features`` twice."""
         x = self.encode(x)
         return (x, x) if output_features else x
 
     def map(self, columns: Tensor | None = None) -> Featurizer[Any]:
-        """The identity featurizer."""
+        """Return the identity featurizer."""
         if columns is not None:
             raise UsageError("an IdentityDict is loaded whole; give the indices to the operation")
         return featurizers.create("identity", d_in=self.activation_dim)
 
 
 class GatedAutoEncoder(Linear, FromFile):
-    """u = W_e (x - b), f = [u + gate_bias > 0] max(exp(r_mag) u + mag_bias, 0), x̂ = W_d f + b (arXiv:2404.16014)."""
+    """Gated autoencoder (arXiv:2404.16014).
+
+    u = W_e (x - b), f = [u + gate_bias > 0] max(exp(r_mag) u + mag_bias, 0), x̂ = W_d f + b.
+    """
 
     def __init__(
         self,
@@ -163,15 +167,15 @@ class GatedAutoEncoder(Linear, FromFile):
         elif callable(initialization):
             initialization(self)
         else:
-            raise UsageError(f"initialization is 'default' or a function of the module, not {initialization!r}")
+            raise UsageError(f"initialization must be 'default' or a function of the module, not {initialization!r}")
 
     def encode(self, x: Tensor, return_gate: bool = False, normalize_decoder: bool = False) -> Any:
-        """Features.
+        """Return features.
 
         Args:
             x: activations.
-            return_gate: whether to give the pair of them and the rectified pre-activations of the gate.
-            normalize_decoder: whether to multiply them by the norms of their decoder columns.
+            return_gate: if True return the pair of features and rectified pre-activations of the gate.
+            normalize_decoder: if True multiply the features by the norms of their decoder columns.
         """
         u = self.encoder(x - self.decoder_bias)
         gate = u + self.get_parameter("gate_bias")
@@ -181,17 +185,17 @@ class GatedAutoEncoder(Linear, FromFile):
         return (f, torch.relu(gate)) if return_gate else f
 
     def decode(self, f: Tensor, normalize_decoder: bool = False) -> Tensor:
-        """Activations of features, which are multiplied by the norms if ``normalize_decoder`` says so."""
+        """Return activations of features; ``normalize_decoder`` says that they are multiplied by the norms."""
         f = f / self.norms() if normalize_decoder else f
         return self.decoder(f) + self.decoder_bias  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, output_features: bool = False, normalize_decoder: bool = True) -> Any:
-        """The reconstruction; with ``output_features`` the features too.
+        """Return the reconstruction; with ``output_features`` also the features.
 
         Args:
             x: activations.
-            output_features: whether to give the pair.
-            normalize_decoder: whether those features are multiplied by the norms of their decoder columns. Versions of
+            output_features: if True return the pair.
+            normalize_decoder: if True those features are multiplied by the norms of their decoder columns. Versions of
                 dictionary_learning from 2025 on have the default False.
         """
         x_hat, f = super().forward(x, output_features=True)
@@ -205,14 +209,17 @@ class GatedAutoEncoder(Linear, FromFile):
             self.get_parameter(name).mul_(scale)
 
     def map(self, columns: Tensor | None = None) -> Featurizer[Any]:
-        """See `Dictionary.map`; ``in_units("decoder-norm")`` of it has the features of `forward`."""
+        """See `Dictionary.map`; its ``in_units("decoder-norm")`` has the features of `forward`."""
         names = {"b_gate": "gate_bias", "r_mag": "r_mag", "b_mag": "mag_bias"}
-        tensors = {ours: self.get_parameter(theirs) for ours, theirs in names.items()}
+        tensors = {name: self.get_parameter(parameter) for name, parameter in names.items()}
         return self.in_rows("gated", self.decoder_bias, columns, pre_bias=True, **tensors)
 
 
 class JumpAutoEncoder(Linear, FromFile):
-    """p = max(W_e (x - bias) + b_e, 0), f = p + jump [p > 0], x̂ = W_d f + bias: an offset, and not JumpReLU."""
+    """Autoencoder with an offset of active features, which is not JumpReLU.
+
+    p = max(W_e (x - bias) + b_e, 0), f = p + jump [p > 0], x̂ = W_d f + bias.
+    """
 
     def __init__(self, activation_dim: int, dict_size: int) -> None:
         super().__init__(activation_dim, dict_size)
@@ -221,17 +228,17 @@ class JumpAutoEncoder(Linear, FromFile):
         self.unit_columns()
 
     def encode(self, x: Tensor, output_pre_jump: bool = False) -> Any:
-        """Features; with ``output_pre_jump`` the pair of them and those without the jump."""
+        """Return features; with ``output_pre_jump`` the pair of features and features without the jump."""
         pre_jump = torch.relu(self.encoder(x - self.bias))
         f = pre_jump + self.jump * (pre_jump > 0)
         return (f, pre_jump) if output_pre_jump else f
 
     def decode(self, f: Tensor) -> Tensor:
-        """Activations."""
+        """Return activations."""
         return self.decoder(f) + self.bias  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, output_features: bool = False, output_pre_jump: bool = False) -> Any:
-        """``x_hat``; ``(x_hat, f)``; or ``(x_hat, f, pre_jump)``."""
+        """Return ``x_hat``; ``(x_hat, f)``; or ``(x_hat, f, pre_jump)``."""
         f, pre_jump = self.encode(x, output_pre_jump=True)
         x_hat = self.decode(f)
         if output_pre_jump:
@@ -244,7 +251,7 @@ class JumpAutoEncoder(Linear, FromFile):
 
 
 class AutoEncoderNew(Linear, FromFile):
-    """f = max(W_e x + b_e, 0), x̂ = W_d f + b_d (Anthropic, April 2024 update)."""
+    """ReLU autoencoder without pre-bias: f = max(W_e x + b_e, 0), x̂ = W_d f + b_d (Anthropic, April 2024 update)."""
 
     def __init__(self, activation_dim: int, dict_size: int) -> None:
         super().__init__(activation_dim, dict_size, decoder_bias=True)
@@ -255,18 +262,18 @@ class AutoEncoderNew(Linear, FromFile):
         nn.init.zeros_(self.decoder.bias)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Features."""
+        """Return features."""
         return torch.relu(self.encoder(x))
 
     def decode(self, f: Tensor) -> Tensor:
-        """Activations."""
+        """Return activations."""
         return self.decoder(f)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, output_features: bool = False) -> Any:
-        """The reconstruction; the features beside it are multiplied by the norms of their decoder columns."""
+        """Return the reconstruction; with ``output_features`` also the features, times the norms of their columns."""
         x_hat, f = super().forward(x, output_features=True)
         return (x_hat, f * self.norms()) if output_features else x_hat
 
     def map(self, columns: Tensor | None = None) -> Featurizer[Any]:
-        """See `Dictionary.map`; ``in_units("decoder-norm")`` of it has the features of `forward`."""
+        """See `Dictionary.map`; its ``in_units("decoder-norm")`` has the features of `forward`."""
         return self.in_rows("relu", self.decoder.bias, columns, pre_bias=False)

@@ -1,4 +1,4 @@
-"""The classes under the names of the package itself, for code that imports it."""
+"""`alias`: offers the classes under the package's own module names, for code that imports the package."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from featurizers_dictionary_learning.base import Dictionary
 
 NAME = "dictionary_learning"
 MARK = "__featurizers__"
-"""Attribute by which a module is known for one of these."""
+"""Attribute of the modules that `alias` makes."""
 
 
 def alias() -> None:
     """Make ``import dictionary_learning`` give these classes, in this process and from now on.
 
-    The modules ``dictionary``, ``utils`` (of which `load_dictionary`) and ``trainers`` (of which the classes, and no
-    trainer) are there. What is asked of them beside is an `ImportError` as usual.
+    The modules are ``dictionary``, ``utils`` (with `load_dictionary` only) and ``trainers`` (with the autoencoders
+    only, and no trainer). An import of any other name is an `ImportError` as usual.
 
     Raises:
-        UsageError: the package itself is imported already.
+        UsageError: the package itself is already imported.
     """
     present = sys.modules.get(NAME)
     if present is not None:
         if hasattr(present, MARK):
             return
         raise UsageError(
-            f"{NAME} is imported already, from {getattr(present, '__file__', None)!r}; call alias() before that"
+            f"{NAME} is already imported, from {getattr(present, '__file__', None)!r}; call alias() before the import"
         )
     every = {"Dictionary": Dictionary, **reading.CLASSES}
     trainers = {
@@ -52,7 +52,7 @@ def alias() -> None:
         is_package = path in (NAME, f"{NAME}.trainers")
         module.__spec__ = ModuleSpec(path, None, is_package=is_package)
         if is_package:
-            module.__path__ = []  # so that what it lacks is a ModuleNotFoundError
+            module.__path__ = []  # so that importing a missing submodule is a ModuleNotFoundError
         if parent:
             setattr(sys.modules[parent], last, module)
         sys.modules[path] = module

@@ -1,4 +1,4 @@
-"""Folders ``{ae.pt, config.json}``, as autoencoders and as featurizers."""
+"""Reads folders ``{ae.pt, config.json}`` as autoencoders and as featurizers."""
 
 from __future__ import annotations
 
@@ -45,27 +45,27 @@ CLASSES: dict[str, type[Dictionary]] = {
     )
 }
 SITES = {"resid_post": "resid.post", "mlp_out": "mlp.out", "attn_out": "attn.out"}
-"""What dictionary_learning's own scripts call a submodule, before its layer."""
+"""Site of each name that dictionary_learning's own scripts give a submodule, before its layer."""
 SUBMODULE = re.compile(rf"({'|'.join(SITES)})(?:_layer_?(\d{{1,5}}))?")
 DUMP = {"step", "ae", "optimizer", "config", "norm_factor"}
-"""What a training that makes backups leaves in ``ae.pt`` until it ends."""
-SEVERAL_LAYERS = "a CrossCoder reads and writes several layers at once: it is no featurizer of one site"
+"""Keys of ``ae.pt`` while a training with backups is not finished."""
+SEVERAL_LAYERS = "a CrossCoder reads and writes several layers at once: it is not a featurizer of a single site"
 
 
 def read(source: ExternalFiles) -> Featurizer[Any] | None:
-    """The featurizer in a folder ``{ae.pt, config.json}``, in raw units; None for any other.
+    """Read the featurizer in a folder ``{ae.pt, config.json}``, in raw units; None for any other folder.
 
     Raises:
-        ManifestError: the class is not known, or is no featurizer of one site.
+        ManifestError: the class is not known, or is not a featurizer of a single site.
         WeightsError: the weights are not those of the class.
-        FeatureIndexError: a feature that there is not.
-        UsageError: some features are asked for where these depend on the others.
+        FeatureIndexError: an index is out of range.
+        UsageError: only some features are requested, but features of this class depend on each other.
     """
     if CONFIG not in source.names or not ({WEIGHTS, HUB_WEIGHTS} & set(source.names)):
         return None
     config, where = source.json(CONFIG), source.where
     if WEIGHTS not in source.names:
-        _refuse_of_hub(source, config)
+        _refuse_fork(source, config)
         return None
     autoencoder, trainer, factor = _autoencoder(source, config)
     columns = None
@@ -75,7 +75,7 @@ def read(source: ExternalFiles) -> Featurizer[Any] | None:
         featurizer = autoencoder.map(columns)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
-    if columns is None and not source.allow_nonfinite:  # it may have tensors that the featurizer has not
+    if columns is None and not source.allow_nonfinite:  # it may have tensors that the featurizer lacks
         check_finite(autoencoder.state_dict(), where)
     featurizer.site = _site(config, trainer)
     featurizer.id = str(trainer.get("wandb_name") or trainer["dict_class"])
@@ -93,7 +93,7 @@ def read(source: ExternalFiles) -> Featurizer[Any] | None:
 def load_dictionary(
     base_path: str | Path, device: torch.device | str | None = None
 ) -> tuple[Dictionary, dict[str, Any]]:
-    """The autoencoder in a folder ``{ae.pt, config.json}`` in raw units and single precision, and its configuration.
+    """Load the autoencoder in a folder ``{ae.pt, config.json}`` in raw units and fp32, and its configuration.
 
     Raises:
         ManifestError: the class is not known.
@@ -108,8 +108,8 @@ def load_dictionary(
     return autoencoder.to(device=device, dtype=torch.float32), config
 
 
-def _refuse_of_hub(source: ExternalFiles, config: dict[str, Any]) -> None:
-    """Raise `ManifestError` for what a fork wrote for the Hub: the options of a class, and safetensors."""
+def _refuse_fork(source: ExternalFiles, config: dict[str, Any]) -> None:
+    """Raise `ManifestError` for a folder that a fork wrote for the Hub: the options of a class, and safetensors."""
     if not {"activation_dim", "dict_size"} <= config.keys():
         return
     shapes = source.safetensors(HUB_WEIGHTS).shapes
@@ -118,8 +118,8 @@ def _refuse_of_hub(source: ExternalFiles, config: dict[str, Any]) -> None:
     raise ManifestError(
         source.where,
         f"it has the options of a dictionary, of class {config.get('dict_class')!r}, but no {WEIGHTS}: a folder of a "
-        "fork, whose classes of the same names measure features differently. If yours does not, save the state dict "
-        "with torch.save, and load that with the class of this plugin",
+        "fork, whose classes of the same names measure features differently. If your fork does not, save the state "
+        "dict with torch.save, and load it with the class of this plugin",
     )
 
 
@@ -134,14 +134,14 @@ def _has_layers(shapes: dict[str, tuple[int, ...]]) -> bool:
 def _autoencoder(
     source: ExternalFiles, config: dict[str, Any]
 ) -> tuple[Dictionary, dict[str, Any], int | float | None]:
-    """The autoencoder that a configuration names, for activations as the model has them.
+    """Read the autoencoder that a configuration names, for activations as the model has them.
 
     Returns:
-        It, what the configuration says of its training, and the factor that its biases were multiplied with.
+        The autoencoder, the ``trainer`` of its configuration, and the factor that its biases were multiplied by.
     """
     where, trainer = source.where, config.get("trainer")
     if not isinstance(trainer, dict):
-        raise ManifestError(where, f"{CONFIG} has no 'trainer' whose dict_class says what {WEIGHTS} is")
+        raise ManifestError(where, f"{CONFIG} has no object 'trainer', whose dict_class names the class of {WEIGHTS}")
     name = trainer.get("dict_class")
     if _is_crosscoder(name):
         raise ManifestError(where, SEVERAL_LAYERS)
@@ -149,7 +149,9 @@ def _autoencoder(
         raise ManifestError(where, f"the dict_class {name!r} is not known; known are {', '.join(CLASSES)}")
     buffer = config.get("buffer")
     if isinstance(buffer, dict) and buffer.get("io") == "in_and_out":
-        raise ManifestError(where, "it is a transcoder, which reads one site and writes another: not of one site")
+        raise ManifestError(
+            where, "a transcoder reads one site and writes another: it is not a featurizer of a single site"
+        )
     state, factor = _state(source)
     if isinstance(state, dict) and _has_layers({n: tuple(t.shape) for n, t in state.items() if isinstance(t, Tensor)}):
         raise ManifestError(where, SEVERAL_LAYERS)
@@ -165,7 +167,7 @@ def _autoencoder(
 
 
 def _state(source: ExternalFiles) -> tuple[Any, Any]:
-    """What ``ae.pt`` holds as a state dict, and the factor by which the activations were divided in training."""
+    """Return the state dict in ``ae.pt``, and the factor that activations were divided by in training, if any."""
     state = source.torch(WEIGHTS)
     if not isinstance(state, dict) or not isinstance(state.get("ae"), dict):
         return state, None
@@ -176,16 +178,16 @@ def _state(source: ExternalFiles) -> tuple[Any, Any]:
 
 def _check(autoencoder: Dictionary, trainer: dict[str, Any], where: str) -> None:
     """Raise `WeightsError` if the weights contradict their config."""
-    found: dict[str, Any] = {"activation_dim": autoencoder.activation_dim, "dict_size": autoencoder.dict_size}
-    found |= {n: t.tolist() for n, t in autoencoder.named_buffers() if n in ("k", "group_sizes")}
-    for name, value in found.items():
-        said = trainer.get(name)
-        if None not in (said, value) and (type(said) is not type(value) or said != value):
-            raise WeightsError(where, f"{WEIGHTS} has {name} {value}, but {CONFIG} says {said!r}")
+    sizes: dict[str, Any] = {"activation_dim": autoencoder.activation_dim, "dict_size": autoencoder.dict_size}
+    sizes |= {n: t.tolist() for n, t in autoencoder.named_buffers() if n in ("k", "group_sizes")}
+    for name, size in sizes.items():
+        configured = trainer.get(name)
+        if None not in (configured, size) and (type(configured) is not type(size) or configured != size):
+            raise WeightsError(where, f"{WEIGHTS} has {name} {size}, but {CONFIG} says {configured!r}")
 
 
 def _site(config: dict[str, Any], trainer: dict[str, Any]) -> Site | None:
-    """The site that the submodule's name says, if that and the layer are of one mind; None where it says none."""
+    """Return the site that the submodule's name gives, if it agrees with the layer; None if it gives no site."""
     layer, model, buffer = trainer.get("layer"), trainer.get("lm_name"), config.get("buffer")
     match = SUBMODULE.fullmatch(str(trainer.get("submodule_name")))
     if match is None or not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:

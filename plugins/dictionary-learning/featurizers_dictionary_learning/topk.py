@@ -1,4 +1,4 @@
-"""The autoencoders that later versions of dictionary_learning have: JumpReLU, and top k of three kinds."""
+"""Autoencoders of later versions of dictionary_learning: JumpReLU, and three kinds of top k."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from featurizers_dictionary_learning.base import Dictionary, Linear, canonical
 
 
 class _Rows(Dictionary):
-    """What the autoencoders of two matrices share: ``W_enc (activation_dim, dict_size)`` and ``W_dec``."""
+    """Base of the autoencoders that are made of two matrices: ``W_enc (activation_dim, dict_size)`` and ``W_dec``."""
 
     def __init__(self, activation_dim: int, dict_size: int, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -27,21 +27,23 @@ class _Rows(Dictionary):
         self.b_dec = nn.Parameter(torch.zeros(activation_dim, device=device))
 
     def decode(self, f: Tensor) -> Tensor:
-        """Activations."""
+        """Return activations."""
         return f @ self.W_dec + self.b_dec
 
     @final
     def in_rows(self, columns: Tensor | None, pre_bias: bool, threshold: Tensor) -> DictionaryFeaturizer:
-        """The canonical form of these weights; see `canonical`."""
+        """Return the canonical form of these weights; see `canonical`."""
         weights = self.W_enc.T, self.W_dec, self.b_enc, self.b_dec
         return canonical(*weights, columns, rule="jumprelu", pre_bias=pre_bias, threshold=threshold)
 
 
 class JumpReluAutoEncoder(_Rows):
-    """h = x W_enc + b_enc, f = h [h > threshold] where positive, x̂ = f W_dec + b_dec (arXiv:2407.14435).
+    """JumpReLU autoencoder (arXiv:2407.14435).
+
+    h = x W_enc + b_enc, f = h [h > threshold] where positive, x̂ = f W_dec + b_dec.
 
     Attributes:
-        apply_b_dec_to_input: whether b_dec is taken off x first; no file says so.
+        apply_b_dec_to_input: if True b_dec is subtracted from x first; files do not store this.
     """
 
     def __init__(self, activation_dim: int, dict_size: int, device: torch.device | str | None = None) -> None:
@@ -64,20 +66,22 @@ class JumpReluAutoEncoder(_Rows):
         device: torch.device | str | None = None,
         **options: Any,
     ) -> Self:
-        """The autoencoder whose state dict is in a file; see `FromFile.from_pretrained`.
+        """Load the autoencoder whose state dict is in a file; see `FromFile.from_pretrained`.
 
         Raises:
-            WeightsError: the file holds something else than the tensors of this class.
-            UsageError: it is to come from SAELens, or there is no path.
+            WeightsError: the file holds anything but the tensors of this class.
+            UsageError: ``load_from_sae_lens`` is set, there is no path, or there are other options.
         """
         if load_from_sae_lens:
-            raise UsageError("SAELens' autoencoders are featurizers too: featurizers.load('sae-lens:RELEASE/ID')")
+            raise UsageError(
+                "load_from_sae_lens is not supported; load SAELens' files by featurizers.load('sae-lens:RELEASE/ID')"
+            )
         if path is None or options:
             raise UsageError(f"give the path of a state dict, and no options but dtype and device; got {options!r}")
         return cls.read(path, device, dtype)
 
     def encode(self, x: Tensor, output_pre_jump: bool = False) -> Any:
-        """Features; with ``output_pre_jump`` the pair of them and the pre-activations."""
+        """Return features; with ``output_pre_jump`` the pair of features and pre-activations."""
         pre_jump = (x - self.b_dec if self.apply_b_dec_to_input else x) @ self.W_enc + self.b_enc
         f = torch.relu(pre_jump * (pre_jump > self.threshold))
         return (f, pre_jump) if output_pre_jump else f
@@ -94,7 +98,7 @@ class JumpReluAutoEncoder(_Rows):
 
 
 class _TopK(Dictionary):
-    """What the autoencoders with a k and a threshold share, which is -1 until training has set it."""
+    """Base of the autoencoders with a k and a threshold. The threshold is -1 until training sets it."""
 
     k: Tensor
     threshold: Tensor
@@ -107,21 +111,21 @@ class _TopK(Dictionary):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = torch.float32,
     ) -> Self:
-        """The autoencoder whose state dict is in a file; see `FromFile.from_pretrained`.
+        """Load the autoencoder whose state dict is in a file; see `FromFile.from_pretrained`.
 
         Args:
             path: of the file.
-            k: what the k of the file is thought to be, None for whatever it is.
-            device: where to put it.
-            dtype: what to convert it to.
+            k: the k that the file must have, None for any.
+            device: device of the autoencoder.
+            dtype: dtype of the autoencoder.
 
         Raises:
-            WeightsError: the file holds something else than the tensors of this class.
-            UsageError: it has another k.
+            WeightsError: the file holds anything but the tensors of this class.
+            UsageError: the file has another k.
         """
         self = cls.read(path, device, dtype)
         if k not in (None, int(self.k)):
-            raise UsageError(f"{path}: the k there is {int(self.k)}, not {k!r}")
+            raise UsageError(f"{path}: its k is {int(self.k)}, not {k!r}")
         return self
 
     @final
@@ -129,10 +133,10 @@ class _TopK(Dictionary):
         """Register ``k``, and a threshold that is not set.
 
         Raises:
-            ConfigError: k is no positive integer.
+            ConfigError: k is not a positive integer.
         """
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-            raise ConfigError(f"k is a positive integer, not {k!r}")
+            raise ConfigError(f"k must be a positive integer, not {k!r}")
         self.register_buffer("k", torch.tensor(k, dtype=torch.int))
         self.register_buffer("threshold", torch.tensor(-1.0))
 
@@ -145,7 +149,7 @@ class _TopK(Dictionary):
 
 
 class _LinearTopK(Linear, _TopK):
-    """What the autoencoders with a k share that have two `torch.nn.Linear`."""
+    """Base of the autoencoders with a k that are made of two `torch.nn.Linear`."""
 
     def __init__(self, activation_dim: int, dict_size: int, k: int) -> None:
         super().__init__(activation_dim, dict_size)
@@ -162,15 +166,18 @@ class _LinearTopK(Linear, _TopK):
         return cls(activation_dim, dict_size, state["k"].item())  # type: ignore[arg-type]  # checked there
 
     def decode(self, f: Tensor) -> Tensor:
-        """Activations."""
+        """Return activations."""
         return self.decoder(f) + self.b_dec  # type: ignore[no-any-return]
 
 
 class AutoEncoderTopK(_LinearTopK):
-    """p = max(W_e (x - b_dec) + b_e, 0), f = the k largest p of each token, x̂ = W_d f + b_dec (arXiv:2406.04093)."""
+    """TopK autoencoder (arXiv:2406.04093).
+
+    p = max(W_e (x - b_dec) + b_e, 0), f = the k largest p of each token, x̂ = W_d f + b_dec.
+    """
 
     def encode(self, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
-        """Features, of the k largest or, with ``use_threshold``, of those above the threshold.
+        """Return features: the k largest or, with ``use_threshold``, those above the threshold.
 
         Returns:
             ``f``, or ``(f, values, indices, p)`` with ``return_topk``.
@@ -181,14 +188,14 @@ class AutoEncoderTopK(_LinearTopK):
         return (f, top.values, top.indices, p) if return_topk else f
 
     def map(self, columns: Tensor | None = None) -> Featurizer[Any]:
-        """See `Dictionary.map`; with the k largest of each token."""
+        """See `Dictionary.map`; the rule takes the k largest of each token."""
         if columns is not None:
             raise UsageError("the rule 'topk' compares all features of a token; load it whole")
         return self.in_rows("topk", self.b_dec, None, pre_bias=True, rule_options={"k": int(self.k)})
 
 
 def _of_batch(p: Tensor, threshold: Tensor, k: Tensor, use_threshold: bool) -> Tensor:
-    """Features ``(*batch, dict_size)`` above the threshold, or the k largest a token of all tokens together."""
+    """Return features ``(*batch, dict_size)`` above the threshold, or the k times n largest of all n tokens."""
     if use_threshold:
         return p * (p > threshold)
     flat = p.flatten()
@@ -197,37 +204,37 @@ def _of_batch(p: Tensor, threshold: Tensor, k: Tensor, use_threshold: bool) -> T
 
 
 def _active(f: Tensor) -> Tensor:
-    """Which features fire at any token, ``(dict_size,)``."""
+    """Return booleans, True for features that fire at any token, ``(dict_size,)``."""
     return (f > 0).reshape(-1, f.shape[-1]).any(0)
 
 
 class BatchTopKSAE(_LinearTopK):
-    """p as in `AutoEncoderTopK`; f = p [p > threshold], x̂ = W_d f + b_dec (arXiv:2412.06410).
+    """BatchTopK autoencoder: p as in `AutoEncoderTopK`, f = p [p > threshold], x̂ = W_d f + b_dec (arXiv:2412.06410).
 
-    In training f are the k largest p a token, of all tokens together: then a token's features depend on its neighbours.
-    Features of three axes count every token there, where dictionary_learning counts the first axis alone.
+    In training, f are the k times n largest p of all n tokens of a batch, so that a token's features depend on the
+    other tokens. In a batch of three axes n counts all tokens; dictionary_learning counts the first axis alone.
     """
 
     def encode(self, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
-        """Features above the threshold or, without it, the largest of the batch.
+        """Return features above the threshold or, without it, the largest of the batch.
 
         Returns:
-            ``f``, or ``(f, which features fire, p)`` with ``return_active``.
+            ``f``, or with ``return_active`` ``(f, active, p)``, where ``active`` is True for features that fire.
         """
         p = torch.relu(self.encoder(x - self.b_dec))
         f = _of_batch(p, self.threshold, self.k, use_threshold)
         return (f, _active(f), p) if return_active else f
 
     def map(self, columns: Tensor | None = None) -> Featurizer[Any]:
-        """See `Dictionary.map`; by threshold: JumpReLU, which is ReLU where no threshold was set."""
+        """See `Dictionary.map`; the rule is JumpReLU by the threshold, or ReLU if no threshold was set."""
         return self.in_rows("jumprelu", self.b_dec, columns, pre_bias=True, threshold=self.threshold)
 
 
 class MatryoshkaBatchTopKSAE(_Rows, _TopK):
-    """A `BatchTopKSAE` whose first features are dictionaries by themselves, in groups (arXiv:2503.17547).
+    """`BatchTopKSAE` whose first features are dictionaries by themselves, in nested groups (arXiv:2503.17547).
 
     Attributes:
-        active_groups: how many of the groups are used, from the first.
+        active_groups: number of groups in use, counted from the first.
     """
 
     group_sizes: Tensor
@@ -236,7 +243,7 @@ class MatryoshkaBatchTopKSAE(_Rows, _TopK):
         super().__init__(activation_dim, dict_size)
         sizes = list(group_sizes)
         if not sizes or sum(sizes) != dict_size or min(sizes) < 1:
-            raise ConfigError(f"group_sizes are positive and sum to dict_size {dict_size}, got {sizes!r}")
+            raise ConfigError(f"group_sizes must be positive and sum to dict_size {dict_size}, got {sizes!r}")
         self.buffers_of(k)
         self.register_buffer("group_sizes", torch.tensor(sizes))
         self.active_groups = len(sizes)
@@ -252,14 +259,14 @@ class MatryoshkaBatchTopKSAE(_Rows, _TopK):
         return int(self.group_sizes[: self.active_groups].sum())
 
     def encode(self, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
-        """As `BatchTopKSAE.encode`; features of groups that are not active are zero, whatever the axes of x."""
+        """Return as `BatchTopKSAE.encode`; features of groups that are not active are zero, for any axes of x."""
         p = torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
         f = _of_batch(p, self.threshold, self.k, use_threshold)
         f = f * (torch.arange(self.dict_size, device=f.device) < self._used())
         return (f, _active(f), p) if return_active else f
 
     def map(self, columns: Tensor | None = None) -> Featurizer[Any]:
-        """See `Dictionary.map`; by threshold, of the active groups: a slice where some are not."""
+        """See `Dictionary.map`; the rule is JumpReLU. If some groups are not active, the map is a slice."""
         if columns is None and self._used() < self.dict_size:
             columns = torch.arange(self._used(), device=self.W_enc.device)
         return self.in_rows(columns, True, self.threshold)

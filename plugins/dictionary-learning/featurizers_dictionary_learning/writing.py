@@ -1,4 +1,4 @@
-"""From a dictionary to a folder ``{ae.pt, config.json}`` of the class that has the same features."""
+"""Writes a dictionary as a folder ``{ae.pt, config.json}`` of the class that has the same features."""
 
 from __future__ import annotations
 
@@ -8,77 +8,55 @@ from typing import Any
 
 import torch
 from featurizers import DictionaryFeaturizer, Featurizer
+from featurizers.builtin import lost_settings, plain_weights
 from featurizers.errors import ConversionError
 from torch import Tensor
 
 from featurizers_dictionary_learning.reading import CONFIG, SITES, WEIGHTS
 
-OURS = ("dictionary_learning", "units", "buffers")
-"""The metadata that reading leaves, of which the first and the last are written back."""
+READ = ("dictionary_learning", "units", "buffers")
+"""Metadata that reading sets; the first and the last of them are written back."""
 
 
 def write(featurizer: Featurizer[Any], folder: Path) -> list[str]:
-    """Write a dictionary, and say what dictionary_learning's classes and files cannot hold.
+    """Write a dictionary, and return a sentence for each thing that dictionary_learning's files cannot hold.
 
     Raises:
         ConversionError: dictionary_learning has no class for its map.
     """
-    where, lost = str(folder), list[str]()
+    where = str(folder)
     if not isinstance(featurizer, DictionaryFeaturizer):
         raise ConversionError(where, f"dictionary_learning has dictionaries only, not the kind {featurizer.kind!r}")
-    state = _raw_activations(featurizer, where, lost)
-    name, tensors, numbers = _class_of(featurizer, state, where, lost)
-    site, config = featurizer.site, featurizer.config
-    if config.slice_of is not None:
-        lost.append("The numbers that the features have in the whole dictionary are not kept; they count from 0.")
-    if config.n_heads is not None:
-        lost.append("The heads are side by side.")
-    if featurizer.special_tokens:
-        lost.append(f"The special tokens {list(featurizer.special_tokens)} are not kept.")
-    theirs = {ours: name for name, ours in SITES.items()}
-    if site is not None and site.kind not in theirs:
+    config, site = featurizer.config, featurizer.site
+    if config.normalize not in ("none", "scale"):
+        raise ConversionError(where, f"dictionary_learning does not normalise activations by {config.normalize!r}")
+    weights, lost = plain_weights(featurizer)
+    name, tensors, numbers = _class_of(featurizer, weights, where, lost)
+    lost += lost_settings(featurizer, READ)
+    submodules = {kind: submodule for submodule, kind in SITES.items()}
+    if site is not None and site.kind not in submodules:
         lost.append(f"The site {str(site)!r} is not kept.")
     elif site is not None and site.model_revision is not None:
         lost.append(f"The model's revision {site.model_revision!r} is not kept.")
-    if other := sorted(featurizer.metadata.keys() - set(OURS)):
-        lost.append(f"The metadata {', '.join(map(repr, other))} are not kept.")
-    given = featurizer.metadata.get("dictionary_learning", {})
-    trainer = {n: v for n, v in given.get("trainer", {}).items() if n not in ("k", "group_sizes")}
-    if (before := trainer.get("dict_class", name)) != name:
-        lost.append(f"The class is {name}, not {before} as before; the features are the same.")
+    old_config = featurizer.metadata.get("dictionary_learning", {})
+    trainer = {n: v for n, v in old_config.get("trainer", {}).items() if n not in ("k", "group_sizes")}
+    if (old_name := trainer.get("dict_class", name)) != name:
+        lost.append(f"The class is {name}, not {old_name} as before; the features are the same.")
     trainer |= {"dict_class": name, "activation_dim": config.d_in, "dict_size": featurizer.n_features, **numbers}
     trainer["wandb_name"] = featurizer.id
-    if site is not None and site.kind in theirs:
-        submodule = f"{theirs[site.kind]}_layer_{site.layer}"
+    if site is not None and site.kind in submodules:
+        submodule = f"{submodules[site.kind]}_layer_{site.layer}"
         trainer |= {"layer": site.layer, "lm_name": site.model or trainer.get("lm_name"), "submodule_name": submodule}
     torch.save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, folder / WEIGHTS)
-    text = json.dumps({**given, "trainer": trainer}, indent=4)
+    text = json.dumps({**old_config, "trainer": trainer}, indent=4)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     return lost
-
-
-def _raw_activations(featurizer: DictionaryFeaturizer, where: str, lost: list[str]) -> dict[str, Tensor]:
-    """The weights for activations as the model has them, in the units that weights alone can give."""
-    config = featurizer.config
-    if config.normalize not in ("none", "scale"):
-        raise ConversionError(where, f"dictionary_learning does not normalise activations by {config.normalize!r}")
-    if config.units == "decoder-norm" and featurizer.rule.scaled is None:
-        lost.append(f"The features are in raw units: the weights of the rule {config.rule!r} cannot hold the norms.")
-    elif config.units != "raw":
-        featurizer = featurizer.in_units("folded")
-        lost.append("The norms of the raw decoder columns are not kept; they are in the weights.")
-    state = dict(featurizer.state_dict())
-    if config.normalize == "scale":
-        a = config.input_scale
-        state |= {"W_enc": state["W_enc"] * a, "W_dec": state["W_dec"] / a, "b_dec": state["b_dec"] / a}
-        lost.append(f"The factor {a} of the activations is in the weights.")
-    return state
 
 
 def _class_of(
     featurizer: DictionaryFeaturizer, state: dict[str, Tensor], where: str, lost: list[str]
 ) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
-    """The class for a dictionary, its state dict, and the numbers of it that the configuration repeats."""
+    """Return the class for a dictionary, its state dict, and its numbers that the configuration repeats."""
     config, b_dec = featurizer.config, state["b_dec"]
     if config.rule == "jumprelu":
         return _jumprelu(featurizer, state, lost)
@@ -87,9 +65,9 @@ def _class_of(
         return "AutoEncoderNew", {**linear, "encoder.bias": state["b_enc"], "decoder.bias": b_dec}, {}
     if config.rule not in ("relu", "jump", "gated", "topk"):
         raise ConversionError(where, f"dictionary_learning has no class for the rule {config.rule!r}")
-    undone = 0.0 if config.pre_bias else state["W_enc"] @ b_dec  # all of these classes take b_dec off first
+    undone = 0.0 if config.pre_bias else state["W_enc"] @ b_dec  # all of these classes subtract b_dec first
     if not config.pre_bias:
-        lost.append("The encoder's biases hold what undoes the pre-bias of the class; features are equal to rounding.")
+        lost.append("The encoder's biases undo the pre-bias of the class; features are equal to rounding.")
     if config.rule == "gated":
         gates = {"gate_bias": state["b_gate"] + undone, "mag_bias": state["b_mag"] + state["r_mag"].exp() * undone}
         return "GatedAutoEncoder", {**linear, "decoder_bias": b_dec, "r_mag": state["r_mag"], **gates}, {}
@@ -108,7 +86,7 @@ def _of_k(k: int, threshold: Any) -> dict[str, Tensor]:
 
 
 def _buffers(featurizer: DictionaryFeaturizer, *names: str) -> dict[str, Any]:
-    """The buffers of the class that a dictionary was read from, if it is one of these and whole since."""
+    """Return the buffers of the class that a dictionary was read from, if it is among ``names`` and still whole."""
     config, metadata = featurizer.config, featurizer.metadata
     name = metadata.get("dictionary_learning", {}).get("trainer", {}).get("dict_class")
     same = name in names and config.slice_of is None and config.normalize == "none" and config.pre_bias
@@ -118,7 +96,7 @@ def _buffers(featurizer: DictionaryFeaturizer, *names: str) -> dict[str, Any]:
 def _jumprelu(
     featurizer: DictionaryFeaturizer, state: dict[str, Tensor], lost: list[str]
 ) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
-    """The class with the threshold it was read with or, for thresholds that differ, JumpReluAutoEncoder."""
+    """Return the class that the dictionary was read from or, if its thresholds differ, JumpReluAutoEncoder."""
     bias, threshold = state["b_enc"], state["threshold"]
     rows = {"W_enc": state["W_enc"].T, "W_dec": state["W_dec"], "b_dec": state["b_dec"]}
     buffers = _buffers(featurizer, "BatchTopKSAE", "MatryoshkaBatchTopKSAE")
@@ -129,7 +107,7 @@ def _jumprelu(
             return "MatryoshkaBatchTopKSAE", tensors, {**numbers, "group_sizes": sizes}
         linear = {"encoder.weight": state["W_enc"], "encoder.bias": bias, "decoder.weight": state["W_dec"].T}
         return "BatchTopKSAE", {**linear, "b_dec": state["b_dec"], **common}, numbers
-    if featurizer.config.pre_bias:  # of a JumpReluAutoEncoder no file says whether it takes b_dec off
+    if featurizer.config.pre_bias:  # files of a JumpReluAutoEncoder do not store whether it subtracts b_dec
         bias = bias - state["W_enc"] @ state["b_dec"]
         lost.append("The pre-bias is in the encoder's bias; features are the same to rounding.")
     return "JumpReluAutoEncoder", {**rows, "b_enc": bias, "threshold": threshold}, {}

@@ -1,4 +1,4 @@
-"""Sparse autoencoders of SAELens, and the formats that its catalogue names, as featurizers."""
+"""Sparse autoencoders of SAELens, and of the formats in its catalogue, as featurizers."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def featurizers_register(register: Any) -> None:
 
 @hookimpl
 def featurizers_read(source: ExternalFiles) -> Featurizer[Any] | None:
-    """The featurizer in a folder of SAELens, or of a release that its catalogue names."""
+    """Read the featurizer in a folder of SAELens, or in the format of a release in its catalogue."""
     return formats.read(source)
 
 
 @hookimpl
 def featurizers_resolve(reference: str, repository: Callable[..., ExternalFiles]) -> Featurizer[Any] | None:
-    """The featurizer of ``release/id`` in SAELens' catalogue."""
+    """Read the featurizer of ``release/id`` in SAELens' catalogue."""
     return catalogue.resolve(reference, repository)
 
 

@@ -1,4 +1,4 @@
-"""From SAELens' configuration and tensors to a featurizer: every reader of this plugin ends here."""
+"""Builds a featurizer from SAELens' configuration and tensors; every reader of this plugin ends here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from featurizers import DictionaryFeaturizer, Featurizer
+from featurizers.builtin import fold_input_scale
 from featurizers.errors import FeaturizerError, ManifestError, UsageError, WeightsError, explain
 from pydantic import ValidationError
 from torch import Tensor
@@ -15,8 +16,9 @@ from featurizers_sae_lens.matching_pursuit import MatchingPursuitConfig, Matchin
 from featurizers_sae_lens.sites import site_of
 
 RULES = {"standard": "relu", "gated": "gated", "topk": "topk", "abstopk": "abstopk", "jumprelu": "jumprelu"}
+"""Rule of each architecture that is a dictionary."""
 VECTORS = {"relu": (), "jumprelu": ("threshold",), "topk": (), "abstopk": (), "gated": ("b_gate", "r_mag", "b_mag")}
-"""The tensors of each rule beside the weights and biases."""
+"""Tensors of each rule besides the weights and biases."""
 NORMALIZATIONS = {
     "none": "none",
     "expected_average_only_in": "none",
@@ -25,31 +27,32 @@ NORMALIZATIONS = {
     "constant_norm_rescale": "constant-norm",
 }
 FOLDED = ("expected_average_only_in", "covariance_whitening")
-"""Normalisations that SAELens applies while training only, and expects to be in the weights afterwards."""
+"""Normalisations that SAELens applies only in training, and expects in the weights afterwards."""
 WHOLE = {
     "topk": "topk compares all features of a token",
     "abstopk": "abstopk compares all features of a token",
     "matching_pursuit": "in matching pursuit each feature depends on those found before",
 }
-"""Architectures of which a part would give other features, and why."""
+"""Architectures that cannot be sliced, because a part would have other features, and why."""
 
 OTHER_SITES = {
     "transcoder": "a transcoder reads one site and writes another",
     "skip_transcoder": "a transcoder reads one site and writes another",
     "jumprelu_transcoder": "a transcoder reads one site and writes another",
     "jumprelu_skip_transcoder": "a transcoder reads one site and writes another",
-    "temporal": "a temporal autoencoder predicts each token from those before it, so that no token has features alone",
+    "temporal": "a temporal autoencoder predicts each token from earlier tokens, so a token has no features by itself",
     "crosscoder": "a crosscoder reads and writes several layers at once",
     "clt": "a cross-layer transcoder reads one site and writes those of all later layers",
 }
-"""What is not a featurizer of one site, and why."""
+"""Architectures that are not featurizers of a single site, and why."""
 
 
 def refuse_other_sites(architecture: object, where: str) -> None:
-    """Raise `ManifestError` if an architecture is no featurizer of one site, or unknown."""
+    """Raise `ManifestError` if an architecture is unknown, or is not a featurizer of a single site."""
     if isinstance(architecture, str) and architecture in OTHER_SITES:
         raise ManifestError(
-            where, f"the architecture {architecture!r} is no featurizer of one site: {OTHER_SITES[architecture]}"
+            where,
+            f"the architecture {architecture!r} is not a featurizer of a single site: {OTHER_SITES[architecture]}",
         )
     if architecture not in (*RULES, "matching_pursuit"):
         raise ManifestError(
@@ -59,10 +62,10 @@ def refuse_other_sites(architecture: object, where: str) -> None:
 
 
 def number(cfg: dict[str, Any], name: str, where: str, kinds: type | tuple[type, ...] = int) -> Any:
-    """A number of a configuration.
+    """Return a number of a configuration.
 
     Raises:
-        ManifestError: it is missing or no such number.
+        ManifestError: it is missing, or not a finite number of these kinds.
     """
     value: Any = cfg.get(name)
     wrong = isinstance(value, bool) or not isinstance(value, kinds)
@@ -72,10 +75,10 @@ def number(cfg: dict[str, Any], name: str, where: str, kinds: type | tuple[type,
 
 
 def positive(cfg: dict[str, Any], name: str, where: str, kinds: type | tuple[type, ...] = int) -> Any:
-    """A number of a configuration that is above zero.
+    """Return a positive number of a configuration.
 
     Raises:
-        ManifestError: it is missing or no such number.
+        ManifestError: it is missing, or not a positive number of these kinds.
     """
     if (value := number(cfg, name, where, kinds)) <= 0:
         raise ManifestError(where, f"{name!r} must be positive, got {value!r}")
@@ -83,10 +86,10 @@ def positive(cfg: dict[str, Any], name: str, where: str, kinds: type | tuple[typ
 
 
 def flag(cfg: dict[str, Any], name: str, default: bool, where: str) -> bool:
-    """A yes or no of a configuration.
+    """Return a boolean of a configuration, or the default if it is missing.
 
     Raises:
-        ManifestError: it is neither.
+        ManifestError: it is not a boolean.
     """
     if not isinstance(value := cfg.get(name, default), bool):
         raise ManifestError(where, f"{name} is {value!r}; it must be true or false")
@@ -102,21 +105,21 @@ def assemble(
     n_features: int | None = None,
     input_scale: float | None = None,
 ) -> Featurizer[Any]:
-    """The featurizer of a configuration and its tensors.
+    """Build the featurizer of a configuration and its tensors.
 
     Args:
-        cfg: in SAELens' words, version 6; what has no meaning here is kept as metadata.
-        tensors: SAELens' names; ``W_enc`` and ``W_dec`` with a feature a row.
-        where: what to call the source in an error.
-        numbers: of the features, if they are a slice.
-        n_features: of the whole dictionary, if they are a slice.
-        input_scale: the factor that the activations were multiplied with in training; it is folded into the weights,
-            as SAELens does.
+        cfg: configuration of SAELens version 6; it is also kept as metadata.
+        tensors: by SAELens' names; ``W_enc`` and ``W_dec`` have a row for each feature.
+        where: name of the source in errors.
+        numbers: numbers of the features if they are a slice.
+        n_features: number of features of the whole dictionary if this is a slice.
+        input_scale: factor that the activations were multiplied by in training; it is folded into the weights, as
+            SAELens does.
 
     Raises:
-        ManifestError: an architecture, a normalisation or a number that cannot be honoured.
+        ManifestError: an architecture, a normalisation or a number is not supported.
         UsageError: a slice of an autoencoder whose features depend on each other.
-        WeightsError: the tensors do not fit it.
+        WeightsError: the tensors do not fit the configuration.
     """
     architecture = cfg.get("architecture", "standard")
     refuse_other_sites(architecture, where)
@@ -132,9 +135,7 @@ def assemble(
     tensors = _of_one_dtype(tensors, where)
     if input_scale is not None:
         positive({"the factor of the activations": input_scale}, "the factor of the activations", where, (int, float))
-        tensors["W_dec"], tensors["b_dec"] = tensors["W_dec"] / input_scale, tensors["b_dec"] / input_scale
-        if "W_enc" in tensors:
-            tensors["W_enc"] = tensors["W_enc"] * input_scale
+        tensors = fold_input_scale(tensors, input_scale)
     special = metadata.get("exclude_special_tokens")
     common: dict[str, Any] = {
         "pre_bias": flag(cfg, "apply_b_dec_to_input", True, where),
@@ -155,7 +156,7 @@ def assemble(
         raise WeightsError(where, str(error)) from error
     featurizer.site = site_of(metadata.get("hook_name"), metadata.get("model_name"), metadata.get("hook_head_index"))
     featurizer.id = str(metadata.get("neuronpedia_id") or metadata.get("hook_name") or architecture)
-    own = metadata.get("featurizers")  # what was ours before it was written in this format
+    own = metadata.get("featurizers")  # the metadata of a featurizer that this plugin wrote
     featurizer.metadata = {**(own if isinstance(own, dict) else {}), "sae_lens": cfg}
     if notes := _notes(normalize, input_scale, metadata.get("model_from_pretrained_kwargs")):
         featurizer.metadata["notes"] = notes
@@ -163,7 +164,7 @@ def assemble(
 
 
 def _notes(normalize: str, input_scale: float | None, model_options: Any) -> list[str]:
-    """What to know of the activations that the autoencoder is for."""
+    """Return notes on the activations that the autoencoder was trained on."""
     notes = []
     if input_scale is not None:
         notes.append(f"The factor {input_scale} of the activations is in the weights.")
@@ -175,9 +176,9 @@ def _notes(normalize: str, input_scale: float | None, model_options: Any) -> lis
 
 
 def _of_one_dtype(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The tensors in the widest of their dtypes, which loses nothing."""
+    """Return the tensors in the widest of their dtypes, which loses nothing."""
     if other := sorted(name for name, tensor in tensors.items() if not tensor.is_floating_point()):
-        raise WeightsError(where, f"{other!r} are no floating-point numbers")
+        raise WeightsError(where, f"{other!r} must be floating-point tensors")
     if not tensors:
         return {}
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
@@ -193,23 +194,24 @@ def _dictionary(
     numbers: Tensor | None,
     n_features: int | None,
 ) -> DictionaryFeaturizer:
-    wanted = {"W_enc", "W_dec", "b_dec", *([] if rule == "gated" else ["b_enc"]), *VECTORS[rule]}
-    if wrong := sorted(wanted ^ tensors.keys()):
+    expected = {"W_enc", "W_dec", "b_dec", *([] if rule == "gated" else ["b_enc"]), *VECTORS[rule]}
+    if wrong := sorted(expected ^ tensors.keys()):
         raise WeightsError(
-            where, f"the architecture {cfg.get('architecture')!r} has the tensors {sorted(wanted)!r}; off: {wrong!r}"
+            where,
+            f"the architecture {cfg.get('architecture')!r} has the tensors {sorted(expected)!r}; "
+            f"missing or unknown: {wrong!r}",
         )
     if rule in ("topk", "abstopk"):
         common["rule_options"] = {"k": number(cfg, "k", where)}
-        if flag(
-            cfg, "rescale_acts_by_decoder_norm", False, where
-        ):  # exact in the weights, and the features are SAELens' own
+        # norms that SAELens multiplies at run time are exact in the weights, and the features are the same
+        if flag(cfg, "rescale_acts_by_decoder_norm", False, where):
             tensors = fold_decoder_norms(tensors)
-    given: dict[str, Any] = {**tensors, **common}
-    return DictionaryFeaturizer.from_tensors(**given, rule=rule, numbers=numbers, slice_of=n_features)
+    arguments: dict[str, Any] = {**tensors, **common}
+    return DictionaryFeaturizer.from_tensors(**arguments, rule=rule, numbers=numbers, slice_of=n_features)
 
 
 def fold_decoder_norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same autoencoder with decoder rows of length 1, whose norms multiply the encoder instead."""
+    """Return the same autoencoder with decoder rows of length 1, whose norms multiply the encoder instead."""
     norm = tensors["W_dec"].norm(dim=-1, keepdim=True).clamp(min=1e-12)
     return {
         **tensors,
@@ -223,13 +225,15 @@ def _matching_pursuit(
     cfg: dict[str, Any], tensors: dict[str, Tensor], common: dict[str, Any], where: str, scale: float
 ) -> MatchingPursuitFeaturizer:
     if wrong := sorted({"W_dec", "b_dec"} ^ tensors.keys()):
-        raise WeightsError(where, f"matching pursuit has the tensors 'W_dec' and 'b_dec' alone; off: {wrong!r}")
+        raise WeightsError(
+            where, f"matching pursuit has the tensors 'W_dec' and 'b_dec' alone; missing or unknown: {wrong!r}"
+        )
     limit = cfg.get("max_iterations")
+    threshold = number({"residual_threshold": 1e-2, **cfg}, "residual_threshold", where, (int, float))
     config = MatchingPursuitConfig(
         d_in=tensors["W_dec"].shape[1],
         n_features=tensors["W_dec"].shape[0],
-        residual_threshold=float(number({"residual_threshold": 1e-2, **cfg}, "residual_threshold", where, (int, float)))
-        / scale,
+        residual_threshold=float(threshold) / scale,
         max_iterations=None if limit is None else number(cfg, "max_iterations", where),
         stop_on_duplicate_support=flag(cfg, "stop_on_duplicate_support", True, where),
         **common,

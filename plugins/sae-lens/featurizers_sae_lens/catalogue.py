@@ -1,4 +1,4 @@
-"""SAELens' catalogue of releases, read from its package without importing it."""
+"""Reads SAELens' catalogue of releases from its package, without importing the package."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ REFUSED = {
     "mntss_clt_layer_transcoder": "clt",
     "temporal": "temporal",
 }
-"""Loaders of SAELens for what is no featurizer of one site."""
+"""Loaders of SAELens for architectures that are not featurizers of a single site."""
 
 
 def resolve(reference: str, repository: Callable[..., ExternalFiles]) -> Featurizer[Any]:
-    """The featurizer of ``release/id``.
+    """Read the featurizer of ``release/id``.
 
     Args:
-        reference: the release, a slash, and the id, which may have slashes itself.
+        reference: the release, a slash, and the id, which may itself contain slashes.
         repository: opens a repository of the Hub.
 
     Raises:
-        MissingDependencyError: SAELens, whose catalogue it is, is not installed.
+        MissingDependencyError: SAELens, whose package holds the catalogue, is not installed.
         SourceError: there is no such release or id.
-        ManifestError: it is no featurizer of one site.
-        HubError: its files cannot be had.
+        ManifestError: it is not a featurizer of a single site, or the catalogue says something unknown.
+        HubError: its files cannot be downloaded.
     """
     release, _, name = reference.partition("/")
     releases = _catalogue()
@@ -57,18 +57,20 @@ def resolve(reference: str, repository: Callable[..., ExternalFiles]) -> Featuri
     if loader in REFUSED:
         refuse_other_sites(REFUSED[loader], where)
     if loader == "gemma_3":
-        scopes.refuse_other_places(f"{entry['repo_id']}/{sae['path']}")
+        scopes.refuse_other_folders(f"{entry['repo_id']}/{sae['path']}")
     overrides = dict(entry.get("config_overrides") or {})
     overrides |= {"neuronpedia_id": sae["neuronpedia"]} if sae.get("neuronpedia") else {}
     if unknown := sorted(overrides.keys() - set(OVERRIDDEN) - (MAP if loader in (None, "sae_lens") else set())):
-        raise ManifestError(where, f"the catalogue overrides {unknown!r}, which is not known here; upgrade")
+        raise ManifestError(
+            where, f"the catalogue overrides {unknown!r}, which is not known here; upgrade featurizers-sae-lens"
+        )
     repo_id, path = entry["repo_id"], str(sae["path"])
     featurizer = _load(loader, repo_id, path, overrides, sae.get("norm_scaling_factor"), repository, where)
     featurizer.id = where
     if featurizer.site is None or featurizer.site.model is None:
-        words = featurizer.metadata["sae_lens"]["metadata"]
-        named = site_of(words.get("hook_name"), entry.get("model"), words.get("hook_head_index"))
-        featurizer.site = named or featurizer.site
+        metadata = featurizer.metadata["sae_lens"]["metadata"]
+        site = site_of(metadata.get("hook_name"), entry.get("model"), metadata.get("hook_head_index"))
+        featurizer.site = site or featurizer.site
     known = {key: sae[key] for key in ("l0", "variance_explained") if key in sae}
     featurizer.metadata["catalogue"] = {"release": release, "id": name, "repo_id": repo_id, "path": path, **known}
     return featurizer
@@ -87,10 +89,10 @@ def _load(
         source = repository(repo_id)
         if loader == "connor_rob_hook_z":
             return torch_files.hook_z(source, path, overrides)
-        found = torch_files.one_file(source, path, overrides, f"{repo_id}/{path}")
-        if found is None:
-            raise ManifestError(where, f"{path} is not of the format {loader!r}")
-        return found
+        featurizer = torch_files.single_file(source, path, overrides, f"{repo_id}/{path}")
+        if featurizer is None:
+            raise ManifestError(where, f"{path} is not in the format {loader!r}")
+        return featurizer
     source = repository(repo_id, path)
     if loader in (None, "sae_lens"):
         return formats.folder(source, overrides, scale)
@@ -103,15 +105,17 @@ def _load(
         "dictionary_learning_1": torch_files.dictionary_learning,
     }
     if loader not in readers:
-        raise ManifestError(where, f"the catalogue names the loader {loader!r}, which is not known here; upgrade")
+        raise ManifestError(
+            where, f"the catalogue names the loader {loader!r}, which is not known here; upgrade featurizers-sae-lens"
+        )
     return readers[loader](source, overrides)
 
 
 @functools.cache
 def _catalogue() -> dict[str, Any]:
     spec = importlib.util.find_spec("sae_lens")
-    places = [Path(place) / FILE for place in (spec.submodule_search_locations or ()) if spec] if spec else []
-    file = next((place for place in places if place.exists()), None)
+    folders = (spec and spec.submodule_search_locations) or ()
+    file = next((path for folder in folders if (path := Path(folder) / FILE).exists()), None)
     if file is None:
         raise MissingDependencyError("SAELens' catalogue", "sae-lens", "pip install 'featurizers-sae-lens[catalogue]'")
     import yaml
@@ -120,7 +124,7 @@ def _catalogue() -> dict[str, Any]:
     with file.open(encoding="utf-8") as stream:
         data = yaml.load(stream, Loader=loader)
     if not isinstance(data, dict):
-        raise ManifestError(str(file), "it is no catalogue")
+        raise ManifestError(str(file), f"a catalogue must be a mapping, not a {type(data).__name__}")
     return data
 
 

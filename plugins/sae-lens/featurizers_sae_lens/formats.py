@@ -1,4 +1,4 @@
-"""Which reader a folder is for, and SAELens' own folders."""
+"""Chooses the reader for a folder by its files, and reads SAELens' own folders."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from featurizers_sae_lens.reading import count_features, finish
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 MOST_TENSORS = 32
-"""How many tensors a file of an autoencoder may have; each is looked up by itself."""
+"""Largest number of tensors in a file of an autoencoder, because each is looked up by itself."""
 
 
 def read(source: ExternalFiles) -> Featurizer[Any] | None:
-    """The featurizer in a folder, if it holds one of the formats that say by themselves what they are."""
+    """Read the featurizer in a folder whose files alone identify their format; None for any other folder."""
     names = set(source.names)
     if {CONFIG, WEIGHTS} <= names:
         return folder(source)
@@ -33,12 +33,12 @@ def read(source: ExternalFiles) -> Featurizer[Any] | None:
         return scopes.llama_scope(source, {})
     files = [name for name in source.names if name.endswith((".pt", ".pth"))]
     if len(files) == 1 and "config.json" not in names:
-        return torch_files.one_file(source, files[0])
+        return torch_files.single_file(source, files[0])
     if layers := [name for name in files if re.fullmatch(r"layer\d+\.sae\.pt", name)]:
         raise ManifestError(
             source.where,
-            f"it holds the autoencoders of {len(layers)} layers of Qwen Scope; name one in SAELens' catalogue, as in "
-            "'sae-lens:qwen-scope-3-1.7b-base-w32k-l50/layer0', or load a folder with the file of one",
+            f"it holds the autoencoders of {len(layers)} layers of Qwen Scope; name one of them in SAELens' catalogue, "
+            "as in 'sae-lens:qwen-scope-3-1.7b-base-w32k-l50/layer0', or load a folder with a single layer's file",
         )
     return None
 
@@ -46,22 +46,24 @@ def read(source: ExternalFiles) -> Featurizer[Any] | None:
 def folder(
     source: ExternalFiles, overrides: dict[str, Any] | None = None, scale: float | None = None
 ) -> Featurizer[Any]:
-    """``cfg.json`` and ``sae_weights.safetensors``, of any version of SAELens.
+    """Read ``cfg.json`` and ``sae_weights.safetensors`` of any version of SAELens.
 
     Args:
         source: the files.
-        overrides: what a catalogue says instead of the file.
-        scale: the factor that it gives for ``expected_average_only_in``.
+        overrides: keys that a catalogue sets instead of the file.
+        scale: factor that the catalogue gives for ``expected_average_only_in``.
 
     Raises:
-        ManifestError: the configuration is not known, or not of one site.
-        WeightsError: the tensors do not fit it.
+        ManifestError: the configuration is not known, or not of a single site.
+        WeightsError: the tensors do not fit the configuration.
     """
     cfg = modern({**source.json(CONFIG), **(overrides or {})}, source.where)
     refuse_other_sites(cfg.get("architecture"), source.where)
     file = source.safetensors(WEIGHTS)
     if len(file.shapes) > MOST_TENSORS:
-        raise WeightsError(source.where, f"{WEIGHTS} has {len(file.shapes)} tensors, which are no autoencoder's")
+        raise WeightsError(
+            source.where, f"{WEIGHTS} has {len(file.shapes)} tensors; an autoencoder has at most {MOST_TENSORS}"
+        )
     n_features = count_features(file, "W_dec", source, axis=0)
     tensors = {
         name: file.read(name, columns=source.indices)
@@ -73,8 +75,6 @@ def folder(
         tensors["W_enc"] = tensors["W_enc"].T
     scaling = tensors.pop("scaling_factor", None)
     if scaling is not None and not torch.allclose(scaling, torch.ones_like(scaling)):
-        raise WeightsError(
-            source.where, "scaling_factor is not 1; SAELens no longer applies it, and neither is it here"
-        )
+        raise WeightsError(source.where, "scaling_factor is not 1; neither SAELens nor this plugin applies it")
     folded = scale if cfg.get("normalize_activations") == "expected_average_only_in" else None
     return finish(source, cfg, tensors, n_features, folded)

@@ -1,4 +1,4 @@
-"""The words of ``cfg.json`` before SAELens 6, in those of version 6."""
+"""Translates ``cfg.json`` of SAELens before version 6 into the keys of version 6."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ MAP = {
     "d_out",
     "metadata",
 }
-"""The keys of version 6; every other is unknown there, and metadata before."""
+"""Keys of version 6. Any other key is an error in version 6, and metadata in earlier versions."""
 OVERRIDDEN = ("hook_name", "model_name", "dataset_path", "neuronpedia_id", "model_from_pretrained_kwargs")
-"""Metadata that a catalogue puts beside the map."""
+"""Metadata that a catalogue adds to those keys."""
 RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
 
 
 def modern(cfg: dict[str, Any], where: str) -> dict[str, Any]:
-    """A configuration of any version in the words of version 6.
+    """Return a configuration of any version with the keys of version 6.
 
     Raises:
         ManifestError: it has a key or an activation that is not known.
@@ -39,10 +39,12 @@ def modern(cfg: dict[str, Any], where: str) -> dict[str, Any]:
         metadata = cfg.get("metadata")
         if metadata is not None and not isinstance(metadata, dict):
             raise ManifestError(where, f"metadata is {metadata!r}, not an object")
-        # what a catalogue overrides beside the map itself is metadata
         other = {key: cfg[key] for key in OVERRIDDEN if key in cfg}
         if unknown := sorted(cfg.keys() - MAP - other.keys() - _other_architectures(cfg)):
-            raise ManifestError(where, f"cfg.json has unknown keys {unknown!r}; they might change the map, so upgrade")
+            raise ManifestError(
+                where,
+                f"cfg.json has unknown keys {unknown!r}, which might change the features; upgrade featurizers-sae-lens",
+            )
         return {
             **{key: value for key, value in cfg.items() if key not in other},
             "metadata": {**(metadata or {}), **other},
@@ -54,7 +56,7 @@ def modern(cfg: dict[str, Any], where: str) -> dict[str, Any]:
     options = old.get("activation_fn_kwargs") or {}
     if activation == "topk":
         if not isinstance(options, dict) or "k" not in options:
-            raise ManifestError(where, "activation_fn is 'topk', and activation_fn_kwargs says no k")
+            raise ManifestError(where, "activation_fn is 'topk', but activation_fn_kwargs lacks k")
         new |= {"architecture": "topk", "k": options["k"]}
     elif activation != "relu":
         raise ManifestError(where, f"activation_fn is {activation!r}; known are relu and topk")
@@ -67,5 +69,5 @@ def modern(cfg: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _other_architectures(cfg: dict[str, Any]) -> set[str]:
-    """All keys of an architecture that is refused for a better reason."""
+    """Return all keys of an architecture that is refused later, with a better reason than unknown keys."""
     return set(cfg) if "transcoder" in str(cfg.get("architecture")) or cfg.get("architecture") == "temporal" else set()

@@ -1,4 +1,4 @@
-"""Gemma Scope and Llama Scope, as they were released."""
+"""Readers of Gemma Scope and Llama Scope in the formats of their releases."""
 
 from __future__ import annotations
 
@@ -16,81 +16,86 @@ from featurizers_sae_lens.assembly import number, positive, refuse_other_sites
 from featurizers_sae_lens.reading import LINEAR, check_sizes, count_features, finish, jumprelu_config, of_arrays
 
 EMBEDDING = re.compile(r"(?:^|/)embedding/width_[^/]+(?:/[^/]+)?/?$")
-"""Where Gemma Scope keeps the autoencoders of token embeddings."""
-OTHER_PLACE = re.compile(r"(?:^|/|gemma-scope[^/]*-)(transcoder|crosscoder|clt)s?(?:[_@][^/]*)?(?:/|$)")
-"""Where Gemma Scope keeps what is not of one site: a file does not say it by itself."""
+"""Folders of Gemma Scope with autoencoders of token embeddings."""
+OTHER_FOLDER = re.compile(r"(?:^|/|gemma-scope[^/]*-)(transcoder|crosscoder|clt)s?(?:[_@][^/]*)?(?:/|$)")
+"""Folders of Gemma Scope with architectures that are not of a single site; their files alone do not show it."""
 
 
-def refuse_other_places(place: str) -> None:
-    """Raise `ManifestError` if Gemma Scope keeps what is no featurizer of one site in this place."""
-    if match := OTHER_PLACE.search(place):
-        refuse_other_sites(match[1], place)
+def refuse_other_folders(path: str) -> None:
+    """Raise `ManifestError` if Gemma Scope's folder of this name is not a featurizer of a single site."""
+    if match := OTHER_FOLDER.search(path):
+        refuse_other_sites(match[1], path)
 
 
 def gemma_scope(source: ExternalFiles, overrides: dict[str, Any]) -> Featurizer[Any]:
-    """Gemma Scope 1 (arXiv:2408.05147): ``params.npz``, JumpReLU.
+    """Read Gemma Scope 1 (arXiv:2408.05147): ``params.npz``, JumpReLU.
 
-    The file says neither the model nor the site. They are taken from the names of the folders, and so is it whether
-    this is an autoencoder of embeddings, or a transcoder.
+    The file names neither the model nor the site, nor does it tell autoencoders of embeddings and transcoders from the
+    others. All that is taken from the names of its folders.
 
     Raises:
         ManifestError: it is a transcoder.
         WeightsError: the file is damaged, or has other arrays.
     """
-    place = source.where
-    refuse_other_places(place)
+    where = source.where
+    refuse_other_folders(where)
     arrays = source.npz("params.npz")
     arrays = {f"W_{name[2:]}" if name.startswith("w_") else name: array for name, array in arrays.items()}
     scale = arrays.pop("scaling_factor", None)
     if scale is not None and not torch.allclose(scale.float(), torch.ones_like(scale, dtype=torch.float32)):
-        raise WeightsError(place, "params.npz has a scaling_factor that is not 1, which is not applied here")
-    wanted = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-    if unknown := sorted(arrays.keys() - set(wanted)):
-        raise WeightsError(place, f"params.npz has unknown arrays {unknown!r}")
-    tensors, n_features = of_arrays(source, arrays.get, {name: name for name in wanted}, "params.npz", wide=("W_enc",))
+        raise WeightsError(where, "params.npz has a scaling_factor that is not 1, which is not supported")
+    expected = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+    if unknown := sorted(arrays.keys() - set(expected)):
+        raise WeightsError(where, f"params.npz has unknown arrays {unknown!r}")
+    tensors, n_features = of_arrays(
+        source, arrays.get, {name: name for name in expected}, "params.npz", wide=("W_enc",)
+    )
     if tensors["W_enc"].shape[1] != tensors["W_dec"].shape[1]:
-        raise WeightsError(place, "W_enc and W_dec are of different widths: a transcoder, which is not one site's")
-    if EMBEDDING.search(place):  # trained on embeddings that the model multiplies by √d afterwards
+        raise WeightsError(
+            where, "W_enc and W_dec have different widths: a transcoder reads one site and writes another"
+        )
+    if EMBEDDING.search(where):  # trained on embeddings before the model multiplies them by √d
         root = math.sqrt(tensors["W_dec"].shape[1])
         tensors["W_enc"], tensors["W_dec"] = tensors["W_enc"] / root, tensors["W_dec"] * root
-    return finish(source, jumprelu_config(overrides, _gemma_hook(place), _gemma_model(place)), tensors, n_features)
+    cfg = jumprelu_config(overrides, _gemma_hook(where), _gemma_model(where))
+    return finish(source, cfg, tensors, n_features)
 
 
-def _gemma_hook(place: str) -> str | None:
-    if EMBEDDING.search(place):
+def _gemma_hook(path: str) -> str | None:
+    if EMBEDDING.search(path):
         return "hook_embed"
-    layer = re.search(r"layer_(\d{1,5})(?!\d)", place)
+    layer = re.search(r"layer_(\d{1,5})(?!\d)", path)
     kinds = {"-res": "hook_resid_post", "-mlp": "hook_mlp_out", "-att": "attn.hook_z"}
-    kind = next((hook for part, hook in kinds.items() if re.search(part + r"\b", place)), None)
+    kind = next((hook for part, hook in kinds.items() if re.search(part + r"\b", path)), None)
     return f"blocks.{layer[1]}.{kind}" if layer and kind else None
 
 
-def _gemma_model(place: str) -> str | None:
-    match = re.search(r"gemma-scope-(\d+b)-(pt|it)", place)
+def _gemma_model(path: str) -> str | None:
+    match = re.search(r"gemma-scope-(\d+b)-(pt|it)", path)
     return f"google/gemma-2-{match[1]}{'-it' if match[2] == 'it' else ''}" if match else None
 
 
 def gemma_scope_2(source: ExternalFiles, overrides: dict[str, Any]) -> Featurizer[Any]:
-    """Gemma Scope 2: ``params.safetensors`` and, in most folders, ``config.json``; JumpReLU.
+    """Read Gemma Scope 2: ``params.safetensors`` and, in most folders, ``config.json``; JumpReLU.
 
     Raises:
-        ManifestError: it is a transcoder, a crosscoder, or of another architecture.
+        ManifestError: it is a transcoder, a crosscoder, or another architecture.
         WeightsError: the file is damaged, or has other tensors.
     """
     raw = source.json("config.json") if "config.json" in source.names else {}
-    place = source.where
+    where = source.where
     if (architecture := raw.get("architecture", "jump_relu")) != "jump_relu":
-        raise ManifestError(place, f"the architecture {architecture!r} of Gemma Scope 2 is not known, only 'jump_relu'")
-    refuse_other_places(place)
+        raise ManifestError(where, f"the architecture {architecture!r} of Gemma Scope 2 is not known, only 'jump_relu'")
+    refuse_other_folders(where)
     if raw.get("hf_hook_point_out") not in (None, raw.get("hf_hook_point_in")):
-        raise ManifestError(place, "it writes another site than it reads: a transcoder is no featurizer of one site")
+        raise ManifestError(where, "it writes another site than it reads: a transcoder is not of a single site")
     file = source.safetensors("params.safetensors")
     if "affine_skip_connection" in file.shapes:
-        refuse_other_sites("skip_transcoder", place)
+        refuse_other_sites("skip_transcoder", where)
     n_features = count_features(file, "w_dec", source, axis=0)
-    wanted = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}
-    if unknown := sorted(file.shapes.keys() - wanted):
-        raise WeightsError(place, f"params.safetensors has unknown tensors {unknown!r}")
+    expected = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}
+    if unknown := sorted(file.shapes.keys() - expected):
+        raise WeightsError(where, f"params.safetensors has unknown tensors {unknown!r}")
     rows = source.indices
     tensors = {
         "W_enc": file.read("w_enc", columns=rows).T,
@@ -98,15 +103,15 @@ def gemma_scope_2(source: ExternalFiles, overrides: dict[str, Any]) -> Featurize
         "b_dec": file.read("b_dec"),
         **{name: file.read(name, rows=rows) for name in ("b_enc", "threshold")},
     }
-    cfg = jumprelu_config(overrides, _gemma_2_hook(place, raw), _gemma_2_model(place, raw.get("model_name")))
+    cfg = jumprelu_config(overrides, _gemma_2_hook(where, raw), _gemma_2_model(where, raw.get("model_name")))
     cfg["metadata"]["gemma_scope_2"] = raw
     return finish(source, cfg, tensors, n_features)
 
 
-def _gemma_2_hook(place: str, raw: dict[str, Any]) -> str | None:
-    """TransformerLens' name of the hook, by the folder or by the module that the configuration names."""
+def _gemma_2_hook(path: str, raw: dict[str, Any]) -> str | None:
+    """Return TransformerLens' name of the hook, from the folder or from the module that the configuration names."""
     point = str(raw.get("hf_hook_point_in", ""))
-    layer = re.search(r"layer_(\d{1,5})(?!\d)", place) or re.search(r"layers\.(\d{1,5})(?!\d)", point)
+    layer = re.search(r"layer_(\d{1,5})(?!\d)", path) or re.search(r"layers\.(\d{1,5})(?!\d)", point)
     folders = {"resid_post": "hook_resid_post", "attn_out": "attn.hook_z", "mlp_out": "hook_mlp_out"}
     modules = {
         "output": "hook_resid_post",
@@ -114,57 +119,61 @@ def _gemma_2_hook(place: str, raw: dict[str, Any]) -> str | None:
         "post_feedforward_layernorm.output": "hook_mlp_out",
     }
     kind = modules.get(re.sub(r"^.*layers\.\d+\.", "", point)) or next(
-        (hook for part, hook in folders.items() if re.search(rf"(?:^|/){part}(?:_all)?/", place)), None
+        (hook for part, hook in folders.items() if re.search(rf"(?:^|/){part}(?:_all)?/", path)), None
     )
     return f"blocks.{layer[1]}.{kind}" if layer and kind else None
 
 
-def _gemma_2_model(place: str, name: Any) -> str | None:
+def _gemma_2_model(path: str, name: Any) -> str | None:
     if not isinstance(name, str):
-        repository = re.search(r"(?:^|/)gemma-scope-2-(\w+-(?:pt|it))", place)
+        repository = re.search(r"(?:^|/)gemma-scope-2-(\w+-(?:pt|it))", path)
         if repository is None:
             return None
         name = f"gemma-3-{repository[1]}"
     owned: str = (name if "/" in name else f"google/{name}").replace("-v3", "-3")
-    return owned.removesuffix("-pt") if "270m" in owned else owned  # the smallest is published without the suffix
+    return owned.removesuffix("-pt") if "270m" in owned else owned  # the 270m model is published without the suffix
 
 
 def llama_scope(source: ExternalFiles, overrides: dict[str, Any], scale: float | None = None) -> Featurizer[Any]:
-    """Llama Scope (arXiv:2410.20526): one threshold, and activations scaled to the norm √d, which is folded in.
+    """Read Llama Scope (arXiv:2410.20526): a common threshold, and a scale of activations to the norm √d, folded in.
 
     Raises:
         ManifestError: ``hyperparams.json`` lacks a number, or names two sites.
-        WeightsError: the tensors do not fit it.
+        WeightsError: the tensors do not fit ``hyperparams.json``.
     """
     raw = source.json("hyperparams.json")
     norms = raw.get("dataset_average_activation_norm")
     if not isinstance(norms, dict):
-        raise ManifestError(source.where, "hyperparams.json lacks dataset_average_activation_norm")
+        raise ManifestError(source.where, "hyperparams.json lacks the object dataset_average_activation_norm")
     if raw.get("hook_point_out") not in (None, raw.get("hook_point_in")):
         refuse_other_sites("transcoder", source.where)
     root = math.sqrt(positive(raw, "d_model", source.where))
-    own = root / positive(norms, "in", source.where, (int, float))
+    factor = root / positive(norms, "in", source.where, (int, float))
     file = source.safetensors("checkpoints/final.safetensors")
     tensors, n_features = _linear(source, file)
     check_sizes(source, raw, {"d_model": tensors["W_dec"].shape[1], "d_sae": n_features})
-    level = number(raw, "jump_relu_threshold", source.where, (int, float)) * own
-    tensors["threshold"] = torch.full_like(tensors["b_enc"], level)
+    threshold = number(raw, "jump_relu_threshold", source.where, (int, float)) * factor
+    tensors["threshold"] = torch.full_like(tensors["b_enc"], threshold)
     cfg = jumprelu_config(overrides, raw.get("hook_point_in"), "meta-llama/Llama-3.1-8B")
     cfg |= {"normalize_activations": "expected_average_only_in"}
     cfg["metadata"]["llama_scope"] = raw
-    return finish(source, cfg, tensors, n_features, own if scale is None else scale)
+    return finish(source, cfg, tensors, n_features, factor if scale is None else scale)
 
 
 def llama_scope_r1(source: ExternalFiles, overrides: dict[str, Any], scale: float | None) -> Featurizer[Any]:
-    """Llama Scope of the distilled R1: thresholds as logarithms; the scale is the catalogue's.
+    """Read Llama Scope of the distilled R1: thresholds as logarithms, and the scale of SAELens' catalogue.
 
     Raises:
-        ManifestError: the catalogue gives no scale.
-        WeightsError: the tensors do not fit.
+        ManifestError: there is no scale.
+        WeightsError: the tensors do not fit ``config.json``.
     """
     raw = source.json("config.json")
     if scale is None:
-        raise ManifestError(source.where, "its activations were scaled by a factor that only SAELens' catalogue tells")
+        raise ManifestError(
+            source.where,
+            "its activations were scaled by a factor that only SAELens' catalogue has; load it as "
+            "'sae-lens:llama_scope_r1_distill/ID'",
+        )
     file = source.safetensors("sae_weights.safetensors")
     tensors, n_features = _linear(source, file)
     check_sizes(source, raw, {"d_model": tensors["W_dec"].shape[1]})

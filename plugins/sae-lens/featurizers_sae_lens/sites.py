@@ -1,4 +1,4 @@
-"""From TransformerLens' names of hooks and models to sites and Hub ids, and back."""
+"""Translates TransformerLens' names of hooks and models into sites and Hub ids, and back."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ KINDS = {
     "mlp.hook_post": "mlp.act",
 }
 NORMS = {"hook_attn_out": "post_attention_layernorm", "hook_mlp_out": "post_feedforward_layernorm"}
-"""Gemma 2 and 3 normalise what attention and MLP give before it is added to the residual stream, and TransformerLens
-hooks it after that: these hooks are no outputs of the attention and the MLP module."""
+"""Norm after each hook in Gemma 2 and 3. They normalise the outputs of attention and MLP before they add them to the
+residual stream, and TransformerLens hooks them after the norm; so the hook is the norm's output, not the module's."""
 NORMED = re.compile(r"google/gemma-[23]-.+")
 TEXT_ONLY = re.compile(r"google/gemma-(?:2-.+|3-(?:270m|1b).*)")
-"""Models whose blocks are ``model.layers``; those that see as well keep them in ``model.language_model.layers``."""
+"""Models whose blocks are ``model.layers``; multimodal models keep them in ``model.language_model.layers``."""
 NORM_MODULE = re.compile(rf"model\.(?:language_model\.)?layers\.(\d{{1,5}})\.({'|'.join(NORMS.values())})")
 OWNERS = {"gemma-": "google/", "pythia-": "EleutherAI/", "gpt2": "openai-community/"}
-"""Who publishes the models whose names TransformerLens shortens."""
+"""Hub owners of the models whose names TransformerLens shortens, by the start of the name."""
 
 
 def site_of(hook_name: object, model_name: object, head: object = None) -> Site | None:
-    """The site of a hook, with the model's Hub id where that is known; None for hooks that are no site here.
+    """Return the site of a hook, with the model's Hub id if that is known; None for hooks that are not a site.
 
     Args:
-        hook_name: in TransformerLens' words.
-        model_name: in TransformerLens' words, or a Hub id.
-        head: the attention head, if it is of one.
+        hook_name: TransformerLens' name of the hook.
+        model_name: TransformerLens' name of the model, or its Hub id.
+        head: number of the attention head, None for all heads.
     """
     if not isinstance(hook_name, str):
         return None
@@ -55,7 +55,7 @@ def site_of(hook_name: object, model_name: object, head: object = None) -> Site 
 
 
 def hook_of(site: Site) -> str | None:
-    """The hook of a site; None where TransformerLens has none of that place."""
+    """Return TransformerLens' name of the hook at a site, None if it has no hook there."""
     normed = site.model is not None and NORMED.fullmatch(site.model) is not None
     if site.kind == "module":
         match = NORM_MODULE.fullmatch(str(site.module)) if normed and site.side == "output" else None

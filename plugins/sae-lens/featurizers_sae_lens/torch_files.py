@@ -1,4 +1,4 @@
-"""Autoencoders that ``torch.save`` wrote, read as data: tensors, numbers and strings."""
+"""Readers of autoencoders that ``torch.save`` wrote; only tensors, numbers and strings are read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def _state_dict(source: ExternalFiles, name: str) -> dict[str, Any]:
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         if state.get("norm_factor") not in (None, 1):
             raise WeightsError(
-                source.where, f"{name} is a checkpoint with a norm_factor, which is not in its weights yet"
+                source.where,
+                f"{name} is a checkpoint whose norm_factor is not in its weights; only final weights are read",
             )
         state = state["state_dict"]
     if not isinstance(state, dict):
@@ -26,45 +27,45 @@ def _state_dict(source: ExternalFiles, name: str) -> dict[str, Any]:
     return state
 
 
-def one_file(
-    source: ExternalFiles, name: str, overrides: dict[str, Any] | None = None, place: str | None = None
+def single_file(
+    source: ExternalFiles, name: str, overrides: dict[str, Any] | None = None, path: str | None = None
 ) -> Featurizer[Any] | None:
-    """A single ``.pt``: Goodfire's, OpenAI's, Qwen Scope's, or DeepSeek's by the names of its tensors; None else.
+    """Read a single ``.pt`` of Goodfire, OpenAI, Qwen Scope or DeepSeek, by the names of its tensors; None for others.
 
     Args:
         source: the folder.
         name: of the file.
         overrides: metadata that the catalogue adds.
-        place: repository and path, in which names say what the file does not; given by the catalogue.
+        path: repository and path in the catalogue, whose names identify model and layer; None outside the catalogue.
 
     Raises:
-        ManifestError: it does not say how many features may fire, or names an activation that is not known.
-        WeightsError: it is damaged, or has other tensors.
+        ManifestError: the number of features that may fire is not known, or the activation is not.
+        WeightsError: the file is damaged, or has other tensors.
     """
-    listed, place = place is not None, place or f"{source.where}/{name}"
+    listed, path = path is not None, path or f"{source.where}/{name}"
     state = _state_dict(source, name)
     metadata: dict[str, Any] = {}
     cfg: dict[str, Any] = {"architecture": "standard", "apply_b_dec_to_input": False, "metadata": metadata}
     if "latent_bias" in state:
-        return _openai(source, state, name, place, overrides or {})
+        return _openai(source, state, name, path, overrides or {})
     if "encoder_linear.weight" in state:
-        match = re.search(r"(Llama-3\.\d-\d+B-Instruct)-SAE-l(\d+)", place)
+        match = re.search(r"(Llama-3\.\d-\d+B-Instruct)-SAE-l(\d+)", path)
         metadata |= _residual(match and match[2], match and f"meta-llama/{match[1]}")
         names, wide = {key: value.replace(".", "_linear.") for key, value in LINEAR.items()}, ("W_dec",)
     elif state.keys() >= LINEAR.keys():
-        match = re.search(r"SAE-Res-(.+)-W\d+K-L0_(\d+)", place)
+        match = re.search(r"SAE-Res-(.+)-W\d+K-L0_(\d+)", path)
         if not match:
             raise ManifestError(
                 source.where,
-                f"{name} does not say how many features of a token may fire; Qwen Scope says it in the name of the "
-                "repository: load it from a folder of that name, SAE-Res-…-L0_50, or from SAELens' catalogue",
+                f"{name} does not say how many features of a token may fire; the name of Qwen Scope's repository does: "
+                "load it from a folder of that name, SAE-Res-…-L0_50, or from SAELens' catalogue",
             )
         layer = re.search(r"layer(\d+)\.sae\.pt$", name)
         metadata |= _residual(layer and layer[1], f"Qwen/{match[1]}")
         cfg |= {"architecture": "topk", "k": int(match[2])}
         names, wide = {key: key for key in LINEAR}, ("W_dec",)
     elif state.keys() == set(LINEAR.values()) or (listed and state.keys() >= set(LINEAR.values())):
-        match = re.search(r"(DeepSeek-R1-Distill-[^/]+)-SAE-l(\d+)", place)
+        match = re.search(r"(DeepSeek-R1-Distill-[^/]+)-SAE-l(\d+)", path)
         metadata |= _residual(match and match[2], match and f"deepseek-ai/{match[1]}")
         names, wide = LINEAR, ("W_dec",)
     else:
@@ -79,9 +80,9 @@ def _residual(layer: str | None, model: str | None) -> dict[str, Any]:
 
 
 def _openai(
-    source: ExternalFiles, state: dict[str, Any], name: str, place: str, overrides: dict[str, Any]
+    source: ExternalFiles, state: dict[str, Any], name: str, path: str, overrides: dict[str, Any]
 ) -> Featurizer[Any]:
-    """OpenAI's GPT-2 autoencoders (arXiv:2406.04093): ReLU, or TopK of layer-normed activations."""
+    """Read OpenAI's GPT-2 autoencoders (arXiv:2406.04093): ReLU, or TopK of layer-normed activations."""
     names = {"W_enc": "encoder.weight", "W_dec": "decoder.weight", "b_enc": "latent_bias", "b_dec": "pre_bias"}
     tensors, n_features = of_arrays(source, state.get, names, name, wide=("W_dec",))
     kind, options = state.get("activation", "ReLU"), state.get("activation_state_dict")
@@ -102,17 +103,17 @@ def _openai(
         "resid_post_mlp": "hook_resid_post",
         "mlp_post_act": "mlp.hook_post",
     }
-    match = re.search(rf"({'|'.join(hooks)})[^/]*/autoencoders/(\d+)\.pt$", place)
+    match = re.search(rf"({'|'.join(hooks)})[^/]*/autoencoders/(\d+)\.pt$", path)
     hook = match and f"blocks.{match[2]}.{hooks[match[1]]}"
     cfg["metadata"] = {"hook_name": hook, "model_name": "gpt2-small", **overrides}
     return finish(source, cfg, tensors, n_features)
 
 
 def hook_z(source: ExternalFiles, name: str, overrides: dict[str, Any]) -> Featurizer[Any]:
-    """Attention autoencoders of Kissane and others: ``NAME.pt`` and ``NAME_cfg.json``.
+    """Read attention autoencoders of Kissane and others: ``NAME.pt`` and ``NAME_cfg.json``.
 
     Raises:
-        ManifestError, WeightsError: a file is missing or damaged, or they do not fit each other.
+        ManifestError, WeightsError: a file is missing or damaged, or the files do not fit each other.
     """
     raw = source.json(name.removesuffix(".pt") + "_cfg.json")
     tensors, n_features = of_arrays(
@@ -120,23 +121,23 @@ def hook_z(source: ExternalFiles, name: str, overrides: dict[str, Any]) -> Featu
     )
     metadata = {"hook_name": raw.get("act_name"), "model_name": "gpt2-small", **overrides}
     cfg = {"architecture": "standard", "reshape_activations": "hook_z", "metadata": metadata}
-    sizes = {ours: raw[theirs] for ours, theirs in {"d_in": "act_size", "d_sae": "dict_size"}.items() if theirs in raw}
+    sizes = {size: raw[key] for size, key in {"d_in": "act_size", "d_sae": "dict_size"}.items() if key in raw}
     return finish(source, {**cfg, **sizes}, tensors, n_features)
 
 
 def dictionary_learning(source: ExternalFiles, overrides: dict[str, Any]) -> Featurizer[Any]:
-    """``ae.pt`` and ``config.json`` of dictionary_learning, as its releases in the catalogue are read.
+    """Read ``ae.pt`` and ``config.json`` of dictionary_learning as SAELens reads its releases.
 
     Raises:
-        ManifestError: the configuration is of another form, or its class is not known.
-        WeightsError: the tensors do not fit it.
+        ManifestError: the configuration has another form, or its class is not known.
+        WeightsError: the tensors do not fit the configuration.
     """
     trainer = source.json("config.json").get("trainer")
     if not isinstance(trainer, dict):
         raise ManifestError(source.where, "config.json lacks the object 'trainer'")
     state = _state_dict(source, "ae.pt")
     kind = trainer.get("dict_class")
-    alike = {
+    classes = {
         "AutoEncoder": ("standard", True),
         "GatedAutoEncoder": ("gated", True),
         "AutoEncoderTopK": ("topk", True),
@@ -145,10 +146,10 @@ def dictionary_learning(source: ExternalFiles, overrides: dict[str, Any]) -> Fea
         "JumpReluAutoEncoder": ("jumprelu", False),
         "AutoEncoderNew": ("standard", False),
     }
-    if not isinstance(kind, str) or kind not in alike:
-        raise ManifestError(source.where, f"the dict_class {kind!r} is not known; known are {', '.join(alike)}")
-    architecture, pre_bias = alike[kind]
-    spelled = {
+    if not isinstance(kind, str) or kind not in classes:
+        raise ManifestError(source.where, f"the dict_class {kind!r} is not known; known are {', '.join(classes)}")
+    architecture, pre_bias = classes[kind]
+    spellings = {
         "W_enc": ("W_enc", "encoder.weight"),
         "W_dec": ("W_dec", "decoder.weight"),
         "b_enc": ("b_enc", "encoder.bias"),
@@ -161,11 +162,11 @@ def dictionary_learning(source: ExternalFiles, overrides: dict[str, Any]) -> Fea
     skipped = {"gated": ("b_enc", "threshold"), "jumprelu": ("b_gate", "b_mag", "r_mag")}
     skip = skipped.get(architecture, ("b_gate", "b_mag", "r_mag", "threshold"))
     names = {
-        ours: next((name for name in theirs if name in state), theirs[0])
-        for ours, theirs in spelled.items()
-        if ours not in skip
+        name: next((spelling for spelling in known if spelling in state), known[0])
+        for name, known in spellings.items()
+        if name not in skip
     }
-    wide = tuple(ours for ours in ("W_enc", "W_dec") if names[ours] in ("W_enc", "decoder.weight"))
+    wide = tuple(name for name in ("W_enc", "W_dec") if names[name] in ("W_enc", "decoder.weight"))
     tensors, n_features = of_arrays(source, state.get, names, "ae.pt", wide=wide)
     layer, model = trainer.get("layer"), trainer.get("lm_name")
     hook = f"blocks.{layer}.hook_resid_post" if type(layer) is int else None

@@ -1,4 +1,4 @@
-"""`wrap`: a live SAE of SAELens as a featurizer."""
+"""`wrap`: turns a live SAE of SAELens into a featurizer."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from featurizers_sae_lens.assembly import assemble, fold_decoder_norms, refuse_o
 from featurizers_sae_lens.legacy import MAP
 
 TRAINED_AS = {"batchtopk": "jumprelu", "matryoshka_batchtopk": "jumprelu"}
-"""Architectures of training, and what SAELens saves them as."""
+"""Architectures of training, and the architecture that SAELens saves each of them as."""
 
 
 def wrap(sae: Any) -> Featurizer[Any]:
-    """The featurizer of a `sae_lens.SAE` or `sae_lens.TrainingSAE`, with its weights at this moment.
+    """Return the featurizer of a `sae_lens.SAE` or `sae_lens.TrainingSAE`, with its present weights.
 
-    The decoder and the biases are shared; the encoder is copied into rows. The SAE itself is not called: what SAELens
-    keeps on the module between ``encode`` and ``decode`` is in the error term here.
+    The decoder and the biases are shared; the encoder is copied into rows. The SAE itself is not called. Statistics
+    that SAELens keeps on the module between ``encode`` and ``decode`` are in the error term here.
 
     Raises:
-        UsageError: it is not an SAE of SAELens.
-        ManifestError: it is no featurizer of one site, such as a transcoder.
+        UsageError: the object is not an SAE of SAELens.
+        ManifestError: it is not a featurizer of a single site, such as a transcoder.
     """
     config: Any = getattr(sae, "cfg", None)
     if not isinstance(sae, nn.Module) or not hasattr(config, "to_dict") or not hasattr(config, "architecture"):
@@ -36,7 +36,7 @@ def wrap(sae: Any) -> Featurizer[Any]:
     state = {name: tensor.detach() for name, tensor in sae.state_dict().items()}
     if architecture in TRAINED_AS:
         state["threshold"] = state.pop("topk_threshold").expand(len(state["W_dec"]))
-    if "threshold" in state:  # in training it is of float32 always, and compared in the dtype of the rest
+    if "threshold" in state:  # always float32 in training, but compared in the dtype of the weights
         state["threshold"] = state["threshold"].to(state["W_dec"].dtype)
     if "W_enc" in state:
         state["W_enc"] = state["W_enc"].T

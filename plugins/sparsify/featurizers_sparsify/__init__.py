@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from featurizers import DictionaryFeaturizer, Featurizer, Site, hookimpl
+from featurizers.builtin import lost_settings, plain_weights
 from featurizers.errors import ConversionError, FeaturizerError, ManifestError, SourceError, UsageError, WeightsError
 from featurizers.format import ExternalFiles, write_tensors
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,26 +18,26 @@ __all__ = ["SparsifyConfig"]
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 MODULES = {"mlp": "mlp.out", "self_attn": "attn.out", "attn": "attn.out", "attention": "attn.out"}
-"""Modules of a block whose output is a site, by their names in a hookpoint."""
+"""Site of each module of a block whose output is a site, by its name in a hookpoint."""
 DECODERS = "model|transformer|gpt_neox|decoder|language_model"
-"""Modules around the blocks that may stand before them; those of an image tower are no sites."""
+"""Names of modules that may stand before the blocks in a hookpoint; blocks of an image tower are not sites."""
 BLOCK = re.compile(rf"(?:(?:{DECODERS})\.)*(?:layers|h)\.(\d{{1,5}})(?:\.(\w+))?")
 
 
 class SparsifyConfig(BaseModel):
-    """What ``cfg.json`` may say.
+    """Contents of ``cfg.json``.
 
     Attributes:
         d_in: width of the activations.
         activation: ``topk`` or ``groupmax``.
-        expansion_factor: features for each coordinate, where ``num_latents`` is 0.
-        normalize_decoder: whether decoder rows were kept at length 1 in training; the weights say how they are.
+        expansion_factor: features for each coordinate, if ``num_latents`` is 0.
+        normalize_decoder: True if decoder rows were kept at length 1 in training; reading ignores it.
         num_latents: number of features, 0 for ``d_in * expansion_factor``.
-        k: how many features of a token may fire.
-        multi_topk: a loss of training.
-        skip_connection: whether the input is added to the output through a matrix.
-        transcode: whether another site is predicted.
-        signed: an option of versions before 1.0: the k largest magnitudes, with their sign.
+        k: number of features of a token that may fire.
+        multi_topk: True if training used that loss; reading ignores it.
+        skip_connection: True if the input is added to the output through a matrix; not supported.
+        transcode: True if another site is predicted; not supported.
+        signed: option of versions before 1.0: if True the k largest magnitudes fire, with their sign.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -54,12 +55,12 @@ class SparsifyConfig(BaseModel):
 
 @hookimpl
 def featurizers_read(source: ExternalFiles) -> Featurizer[Any] | None:
-    """The featurizer in a folder of sparsify, None for any other.
+    """Read the featurizer in a folder of sparsify, None for any other folder.
 
     Raises:
-        ManifestError: the configuration is not known, or is that of a transcoder.
-        WeightsError: the weights do not fit it, or there is no decoder.
-        UsageError: a part is asked for, which topk and groupmax do not allow.
+        ManifestError: the configuration is not known, or is not of a single site, such as a transcoder's.
+        WeightsError: the weights do not fit the configuration, or there is no decoder.
+        UsageError: only some features are requested, which topk and groupmax do not allow.
     """
     if not {CONFIG, WEIGHTS} <= set(source.names):
         return None
@@ -78,9 +79,9 @@ def featurizers_read(source: ExternalFiles) -> Featurizer[Any] | None:
     f, d = n_features, config.d_in
     expected = {"encoder.weight": (f, d), "encoder.bias": (f,), "W_dec": (f, d), "b_dec": (d,)}
     if "W_dec" not in file.shapes and "encoder.weight" in file.shapes:
-        raise WeightsError(where, f"{WEIGHTS} holds an encoder alone; without W_dec there is no way back")
+        raise WeightsError(where, f"{WEIGHTS} holds an encoder alone; a featurizer needs the decoder W_dec too")
     if "W_skip" in file.shapes:
-        raise ManifestError(where, "it has a skip connection, W_skip, and so is no featurizer of one site")
+        raise ManifestError(where, "it has a skip connection, W_skip, so it is not a featurizer of a single site")
     if file.shapes != expected:
         raise WeightsError(where, f"{WEIGHTS} has {file.shapes!r}, but its config implies {expected!r}")
     try:
@@ -108,21 +109,23 @@ def _refuse(config: SparsifyConfig, where: str) -> None:
     if config.activation not in ("topk", "groupmax"):
         raise ManifestError(where, f"the activation {config.activation!r} is not known; known are topk, groupmax")
     if config.transcode:
-        raise ManifestError(where, "it is a transcoder, which reads one site and writes another: not of one site")
+        raise ManifestError(
+            where, "a transcoder reads one site and writes another: it is not a featurizer of a single site"
+        )
     if config.skip_connection:
-        raise ManifestError(where, "it has a skip connection, and so is no featurizer of one site")
+        raise ManifestError(where, "it has a skip connection, so it is not a featurizer of a single site")
     if config.signed and config.activation != "topk":
         raise ManifestError(where, f"signed belongs to the activation 'topk', not to {config.activation!r}")
 
 
 def _hookpoint(where: str) -> str:
-    """The name of the folder; of its parent where several seeds of a hookpoint have folders ``seed0``, ``seed1``, …"""
+    """Return the name of the folder, or of its parent if the folder is a seed (``seed0``, ``seed1``, …)."""
     path = Path(where)
     return path.parent.name if re.fullmatch(r"seed\d+", path.name) else path.name
 
 
 def _site(hookpoint: str) -> Site | None:
-    """The site of a hookpoint such as ``layers.10`` or ``layers.10.mlp``: a block's or a module's output."""
+    """Return the site of a hookpoint such as ``layers.10`` or ``layers.10.mlp``: the output of a block or a module."""
     match = BLOCK.fullmatch(hookpoint)
     if match is None:
         return None
@@ -134,18 +137,18 @@ def _site(hookpoint: str) -> Site | None:
 
 @hookimpl
 def featurizers_resolve(reference: str, repository: Callable[..., ExternalFiles]) -> Featurizer[Any] | None:
-    """The featurizer of ``owner/name/hookpoint``, as in ``sparsify:EleutherAI/sae-llama-3-8b-32x/layers.10``.
+    """Read the featurizer of ``owner/name/hookpoint``, as in ``sparsify:EleutherAI/sae-llama-3-8b-32x/layers.10``.
 
     Raises:
-        SourceError: it is not of that form, or the repository has no such hookpoint.
+        SourceError: the reference has another form, or the repository has no such hookpoint.
     """
     owner, _, rest = reference.partition("/")
     name, _, hookpoint = rest.partition("/")
     if not (owner and name):
         raise SourceError(f"cannot read 'sparsify:{reference}'; write 'sparsify:owner/name/hookpoint'")
     source = repository(f"{owner}/{name}", hookpoint or None)
-    found = featurizers_read(source)
-    if found is None:
+    featurizer = featurizers_read(source)
+    if featurizer is None:
         known = sorted(
             {name.rpartition("/")[0] for name in repository(f"{owner}/{name}").names if name.endswith(WEIGHTS)}
         )
@@ -153,17 +156,17 @@ def featurizers_resolve(reference: str, repository: Callable[..., ExternalFiles]
             f"{owner}/{name} has no {CONFIG} and {WEIGHTS} at the hookpoint {hookpoint!r}; it has "
             f"{', '.join(map(repr, known[:10])) or 'none'}{', …' if len(known) > 10 else ''}"
         )
-    return found
+    return featurizer
 
 
 @hookimpl
 def featurizers_write(featurizer: Featurizer[Any], folder: Path) -> list[str] | None:
-    """Write a dictionary as sparsify's ``SparseCoder.load_from_disk`` reads it, and say what that cannot hold.
+    """Write a dictionary for sparsify's ``SparseCoder.load_from_disk``, and return a sentence for each thing lost.
 
     Raises:
-        ConversionError: it is not topk or groupmax with a pre-bias and no normalisation.
+        ConversionError: it is not a dictionary of the rule topk or groupmax without normalisation.
     """
-    where, lost = str(folder), []
+    where = str(folder)
     if not isinstance(featurizer, DictionaryFeaturizer):
         raise ConversionError(where, f"sparsify has dictionaries only, not the kind {featurizer.kind!r}")
     config = featurizer.config
@@ -171,26 +174,20 @@ def featurizers_write(featurizer: Featurizer[Any], folder: Path) -> list[str] | 
         raise ConversionError(where, f"sparsify has the rules topk and groupmax, not {config.rule!r}")
     if config.normalize != "none":
         raise ConversionError(where, f"sparsify normalises no activations; this dictionary does: {config.normalize!r}")
-    state = featurizer.state_dict()
-    bias = state["b_enc"]
-    if not config.pre_bias:  # encoding x - b_dec with a bias that puts it back
-        bias = bias + state["W_enc"] @ state["b_dec"]
-        lost.append("The encoder's bias holds what undoes sparsify's pre-bias; features are the same to rounding.")
-    if config.units != "raw":
-        lost.append(f"The features are in raw units, not {config.units!r}.")
-    if config.n_heads is not None:
-        lost.append("The heads are side by side.")
-    if featurizer.special_tokens:
-        lost.append(f"The special tokens {list(featurizer.special_tokens)} are not kept.")
+    weights, lost = plain_weights(featurizer)
+    bias = weights["b_enc"]
+    if not config.pre_bias:  # sparsify encodes x - b_dec, and this bias adds b_dec again
+        bias = bias + weights["W_enc"] @ weights["b_dec"]
+        lost.append("The encoder's bias undoes sparsify's pre-bias; features are the same to rounding.")
+    lost += lost_settings(featurizer, ["sparsify"])
     if featurizer.site is not None and _site(folder.name) != featurizer.site:
         lost.append(
             f"The site {str(featurizer.site)!r} is kept by the folder's name alone: name it layers.10.mlp or the like."
         )
-    if other := sorted(featurizer.metadata.keys() - {"sparsify"}):
-        lost.append(f"The metadata {', '.join(map(repr, other))} are not kept.")
-    tensors = {"encoder.weight": state["W_enc"], "encoder.bias": bias, "W_dec": state["W_dec"], "b_dec": state["b_dec"]}
+    W_dec = weights["W_dec"]
+    tensors = {"encoder.weight": weights["W_enc"], "encoder.bias": bias, "W_dec": W_dec, "b_dec": weights["b_dec"]}
     write_tensors(tensors, folder / WEIGHTS, where)
-    norms, theirs = state["W_dec"].float().norm(dim=-1), featurizer.metadata.get("sparsify")
+    norms, old_cfg = W_dec.float().norm(dim=-1), featurizer.metadata.get("sparsify")
     cfg = SparsifyConfig(
         d_in=config.d_in,
         activation=config.rule,
@@ -198,7 +195,7 @@ def featurizers_write(featurizer: Featurizer[Any], folder: Path) -> list[str] | 
         k=int(config.rule_options["k"]),
         expansion_factor=max(config.n_features // config.d_in, 1),
         normalize_decoder=bool(((norms - 1).abs() < 1e-3).all()),
-        multi_topk=isinstance(theirs, dict) and theirs.get("multi_topk") is True,
+        multi_topk=isinstance(old_cfg, dict) and old_cfg.get("multi_topk") is True,
     )
     (folder / CONFIG).write_text(json.dumps(cfg.model_dump(exclude={"signed"})) + "\n", encoding="utf-8")
     return lost

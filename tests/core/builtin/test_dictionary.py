@@ -1,4 +1,4 @@
-"""Dictionaries: the laws for every rule, the formulas written out, and the sparse forms against the dense ones."""
+"""Dictionaries: laws for every rule, formulas written out by hand, and sparse forms compared with dense forms."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VARIANTS = [
         ("jumprelu", {"normalize": how, "pre_bias": True, **scale})
         for how, scale in zip(NORMALIZATIONS, ({}, {}, {}, {"input_scale": 2.5}), strict=True)
     ],
-    ("relu", {"bias": -3.0}),  # few features fire: the sparse forms
+    ("relu", {"bias": -3.0}),  # few features fire, so that the sparse forms are taken
     ("gated", {"bias": -3.0, "pre_bias": True}),
     ("topk", {"k": 3, "normalize": "layer-norm", "pre_bias": True}),
     ("abstopk", {"k": 3}),
@@ -31,7 +31,7 @@ VARIANTS = [
 
 @pytest.fixture(autouse=True)
 def _nothing_is_small(monkeypatch):
-    """The dictionaries here are tiny, and shall take the roads of large ones."""
+    """Let these tiny dictionaries take the code paths of large ones."""
     monkeypatch.setattr("featurizers.builtin.dictionary.SMALL", 0)
 
 
@@ -53,7 +53,7 @@ class TestEveryRule(FeaturizerContract):
 
 
 class TestASlice(FeaturizerContract):
-    """A part of a dictionary is a featurizer too; here it holds the first features, whose numbers are columns."""
+    """A slice is a featurizer too; this slice holds the first features, so that their numbers are also columns."""
 
     tolerance = 3e-5
 
@@ -135,12 +135,12 @@ def test_the_sparse_form_is_the_dense_form(rule, how, monkeypatch):
     }
     for name, gate in gates.items():
         assert f._can_skip_zeros()
-        found = f.blend(base, source, gate)
+        sparse_form = f.blend(base, source, gate)
         monkeypatch.setattr(DictionaryFeaturizer, "_can_skip_zeros", lambda self: False)
         dense = f.blend(base, source, gate)
         monkeypatch.undo()
-        torch.testing.assert_close(found, dense, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-        assert not torch.equal(found, base)
+        torch.testing.assert_close(sparse_form, dense, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert not torch.equal(sparse_form, base)
 
 
 def test_the_sparse_form_is_taken_where_few_features_fire(monkeypatch):
@@ -170,8 +170,8 @@ def test_gradients_of_the_sparse_form_are_those_of_the_formulas(rule):
     def gradients(result: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad((result * cotangent).sum(), [base, source, gate])
 
-    for found, expected in zip(gradients(f.mask(base, source, gate)), gradients(by_hand()), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for gradient, expected in zip(gradients(f.mask(base, source, gate)), gradients(by_hand()), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
         assert expected.abs().max() > 0
 
 
@@ -220,12 +220,12 @@ def test_encoding_a_few_features_reads_their_rows_alone():
 def test_chunks_give_what_the_whole_gives(rule, monkeypatch):
     f = dictionary(rule, pre_bias=True)
     x = batch(7)
-    monkeypatch.setattr("featurizers.builtin.dictionary.CHUNK", 10)
-    active = f._active(x, share=1.0)
+    monkeypatch.setattr("featurizers.builtin.encoder.CHUNK", 10)
+    active = f._encoder().active(x, share=1.0)
     assert active is not None
     assert (active.rows.diff() >= 0).all(), "they are ordered by token"
-    found = torch.zeros(7, 64).index_put((active.rows, active.columns), active.values)
-    torch.testing.assert_close(found, f.encode(x), rtol=1e-5, atol=1e-5)
+    features = torch.zeros(7, 64).index_put((active.rows, active.columns), active.values)
+    torch.testing.assert_close(features, f.encode(x), rtol=1e-5, atol=1e-5)
     values, indices = f.encode_sparse(x)
     torch.testing.assert_close(torch.zeros(7, 64).scatter_add(-1, indices, values), f.encode(x), rtol=1e-5, atol=1e-5)
     assert torch.equal(f.interchange(x, x.clone()), x)
@@ -319,8 +319,8 @@ def test_units_change_the_features_and_nothing_else(rule):
                 raw.in_units(units)
             continue
         converted = raw.in_units(units)
-        found, residual = converted.featurize(x)
-        torch.testing.assert_close(found, features * norms, rtol=1e-5, atol=1e-5)
+        in_units, residual = converted.featurize(x)
+        torch.testing.assert_close(in_units, features * norms, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(residual, error, rtol=1e-5, atol=1e-5)
         back = converted.in_units("raw")
         torch.testing.assert_close(back.encode(x), features, rtol=1e-5, atol=1e-5)
@@ -405,7 +405,7 @@ def test_an_edit_of_nothing_is_exact_in_a_dictionary_of_low_precision(rule, dtyp
     assert f.encode(base).dtype == dtype
 
 
-# ---------------------------------------------------------------------- a rule of someone else, and refusals
+# ---------------------------------------------------------------------- rules of plugins, and refusals
 
 
 def test_a_new_rule_is_one_function(monkeypatch):
@@ -435,7 +435,7 @@ REFUSED = {
     "an import path": ({"rule": "os.system"}, "no installed plugin has the activation rule 'os.system'"),
     "an option too many": ({"rule_options": {"k": 3}}, r"takes the options \[\]"),
     "an option missing": ({"rule": "topk"}, r"takes the options \['k'\]"),
-    "k of none": ({"rule": "topk", "rule_options": {"k": 0}}, "k is between 1 and the 16 features, got 0"),
+    "k of none": ({"rule": "topk", "rule_options": {"k": 0}}, "k must be between 1 and the 16 features, got 0"),
     "k of too many": ({"rule": "topk", "rule_options": {"k": 17}}, "got 17"),
     "k of a part": ({"rule": "topk", "rule_options": {"k": 1.5}}, "got 1.5"),
     "unequal groups": ({"rule": "groupmax", "rule_options": {"k": 3}}, "do not make 3 equal groups"),
@@ -443,7 +443,7 @@ REFUSED = {
     "a negative scale": ({"normalize": "scale", "input_scale": -1.0}, "greater than 0"),
     "unequal heads": ({"n_heads": 3}, "do(es)? not make 3 equal heads"),
     "an unknown normalisation": ({"normalize": "batch-norm"}, "normalize"),
-    "a slice of less": ({"slice_of": 3}, "no slice of 3"),
+    "a slice of less": ({"slice_of": 3}, "cannot be a slice of 3"),
 }
 
 
@@ -465,7 +465,7 @@ def test_tensors_that_do_not_fit_are_refused():
         DictionaryFeaturizer.from_tensors(w, w, threshold=1.0)
     with pytest.raises(ConfigError, match=r"special_tokens\.0"):
         DictionaryFeaturizer.from_tensors(w, w, special_tokens=["a"])
-    with pytest.raises(UsageError, match="the error that featurize gave"):
+    with pytest.raises(UsageError, match="the error that featurize returned"):
         dictionary().inverse_featurize(torch.zeros(1, 64), None)
 
 

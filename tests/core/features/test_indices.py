@@ -1,4 +1,4 @@
-"""Every form of indices against a plain reference."""
+"""Every form of indices compared with a plain reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ flags = st.lists(st.booleans(), min_size=N, max_size=N)
 
 
 def chosen(selection: Selection, batch: int = 1, n: int = N) -> list[list[int]]:
-    """The features that a selection means for each example, in ascending order."""
+    """Return the features that a selection means for each example, in ascending order."""
     if selection.is_everything:
         return [list(range(n))] * batch
     mask = selection.mask_for(torch.zeros(batch, n))
@@ -51,20 +51,20 @@ def test_a_list_for_each_example(numbers):
     )
 )
 def test_a_tensor_of_two_axes_is_a_row_for_each_example(numbers):
-    given_tensor = torch.tensor(numbers, dtype=torch.long).reshape(len(numbers), -1)
-    assert chosen(select(given_tensor, N), len(numbers)) == [sorted(row) for row in numbers]
+    tensor = torch.tensor(numbers, dtype=torch.long).reshape(len(numbers), -1)
+    assert chosen(select(tensor, N), len(numbers)) == [sorted(row) for row in numbers]
 
 
 @given(flags, st.booleans())
-def test_booleans_mean_where_they_are_true(wanted, as_list):
-    selection = select(wanted if as_list else torch.tensor(wanted), N)
-    assert selection.as_columns().tolist() == [i for i, on in enumerate(wanted) if on]
-    assert chosen(selection) == [[i for i, on in enumerate(wanted) if on]]
+def test_booleans_mean_where_they_are_true(mask, as_list):
+    selection = select(mask if as_list else torch.tensor(mask), N)
+    assert selection.as_columns().tolist() == [i for i, on in enumerate(mask) if on]
+    assert chosen(selection) == [[i for i, on in enumerate(mask) if on]]
 
 
 @given(st.lists(flags, min_size=1, max_size=4))
-def test_booleans_of_two_axes_are_a_row_for_each_example(wanted):
-    assert chosen(select(torch.tensor(wanted), N), len(wanted)) == [[i for i, on in enumerate(r) if on] for r in wanted]
+def test_booleans_of_two_axes_are_a_row_for_each_example(mask):
+    assert chosen(select(torch.tensor(mask), N), len(mask)) == [[i for i, on in enumerate(row) if on] for row in mask]
 
 
 ends = st.none() | st.integers(-9, 9)
@@ -141,8 +141,8 @@ def test_anything_else_is_refused(indices, message):
 def test_rows_broadcast_over_the_axes_between_batch_and_features(numbers, between):
     features = torch.zeros(len(numbers), *[3] * between, N)
     mask = select(numbers, N).mask_for(features).expand_as(features)
-    for row, wanted in enumerate(numbers):
-        assert all(line.nonzero().flatten().tolist() == sorted(wanted) for line in mask[row].reshape(-1, N))
+    for example, row in enumerate(numbers):
+        assert all(line.nonzero().flatten().tolist() == sorted(row) for line in mask[example].reshape(-1, N))
 
 
 @given(some)

@@ -1,4 +1,4 @@
-"""Which files of a folder are opened: regular ones, in the folder, or where the Hub's cache keeps its blobs."""
+"""Only regular files are opened, in the named folder or among the blobs of the Hub's cache."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 
 def snapshot(folder: Path, cache: Path, *, shared: bool = False) -> Path:
-    """The artefact as the Hub's cache keeps it: links to blobs, which may be links to those of the whole cache."""
+    """Copy an artefact into a Hub cache: links to blobs, which may be links to blobs that repositories share."""
     repository = cache / "models--alice--x"
     place = repository / "snapshots" / "c0ffee"
     place.mkdir(parents=True)
@@ -59,7 +59,7 @@ def test_the_links_of_the_hubs_cache_are_followed(folder, tmp_path, shared):
     place = snapshot(folder, tmp_path / "cache", shared=shared)
     assert featurizers.load(place, verify=True).basis.equal(subspace().basis)
     moved = (tmp_path / "cache").rename(tmp_path / "disk")
-    (tmp_path / "cache").symlink_to(moved)  # a cache on another disk
+    (tmp_path / "cache").symlink_to(moved)  # as for a cache on another disk
     assert featurizers.load(place, verify=True).basis.equal(subspace().basis)
 
 
@@ -140,7 +140,7 @@ def test_what_is_contained(tmp_path):
 
 
 def test_python_files_beside_an_artefact_are_never_run(folder, tmp_path, monkeypatch):
-    """Nor those of a current folder that is the artefact's, under the names that could be imported."""
+    """Not even when the artefact is the current folder and the files have names that are imported."""
     ran = tmp_path / "ran"
     for name in ("__init__", "featurizers_subspace", "subspace", "modeling", "featurizer", "conftest", "sitecustomize"):
         (folder / f"{name}.py").write_text(f"open({str(ran)!r}, 'w')\n")
@@ -152,7 +152,7 @@ def test_python_files_beside_an_artefact_are_never_run(folder, tmp_path, monkeyp
 
 
 def test_a_folder_does_not_stand_for_a_repository(tmp_path, monkeypatch):
-    """A folder of the name ``alice/x`` in the current one is not what ``alice/x`` means, and that is said."""
+    """``alice/x`` is an error if there is such a folder."""
     monkeypatch.chdir(tmp_path)
     subspace().save_pretrained("alice/x")
     with pytest.raises(featurizers.errors.SourceError, match="alice/x"):
@@ -170,7 +170,7 @@ def test_what_errors_show():
     assert len(one_line("\x1b" * 1000)) == 300
 
 
-def test_a_foreign_folder_with_nan_is_named_and_can_be_had(tmp_path):
+def test_nan_in_another_librarys_file_is_named_and_can_be_loaded(tmp_path):
     f = dictionary("relu")
     folder = tmp_path / "sae"
     featurizers.convert(f, folder, to="sae-lens")
@@ -184,10 +184,10 @@ def test_a_foreign_folder_with_nan_is_named_and_can_be_had(tmp_path):
     assert int(featurizers.load(folder, allow_nonfinite=True).W_dec.isnan().sum()) == 1
 
 
-# ---------------------------------------------------------------------- what a review found
+# ---------------------------------------------------------------------- faults that a review found
 
 
-def test_a_blobs_that_is_a_link_is_not_followed(folder, tmp_path):
+def test_a_link_in_the_place_of_the_blobs_is_not_followed(folder, tmp_path):
     place = snapshot(folder, tmp_path / "cache")
     repository = tmp_path / "cache" / "models--alice--x"
     (tmp_path / "secret").write_text("hf_secret")
@@ -246,7 +246,7 @@ def test_many_tensors_cost_no_time(tmp_path):
     featurizers.convert(dictionary("relu"), tmp_path / "sae", to="sae-lens")
     path = tmp_path / "sae" / "sae_weights.safetensors"
     save_file({**load_file(path), **{f"{i}": torch.zeros(0) for i in range(100)}}, path, {"format": "pt"})
-    with pytest.raises(WeightsError, match=r"sae_weights\.safetensors has 10\d tensors, which are no autoencoder's"):
+    with pytest.raises(WeightsError, match=r"sae_weights\.safetensors has 10\d tensors; an autoencoder has at most 32"):
         featurizers.load(tmp_path / "sae")
 
 
@@ -273,7 +273,7 @@ def test_a_licence_is_not_taken_for_our_mark(tmp_path):
 
 
 @pytest.mark.parametrize("indices", ["0", [[0], [1]], [(0,)]], ids=str)
-def test_odd_indices_of_another_library_cost_nothing(tmp_path, indices):
+def test_malformed_indices_are_refused_for_another_library(tmp_path, indices):
     featurizers.convert(dictionary("relu"), tmp_path / "sae", to="sae-lens")
     with pytest.raises(UsageError, match="a list of numbers"):
         featurizers.load(tmp_path / "sae", indices=indices)

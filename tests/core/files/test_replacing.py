@@ -1,4 +1,4 @@
-"""A folder is replaced as a whole: it is old or new, other people's files stay, and savers wait for each other."""
+"""Folders are replaced atomically: old or new, never a mixture; other files stay; savers wait for each other."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.core.store.test_artefact import contents, same
 from tests.support import faults
 from tests.support.hub import subspace
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="locks and links of POSIX")
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX locks and links")
 HEX = "0123456789abcdef" * 2
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """An artefact of seed 1 beside nothing."""
+    """Save an artefact of seed 1 in a folder of its own."""
     return subspace(seed=1).save_pretrained(tmp_path / "place" / "a")
 
 
@@ -43,7 +43,7 @@ def nursery():
 
 @pytest.fixture
 def meanwhile(monkeypatch):
-    """Have something done in the middle of the next saves, when the files of others have been kept."""
+    """Run a function in the middle of each save, after other files were kept."""
 
     def then(act):
         write = weights.write_tensors
@@ -59,7 +59,7 @@ def meanwhile(monkeypatch):
 
 @pytest.fixture
 def after_the_exchange(monkeypatch):
-    """Have something done when the new folder is in place, before the old one is looked through."""
+    """Run a function after the exchange, before the old folder is searched for changes."""
 
     def then(act):
         exchange = replacement._exchange
@@ -74,12 +74,12 @@ def after_the_exchange(monkeypatch):
 
 
 def alone(folder: Path) -> None:
-    """Nothing is left beside a folder."""
+    """Check that nothing is left beside a folder."""
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def edit(path: Path, text: str) -> None:
-    """Write a file as careful editors do: beside, and then in its place."""
+    """Write a file as careful editors do: under another name, then renamed."""
     path.with_name("new").write_text(text)
     path.with_name("new").replace(path)
 
@@ -147,7 +147,7 @@ def test_a_loader_that_comes_between_the_two_steps(tmp_path, monkeypatch, old):
 @pytest.mark.usefixtures("_in_two_steps")
 @pytest.mark.parametrize("a_third", [False, True], ids=["alone", "after a third one that made the folder"])
 def test_a_saver_that_comes_between_the_two_steps(folder, monkeypatch, a_third):
-    """It does not take the place for free, and removes nothing of what the first one needs."""
+    """It must not take the place for free, nor remove what the first saver needs."""
     (folder / "notes.txt").write_text("mine")
     rename, recover, threads, errors, came = Path.rename, replacement.recover, [], [], threading.Event()
 
@@ -160,7 +160,7 @@ def test_a_saver_that_comes_between_the_two_steps(folder, monkeypatch, a_third):
 
     def late(target: Path) -> None:
         if threading.current_thread() in threads and not came.is_set():
-            came.set()  # it looked for the folder of a killed saver a moment before the first step
+            came.set()  # it looked for a killed saver's folder just before the first step
         else:
             recover(target)
 
@@ -172,7 +172,7 @@ def test_a_saver_that_comes_between_the_two_steps(folder, monkeypatch, a_third):
                 folder.mkdir()
             threads[0].start()
             came.wait(30)
-            threads[0].join(0.3)  # it waits or looks again; if it went on, it is done now
+            threads[0].join(0.3)  # it should wait; otherwise it is done by now
         return result
 
     monkeypatch.setattr(replacement, "recover", late)
@@ -186,7 +186,7 @@ def test_a_saver_that_comes_between_the_two_steps(folder, monkeypatch, a_third):
 
 
 def test_a_load_that_begins_between_the_two_steps(folder, monkeypatch):
-    """What has no config.json for a moment is no folder of another library."""
+    """A folder that lacks config.json for a moment is not taken for another library's."""
     iterdir, moved = Path.iterdir, folder.parent / f".a.{HEX}.old"
 
     def listed(self: Path):
@@ -199,7 +199,7 @@ def test_a_load_that_begins_between_the_two_steps(folder, monkeypatch):
     same(subspace(seed=1), featurizers.load(folder, verify=True))
 
 
-# ---------------------------------------------------------------------- other people's files
+# ---------------------------------------------------------------------- other files
 
 
 def test_files_are_kept_as_the_same_files(folder, monkeypatch):
@@ -207,7 +207,7 @@ def test_files_are_kept_as_the_same_files(folder, monkeypatch):
     Path("notes.txt").write_text("mine")
     Path("deep/er").mkdir(parents=True)
     Path("deep/er/notes.txt").write_text("mine too")
-    Path("deep/config.json").write_text("{}")  # ours are those of the root
+    Path("deep/config.json").write_text("{}")  # not an artefact's: those are at the root
     Path("empty/in/it").mkdir(parents=True)
     Path("link").symlink_to("deep/er/notes.txt")
     Path("dangling").symlink_to("nowhere")
@@ -223,7 +223,7 @@ def test_files_are_kept_as_the_same_files(folder, monkeypatch):
         new = path.lstat()
         assert new.st_mode == old.st_mode, path
         assert stat.S_ISDIR(old.st_mode) or new.st_ino == old.st_ino, path
-    assert {*folder.rglob("*")} == names | {folder / name for name in faults.OURS}
+    assert {*folder.rglob("*")} == names | {folder / name for name in faults.ARTEFACT_FILES}
     assert os.readlink(folder / "link") == "deep/er/notes.txt"
     alone(folder)
 
@@ -252,7 +252,7 @@ def test_files_are_copied_where_links_cannot_be(folder, monkeypatch, links):
 
 
 def test_the_readme_is_another_file(folder):
-    """Whoever linked the old one elsewhere, or has it open, does not see it change."""
+    """A hard link to the old one elsewhere does not change."""
     readme = folder / "README.md"
     text = readme.read_text() + "\nmine\n"
     readme.write_text(text)
@@ -266,7 +266,7 @@ def test_the_readme_is_another_file(folder):
 
 
 def test_the_files_of_a_failing_save_stay_as_they_were(folder, monkeypatch):
-    """The card is written last but for one: a save that fails behind it has not written into the old README."""
+    """A save that fails after it wrote the card has not written into the old README."""
     (folder / "notes.txt").write_text("mine")
     before = contents(folder)
     monkeypatch.setattr(replacement, "_flush", lambda _: 1 / 0)
@@ -308,7 +308,7 @@ def test_a_file_that_is_edited_while_a_save_runs(folder, meanwhile):
 
 
 def test_a_file_that_is_changed_in_the_new_folder_at_once(folder, meanwhile, after_the_exchange):
-    """What is done to the new folder is later than all that was done to the old one, and stays."""
+    """A change in the new folder is later than any in the old one, and stays."""
     for name in ("edited", "taken away", "edited twice", "linked"):
         (folder / name).write_text("old")
     meanwhile(lambda: edit(folder / "edited twice", "first"))
@@ -328,14 +328,14 @@ def test_a_file_that_is_changed_in_the_new_folder_at_once(folder, meanwhile, aft
 
 @pytest.mark.parametrize("what", ["file", "folder"])
 def test_a_file_that_is_taken_away_while_it_is_kept(folder, monkeypatch, what):
-    """Programs that write beside and then rename have files for a moment only."""
+    """Programs that write a file under another name and rename it have files that exist for a moment."""
     (folder / "deep").mkdir()
     (folder / "deep" / "new").write_text("for a moment")
     (folder / "notes.txt").write_text("mine")
     others = replacement._others
 
-    def seen(place: Path, ours: replacement.Ours):
-        for name in others(place, ours):
+    def seen(place: Path, rewritten: replacement.Rewritten):
+        for name in others(place, rewritten):
             if name == ("deep/new" if what == "file" else "deep") and place == folder:
                 (folder / "deep" / "new").unlink(missing_ok=True)
                 if what == "folder" and (folder / "deep").exists():
@@ -358,7 +358,7 @@ def test_what_killed_savers_left_is_removed_and_nothing_else(folder):
         (place / name).mkdir()
         (place / name / "file").touch()
     (place / f".axb.{HEX}").mkdir()
-    subspace(seed=2).save_pretrained(place / "a.b")  # a dot is a dot
+    subspace(seed=2).save_pretrained(place / "a.b")  # the dot is no wildcard
     assert (place / f".axb.{HEX}").exists()
     subspace(seed=2).save_pretrained(folder)
     assert {path.name for path in place.iterdir()} == {"a", "a.b", f".axb.{HEX}", *kept}
@@ -376,7 +376,7 @@ def test_the_mode_of_the_folder_is_kept(folder, mode):
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
 
 
-# ---------------------------------------------------------------------- where no folder can be
+# ---------------------------------------------------------------------- places where no folder can be
 
 
 def test_a_disk_is_not_replaced():
@@ -402,7 +402,7 @@ def test_a_pipe_is_in_the_way(tmp_path):
     alone(tmp_path / "a")
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="nothing is refused to root")
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
 @pytest.mark.parametrize("old", [True, False])
 def test_a_place_where_nothing_may_be_written(folder, old):
     before = contents(folder)
@@ -416,12 +416,12 @@ def test_a_place_where_nothing_may_be_written(folder, old):
     alone(folder)
 
 
-# ---------------------------------------------------------------------- several at once
+# ---------------------------------------------------------------------- several savers
 
 
 @pytest.fixture
 def held():
-    """Have another process hold the lock of a folder, as a saver does, until the test says so or ends."""
+    """Let another process hold the lock of a folder until the test releases it or ends."""
     processes = []
     code = (
         "import fcntl, os, sys; fd = os.open(sys.argv[1], os.O_RDONLY); fcntl.flock(fd, fcntl.LOCK_EX); print(flush=1)"
@@ -444,7 +444,7 @@ def test_a_second_saver_waits(folder, held):
     waiting.start()
     waiting.join(0.3)
     assert waiting.is_alive()
-    same(subspace(seed=1), featurizers.load(folder, verify=True))  # no reader waits
+    same(subspace(seed=1), featurizers.load(folder, verify=True))  # readers do not wait
     holder.communicate()
     waiting.join(60)
     assert not waiting.is_alive()
@@ -465,7 +465,7 @@ def test_a_saver_that_stopped(folder, held, monkeypatch):
 
 
 def test_two_savers_take_turns(folder, meanwhile):
-    """The second comes in the middle of the first, and has to wait for its end."""
+    """The second starts in the middle of the first, and must wait for its end."""
     (folder / "notes.txt").write_text("mine")
     order, threads = [], []
 
@@ -488,7 +488,7 @@ def test_two_savers_take_turns(folder, meanwhile):
 
 
 def test_a_saver_that_comes_right_after_the_exchange(folder, meanwhile, after_the_exchange):
-    """It finds the new folder, and waits all the same until the first one has moved what is still in the old one."""
+    """It finds the new folder, but must wait until the first saver has moved what is still in the old one."""
     threads = []
 
     def act() -> None:
@@ -507,7 +507,7 @@ def test_a_saver_that_comes_right_after_the_exchange(folder, meanwhile, after_th
 
 
 def test_a_process_that_was_forked_meanwhile_holds_no_lock(folder, meanwhile, monkeypatch):
-    monkeypatch.setattr(replacement, "PATIENCE", 10.0)  # for a failure that does not take ten minutes
+    monkeypatch.setattr(replacement, "PATIENCE", 10.0)  # so that a failure does not take ten minutes
     children, (reading, writing) = [], os.pipe()
 
     def act() -> None:
@@ -520,7 +520,7 @@ def test_a_process_that_was_forked_meanwhile_holds_no_lock(folder, meanwhile, mo
     meanwhile(act)
     try:
         subspace(seed=2).save_pretrained(folder)
-        subspace(seed=3).save_pretrained(folder)  # which would wait for the child
+        subspace(seed=3).save_pretrained(folder)  # would wait if the child held the lock
     finally:
         os.write(writing, b"!")
         os.waitpid(children[0], 0)
@@ -529,7 +529,7 @@ def test_a_process_that_was_forked_meanwhile_holds_no_lock(folder, meanwhile, mo
     same(subspace(seed=3), featurizers.load(folder, verify=True))
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="descriptors cannot be counted")
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to count descriptors")
 def test_no_descriptor_stays_open(folder, held, monkeypatch):
     (folder / "notes.txt").write_text("mine")
 
@@ -593,7 +593,7 @@ def test_a_program_in_the_folder_stays_in_it(folder, monkeypatch, swap):
 
 
 def test_loads_while_another_thread_saves(folder):
-    """Each is one version, and none fails."""
+    """Each load succeeds and returns a single version."""
     faults.made(0).save_pretrained(folder)
     end, saved = threading.Event(), []
 
@@ -617,7 +617,7 @@ def test_loads_while_another_thread_saves(folder):
 
 @pytest.mark.parametrize("shapes", ["the same", "others"])
 def test_a_load_of_a_folder_that_is_replaced_in_its_middle(folder, monkeypatch, shapes):
-    """Config and weights are of one version, even if those of two would go together."""
+    """Config and weights are of one version, even where those of two versions would fit."""
     new = subspace(seed=2) if shapes == "the same" else subspace(seed=2, n_features=2)
     new.metadata = {"seed": 2}
     read_header, replaced = weights.read_header, []
@@ -633,7 +633,7 @@ def test_a_load_of_a_folder_that_is_replaced_in_its_middle(folder, monkeypatch, 
     same(new, loaded)
 
 
-# ---------------------------------------------------------------------- killed, and crowded
+# ---------------------------------------------------------------------- kills and crowds
 
 
 @pytest.mark.parametrize("work", ["save", "save_in_two_steps", "save_collection"])

@@ -1,4 +1,4 @@
-"""Damaged and hostile artefacts: each costs one error that names the folder and what is wrong, and nothing else."""
+"""Damaged and hostile artefacts: each is refused by one error that names the folder and the problem."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _check(folder: Path, damage: Damage) -> None:
     message = str(caught.value)
     assert message.isprintable()
     assert len(message) < 800
-    if damage.error is not UnknownKindError:  # what is missing is not in the folder
+    if damage.error is not UnknownKindError:  # about a plugin, not about the folder
         assert message.startswith(f"{folder}: ")
 
 
@@ -128,7 +128,7 @@ def test_faulty_stages(composition, damage):
     _check(composition, FAULTY_STAGES[damage])
 
 
-# ---------------------------------------------------------------------- what a kind promises of its tensors
+# ---------------------------------------------------------------------- checks of a kind
 
 
 def test_a_basis_that_is_not_orthonormal(folder):
@@ -145,7 +145,7 @@ def test_a_deviation_that_is_not_positive(tmp_path):
         featurizers.load(folder)
 
 
-# ---------------------------------------------------------------------- the records themselves
+# ---------------------------------------------------------------------- records
 
 
 def test_a_large_sum_is_not_taken_for_infinity(tmp_path):

@@ -1,4 +1,4 @@
-"""Names of sites, where a model has them, and what is said where it has not."""
+"""Names of sites, the modules that they stand for, and errors about sites that a model lacks."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ class ToyBlock(nn.Module):
 
 
 class Toy(nn.Module):
-    """A model that is not of `transformers`."""
+    """A model that is not from `transformers`."""
 
     def __init__(self) -> None:
         super().__init__()

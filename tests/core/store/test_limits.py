@@ -191,7 +191,7 @@ def test_a_config_that_allocates_does_so_on_no_device(tmp_path, monkeypatch):
     "options", [{"device": "nowhere"}, {"device": 1.5}, {"dtype": torch.int8}, {"dtype": "float16"}]
 )
 def test_an_argument_that_cannot_be_is_refused_first(options):
-    with pytest.raises(UsageError, match=r"device is one such as|dtype is a floating-point"):
+    with pytest.raises(UsageError, match=r"device must be a device such as|dtype must be a floating-point"):
         featurizers.load("./nowhere", **options)
 
 

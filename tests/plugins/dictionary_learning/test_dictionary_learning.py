@@ -1,4 +1,4 @@
-"""The classes of the dictionary-learning plugin beside golden tensors of dictionary_learning itself."""
+"""Classes of the dictionary-learning plugin, compared with golden tensors of dictionary_learning itself."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_gates():
     close(autoencoder(x, output_features=True, normalize_decoder=False)[1], expected["features"])
     ones = dl.GatedAutoEncoder(D, F, initialization=lambda module: module.r_mag.data.fill_(1.0))
     assert (ones.r_mag == 1).all()
-    with pytest.raises(UsageError, match="'default' or a function of the module, not 'orthogonal'"):
+    with pytest.raises(UsageError, match="must be 'default' or a function of the module, not 'orthogonal'"):
         dl.GatedAutoEncoder(D, F, initialization="orthogonal")
 
 
@@ -122,7 +122,7 @@ def test_top_k_and_its_threshold():
 @pytest.mark.parametrize("name", ["BatchTopKSAE", "MatryoshkaBatchTopKSAE"])
 @pytest.mark.parametrize("batch_mode", [False, True])
 def test_three_axes_are_tokens_like_any_other(name, batch_mode):
-    """Upstream silences positions of the sequence instead of features, and counts k a sequence."""
+    """dictionary_learning zeroes positions of the sequence instead of features, and counts k for each sequence."""
     _, expected = golden(name)
     autoencoder, x = model(name), expected["x"]
     flat, active, p = autoencoder.encode(x, return_active=True, use_threshold=not batch_mode)
@@ -145,7 +145,7 @@ def test_groups_that_are_not_active_are_silent_features():
     apart = autoencoder.encode(x.reshape(1, 6, D))
     close(apart[0], expected["first_group"])
     assert (apart[..., 16:] == 0).all()
-    assert (apart[0, :, :16] > 0).any(-1).all()  # the tokens after the sixteenth feature's number go on too
+    assert (apart[0, :, :16] > 0).any(-1).all()  # no position is zeroed
     f = autoencoder.as_featurizer()
     assert (f.n_features, f.numbers.tolist()) == (16, list(range(16)))
     close(f.encode(x), expected["first_group"][:, :16])
@@ -171,7 +171,7 @@ def test_units_are_raw_and_the_other_is_offered(tmp_path):
     raw = dl.AutoEncoder.from_pretrained(tmp_path / "ae.pt")
     normalized = dl.AutoEncoder.from_pretrained(tmp_path / "ae.pt", normalize_decoder=True)
     close(normalized.norms(), torch.ones(F))
-    close(normalized.encode(expected["x"]), expected["normalized"], 1e-5)  # what they load unasked
+    close(normalized.encode(expected["x"]), expected["normalized"], 1e-5)  # the default of later versions
     close(normalized(expected["x"]), expected["x_hat"], 1e-5)
     close(raw.encode(expected["x"]), expected["features"])
     for units in ("folded", "decoder-norm"):
@@ -206,7 +206,7 @@ def test_a_class_and_its_featurizer_are_one_map(name):
             grads.append(leaf.grad)
     close(grads[2], grads[0], 1e-5)
     close(grads[3], grads[1], 1e-5)
-    with torch.no_grad():  # training goes on, and the featurizer stays as it was
+    with torch.no_grad():  # further training must not change the featurizer
         for parameter in autoencoder.parameters():
             parameter.add_(1.0)
     assert torch.equal(f.encode(x), features)
@@ -239,7 +239,7 @@ def test_dtypes_and_devices(tmp_path):
     with pytest.raises(UsageError, match=r"which is a dtype; write dtype=torch\.float16"):
         dl.AutoEncoder.from_pretrained(path, torch.float16)
     autoencoder = dl.AutoEncoder.from_pretrained(path, dtype=None)
-    torch.save({n: torch.zeros_like(t) for n, t in state.items()}, path)  # the file is not its memory
+    torch.save({n: torch.zeros_like(t) for n, t in state.items()}, path)  # must not change what was loaded
     assert torch.equal(autoencoder.bias, state["bias"].half())
 
 
@@ -247,7 +247,7 @@ def test_what_is_asked_of_a_file_must_be_there(tmp_path):
     for name in ("AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
         torch.save(golden(name)[0], tmp_path / f"{name}.pt")
         assert int(getattr(dl, name).from_pretrained(tmp_path / f"{name}.pt", k=K).k) == K
-        with pytest.raises(UsageError, match="the k there is 5, not 6"):
+        with pytest.raises(UsageError, match="its k is 5, not 6"):
             getattr(dl, name).from_pretrained(tmp_path / f"{name}.pt", k=6)
     with pytest.raises(UsageError, match=r"featurizers\.load\('sae-lens:RELEASE/ID'\)"):
         dl.JumpReluAutoEncoder.from_pretrained(load_from_sae_lens=True, release="r", sae_id="s")
@@ -270,8 +270,8 @@ def test_what_is_asked_of_a_file_must_be_there(tmp_path):
             dl.AutoEncoder.from_state(wrong, "here")
     state, _ = golden("MatryoshkaBatchTopKSAE")
     for wrong, words in (
-        ({"k": torch.tensor(2.5)}, "k is a positive integer, not 2.5"),
-        ({"k": torch.tensor(0)}, "k is a positive integer, not 0"),
+        ({"k": torch.tensor(2.5)}, "k must be a positive integer, not 2.5"),
+        ({"k": torch.tensor(0)}, "k must be a positive integer, not 0"),
         ({"group_sizes": torch.tensor([16, 16])}, "sum to dict_size 64, got"),
     ):
         with pytest.raises(WeightsError, match=words):
@@ -282,7 +282,7 @@ def test_sizes_are_checked():
     with pytest.raises(ConfigError, match="sum to dict_size 64"):
         dl.MatryoshkaBatchTopKSAE(D, F, 3, [1, 2])
     for k in (0, -1, True, 2.0):
-        with pytest.raises(ConfigError, match="k is a positive integer, not"):
+        with pytest.raises(ConfigError, match="k must be a positive integer, not"):
             dl.BatchTopKSAE(D, F, k)
 
 
@@ -303,10 +303,10 @@ def test_an_alias_serves_code_written_for_the_package(monkeypatch):
         from dictionary_learning.trainers.top_k import AutoEncoderTopK
         from dictionary_learning.utils import load_dictionary
 
-        found = (AutoEncoder, GatedAutoEncoder, IdentityDict, JumpReluAutoEncoder, AutoEncoderTopK, BatchTopKSAE)
-        assert all(cls is getattr(dl, cls.__name__) for cls in (*found, MatryoshkaBatchTopKSAE))
+        classes = (AutoEncoder, GatedAutoEncoder, IdentityDict, JumpReluAutoEncoder, AutoEncoderTopK, BatchTopKSAE)
+        assert all(cls is getattr(dl, cls.__name__) for cls in (*classes, MatryoshkaBatchTopKSAE))
         assert load_dictionary is dl.load_dictionary
-        assert not issubclass(BatchTopKSAE, AutoEncoderTopK)  # code that asks isinstance tells them apart
+        assert not issubclass(BatchTopKSAE, AutoEncoderTopK)  # so that isinstance tells them apart
         with pytest.raises(ModuleNotFoundError, match=r"dictionary_learning\.buffer"):
             importlib.import_module("dictionary_learning.buffer")
         assert importlib.util.find_spec("dictionary_learning.utils")
@@ -317,5 +317,5 @@ def test_an_alias_serves_code_written_for_the_package(monkeypatch):
     package = types.ModuleType("dictionary_learning")
     package.__file__ = "/site-packages/dictionary_learning/__init__.py"
     monkeypatch.setitem(sys.modules, "dictionary_learning", package)
-    with pytest.raises(UsageError, match="imported already, from '/site-packages/"):
+    with pytest.raises(UsageError, match="already imported, from '/site-packages/"):
         dl.alias()

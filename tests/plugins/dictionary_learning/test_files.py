@@ -31,9 +31,9 @@ def test_a_folder_is_read(name, tmp_path):
     close(f.in_units("decoder-norm").encode(expected["x"]), features * f.W_dec.norm(dim=-1))
     assert f.config.units == "raw"
     assert f.metadata["units"].startswith("raw")
-    assert f.metadata["dictionary_learning"]["trainer"]["trained_on"] == "the Pile"  # nothing of the file is lost
+    assert f.metadata["dictionary_learning"]["trainer"]["trained_on"] == "the Pile"  # the whole file is kept
     assert f.metadata.get("buffers", {}).get("k") == (K if "TopK" in name else None)
-    again = featurizers.load(f.save_pretrained(tmp_path / "ours"))
+    again = featurizers.load(f.save_pretrained(tmp_path / "artefact"))
     assert torch.equal(again.encode(expected["x"]), features)
     assert again.metadata == f.metadata
     half = featurizers.load(tmp_path / "it", dtype=torch.float16)
@@ -96,7 +96,7 @@ def test_a_site_is_what_the_file_says_and_no_guess(trainer, site, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "scaled" in golden(name)[1]])
 def test_the_backup_of_a_training_takes_activations_as_the_model_has_them(name, tmp_path):
-    """What trainSAE leaves when it breaks off: biases of normalised activations, and by what these were divided."""
+    """An interrupted trainSAE leaves biases for normalised activations, and the factor of the normalisation."""
     state, expected = golden(name)
     optimizer = torch.optim.Adam(torch.nn.Linear(2, 2).parameters()).state_dict()
     dump = {"step": 7, "ae": state, "optimizer": optimizer, "config": {"lr": 1e-3}, "norm_factor": 2.0}
@@ -125,7 +125,7 @@ def test_batchtopk_without_a_threshold_is_relu(name, tmp_path):
 def test_it_is_written_as_it_was_read(name, tmp_path):
     state, _ = golden(name)
     f = featurizers.load(saved(tmp_path / "it", name, lr=1e-3, **({"k": K} if "TopK" in name else {})))
-    for again in (f, featurizers.load(f.save_pretrained(tmp_path / "ours"))):
+    for again in (f, featurizers.load(f.save_pretrained(tmp_path / "artefact"))):
         target = tmp_path / f"back-{again is f}"
         assert featurizers.convert(again, target, "dictionary-learning") == []
         written = torch.load(target / "ae.pt", weights_only=True)
@@ -185,8 +185,10 @@ def test_units_are_in_the_weights_or_said_to_be_raw(tmp_path):
     for units in ("folded", "decoder-norm"):
         f = dictionary("gated", pre_bias=True).in_units(units)
         lost = featurizers.convert(f, tmp_path / units, "dictionary-learning")
-        assert lost == ["The norms of the raw decoder columns are not kept; they are in the weights."]
+        assert lost == ["The norms of the raw decoder rows are not kept; they are in the weights."]
         close(featurizers.load(tmp_path / units).encode(x), f.encode(x), 1e-5)
+        if units == "folded":
+            assert torch.equal(featurizers.load(tmp_path / units).W_enc, f.W_enc), "norms are folded once"
     f = dictionary("topk", pre_bias=True)
     lost = featurizers.convert(f.in_units("decoder-norm"), tmp_path / "topk", "dictionary-learning")
     assert lost == ["The features are in raw units: the weights of the rule 'topk' cannot hold the norms."]
@@ -257,7 +259,7 @@ def test_a_name_that_only_mentions_crosscoders_is_no_crosscoder(tmp_path):
 
 def test_a_folder_without_a_trainer_is_named(tmp_path):
     folder = rewrite(saved(tmp_path / "it", "AutoEncoder"), trainer=["AutoEncoder"])
-    with pytest.raises(ManifestError, match=r"no 'trainer' whose dict_class says what ae\.pt is"):
+    with pytest.raises(ManifestError, match=r"no object 'trainer', whose dict_class names the class of ae\.pt"):
         featurizers.load(folder)
 
 
@@ -279,7 +281,7 @@ def test_folders_of_a_fork_are_refused(config, rank, words, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"activation_dim": 4, "dict_size": 8, **config}))
     with pytest.raises(ManifestError, match=words):
         featurizers.load(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 4}))  # somebody else's
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 4}))  # of another library
     with pytest.raises(ManifestError, match="no installed plugin knows the format"):
         featurizers.load(tmp_path)
 

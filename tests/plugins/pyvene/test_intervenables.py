@@ -180,7 +180,7 @@ def test_dtypes_are_kept_and_the_device_is_the_models(dtype, tmp_path):
         assert {p.dtype for p in other.parameters()} == {dtype}
         assert {p.device for p in other.parameters()} == {torch.device("cpu")}
         assert torch.equal(logits(loaded), logits(saved))
-    with pytest.raises(UsageError, match="device is one such as"):
+    with pytest.raises(UsageError, match="device must be a device such as"):
         load_intervenable(tmp_path / "it", tiny_model("gpt2"), device="nowhere")
 
 

@@ -1,4 +1,4 @@
-"""SAELens' configurations as the sae-lens plugin reads them: old ones, wrong ones, their sites and metadata."""
+"""SAELens' configurations as the sae-lens plugin reads them: old and invalid ones, their sites and metadata."""
 
 from __future__ import annotations
 
@@ -15,37 +15,12 @@ from featurizers_sae_lens.sites import site_of
 from safetensors.torch import save_file
 from torch import Tensor
 
-D, F = 16, 64
-
-
-@pytest.fixture(scope="module")
-def sae_lens() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip("sae_lens")
-
-
-def batch(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, D, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
-
-
-def same(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
-    __tracebackhide__ = True
-    assert found.shape == expected.shape
-    assert float(expected.abs().max()) > 0
-    assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
+from tests.support.sae_lens import D, F, batch, same, weights
 
 
 def save(folder: Path, cfg: dict[str, Any], **tensors: Tensor) -> Path:
     folder.mkdir()
-    g = torch.Generator().manual_seed(0)
-    given = {
-        "W_enc": torch.randn(D, F, generator=g),
-        "b_enc": torch.randn(F, generator=g),
-        "W_dec": torch.randn(F, D, generator=g),
-        "b_dec": torch.randn(D, generator=g),
-    }
-    save_file({**given, **tensors}, folder / "sae_weights.safetensors")
+    save_file({**weights(), **tensors}, folder / "sae_weights.safetensors")
     (folder / "cfg.json").write_text(json.dumps(cfg))
     return folder
 
@@ -96,7 +71,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"soft_cap": 3}, r"unknown keys \['soft_cap'\]"),
     "k missing": ({"architecture": "topk"}, "'k' must be a number, got None"),
     "k a string": ({"architecture": "topk", "k": "5"}, "'k' must be a number, got '5'"),
-    "k too large": ({"architecture": "topk", "k": 65}, "k is between 1 and the 64 features"),
+    "k too large": ({"architecture": "topk", "k": 65}, "k must be between 1 and the 64 features"),
     "another width": ({"d_in": 17}, "the configuration says 17"),
     "another count": ({"d_sae": 65}, "the configuration says 65"),
     "a flag of another type": ({"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input is 'no'"),
@@ -105,7 +80,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "'special_tokens.0': Input should be a valid integer, got '<bos>'",
     ),
     "metadata of another type": ({"metadata": []}, r"metadata is \[\], not an object"),
-    "tensors of another architecture": ({"architecture": "jumprelu"}, r"off: \['threshold'\]"),
+    "tensors of another architecture": ({"architecture": "jumprelu"}, r"missing or unknown: \['threshold'\]"),
 }
 
 
@@ -127,7 +102,7 @@ def test_an_old_activation_or_factor_is_named(tmp_path):
         featurizers.load(save(tmp_path / "c", old, scaling_factor=torch.full((F,), 2.0)))
     with pytest.raises(WeightsError, match="'W_dec' holds NaN"):
         featurizers.load(save(tmp_path / "d", old, W_dec=torch.full((F, D), float("nan"))))
-    with pytest.raises(WeightsError, match=r"\['W_enc'\] are no floating-point numbers"):
+    with pytest.raises(WeightsError, match=r"\['W_enc'\] must be floating-point tensors"):
         featurizers.load(save(tmp_path / "e", old, W_enc=torch.ones(D, F, dtype=torch.int32)))
     with pytest.raises(WeightsError, match=r"b_enc has shape \(3,\)"):
         featurizers.load(save(tmp_path / "f", old, b_enc=torch.ones(3)))
@@ -188,7 +163,7 @@ def test_sites_and_back(hook, model, head, site, hub_id, tmp_path):
 
 
 def test_gemma_adds_to_the_residual_stream_what_these_sites_are():
-    """TransformerLens hooks what attention and the MLP add to the residual stream, which Gemma 2 normalises before."""
+    """Gemma 2 normalises the outputs of attention and MLP before it adds them; TransformerLens hooks the result."""
     transformers = pytest.importorskip("transformers")
     config = transformers.Gemma2Config(
         vocab_size=11, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -203,12 +178,12 @@ def test_gemma_adds_to_the_residual_stream_what_these_sites_are():
     sites = [site_of(f"blocks.1.{hook}", "gemma-2-2b") for hook in ("hook_attn_out", "hook_mlp_out")]
     ends = [featurizers.Site("resid.pre", 1), featurizers.Site("resid.post", 1)]
     with torch.no_grad():
-        found = featurizers.collect(model, {"input_ids": torch.arange(5)[None]}, [*sites, *ends])
-    attention, mlp, before, after = (found[site] for site in (*sites, *ends))
+        collected = featurizers.collect(model, {"input_ids": torch.arange(5)[None]}, [*sites, *ends])
+    attention, mlp, before, after = (collected[site] for site in (*sites, *ends))
     torch.testing.assert_close(before + attention + mlp, after)
 
 
-def test_metadata_of_ours_survive(tmp_path):
+def test_metadata_of_a_featurizer_survive(tmp_path):
     f = featurizers.load(save(tmp_path / "it", V6))
     f.metadata |= {"note of mine": [1, 2], "catalogue": {"release": "x"}}
     assert featurizers.convert(f, tmp_path / "back", "sae-lens") == []

@@ -1,4 +1,4 @@
-"""Raw formats that the sae-lens plugin reads: what their files say, what the names of folders say, and what neither."""
+"""Raw formats that the sae-lens plugin reads: what files say, what names of folders say, and what neither says."""
 
 from __future__ import annotations
 
@@ -12,37 +12,14 @@ import pytest
 import torch
 from featurizers.errors import ManifestError, WeightsError
 from safetensors.torch import save_file
-from torch import Tensor
+
+from tests.support.sae_lens import D, F, batch, linear, same, weights
 
 np = pytest.importorskip("numpy")
-D, F = 16, 64
-
-
-def batch(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, D, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
-
-
-def same(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
-    __tracebackhide__ = True
-    assert found.shape == expected.shape
-    assert float(expected.abs().max()) > 0
-    assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
-
-
-def tensors(*extra: str) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(0)
-    shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,), **dict.fromkeys(extra, (F,))}
-    return {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
-
-
-def linear(joint: str = ".") -> dict[str, Tensor]:
-    t = tensors()
-    matrices = {f"encoder{joint}weight": t["W_enc"].T, f"decoder{joint}weight": t["W_dec"].T}
-    return {**matrices, f"encoder{joint}bias": t["b_enc"], f"decoder{joint}bias": t["b_dec"]}
 
 
 def put(folder: Path, name: str, data: dict[str, Any]) -> Path:
-    """Write one file in the way of its suffix; the folder."""
+    """Write a file in the format of its suffix, and return the folder."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     match path.suffix:
@@ -61,7 +38,7 @@ EMBEDDING = "gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6"
 
 
 @pytest.mark.parametrize(
-    ("place", "scaled", "site"),
+    ("path", "scaled", "site"),
     [
         (EMBEDDING, True, "embed"),
         ("embedding-study/layer_3", False, "None"),
@@ -74,9 +51,9 @@ EMBEDDING = "gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6"
         ("somewhere", False, "None"),
     ],
 )
-def test_gemma_scope_by_its_place(place, scaled, site, tmp_path):
-    t = tensors("threshold")
-    f = featurizers.load(put(tmp_path / place, "params.npz", t))
+def test_gemma_scope_by_its_path(path, scaled, site, tmp_path):
+    t = weights("threshold")
+    f = featurizers.load(put(tmp_path / path, "params.npz", t))
     root = math.sqrt(D) if scaled else 1.0
     torch.testing.assert_close(f.W_enc, t["W_enc"].T / root)
     torch.testing.assert_close(f.W_dec, t["W_dec"] * root)
@@ -84,7 +61,7 @@ def test_gemma_scope_by_its_place(place, scaled, site, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "words"),
+    ("path", "name", "words"),
     [
         ("gemma-scope-2b-pt-transcoders/layer_3/width_16k", "params.npz", "reads one site and writes another"),
         ("transcoder_all/layer_0", "params.safetensors", "reads one site and writes another"),
@@ -92,11 +69,11 @@ def test_gemma_scope_by_its_place(place, scaled, site, tmp_path):
         ("clt/width_16k", "params.safetensors", "writes those of all later layers"),
     ],
 )
-def test_gemma_scope_of_more_than_one_site(place, name, words, tmp_path):
-    t = tensors("threshold")
-    folder = put(tmp_path / place, name, {key.replace("W_", "w_"): tensor for key, tensor in t.items()})
+def test_gemma_scope_of_more_than_one_site(path, name, words, tmp_path):
+    t = weights("threshold")
+    folder = put(tmp_path / path, name, {key.replace("W_", "w_"): tensor for key, tensor in t.items()})
     put(folder, "config.json", {"architecture": "jump_relu"})
-    with pytest.raises(ManifestError, match=f"no featurizer of one site: .*{words}"):
+    with pytest.raises(ManifestError, match=f"is not a featurizer of a single site: .*{words}"):
         featurizers.load(folder)
 
 
@@ -104,7 +81,7 @@ SCOPE_2 = {"architecture": "jump_relu", "model_name": "gemma-v3-270m-pt"}
 
 
 def test_gemma_scope_2_by_its_configuration(tmp_path):
-    t = {key.replace("W_", "w_"): tensor for key, tensor in tensors("threshold").items()}
+    t = {key.replace("W_", "w_"): tensor for key, tensor in weights("threshold").items()}
     sites = {
         "model.layers.5.output": "resid.post:5",
         "model.layers.5.self_attn.o_proj.input": "attn.z:5",
@@ -124,7 +101,7 @@ def test_gemma_scope_2_by_its_configuration(tmp_path):
             featurizers.load(folder)
     put(folder, "config.json", SCOPE_2)
     put(folder, "params.safetensors", {**t, "affine_skip_connection": torch.ones(D, D)})
-    with pytest.raises(ManifestError, match="'skip_transcoder' is no featurizer of one site"):
+    with pytest.raises(ManifestError, match="'skip_transcoder' is not a featurizer of a single site"):
         featurizers.load(folder)
     put(folder, "params.safetensors", {**t, "w_gate": torch.ones(F)})
     with pytest.raises(WeightsError, match=r"unknown tensors \['w_gate'\]"):
@@ -138,7 +115,7 @@ LLAMA = {"d_model": D, "d_sae": F, "jump_relu_threshold": 0.3, "dataset_average_
     ("change", "words"),
     [
         ({"dataset_average_activation_norm": {"in": 0}}, "'in' must be positive, got 0"),
-        ({"dataset_average_activation_norm": None}, "lacks dataset_average_activation_norm"),
+        ({"dataset_average_activation_norm": None}, "lacks the object dataset_average_activation_norm"),
         ({"d_model": 17}, "the configuration says 17"),
         ({"d_sae": 65}, "the configuration says 65"),
         ({"jump_relu_threshold": None}, "'jump_relu_threshold' must be a number"),
@@ -153,7 +130,7 @@ def test_llama_scope_that_says_too_little(change, words, tmp_path):
 
 
 def test_qwen_scope_says_k_in_its_name(tmp_path):
-    t = tensors()
+    t = weights()
     state = {**t, "W_enc": t["W_enc"].T, "W_dec": t["W_dec"].T}
     f = featurizers.load(put(tmp_path / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_7", "layer3.sae.pt", state))
     x = batch(3)
@@ -172,7 +149,7 @@ def test_a_file_with_other_tensors_is_not_taken_for_one(tmp_path):
     assert featurizers.load(put(tmp_path / "plain", "layer_3.pt", linear())).site is None
     with pytest.raises(ManifestError, match="no installed plugin knows"):
         featurizers.load(put(tmp_path / "more", "layer_3.pt", {**linear(), "log_threshold": torch.ones(F)}))
-    with pytest.raises(WeightsError, match=r"'encoder_linear\.bias' is not of the 64"):
+    with pytest.raises(WeightsError, match=r"'encoder_linear\.bias' has 3 features, but W_dec has 64"):
         featurizers.load(
             put(tmp_path / "short", "x.pth", {**linear("_linear."), "encoder_linear.bias": torch.ones(3)}), indices=[2]
         )
@@ -181,7 +158,7 @@ def test_a_file_with_other_tensors_is_not_taken_for_one(tmp_path):
 
 
 def openai(**change: Any) -> dict[str, Any]:
-    t = tensors()
+    t = weights()
     return {
         "pre_bias": t["b_dec"],
         "latent_bias": t["b_enc"],
@@ -196,8 +173,8 @@ def openai(**change: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["TopK", "ReLU"])
 def test_openai_by_its_formulas(kind, tmp_path):
-    """TopK of layer-normed activations, whose statistics undo that; ReLU of them as they are."""
-    t, x = tensors(), batch(4)
+    """TopK sees layer-normed activations, and the statistics undo the norm; ReLU sees plain activations."""
+    t, x = weights(), batch(4)
     f = featurizers.load(put(tmp_path, "8.pt", openai(activation=kind)))
     normed = kind == "TopK"
     mean, std = (x.mean(-1, keepdim=True), x.std(-1, keepdim=True)) if normed else (0.0, 1.0)
@@ -222,7 +199,7 @@ def test_openai_by_its_formulas(kind, tmp_path):
         ("resid_post_attn_v5_32k", "None"),
     ],
 )
-def test_openai_by_its_place(location, site, tmp_path):
+def test_openai_by_its_path(location, site, tmp_path):
     f = featurizers.load(put(tmp_path / location / "autoencoders", "8.pt", openai()))
     assert str(f.site) == site
     assert f.metadata["sae_lens"]["metadata"]["hook_name"].startswith("blocks.8.")

@@ -1,10 +1,9 @@
-"""The sae-lens plugin beside SAELens itself: every architecture, folders both ways, live objects, refusals."""
+"""Plugin sae-lens compared with SAELens itself: architectures, folders both ways, live objects, refusals."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import warnings
 from typing import Any
 
 import featurizers
@@ -16,21 +15,16 @@ from featurizers_sae_lens import MatchingPursuitFeaturizer, wrap
 from safetensors.torch import load_file
 from torch import Tensor
 
-D, F = 16, 64
+from tests.support.dictionaries import dictionary
+from tests.support.sae_lens import D, F, batch, same
+
 ONE_SITE = ("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit")
 OTHER = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder", "temporal")
 NORMALIZATIONS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm")
 
 
-@pytest.fixture(scope="module")
-def sae_lens() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip("sae_lens")
-
-
 def make(architecture: str, *, seed: int = 0, **options: Any) -> Any:
-    """A random SAE of SAELens, no parameter of which is zero."""
+    """Return a random SAE of SAELens whose parameters are not zero."""
     from sae_lens.registry import get_sae_class
 
     cls, config = get_sae_class(architecture)
@@ -47,22 +41,10 @@ def make(architecture: str, *, seed: int = 0, **options: Any) -> Any:
     return sae.eval()
 
 
-def batch(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, D, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
-
-
-def theirs(sae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Features and reconstruction; decoding consumes what encoding left on the module."""
+def by_saelens(sae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return SAELens' features and reconstruction; decoding consumes statistics that encoding left on the module."""
     features = sae.encode(x)
     return features, sae.decode(features)
-
-
-def same(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
-    __tracebackhide__ = True
-    assert found.shape == expected.shape
-    scale = float(expected.abs().max())
-    assert scale > 0
-    assert float((found - expected).abs().max()) <= tolerance * scale, float((found - expected).abs().max()) / scale
 
 
 def variants() -> list[Any]:
@@ -83,16 +65,16 @@ def test_everything_is_what_saelens_computes(sae_lens, architecture, options):
     f = wrap(sae)
     x, source = batch(5, 3), batch(5, 3, seed=2)
     features, error = f.featurize(x)
-    expected, x_hat = theirs(sae, x)
+    expected, x_hat = by_saelens(sae, x)
     same(features, expected)
     residual = error[0] if isinstance(error, tuple) else error
     same(x - residual, x_hat, 2e-6)
     same(f.inverse_featurize(features, error), x, 2e-6)
 
-    others, _ = theirs(sae, source)
+    others, _ = by_saelens(sae, source)
     mixed = expected.clone()
     mixed[..., [3, 9, 40]] = others[..., [3, 9, 40]]
-    sae.encode(x)  # decoding uses the statistics of what was encoded last
+    sae.encode(x)  # decoding uses the statistics of the last encoding
     swapped = sae.decode(mixed) + (x - x_hat)
     same(f.interchange(x, source, [3, 9, 40]), swapped, 3e-6)
     assert not torch.equal(expected[..., [3, 9, 40]], others[..., [3, 9, 40]])
@@ -136,30 +118,30 @@ def _residual(error: Any) -> Tensor:
 def test_folders_go_both_ways(sae_lens, architecture, options, tmp_path):
     sae = make(architecture, **options)
     x = batch(6)
-    expected, x_hat = theirs(sae, x)
+    expected, x_hat = by_saelens(sae, x)
     sae.cfg.metadata.hook_name = "blocks.3.hook_resid_post"
     sae.cfg.metadata.model_name = "gpt2-small"
-    sae.save_model(tmp_path / "theirs")
-    f = featurizers.load(tmp_path / "theirs")
+    sae.save_model(tmp_path / "saelens")
+    f = featurizers.load(tmp_path / "saelens")
     same(f.encode(x), expected)
     assert f.site == featurizers.Site("resid.post", 3)
     assert f.site.model == "openai-community/gpt2"
 
     assert featurizers.convert(f, tmp_path / "back", "sae-lens") == []
     again = sae_lens.SAE.load_from_disk(str(tmp_path / "back"))
-    features, decoded = theirs(again, x)
+    features, decoded = by_saelens(again, x)
     same(features, expected)
     same(decoded, x_hat, 2e-6)
     assert again.cfg.metadata.hook_name == "blocks.3.hook_resid_post"
-    ours = featurizers.load(f.save_pretrained(tmp_path / "ours"))
-    assert torch.equal(ours.encode(x), f.encode(x))
+    artefact = featurizers.load(f.save_pretrained(tmp_path / "artefact"))
+    assert torch.equal(artefact.encode(x), f.encode(x))
 
 
 def test_hook_z_takes_heads_apart_and_side_by_side(sae_lens):
     sae = make("standard", reshape_activations="hook_z")
     f = wrap(sae)
     apart = batch(3, 5).unflatten(-1, (4, 4))
-    expected, x_hat = theirs(sae, apart)
+    expected, x_hat = by_saelens(sae, apart)
     features, error = f.featurize(apart)
     same(features, expected)
     same(apart - error, x_hat)
@@ -192,7 +174,7 @@ def test_training_classes_are_what_saelens_saves(sae_lens, tmp_path):
                 sae.topk_threshold.fill_(0.21)
         sae.save_inference_model(tmp_path / architecture)
         saved = sae_lens.SAE.load_from_disk(str(tmp_path / architecture))
-        expected, _ = theirs(saved, x)
+        expected, _ = by_saelens(saved, x)
         same(wrap(sae).encode(x), expected)
         assert (expected > 0).any(), architecture
         assert wrap(sae.to(torch.bfloat16)).W_dec.dtype == torch.bfloat16
@@ -225,10 +207,10 @@ def test_wrapping_leaves_the_sae_as_it_was(sae_lens):
 def test_what_is_no_featurizer_of_one_site_is_refused(sae_lens, architecture, tmp_path):
     options = {"n_heads": 2, "bottleneck_factor": 2} if architecture == "temporal" else {}
     sae = make(architecture, **options)
-    with pytest.raises(ManifestError, match=f"'{architecture}' is no featurizer of one site: a "):
+    with pytest.raises(ManifestError, match=f"'{architecture}' is not a featurizer of a single site: a "):
         wrap(sae)
     sae.save_model(tmp_path / "it")
-    with pytest.raises(ManifestError, match=f"'{architecture}' is no featurizer of one site: a "):
+    with pytest.raises(ManifestError, match=f"'{architecture}' is not a featurizer of a single site: a "):
         featurizers.load(tmp_path / "it")
 
 
@@ -246,7 +228,7 @@ def test_a_slice_is_those_rows(sae_lens, architecture, tmp_path):
     x, source = batch(4), batch(4, seed=2)
     same(part.collect(x, [3]), whole.collect(x, [3]))
     same(part.interchange(x, source), whole.interchange(x, source, [40, 3]))
-    with pytest.raises(FeatureIndexError, match="feature 64 is out of range: there are 64"):
+    with pytest.raises(FeatureIndexError, match="feature index 64 is out of range: there are 64"):
         featurizers.load(tmp_path / "it", indices=[64])
 
 
@@ -277,11 +259,18 @@ class TestMatchingPursuit(FeaturizerContract):
         return torch.randn(12, 8, generator=torch.Generator().manual_seed(1)) + torch.linspace(1, 3, 12)[:, None]
 
 
+def test_pursuit_loses_no_bit_of_a_base_of_higher_precision_than_its_weights():
+    f = featurizers.create("sae-lens.matching-pursuit", d_in=8, n_features=24)
+    f.W_dec.data = torch.nn.functional.normalize(torch.randn(24, 8), dim=-1)
+    base = torch.randn(6, 8)
+    assert torch.equal(f.half().interchange(base, base.clone()), base)
+
+
 def test_pursuit_takes_no_row_backwards(sae_lens):
-    """Where every row lies the other way, nothing is found."""
+    """A token that has a negative product with every row has no features."""
     sae = make("matching_pursuit", d_sae=2)
     x = batch(40)
-    expected, x_hat = theirs(sae, x)
+    expected, x_hat = by_saelens(sae, x)
     features, error = wrap(sae).featurize(x)
     assert (expected == 0).all(-1).any()
     same(features, expected)
@@ -293,7 +282,7 @@ def test_what_pursuit_refuses():
     for wrong in ({"normalize": "scale"}, {"residual_threshold": -1.0}, {"max_iterations": 0}, {"n_heads": 3}):
         with pytest.raises(ConfigError):
             featurizers.create(kind, d_in=4, n_features=3, **wrong)
-    with pytest.raises(ConfigError, match="needs d_in of 2"):
+    with pytest.raises(ConfigError, match="needs d_in of at least 2"):
         featurizers.create(kind, d_in=1, n_features=3, normalize="layer-norm")
 
 
@@ -306,8 +295,6 @@ def test_pursuit_with_long_rows_would_not_end():
 
 
 def test_what_saelens_cannot_hold_is_said(sae_lens, tmp_path):
-    from tests.support.dictionaries import dictionary
-
     with pytest.raises(ConversionError, match="no architecture for the rule 'jump'"):
         featurizers.convert(dictionary("jump"), tmp_path / "jump", "sae-lens")
     assert not (tmp_path / "jump").exists()
@@ -351,8 +338,6 @@ def test_reading_does_not_import_saelens(sae_lens, tmp_path):
 
 
 def test_a_name_that_is_not_kept_is_said(tmp_path):
-    from tests.support.dictionaries import dictionary
-
     f = dictionary("relu", pre_bias=True)
     assert featurizers.convert(f, tmp_path / "unnamed", "sae-lens") == []
     f.id = "mine"

@@ -1,4 +1,4 @@
-"""The sparsify plugin beside golden tensors of sparsify itself."""
+"""Plugin sparsify compared with golden tensors of sparsify itself."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def golden(activation: str) -> dict[str, Tensor]:
 def write(folder: Path, activation: str = "topk", drop: str = "", **changes: Any) -> Path:
     folder.mkdir(parents=True)
     tensors = golden(activation)
-    given = {name: tensors[name] for name in WEIGHTS if name != drop}
-    save_file({**given, **{n: t for n, t in changes.items() if isinstance(t, Tensor)}}, folder / "sae.safetensors")
+    kept = {name: tensors[name] for name in WEIGHTS if name != drop}
+    save_file({**kept, **{n: t for n, t in changes.items() if isinstance(t, Tensor)}}, folder / "sae.safetensors")
     cfg = {**CFG, **({"signed": True} if activation == "signed" else {"activation": activation, **ONE_SITE})}
     cfg |= {n: v for n, v in changes.items() if not isinstance(v, Tensor)}
     (folder / "cfg.json").write_text(json.dumps(cfg))
@@ -47,7 +47,7 @@ def test_the_numbers_are_sparsifys(activation, count, tmp_path):
     features, error = f.featurize(t["x"])
     torch.testing.assert_close(features, t["features"], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(t["x"] - error, t["x_hat"], rtol=1e-5, atol=2e-6)
-    three = t["x"].reshape(2, 3, 16)  # sparsify itself decodes matrices only
+    three = t["x"].reshape(2, 3, 16)  # sparsify itself only decodes matrices
     torch.testing.assert_close(f.encode(three).reshape(6, 64), t["features"], rtol=1e-6, atol=1e-6)
     mixed = t["features"].clone()
     mixed[:, [1, 40]] = t["features"].flip(0)[:, [1, 40]]
@@ -82,17 +82,17 @@ def test_a_hookpoint_is_a_site(hookpoint, site, tmp_path):
 
 @pytest.mark.parametrize("activation", ["topk", "groupmax"])
 def test_it_is_written_as_it_was_read(activation, tmp_path):
-    f = featurizers.load(write(tmp_path / "theirs", activation, multi_topk=True))
-    assert featurizers.convert(f, tmp_path / "back/theirs", "sparsify") == []
-    first, second = (load_file(tmp_path / name / "sae.safetensors") for name in ("theirs", "back/theirs"))
+    f = featurizers.load(write(tmp_path / "sparsify", activation, multi_topk=True))
+    assert featurizers.convert(f, tmp_path / "back/sparsify", "sparsify") == []
+    first, second = (load_file(tmp_path / name / "sae.safetensors") for name in ("sparsify", "back/sparsify"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    cfg = json.loads((tmp_path / "back/theirs/cfg.json").read_text())
+    cfg = json.loads((tmp_path / "back/sparsify/cfg.json").read_text())
     assert (cfg["activation"], cfg["k"], cfg["num_latents"], cfg["d_in"]) == (activation, 8, 64, 16)
     assert (cfg["multi_topk"], cfg["normalize_decoder"]) == (True, False), "rows of other lengths than 1"
-    assert featurizers.load(tmp_path / "back/theirs").config == f.config
-    ours = featurizers.load(f.save_pretrained(tmp_path / "ours"))
-    assert torch.equal(ours.encode(golden(activation)["x"]), f.encode(golden(activation)["x"]))
+    assert featurizers.load(tmp_path / "back/sparsify").config == f.config
+    artefact = featurizers.load(f.save_pretrained(tmp_path / "artefact"))
+    assert torch.equal(artefact.encode(golden(activation)["x"]), f.encode(golden(activation)["x"]))
 
 
 def test_what_is_lost_is_said(tmp_path):
@@ -126,7 +126,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown key": ({"temperature": 2}, "'temperature'"),
     "a string for a number": ({"k": "8"}, "'k'.*got '8'"),
     "k of none": ({"k": 0}, "'k'"),
-    "k of too many": ({"k": 65}, "k is between 1 and the 64 features, got 65"),
+    "k of too many": ({"k": 65}, "k must be between 1 and the 64 features, got 65"),
     "another number of features": ({"num_latents": 65}, r"implies \{'encoder.weight': \(65, 16\)"),
     "another width": ({"d_in": 17}, r"\(68, 17\)"),
     "no decoder": ({"drop": "W_dec"}, "an encoder alone"),

@@ -1,0 +1,216 @@
+"""`Anatomy` after the model has changed under it: nothing of an earlier answer is left."""
+
+import copy
+import pickle
+
+import featurizers
+import pytest
+import torch
+from featurizers import hookimpl
+from featurizers.errors import SiteError
+from featurizers.format import Blocks
+from featurizers.models import Anatomy, collect, intervene
+from featurizers.registry.plugin_host import host
+from torch import Tensor, nn
+
+from tests.support.models import LAYERS, WIDTH, fresh_model, prompts
+
+SITES = ("resid.post:1", "attn.z:1", "mlp.act:1")
+
+
+class Wrapped(nn.Module):
+    """Calls the module that it holds, and adds one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        output = self.inner(*args, **kwargs)
+        return (output[0] + 1, *output[1:]) if isinstance(output, tuple) else output + 1
+
+
+@pytest.fixture
+def model():
+    """A model whose sites were asked for already."""
+    model = fresh_model("llama")
+    with intervene(model, {site: featurizers.Collect(featurizers.create("identity")) for site in SITES}):
+        model(prompts(1, 3))
+    assert Anatomy(model).n_layers == LAYERS
+    return model
+
+
+def is_steered(model: nn.Module, site: str) -> bool:
+    """Whether an edit at a site changes the logits of the model as it is now."""
+    before = model(prompts(1, 3)).logits
+    with intervene(model, {site: featurizers.Steer(featurizers.create("identity"), delta=1.0)}):
+        return not torch.equal(model(prompts(1, 3)).logits, before)
+
+
+def test_blocks_that_are_added(model):
+    model.model.layers.append(copy.deepcopy(model.model.layers[0]))
+    with pytest.raises(SiteError, match="no list of 3 blocks was found"):
+        Anatomy(model).place("resid.post:0")
+    model.config.num_hidden_layers = LAYERS + 1
+    assert Anatomy(model).place(f"resid.post:{LAYERS}").module is model.model.layers[LAYERS]
+
+
+def test_blocks_that_are_removed(model):
+    del model.model.layers[0]
+    model.config.num_hidden_layers = LAYERS - 1
+    assert Anatomy(model).place("resid.post:0").module is model.model.layers[0]
+    with pytest.raises(SiteError, match="has 2 layers, 0 to 1"):
+        Anatomy(model).place("resid.post:2")
+
+
+def test_a_block_that_is_replaced(model):
+    model.model.layers[1] = copy.deepcopy(model.model.layers[1])
+    assert Anatomy(model).place("resid.post:1").module is model.model.layers[1]
+    assert is_steered(model, "attn.z:1")
+    model.model.layers[1] = Wrapped(model.model.layers[1])
+    with pytest.raises(SiteError, match="no list of 3 blocks was found"):
+        Anatomy(model).place("resid.post:1")
+
+
+def test_a_list_of_blocks_that_is_replaced_or_renamed(model):
+    model.model.layers = nn.ModuleList([copy.deepcopy(block) for block in model.model.layers])
+    assert Anatomy(model).place("resid.post:1").module is model.model.layers[1]
+    model.model.blocks = model.model._modules.pop("layers")
+    assert Anatomy(model).place("resid.post:1").path == "model.blocks.1"
+
+
+def test_a_second_list_that_looks_like_blocks(model):
+    model.model.others = nn.ModuleList(fresh_model("llama").model.layers)
+    with pytest.raises(SiteError, match=r"several lists look like its blocks: model\.layers, model\.others"):
+        intervene(model, {"resid.post:0": featurizers.Collect(featurizers.create("identity"))}).__enter__()
+
+
+@pytest.mark.parametrize("name", ["self_attn", "mlp"])
+def test_a_part_that_is_wrapped_by_assignment(model, name):
+    for block in model.model.layers:
+        setattr(block, name, Wrapped(getattr(block, name)))
+    inner = {"self_attn": ("attn.z", "o_proj", "attn.out"), "mlp": ("mlp.act", "down_proj", "mlp.out")}[name]
+    place = Anatomy(model).place(f"{inner[0]}:1")
+    assert place.path == f"model.layers.1.{name}.inner.{inner[1]}"
+    assert Anatomy(model).place(f"{inner[2]}:1").module is getattr(model.model.layers[1], name)
+    assert is_steered(model, f"{inner[0]}:1")
+
+
+def test_a_projection_that_is_wrapped_by_assignment(model):
+    for block in model.model.layers:
+        block.mlp.down_proj = Wrapped(block.mlp.down_proj)
+    with pytest.raises(SiteError, match=r"mlp\.act:1: no such part was found in LlamaDecoderLayer"):
+        Anatomy(model).place("mlp.act:1")
+    for block in model.model.layers:
+        block.mlp.down_proj = nn.Sequential(nn.Linear(48, WIDTH, bias=False))
+        block.mlp.down_proj.weight = block.mlp.down_proj[0].weight
+    assert Anatomy(model).place("mlp.act:1").module is model.model.layers[1].mlp.down_proj
+
+
+def test_a_part_under_a_name_that_comes_first(model):
+    for block in model.model.layers:
+        block.feed_forward = block.mlp
+    assert Anatomy(model).blocks.mlp == "mlp"
+    for block in model.model.layers:
+        del block.mlp
+    assert Anatomy(model).blocks.mlp == "feed_forward"
+
+
+def test_a_model_that_is_wrapped():
+    model = fresh_model("llama")
+    ids = prompts(1, 3)
+    known = collect(model, {"input_ids": ids}, SITES)
+
+    class Peft(nn.Module):
+        """Forwards attributes to the model that it wraps, as peft does."""
+
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base_model = nn.Module()
+            self.base_model.model = base
+
+        def __getattr__(self, name: str):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.base_model.model, name)
+
+        def forward(self, *args, **kwargs):
+            return self.base_model.model(*args, **kwargs)
+
+    wrapped = Peft(model)
+    assert Anatomy(wrapped).place("mlp.act:1").path == "base_model.model.model.layers.1.mlp.down_proj"
+    assert Anatomy(wrapped).place("module:lm_head:input").module is model.lm_head
+    found = collect(wrapped, {"input_ids": ids}, SITES)
+    assert all(torch.equal(known[site], found[site]) for site in SITES)
+    assert is_steered(wrapped, "mlp.act:1")
+
+
+def test_a_plugin_that_is_loaded_later(model):
+    class Plugin:
+        @staticmethod
+        @hookimpl
+        def featurizers_anatomy(model: nn.Module) -> Blocks | None:
+            return Blocks(decoder="model", layers="model.layers", mlp="post_attention_layernorm")
+
+    plugin = Plugin()
+    assert Anatomy(model).place("mlp.out:1").path == "model.layers.1.mlp"
+    host()._manager.register(plugin, "late")
+    try:
+        assert Anatomy(model).place("mlp.out:1").path == "model.layers.1.post_attention_layernorm"
+    finally:
+        host()._manager.unregister(plugin)
+    assert Anatomy(model).place("mlp.out:1").path == "model.layers.1.mlp"
+
+
+def test_a_plugin_is_asked_before_an_ambiguity_is_refused(model):
+    class Plugin:
+        @staticmethod
+        @hookimpl
+        def featurizers_anatomy(model: nn.Module) -> Blocks | None:
+            return Blocks(decoder="model", layers="model.others")
+
+    model.model.others = nn.ModuleList(fresh_model("llama").model.layers)
+    plugin = Plugin()
+    host()._manager.register(plugin, "late")
+    try:
+        assert Anatomy(model).place("resid.post:1").path == "model.others.1"
+    finally:
+        host()._manager.unregister(plugin)
+
+
+def test_nothing_stays_on_the_model(model):
+    plain = fresh_model("llama")
+    assert vars(model).keys() == vars(plain).keys()
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert Anatomy(other).place("resid.post:1").module is other.model.layers[1]
+
+
+def test_a_shared_module_and_an_empty_slot_are_no_trouble(model):
+    model.model.register_module("nothing", None)
+    model.model.again = model.model.embed_tokens
+    model.model.layers[0].register_module("attn", None)
+    assert Anatomy(model).blocks.attention == "self_attn"
+
+
+def test_the_path_of_a_missing_module_is_named(model):
+    with pytest.raises(SiteError, match=r"LlamaForCausalLM has no module 'model\.layers\.1\.nothing'"):
+        Anatomy(model).place("module:model.layers.1.nothing:output")
+    with pytest.raises(SiteError, match=r"has no module 'model\.layers\.7'"):
+        Anatomy(model).place("module:model.layers.7:output")
+
+
+def test_experts_are_searched_through():
+    class Expert(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1, self.w2 = nn.Linear(WIDTH, 8), nn.Linear(8, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.w2(self.w1(x))
+
+    model = fresh_model("llama")
+    for block in model.model.layers:
+        block.mlp = nn.Sequential(nn.ModuleList([Expert(), Expert()]))
+    assert Anatomy(model).blocks.down_projection == "mlp.0.0.w2"

@@ -1,0 +1,42 @@
+"""Random weights under SAELens' names, and comparisons relative to the largest element."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+D, F = 16, 64
+
+
+def batch(*shape: int, seed: int = 1) -> Tensor:
+    """Return random activations ``(*shape, D)`` whose mean is not zero."""
+    return torch.randn(*shape, D, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
+
+
+def weights(*extra: str) -> dict[str, Tensor]:
+    """Return the tensors of a standard SAE, and extra tensors ``(F,)`` of numbers between 0 and 1."""
+    g = torch.Generator().manual_seed(0)
+    shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,)}
+    tensors = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    return {**tensors, **{name: torch.rand(F, generator=g) for name in extra}}
+
+
+def linear(joint: str = ".") -> dict[str, Tensor]:
+    """Return `weights` under the names of two `torch.nn.Linear`; ``joint`` stands before ``weight`` and ``bias``."""
+    t = weights()
+    return {
+        f"encoder{joint}weight": t["W_enc"].T.contiguous(),
+        f"encoder{joint}bias": t["b_enc"],
+        f"decoder{joint}weight": t["W_dec"].T.contiguous(),
+        f"decoder{joint}bias": t["b_dec"],
+    }
+
+
+def same(result: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
+    """Assert that no element differs by more than ``tolerance`` times the largest expected element, above zero."""
+    __tracebackhide__ = True
+    assert result.shape == expected.shape
+    scale = float(expected.detach().abs().max())
+    assert scale > 0
+    difference = float((result - expected).abs().max())
+    assert difference <= tolerance * scale, difference / scale
