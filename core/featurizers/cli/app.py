@@ -120,7 +120,7 @@ def info(source: SourceArgument, subfolder: Subfolder = None, revision: Revision
     if isinstance(parsed, FolderSource) and isinstance(record, Manifest):
         from featurizers.format.weights import read_header
 
-        folder = named_folder(parsed.path, subfolder)
+        folder = named_folder(parsed.path) / (subfolder or "")
         header = read_header(folder / WEIGHTS_NAME, str(folder))
         data["tensors"] = {name: f"{spec.dtype} {list(spec.shape)}" for name, spec in header.items()}
     if as_json:

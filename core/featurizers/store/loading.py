@@ -82,7 +82,7 @@ def load(
     check_placement(device, dtype)
     parsed = parse_source(source, revision)
     if isinstance(parsed, FolderSource):
-        parsed = FolderSource(named_folder(parsed.path, None))
+        parsed = FolderSource(named_folder(parsed.path))
     request = Request(
         source=parsed,
         kind=kind,

@@ -74,7 +74,7 @@ def push(
         HubConflictError: someone else pushed meanwhile; nothing was changed.
         HubError: the Hub refused.
     """
-    local = named_folder(Path(folder), None)
+    local = named_folder(Path(folder))
     record = local_record(local, local)
     if subfolder and isinstance(record, Manifest):
         _index_entry(subfolder, record, repo_id)  # refuses a name that no index can hold

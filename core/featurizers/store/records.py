@@ -63,7 +63,7 @@ def manifest_of(
     """Read the ``config.json`` of a source; arguments and errors as in `load`."""
     parsed = parse_source(source, revision)
     if isinstance(parsed, FolderSource):
-        root = named_folder(parsed.path, None)
+        root = named_folder(parsed.path)
         return local_record(root, root / (subfolder or ""))
     if isinstance(parsed, HubSource):
         return Remote(parsed, subfolder, token, cache_dir, local_files_only=local_files_only).config()[0]
