@@ -40,7 +40,7 @@ def test_there_and_back_in_one_commit(hub):
 
 
 def test_all_is_read_at_one_commit(hub, monkeypatch):
-    """Someone pushes after the first file was read."""
+    """Another push arrives after the first file was read."""
     from featurizers_pyvene import intervenables
 
     old, new = several(), several()
@@ -67,7 +67,8 @@ def test_each_file_is_asked_for_once_and_then_not_at_all(hub):
     hub.log.clear()
     load(f"alice/it@{commit.oid}")
     asked = [request for request in hub.requests() if request.startswith("HEAD")]
-    assert len(asked) <= 2 * 8, asked  # two files and two of each featurizer; by us and by the client
+    # 8 files, two of each featurizer and two more: each has a HEAD by this library and another by the client
+    assert len(asked) <= 2 * 8, asked
     hub.log.clear()
     load(f"alice/it@{commit.oid}")
     assert hub.requests() == []

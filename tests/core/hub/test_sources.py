@@ -1,4 +1,4 @@
-"""What a source names: never a guess, never another error than `SourceError`."""
+"""Parsing of sources: nothing is guessed, and every error is a `SourceError`."""
 
 import contextlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The plugin host: one faulty plugin never takes the others down, and no name is decided silently."""
+"""Plugin host: a broken plugin does not affect the others, and no conflict of names is resolved silently."""
 
 import importlib.metadata
 import subprocess
@@ -41,7 +41,7 @@ GOOD = """
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """Put a distribution on the path as an installer leaves it: a module and its metadata."""
+    """Install a distribution for one test: its module and metadata on `sys.path`, as pip would leave them."""
 
     def install(name, code, entry=None, distribution=None, version="1.0", requires=(), metadata=None, points=None):
         distribution = distribution or f"dist-{name}"
@@ -63,7 +63,7 @@ def install(tmp_path, monkeypatch):
 
 @pytest.fixture
 def only(tmp_path, monkeypatch):
-    """Hide all distributions but some, and all of this test."""
+    """Hide all installed distributions except some and those of the test."""
     installed = importlib.metadata.entry_points
 
     def only(*names):
@@ -82,7 +82,7 @@ def only(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fresh(only):
-    """The host that the functions of the library use, of few plugins, and with those that a test installs."""
+    """Replace the process-wide host by a new one with few plugins, and those that the test installs."""
     only("featurizers-identity", "featurizers-subspace")
     host.cache_clear()
     yield host
@@ -94,14 +94,14 @@ def info(host, name):
 
 
 def hooks(**bodies):
-    """A plugin's code with these hooks: arguments and a body each."""
+    """Write the code of a plugin with these hooks, each with its arguments and its body."""
     return "\n".join(
         ["import featurizers", *(f"@featurizers.hookimpl\ndef {name}{body}" for name, body in bodies.items())]
     )
 
 
 def imported(code=""):
-    """A plugin's code that counts how often it is imported."""
+    """Write the code of a plugin that counts its imports."""
     return f"import sys\nsys.featurizers_imported = getattr(sys, 'featurizers_imported', 0) + 1\n{code}"
 
 
@@ -272,7 +272,7 @@ def test_a_plugin_may_use_itself_while_it_is_imported(install, fresh):
 
 
 class Model:
-    """What a plugin's anatomy is asked about."""
+    """Build a model that a plugin can recognise."""
 
 
 READS = "(source): return 'read' if source == 'mine' else None"
@@ -334,7 +334,7 @@ def test_an_error_of_ours_is_the_answer_of_the_plugin_that_knows_the_format(inst
 
 
 def test_plugins_are_asked_in_the_order_of_pluggy(install, fresh):
-    """The last one loaded first, whoever says ``tryfirst`` before and whoever says ``trylast`` after the others."""
+    """Plugins are called last loaded first; ``tryfirst`` comes before all others, ``trylast`` after them."""
     for name, option in {"aaa": "tryfirst=True", "bbb": "", "ccc": "", "ddd": "trylast=True"}.items():
         code = f"import featurizers, sys\n@featurizers.hookimpl({option})\ndef featurizers_read(source):"
         install(name, f"{code} source.append('{name}')")
@@ -694,7 +694,7 @@ COMMAND = """
 
 
 def call(*words):
-    """Exit code and output of the ``featurizers`` command, or the error of ours that it raises."""
+    """Run the ``featurizers`` command; return its exit code and output, or its `FeaturizerError`."""
     from featurizers.cli.app import app
     from typer.testing import CliRunner
 

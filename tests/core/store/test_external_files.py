@@ -1,4 +1,4 @@
-"""Folders that no plugin knows, and features of files whose size is not known yet."""
+"""Folders whose format no plugin knows, and indices for files whose number of features is not known yet."""
 
 from __future__ import annotations
 
