@@ -1,4 +1,4 @@
-"""What a featurizer takes on disk."""
+"""Size of a featurizer on disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from timing import Benchmark, Settings, Sizes, same
 
 
 def subspace(settings: Settings) -> Sizes:
-    """A subspace at the width of a 7B model."""
+    """Compare the files of a subspace of the width of a 7B model."""
     d_in, n_features = settings.size(4096, 256), settings.size(16, 4)
     torch.manual_seed(0)
     theirs = ParametrizedSubspace(d_in, n_features)

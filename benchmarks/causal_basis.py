@@ -1,9 +1,9 @@
-"""Causal bases beside tuned-lens 0.2.0 and the schedule that was published first: time, memory and energies.
+"""Causal bases compared with tuned-lens 0.2.0 and with the first published schedule: time, memory and energies.
 
 ``python benchmarks/causal_basis.py FILE.json`` runs everything and writes a report that ``report.py`` puts into the
-document; ``--only NAME`` runs some of it, and ``--picture`` draws how an evaluation grows. Each sample is a process of
-its own, so that its memory is its own too, and the sides take turns. tuned-lens wants packages that the library does
-not: install it with ``--no-deps`` into a folder, and name that in ``FEATURIZERS_TUNED_LENS``.
+document; ``--only NAME`` runs some cases, and ``--picture`` plots the cost of an evaluation. Each sample runs in its
+own process, so that memory is measured separately, and the sides alternate. tuned-lens needs packages that the library
+does not: install it with ``--no-deps`` into a folder, and set ``FEATURIZERS_TUNED_LENS`` to that folder.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ NAMES = {PEER: "tuned-lens 0.2.0, LogitLens", PUBLISHED: "the schedule that was 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Samples of one preset beside the peer.
+    """Samples of one preset, to compare with a peer.
 
     Attributes:
         name: of the row.
-        case: what is extracted from, a key of `CASES`.
-        preset: of ours.
-        required: how many times as fast.
-        samples: of each side.
+        case: a key of `CASES`.
+        preset: of this library.
+        required: least ratio of the peer's time to this library's.
+        samples: per side.
         peer: a key of `NAMES`.
     """
 
@@ -71,7 +71,7 @@ COMPARISONS = (
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A model, the inputs of its blocks that bases are wanted of, and how many vectors."""
+    """A model, the inputs of the blocks to find bases for, and the number of vectors."""
 
     what: str
     model: nn.Module
@@ -80,7 +80,7 @@ class Problem:
 
 
 def toy(*, trained: bool) -> Problem:
-    """A small GPT-2 with random weights, or after 300 steps on a Markov chain of 32 classes of words."""
+    """Return a small GPT-2 with random weights, or after 300 steps on a Markov chain of 32 classes of words."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     vocabulary, classes = 2048, 32
@@ -115,7 +115,7 @@ def toy(*, trained: bool) -> Problem:
 
 
 def smollm2() -> Problem:
-    """512 tokens of English that are not the first of their prompt, at two layers of SmolLM2-135M."""
+    """Return 512 tokens of English, without the first of each prompt, at two layers of SmolLM2-135M."""
     from featurizers.models import load_model
 
     given = load_model(MODEL)
@@ -132,17 +132,16 @@ def smollm2() -> Problem:
 CASES = {"toy": lambda: toy(trained=False), "trained": lambda: toy(trained=True), "smollm2": smollm2}
 
 
-def ours(problem: Problem, preset: str) -> tuple[list[float], int]:
-    """Summed energy of each layer, and evaluations."""
-    from featurizers_causal_basis.extraction import extract_causal_bases
-    from featurizers_causal_basis.logit_lens import LogitLens
+def by_featurizers(problem: Problem, preset: str) -> tuple[list[float], int]:
+    """Return the summed energy of each layer and the number of evaluations, by this library."""
+    from featurizers_causal_basis import LogitLens, extract_causal_bases
 
     bases = extract_causal_bases(LogitLens(problem.model), problem.hiddens, problem.k, preset=preset)
     return [float(basis.energies.sum()) for basis in bases], sum(basis.record.evaluations or 0 for basis in bases)
 
 
-def theirs(problem: Problem) -> tuple[list[float], int]:
-    """The same by tuned-lens, which leaves the last hidden states out, so that it is given the last ones twice."""
+def by_tuned_lens(problem: Problem) -> tuple[list[float], int]:
+    """Return the same by tuned-lens. It ignores the last hidden states, so the last ones are given twice."""
     from tuned_lens.causal import subspaces
     from tuned_lens.nn.lenses import LogitLens
 
@@ -159,8 +158,8 @@ def theirs(problem: Problem) -> tuple[list[float], int]:
     return [float(basis.energies.sum()) for basis in bases], count - len(bases)
 
 
-def published(problem: Problem) -> tuple[list[float], int]:
-    """The same by one ascent a vector from a unit axis, by autograd through the final norm and the head."""
+def by_published_schedule(problem: Problem) -> tuple[list[float], int]:
+    """Return the same by one ascent per vector from a unit axis, with autograd through the final norm and the head."""
     run = nn.Sequential(problem.model.transformer.ln_f, problem.model.lm_head).requires_grad_(False)
     layers = [_published_layer(run, hidden.flatten(0, -2), problem.k) for hidden in problem.hiddens[:-1]]
     return [energy for energy, _ in layers], sum(count for _, count in layers)
@@ -193,19 +192,19 @@ def _published_layer(run: nn.Module, h: Tensor, k: int) -> tuple[float, int]:
         optimizer = torch.optim.LBFGS([v], line_search_fn="strong_wolfe", max_iter=100, tolerance_change=eps)
         optimizer.step(loss)
         with torch.no_grad():
-            found = unit(v)
-            total += float(energy(found))
-            basis = torch.cat([basis, found.unsqueeze(-1)], dim=1)
+            direction = unit(v)
+            total += float(energy(direction))
+            basis = torch.cat([basis, direction.unsqueeze(-1)], dim=1)
     return total, count
 
 
-SIDES = {PEER: theirs, PUBLISHED: published}
+SIDES = {PEER: by_tuned_lens, PUBLISHED: by_published_schedule}
 
 
 def sample(case: str, side: str) -> None:
-    """Print one sample as JSON: seconds, CPU seconds, memory beyond that of the model and the hidden states."""
+    """Print one sample as JSON: seconds, CPU seconds, and memory in addition to the model and the hidden states."""
     torch.set_num_threads(1)
-    if case == "trained":  # the same for all samples
+    if case == "trained":  # all samples share one model
         kept = Path(os.environ["FEATURIZERS_BENCHMARK_FOLDER"]) / "trained.pt"
         if not kept.exists():
             made = toy(trained=True)
@@ -218,8 +217,8 @@ def sample(case: str, side: str) -> None:
         problem = CASES[case]()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, cpu = time.perf_counter(), time.process_time()
-    energies, evaluations = SIDES[side](problem) if side in SIDES else ours(problem, side)
-    found = {
+    energies, evaluations = SIDES[side](problem) if side in SIDES else by_featurizers(problem, side)
+    measured = {
         "seconds": time.perf_counter() - wall,
         "cpu": time.process_time() - cpu,
         "bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before),
@@ -227,11 +226,11 @@ def sample(case: str, side: str) -> None:
         "evaluations": evaluations,
         "what": problem.what,
     }
-    print(json.dumps(found))
+    print(json.dumps(measured))
 
 
 def run_sample(case: str, side: str, folder: Path) -> dict[str, Any]:
-    """One sample, in a process of its own."""
+    """Run one sample in its own process and return it."""
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), PEERS if side == PEER else None]))
     environment = {
         **os.environ,
@@ -243,15 +242,16 @@ def run_sample(case: str, side: str, folder: Path) -> dict[str, Any]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(
-        f"{case} {side}: {found['seconds']:.1f} s, {found['evaluations']} evaluations, {found['energies']}", flush=True
+        f"{case} {side}: {measured['seconds']:.1f} s, {measured['evaluations']} evaluations, {measured['energies']}",
+        flush=True,
     )
-    return found
+    return measured
 
 
 def compare(name: str, comparisons: list[Comparison], folder: Path) -> list[Row]:
-    """The rows of one case: its sides in turn."""
+    """Return the rows of one case; its sides alternate."""
     samples: dict[str, list[dict[str, Any]]] = {}
     for _ in range(comparisons[0].samples):
         for side in dict.fromkeys((*(each.preset for each in comparisons), *(each.peer for each in comparisons))):
@@ -260,7 +260,7 @@ def compare(name: str, comparisons: list[Comparison], folder: Path) -> list[Row]
 
 
 def row(comparison: Comparison, mine: list[dict[str, Any]], peers: list[dict[str, Any]]) -> Row:
-    """A line of the table."""
+    """Return one line of the table."""
     ratios = [b["seconds"] / a["seconds"] for a, b in zip(mine, peers, strict=True)]
     medians = [statistics.median(each[what] for each in side) for side in (mine, peers) for what in ("seconds", "cpu")]
     a, b = mine[0], peers[0]
@@ -287,16 +287,16 @@ def row(comparison: Comparison, mine: list[dict[str, Any]], peers: list[dict[str
     )
 
 
-# ---------------------------------------------------------------------- how an evaluation grows
+# ---------------------------------------------------------------------- cost of an evaluation
 
 
 def point(d: int, vocabulary: int, n: int) -> tuple[float, float]:
-    """CPU seconds of one evaluation with its gradient, by the formula and by autograd."""
-    from featurizers_causal_basis.differentiated import DifferentiatedEnergy
-    from featurizers_causal_basis.energy import Tokens
-    from featurizers_causal_basis.exact import ExactEnergy
-    from featurizers_causal_basis.readouts import Decoder
-    from featurizers_causal_basis.reduction import Processes
+    """Return CPU seconds of one evaluation with its gradient, in closed form and by autograd."""
+    from featurizers_causal_basis import Decoder
+    from featurizers_causal_basis.solve.differentiated import DifferentiatedEnergy
+    from featurizers_causal_basis.solve.energy import Tokens
+    from featurizers_causal_basis.solve.exact import ExactEnergy
+    from featurizers_causal_basis.solve.processes import Processes
 
     run = nn.Sequential(nn.RMSNorm(d, eps=1e-6), nn.Linear(d, vocabulary, bias=False)).requires_grad_(False)
     settings = Settings(torch.device("cpu"))
@@ -311,7 +311,7 @@ def point(d: int, vocabulary: int, n: int) -> tuple[float, float]:
 
 
 def picture() -> None:
-    """Draw the cost of an evaluation against the width, the vocabulary and the number of tokens."""
+    """Plot the cost of an evaluation against the width, the vocabulary and the number of tokens."""
     from matplotlib import pyplot
 
     torch.set_num_threads(1)
@@ -338,7 +338,7 @@ def picture() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("file", nargs="?", type=Path, help="where the report goes")
+    parser.add_argument("file", nargs="?", type=Path, help="file for the report")
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--picture", action="store_true")
     parser.add_argument("--sample", nargs=2, help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""Reading the activations of a layer."""
+"""Speed of collecting the activations of a layer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _case(settings: Settings, positions: list[int] | None, *, head: bool = True)
     inputs = {"input_ids": prompts(settings, batch, length, vocabulary)}
     intervenable = pyvene_model(model, LAYER, "CollectIntervention")
     columns = list(range(length)) if positions is None else [position % length for position in positions]
-    locations = {"base": [[columns] * batch]}  # of each intervention, each example, each unit
+    locations = {"base": [[columns] * batch]}  # one list for each intervention and example
 
     def ours() -> Tensor:
         return featurizers.collect(model, inputs, [KEY], positions=positions)[KEY]
@@ -45,17 +45,17 @@ def _case(settings: Settings, positions: list[int] | None, *, head: bool = True)
 
 
 def everywhere(settings: Settings) -> Case:
-    """The activations of all tokens."""
+    """Collect the activations of all tokens."""
     return _case(settings, None)
 
 
 def one(settings: Settings) -> Case:
-    """The activations of the last token."""
+    """Collect the activations of the last token."""
     return _case(settings, [-1])
 
 
 def headless(settings: Settings) -> Case:
-    """Both on a model without a language-model head, whose large vocabulary is what ours does not compute."""
+    """Collect in a model without a language-model head; with one, `featurizers.collect` does not compute the logits."""
     return _case(settings, None, head=False)
 
 

@@ -1,4 +1,4 @@
-"""Distributed alignment search: a training step, and an interchange without training."""
+"""Speed of distributed alignment search: a training step, and an interchange without training."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 BATCH = 32
 LEARNING_RATE = 1e-2
-"""Large enough for every step to leave the manifold, so that every step pays for coming back."""
+"""Large enough for every step to leave the manifold, so that every step includes the retraction."""
 BATCHES = 8
-"""That take turns, so that the gradient does not vanish however long the training lasts."""
+"""Number of batches used in turn, so that the gradient does not vanish in a long training."""
 PEER = "rotation under torch's orthogonal parametrization"
 
 Interchange = Callable[[Tensor, Tensor], Tensor]
 
 
 def training_step(module: nn.Module, interchange: Interchange, settings: Settings, d_in: int) -> Callable[[], None]:
-    """Interchange, loss, gradients and an SGD step."""
+    """Return a function that makes one training step: interchange, loss, gradients and SGD."""
     batches = [[settings.randn(BATCH, d_in, seed=3 * i + j) for j in range(3)] for i in range(BATCHES)]
     turns = itertools.cycle(batches)
     optimizer = torch.optim.SGD(module.parameters(), lr=LEARNING_RATE)
@@ -38,13 +38,13 @@ def training_step(module: nn.Module, interchange: Interchange, settings: Setting
 
 
 def subspace(settings: Settings, d_in: int, n_features: int) -> SubspaceFeaturizer:
-    """Ours, from a random basis."""
+    """Build this library's featurizer from a random basis."""
     weight = settings.randn(d_in, n_features).float()
     return SubspaceFeaturizer.from_basis(weight, orthonormalize=True).to(settings.device)
 
 
 def parametrized(settings: Settings, d_in: int, n_features: int) -> ParametrizedSubspace:
-    """The peer, from a random basis."""
+    """Build the peer from a random basis."""
     torch.manual_seed(0)
     return ParametrizedSubspace(d_in, n_features).to(settings.device)
 
@@ -56,15 +56,15 @@ def _sides(settings: Settings, d_in: int, n_features: int) -> tuple[SubspaceFeat
 
 
 def _check(settings: Settings, ours: SubspaceFeaturizer, theirs: ParametrizedSubspace, d_in: int) -> list[str]:
-    """The interchange and its gradient in the activations; that in the basis depends on the parametrization."""
+    """Compare the interchange and its gradient in the activations; that in the basis depends on the parametrization."""
     base, source, target = (settings.randn(BATCH, d_in, seed=seed) for seed in range(3))
     base.requires_grad_()
-    found = []
+    results = []
     for side in (ours, theirs):
         edited = side.interchange(base, source)
         loss = (edited - target).float().square().sum()
-        found.append((edited, torch.autograd.grad(loss, base)[0]))
-    (a, a_grad), (b, b_grad) = found
+        results.append((edited, torch.autograd.grad(loss, base)[0]))
+    (a, a_grad), (b, b_grad) = results
     allowed = max(1e-4, tolerance(settings.dtype))
     return [same(a, b, allowed, "interchange"), same(a_grad, b_grad, allowed, "gradient")]
 
@@ -77,7 +77,7 @@ def _training(settings: Settings, d_in: int, n_features: int) -> Case:
         checked = _check(settings, ours, theirs, d_in)
         our_step()
         if stiefel.deviation(ours.basis) <= stiefel.tolerance(ours.basis.dtype):
-            raise Unequal("our step stayed on the manifold by itself, so that its retraction would not be timed")
+            raise Unequal("the step stayed on the manifold, so the retraction would not be timed")
         return "; ".join(checked)
 
     return Case(
@@ -90,17 +90,17 @@ def _training(settings: Settings, d_in: int, n_features: int) -> Case:
 
 
 def step_4096(settings: Settings) -> Case:
-    """A step at the width of a 7B model."""
+    """Compare training steps at the width of a 7B model."""
     return _training(settings, settings.size(4096, 256), settings.size(64, 16))
 
 
 def step_768(settings: Settings) -> Case:
-    """A step at the width of GPT-2."""
+    """Compare training steps at the width of GPT-2."""
     return _training(settings, settings.size(768, 128), settings.size(64, 16))
 
 
 def step_768_cached(settings: Settings) -> Case:
-    """The same, the peer helped by torch's cache of parametrizations, which its users must ask for."""
+    """Compare as `step_768`, with torch's cache of parametrizations, an option, enabled for the peer."""
     case = _training(settings, settings.size(768, 128), settings.size(64, 16))
 
     def theirs() -> None:
@@ -111,7 +111,7 @@ def step_768_cached(settings: Settings) -> Case:
 
 
 def interchange_2304(settings: Settings) -> Case:
-    """An evaluation at the width of Gemma 2 2B."""
+    """Compare interchanges without gradients at the width of Gemma 2 2B."""
     d_in, n_features = settings.size(2304, 256), settings.size(128, 32)
     ours, theirs = _sides(settings, d_in, n_features)
     base, source = (settings.randn(BATCH, d_in, seed=seed) for seed in range(2))

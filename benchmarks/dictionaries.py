@@ -1,4 +1,4 @@
-"""Dictionaries beside SAELens: the same weights, the same activations, the same results."""
+"""Speed and memory of dictionaries beside SAELens, with the same weights and activations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDTH, TOKENS, ACTIVE = 2304, 256, 64
 
 
 def sae_lens() -> Any:
-    """The module `sae_lens`.
+    """Import `sae_lens`.
 
     Raises:
         Skipped: it is not installed.
@@ -35,7 +35,7 @@ def sae_lens() -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _weights(settings: Settings, n_features: int, d: int) -> dict[str, Tensor]:
-    """Random weights, and thresholds above which about 64 features of a token fire."""
+    """Return random weights, with thresholds at which about 64 features of a token are active."""
     g = torch.Generator().manual_seed(0)
     w_enc = torch.randn(n_features, d, generator=g) / math.sqrt(d)
     share = settings.size(ACTIVE, 8) / n_features
@@ -53,8 +53,8 @@ def _weights(settings: Settings, n_features: int, d: int) -> dict[str, Tensor]:
 def pair(
     settings: Settings, n_features: int, architecture: str, d: int | None = None
 ) -> tuple[DictionaryFeaturizer, Any]:
-    """The same dictionary here and in SAELens."""
-    peer = sae_lens()
+    """Build the same dictionary in this library and in SAELens."""
+    sae_lens()
     weights = _weights(settings, n_features, d or settings.size(WIDTH, 64))
     t = dict(weights)
     f, d = t["W_enc"].shape
@@ -82,13 +82,12 @@ def pair(
                 **({"k": settings.size(ACTIVE, 8)} if architecture == "topk" else {}),
             )
         )
-    assert peer
     theirs.load_state_dict({n: v.T.contiguous() if n == "W_enc" else v for n, v in t.items()}, assign=True)
     return ours, theirs.requires_grad_(False)
 
 
 class SaeLensFeaturizer:
-    """A featurizer over SAELens, as it is written by hand today: the error, and two decodings of an interchange."""
+    """Featurizer over SAELens as users write it by hand, with an error term; an interchange decodes three times."""
 
     def __init__(self, sae: Any) -> None:
         self.sae = sae
@@ -102,17 +101,17 @@ class SaeLensFeaturizer:
 
     def interchange(self, base: Tensor, source: Tensor, indices: Tensor | None) -> Tensor:
         features, error = self.featurize(base)
-        others, _ = self.featurize(source)
+        source_features, _ = self.featurize(source)
         if indices is None:
-            features = others
+            features = source_features
         else:
-            features[..., indices] = others[..., indices]
+            features[..., indices] = source_features[..., indices]
         return self.inverse_featurize(features, error)
 
     def mask(self, base: Tensor, source: Tensor, gate: Tensor) -> Tensor:
         features, error = self.featurize(base)
-        others, _ = self.featurize(source)
-        return self.inverse_featurize((1 - gate) * features + gate * others, error)
+        source_features, _ = self.featurize(source)
+        return self.inverse_featurize((1 - gate) * features + gate * source_features, error)
 
 
 def _tokens(settings: Settings, seed: int) -> Tensor:
@@ -151,7 +150,7 @@ def _tolerance(settings: Settings) -> float:
 
 
 def mask_step(settings: Settings) -> Case:
-    """One step of training a mask: forward and backward to its logits."""
+    """Compare a training step of a mask: forward, and backward to its logits."""
     n_features = settings.size(65536, 1024)
     ours, sae = pair(settings, n_features, "topk")
     theirs = SaeLensFeaturizer(sae)
@@ -178,7 +177,7 @@ def mask_step(settings: Settings) -> Case:
 
 
 def decode(settings: Settings) -> Case:
-    """Decoding the features that fire."""
+    """Compare decoding of the active features, given as sparse features."""
     n_features = settings.size(65536, 1024)
     ours, sae = pair(settings, n_features, "topk")
     with torch.no_grad():
@@ -203,7 +202,7 @@ def decode(settings: Settings) -> Case:
 
 
 def decode_dense(settings: Settings) -> Case:
-    """The same of a dense tensor, in which the zeros have to be found first."""
+    """Compare decoding of a dense tensor, in which the active features must be found first."""
     case = decode(settings)
     ours, sae = pair(settings, settings.size(65536, 1024), "topk")
     with torch.no_grad():
@@ -217,7 +216,7 @@ def decode_dense(settings: Settings) -> Case:
 
 
 def gated(settings: Settings) -> Case:
-    """One matrix product instead of two and a scaled copy of the weights."""
+    """Compare a gated encoder: a matrix product instead of two and a scaled copy of the weights."""
     n_features = settings.size(16384, 1024)
     ours, sae = pair(settings, n_features, "gated")
     x = _tokens(settings, 1)
@@ -249,7 +248,7 @@ def touched():
     return sum(int(row[1]) for row in rows) * 1024
 def run(folder):
     {body}
-small = run({small!r})  # what the first call imports is not counted
+small = run({small!r})  # imports of the first call are not counted
 before = touched()
 start = time.perf_counter()
 large = run({folder!r})
@@ -266,28 +265,27 @@ _THEIRS = (
 
 
 def load_rows(settings: Settings) -> Sizes:
-    """Memory that becomes resident while 32 features are loaded and encoded, each side in a process of its own."""
+    """Compare the memory that becomes resident while 32 features are loaded and encoded, in separate processes."""
     sae_lens()
     n_features = settings.size(65536, 2048)
-    found = []
+    medians = []
     with tempfile.TemporaryDirectory() as name:
         for size, folder in ((1024, "small"), (n_features, "large")):
             ours, sae = pair(settings, size, "jumprelu")
             ours.save_pretrained(Path(name, f"ours-{folder}"))
             sae.save_model(str(Path(name, f"theirs-{folder}")))
         for side, (imports, body) in {"ours": _OURS, "theirs": _THEIRS}.items():
-            places = {folder: str(Path(name, f"{side}-{folder}")) for folder in ("small", "large")}
-            script = _LOAD.format(imports=imports, body=body, small=places["small"], folder=places["large"])
+            paths = {folder: str(Path(name, f"{side}-{folder}")) for folder in ("small", "large")}
+            script = _LOAD.format(imports=imports, body=body, small=paths["small"], folder=paths["large"])
             runs = [_measure(script) for _ in range(3)]
-            found.append([statistics.median(column) for column in zip(*runs, strict=True)])
-        folders = [str(Path(name, "ours-large"))]
-        size = sum(path.stat().st_size for path in Path(folders[0]).iterdir())
+            medians.append([statistics.median(column) for column in zip(*runs, strict=True)])
+        size = sum(path.stat().st_size for path in Path(name, "ours-large").iterdir())
     return Sizes(
         f"memory touched: load 32 of {n_features} features of a {size / 1e9:.2f} GB dictionary, encode a token",
         "sae_lens load_from_disk, and all features encoded",
-        max(int(found[0][0]), 4096),
-        int(found[1][0]),
-        f"in {found[0][1] * 1e3:.0f} ms here, in {found[1][1] * 1e3:.0f} ms there",
+        max(int(medians[0][0]), 4096),
+        int(medians[1][0]),
+        f"in {medians[0][1] * 1e3:.0f} ms here, in {medians[1][1] * 1e3:.0f} ms there",
     )
 
 

@@ -1,6 +1,6 @@
-"""How an interchange through a dictionary grows: ``python benchmarks/growth_of_dictionaries.py`` draws a picture.
+"""Cost of an interchange through a dictionary, by its sizes: ``python benchmarks/growth_of_dictionaries.py``.
 
-In CPU seconds, as in plots.py.
+It draws docs/benchmarks-dictionaries.png, in CPU seconds as plots.py does.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ PICTURE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks-dictiona
 
 
 def point(settings: timing.Settings, n_features: int, k: int) -> tuple[float, float]:
-    """CPU seconds of ours and of the peer's."""
+    """Return the CPU seconds of this library and of the peer."""
     ours, sae = dictionaries.pair(settings, n_features, "jumprelu", D)
     theirs = dictionaries.SaeLensFeaturizer(sae)
     base, source = (settings.randn(TOKENS, D, seed=seed) for seed in (1, 2))
     chosen = torch.randperm(n_features, generator=torch.Generator().manual_seed(0))[:k]
     with torch.no_grad():
-        found = [
+        seconds = [
             timing.cpu_seconds(lambda f=f: f.interchange(base, source, chosen), settings, samples=3)
             for f in (ours, theirs)
         ]
-    return found[0], found[1]
+    return seconds[0], seconds[1]
 
 
 def panel(axis: Any, sizes: tuple[int, ...], points: list[tuple[float, float]], label: str) -> None:
-    """Both curves."""
+    """Draw both curves."""
     axis.loglog(sizes, [theirs for _, theirs in points], "s--", color="0.45", label="over SAELens")
     axis.loglog(sizes, [ours for ours, _ in points], "o-", color="C0", label="featurizers")
     axis.set_xlabel(label)

@@ -1,4 +1,4 @@
-"""What the hooks cost on top of the forward passes that an intervention needs anyway."""
+"""Overhead of the hooks over the forward passes of an intervention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Patching:
-    """A model, two prompts, and the last token of a layer to swap."""
+    """A model and two prompts, to patch the last token at one layer."""
 
     model: Any
     base: dict[str, Tensor]
@@ -28,7 +28,7 @@ class Patching:
 
     @classmethod
     def build(cls, settings: Settings, *, layers: int, width: int, batch: int, length: int, layer: int) -> Patching:
-        """On random prompts."""
+        """Make a random model and random prompts."""
         vocabulary = settings.size(1000, 100)
         model = gpt2(settings, layers=layers, width=width, vocabulary=vocabulary, length=length)
         base, source = ({"input_ids": prompts(settings, batch, length, vocabulary, seed)} for seed in range(2))
@@ -39,23 +39,23 @@ class Patching:
 
     @torch.no_grad()
     def plain(self, passes: int = 1) -> Tensor:
-        """Forward passes and nothing else."""
+        """Run one or two plain forward passes; return the logits of the base."""
         if passes == 2:
             self.model(**self.source, use_cache=False)
         return self.model(**self.base, use_cache=False).logits
 
     @torch.no_grad()
     def ours(self, source: Tensor | dict[str, Tensor]) -> Tensor:
-        """The patched logits, by `featurizers.intervene`."""
+        """Return the patched logits, computed by `featurizers.intervene`."""
         swap = featurizers.Interchange(self.featurizer, source=source, positions=[-1])
         with featurizers.intervene(self.model, {f"resid.post:{self.layer}": swap}):
             return self.model(**self.base, use_cache=False).logits
 
     def theirs(self) -> Callable[[], Tensor]:
-        """The patched logits, by pyvene, the source given as inputs."""
+        """Return a function that computes the patched logits with pyvene, from a source given as inputs."""
         intervenable = pyvene_model(self.model, self.layer, "VanillaIntervention")
         batch, length = self.base["input_ids"].shape
-        units = [[[length - 1]] * batch]  # of each intervention, each example, each unit
+        units = [[[length - 1]] * batch]  # one list for each intervention and example
         locations = {"sources->base": (units, units)}
 
         @torch.no_grad()
@@ -67,7 +67,7 @@ class Patching:
 
     @torch.no_grad()
     def by_hand(self) -> Tensor:
-        """The patched logits, by one plain torch hook."""
+        """Return the patched logits, computed with one plain torch hook."""
 
         def patch(_: nn.Module, __: object, output: Any) -> Any:
             hidden = (output[0] if isinstance(output, tuple) else output).clone()
@@ -98,25 +98,25 @@ def _against_plain(patching: Patching, source: Tensor | dict[str, Tensor], passe
 
 
 def inputs_last(settings: Settings) -> Case:
-    """At the last layer, where running the source ends only just before the head."""
+    """Patch the last layer, where the pass over the source ends just before the head."""
     patching = _large(settings, 5)
     return _against_plain(patching, patching.source, 2, "inputs")
 
 
 def inputs_middle(settings: Settings) -> Case:
-    """At an early layer, where running the source ends early."""
+    """Patch an early layer, where the pass over the source ends early."""
     patching = _large(settings, 2)
     return _against_plain(patching, patching.source, 2, "inputs")
 
 
 def activations(settings: Settings) -> Case:
-    """With the source's activations at hand, which leaves one forward pass."""
+    """Patch with activations as the source, which needs one forward pass."""
     patching = _large(settings, 2)
     return _against_plain(patching, patching.activations, 1, "activations")
 
 
 def by_hand(settings: Settings) -> Case:
-    """Against the hook that one would write for the purpose."""
+    """Compare with a hook written for the purpose."""
     patching = _large(settings, 2)
     case = _against_plain(patching, patching.activations, 1, "activations")
     return Case(case.what, "one torch hook by hand", case.ours, patching.by_hand, case.check)
@@ -134,17 +134,17 @@ def _against_pyvene(patching: Patching, settings: Settings) -> Case:
 
 
 def pyvene_large(settings: Settings) -> Case:
-    """Against pyvene where the model's arithmetic dominates."""
+    """Compare with pyvene in a model whose arithmetic dominates."""
     return _against_pyvene(_large(settings, 5), settings)
 
 
 def pyvene_tiny(settings: Settings) -> Case:
-    """Against pyvene on a model so small that only the bookkeeping is left."""
+    """Compare with pyvene in a model so small that only the overhead remains."""
     return _against_pyvene(Patching.build(settings, layers=2, width=16, batch=1, length=4, layer=1), settings)
 
 
 def tiny(settings: Settings) -> Case:
-    """The bookkeeping alone."""
+    """Measure the overhead alone, in a tiny model."""
     patching = Patching.build(settings, layers=2, width=16, batch=1, length=4, layer=1)
     return _against_plain(patching, patching.source, 2, "inputs")
 

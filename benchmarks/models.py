@@ -1,4 +1,4 @@
-"""Random models to hook; random numbers cost as much as trained ones."""
+"""Random models and prompts; random weights cost as much as trained ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def gpt2(settings: Settings, *, layers: int, width: int, vocabulary: int, length: int) -> Any:
-    """A GPT-2 with its language-model head, random weights, in eval mode.
+    """Build a GPT-2 with a language-model head and random weights, in eval mode.
 
     Raises:
         Skipped: transformers is not installed.
@@ -33,6 +33,6 @@ def gpt2(settings: Settings, *, layers: int, width: int, vocabulary: int, length
 
 
 def prompts(settings: Settings, batch: int, length: int, vocabulary: int, seed: int = 0) -> Tensor:
-    """Random token ids."""
+    """Return random token ids."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, vocabulary, (batch, length), generator=generator).to(settings.device)

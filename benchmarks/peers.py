@@ -1,4 +1,4 @@
-"""The peers: pyvene, and a rotation under torch's orthogonal parametrization as pyvene's interventions hold it."""
+"""The peers: pyvene, and a rotation under torch's orthogonal parametrization, as in pyvene's interventions."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ Inputs: TypeAlias = dict[str, Tensor]
 
 
 def pyvene() -> Any:
-    """The module `pyvene`.
+    """Import `pyvene`.
 
     Raises:
         Skipped: it is not installed.
     """
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints which of its own extras are missing
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its missing extras
             return importlib.import_module("pyvene")
     except ImportError as error:
         raise Skipped(f"the peer, pyvene, cannot be imported: {error}") from error
 
 
 def pyvene_model(model: nn.Module, layer: int, intervention: str | nn.Module) -> Any:
-    """A pyvene model with one intervention, named as in pyvene or made already, on the output of a block."""
+    """Build a pyvene model with one intervention, an instance or a name in pyvene, on the output of a block."""
     pv = pyvene()
-    # without keep_last_dim it joins the positions to one long vector and collects only the first d of its elements
+    # without keep_last_dim pyvene concatenates the positions and collects the first d elements only
     made = getattr(pv, intervention)(keep_last_dim=True) if isinstance(intervention, str) else intervention
     with contextlib.redirect_stdout(io.StringIO()):
         intervenable = pv.IntervenableModel(
@@ -41,11 +41,11 @@ def pyvene_model(model: nn.Module, layer: int, intervention: str | nn.Module) ->
 
 
 class ParametrizedSubspace(nn.Module):
-    """A subspace whose basis torch recomputes whenever it is used.
+    """Subspace whose basis torch recomputes at each use.
 
-    pyvene's `LowRankRotateLayer` under `torch.nn.utils.parametrizations.orthogonal`, as in pyvene's own
-    `LowRankRotatedSpaceIntervention`, split into a featurizer and its inverse. Each reads ``rotate.weight`` once,
-    and each reading computes the matrix from its parameters again.
+    This is pyvene's `LowRankRotateLayer` under `torch.nn.utils.parametrizations.orthogonal`, as in pyvene's
+    `LowRankRotatedSpaceIntervention`, split into a featurizer and its inverse. Each reads ``rotate.weight`` once, and
+    each read computes the matrix from its parameters.
     """
 
     def __init__(self, d_in: int, n_features: int) -> None:
@@ -55,28 +55,28 @@ class ParametrizedSubspace(nn.Module):
         self.rotate = torch.nn.utils.parametrizations.orthogonal(layers.LowRankRotateLayer(d_in, n_features))
 
     def featurize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Coordinates, and the part outside the subspace."""
+        """Return the coordinates and the part outside the subspace."""
         weight = self.rotate.weight
         x = x.to(weight.dtype)
         features = x @ weight
         return features, x - features @ weight.mT
 
     def encode(self, x: Tensor) -> Tensor:
-        """Coordinates alone: the source's error is not needed, and leaving it out favours this peer."""
+        """Return the coordinates alone; the error of a source is not needed, which makes this peer faster."""
         return self.rotate(x)
 
     def inverse_featurize(self, features: Tensor, error: Tensor) -> Tensor:
-        """The point with these coordinates."""
+        """Return the point with these coordinates and this error."""
         return features @ self.rotate.weight.mT + error
 
     def interchange(self, base: Tensor, source: Tensor) -> Tensor:
-        """``base`` with all coordinates of ``source``: the basis is computed three times."""
+        """Return ``base`` with all coordinates of ``source``; this computes the basis three times."""
         _, error = self.featurize(base)
         return self.inverse_featurize(self.encode(source), error).to(base.dtype)
 
 
 def rotated(subspace: ParametrizedSubspace) -> Any:
-    """A pyvene intervention that interchanges a subspace, trained with its rotation."""
+    """Build a pyvene intervention that interchanges a subspace and trains its rotation."""
     pv = pyvene()
 
     class Rotated(pv.TrainableIntervention, pv.DistributedRepresentationIntervention):  # type: ignore[misc]
@@ -91,7 +91,7 @@ def rotated(subspace: ParametrizedSubspace) -> Any:
 
 
 def masked(d_in: int) -> Any:
-    """A pyvene intervention that takes each neuron as far as a trained gate says: sigmoid(logit / temperature)."""
+    """Build a pyvene intervention that moves neurons to the source by trained gates, sigmoid(logit / temperature)."""
     pv = pyvene()
 
     class Masked(pv.TrainableIntervention):  # type: ignore[misc]
@@ -108,16 +108,16 @@ def masked(d_in: int) -> Any:
 
 
 class Trainer:
-    """Trains a pyvene intervention as people do: both prompts through the whole model at each step.
+    """Trains a pyvene intervention as the public recipes do (CausalAbstraction, pyvene's tutorials).
 
-    That of the public recipes (CausalAbstraction, pyvene's tutorials): AdamW without weight decay, cross-entropy at
-    the last token, the model frozen. Prompts are tokens already, padded on the left.
+    Each step runs both prompts through the whole model. The optimizer is AdamW without weight decay, the loss
+    cross-entropy at the last token, and the model is frozen. Prompts are token ids, padded on the left.
 
     Args:
         model: a decoder.
-        layer: the block whose output is intervened on, at the last token.
-        intervention: what is trained.
-        last_only: ask the model for the logits of the last token alone, which the recipes do not.
+        layer: the block whose output is edited, at the last token.
+        intervention: the intervention to train.
+        last_only: compute the logits of the last token only, which the recipes do not.
     """
 
     def __init__(self, model: nn.Module, layer: int, intervention: Any, *, last_only: bool = False) -> None:
@@ -127,7 +127,7 @@ class Trainer:
         self.extra = {"logits_to_keep": 1} if last_only else {}
 
     def logits(self, base: Inputs, source: Inputs) -> Tensor:
-        """Of the last token, after the interchange."""
+        """Return the logits of the last token after the interchange."""
         batch, length = base["input_ids"].shape
         units = [[[[at]] * batch] for at in (source["input_ids"].shape[1] - 1, length - 1)]
         sides = {**base, **self.extra}, [{**source, **self.extra}]
@@ -137,7 +137,7 @@ class Trainer:
         return logits
 
     def step(self, base: Inputs, source: Inputs, label: Tensor, optimizer: torch.optim.Optimizer) -> float:
-        """One optimizer step; returns the loss."""
+        """Make one optimizer step; return the loss."""
         loss = nn.functional.cross_entropy(self.logits(base, source), label)
         optimizer.zero_grad()
         loss.backward()

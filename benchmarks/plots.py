@@ -1,7 +1,7 @@
-"""How a DAS training step grows with its sizes: ``python benchmarks/plots.py`` draws docs/benchmarks-growth.png.
+"""Cost of a DAS training step by its sizes: ``python benchmarks/plots.py`` draws docs/benchmarks-growth.png.
 
-In CPU seconds, which are those of a clock where one thread has a core to itself: a curve has no second side, beside
-which a busy machine would cancel.
+Curves are in CPU seconds. They are not ratios, in which the load of the machine would cancel, and CPU time depends on
+that load less than wall time does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PICTURE = HERE.parent / "docs" / "benchmarks-growth.png"
 
 
 class Point(BaseModel):
-    """CPU seconds of one step at one size; None where the peer would have taken too long."""
+    """CPU seconds of one step at one size; None if the peer would take too long."""
 
     d_in: int
     n_features: int
@@ -37,7 +37,7 @@ class Point(BaseModel):
 
 
 class Growth(BaseModel):
-    """The points of both curves, and where they were measured."""
+    """Points of both curves, and the machine that they were measured on."""
 
     machine: report.Machine
     by_count: list[Point]
@@ -45,13 +45,13 @@ class Growth(BaseModel):
 
 
 def main(
-    json: Annotated[Path, typer.Option(help="Where the numbers are kept.")] = HERE / "results" / "growth.json",
-    draw_only: Annotated[bool, typer.Option(help="Draw the numbers that are there, and measure nothing.")] = False,
-    quick: Annotated[bool, typer.Option(help="Three small sizes, and no files.")] = False,
-    limit: Annotated[float, typer.Option(help="The peer's curve ends after a step of so many CPU seconds.")] = 10.0,
-    threads: Annotated[int, typer.Option(help="Of torch.", min=1)] = 1,
+    json: Annotated[Path, typer.Option(help="File of the numbers.")] = HERE / "results" / "growth.json",
+    draw_only: Annotated[bool, typer.Option(help="Draw the numbers in that file; measure nothing.")] = False,
+    quick: Annotated[bool, typer.Option(help="Small sizes; write no files.")] = False,
+    limit: Annotated[float, typer.Option(help="The peer's curve ends after a step of more CPU seconds.")] = 10.0,
+    threads: Annotated[int, typer.Option(help="Threads of torch.", min=1)] = 1,
 ) -> None:
-    """Measure both curves, write them down and draw them."""
+    """Measure both curves, write the numbers to a file and draw them."""
     if draw_only:
         draw(Growth.model_validate_json(json.read_text()), PICTURE)
         return
@@ -91,7 +91,7 @@ def _curve(sizes: list[tuple[int, int]], settings: timing.Settings, limit: float
 
 
 def _their_step(settings: timing.Settings, d_in: int, n_features: int) -> float | None:
-    """A median of few, after a warm-up."""
+    """Return the median of three samples after a warm-up; None if the peer is missing."""
     try:
         theirs = das.parametrized(settings, d_in, n_features)
     except timing.Skipped:
@@ -101,7 +101,7 @@ def _their_step(settings: timing.Settings, d_in: int, n_features: int) -> float 
 
 
 def draw(growth: Growth, path: Path) -> None:
-    """Two panels on logarithmic axes."""
+    """Draw two panels on logarithmic axes."""
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     _panel(axes[0], growth.by_count, "n_features", f"features k, at width d = {WIDTH}")
     _panel(axes[1], growth.by_width, "d_in", f"width d, at k = {COUNT} features")

@@ -1,4 +1,4 @@
-"""A run's table on the terminal, as JSON, and in docs/benchmarks.md.
+"""Results of a run: printed as a table, stored as JSON, and written into docs/benchmarks.md.
 
 ``python benchmarks/report.py FILE...`` writes the tables of JSON files into the document.
 """
@@ -22,7 +22,7 @@ DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 
 
 class Machine(BaseModel):
-    """What the numbers were measured on, in words."""
+    """Description of the machine and the versions of the packages."""
 
     device: str
     cpu: str
@@ -32,7 +32,7 @@ class Machine(BaseModel):
 
     @classmethod
     def here(cls, settings: Settings) -> Machine:
-        """This machine."""
+        """Describe this machine."""
         gpu = torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else None
         names = ("featurizers", "torch", "pyvene", "sae-lens", "transformers")
         return cls(
@@ -44,19 +44,19 @@ class Machine(BaseModel):
         )
 
     def __str__(self) -> str:
-        """One sentence."""
+        """Return the description as a sentence."""
         cpu = f"{self.cpu}, {self.cores} cores, {self.threads} torch thread{'s' * (self.threads != 1)}"
         what = cpu if self.device == "CPU" else f"{self.device} beside {cpu}"
         return f"{what}; {', '.join(f'{name} {number}' for name, number in self.versions.items())}"
 
 
 class Report(BaseModel):
-    """A run.
+    """Results of a run.
 
     Attributes:
         device: ``cpu`` or ``cuda``.
-        table: which table of the document it fills, that of its device if None.
-        load: the machine's load average over a minute, before and after.
+        load: load average of the machine over one minute, before and after the run.
+        table: name of the table in the document; the device if None.
     """
 
     device: str
@@ -69,10 +69,10 @@ class Report(BaseModel):
     table: str | None = None
 
     def print(self, console: Console | None = None) -> None:
-        """The table on the terminal, the checks, and what was skipped."""
+        """Print the table, the checks and the reasons for skipped rows."""
         console = console or Console()
         table = Table(title=str(self.machine), title_justify="left", title_style="dim")
-        for name in ("name", "ours", "peer", "ratio", "spread", "CPU time", "required", ""):
+        for name in ("name", "featurizers", "peer", "ratio", "spread", "CPU ratio", "required", ""):
             table.add_column(name, justify="left" if name in ("name", "") else "right", no_wrap=True)
         for row in self.rows:
             if row.skipped is None:
@@ -82,19 +82,19 @@ class Report(BaseModel):
         console.print(table)
         for row in self.rows:
             if row.skipped is None:
-                said = "; ".join(filter(None, (row.checked, row.outcome)))
-                console.print(f"[dim]{row.name}: {row.what}, against {row.peer}. {said}", highlight=False)
+                checks = "; ".join(filter(None, (row.checked, row.outcome)))
+                console.print(f"[dim]{row.name}: {row.what}, against {row.peer}. {checks}", highlight=False)
             else:
                 console.print(f"{row.name} skipped: {row.skipped}", highlight=False)
         console.print(f"load average {self.load[0]:.1f} before, {self.load[1]:.1f} after", highlight=False)
 
     def markdown(self) -> str:
-        """The table of the document."""
+        """Return the table as Markdown."""
         lines = [
             f"{self.machine}. Activations in {self.dtype}. Load average "
             f"{self.load[0]:.1f} before the run and {self.load[1]:.1f} after.",
             "",
-            "| name | ours, and the peer | ours | peer | ratio | spread | of CPU time | required |",
+            "| name | measurement; *peer* | featurizers | peer | ratio | spread | CPU ratio | required |",
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
         for row in self.rows:
@@ -110,13 +110,13 @@ class Report(BaseModel):
 
 
 def write_document(report: Report, path: Path = DOCUMENT) -> None:
-    """Put the table of a run between its markers in the document.
+    """Write the table of a run between its markers in the document.
 
     Raises:
-        ValueError: the run was a quick one, or the document has no such markers.
+        ValueError: the run was a quick one, or the document has no markers for the table.
     """
     if report.quick:
-        raise ValueError("a quick run is not for the document")
+        raise ValueError("a quick run cannot go into the document; run without --quick")
     table = report.table or report.device
     start, end = f"<!-- results: {table} -->", f"<!-- end of results: {table} -->"
     text = path.read_text()

@@ -1,4 +1,4 @@
-"""The benchmarks, side by side with their peers: ``python benchmarks/run.py``; see docs/benchmarks.md."""
+"""Run the benchmarks: ``python benchmarks/run.py``; see docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -40,24 +40,25 @@ class Dtype(StrEnum):
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="Of activations and models; bases stay in float32.")] = Dtype.float32,
-    only: Annotated[list[str] | None, typer.Option(help="Names, or beginnings of names; may be repeated.")] = None,
-    quick: Annotated[bool, typer.Option(help="Small sizes, to see that everything runs.")] = False,
-    pairs: Annotated[int, typer.Option(help="Samples of each side.", min=2)] = 15,
+    only: Annotated[list[str] | None, typer.Option(help="Name or prefix of benchmarks; may be repeated.")] = None,
+    quick: Annotated[bool, typer.Option(help="Small sizes, to check that everything runs.")] = False,
+    pairs: Annotated[int, typer.Option(help="Number of samples of each side.", min=2)] = 15,
     threads: Annotated[int, typer.Option(help="Of torch on the CPU; more than one needs an idle machine.", min=1)] = 1,
-    json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
     docs: Annotated[bool, typer.Option(help="Write the table into docs/benchmarks.md.")] = False,
     table: Annotated[
-        str | None, typer.Option(help="Which table of it: the device's, dictionaries, training or scalars.")
+        str | None,
+        typer.Option(help="Table of the document to write; default: that of the device."),
     ] = None,
 ) -> None:
-    """Compare the library with its peers, one pair of samples after the other."""
+    """Compare the library with its peers, in alternating samples."""
     console = Console()
-    console.width = max(console.width, 120)  # the table's lines must not be cut where there is no terminal
+    console.width = max(console.width, 120)  # without a terminal the width is 80, which cuts the table
     if device.startswith("cuda") and not torch.cuda.is_available():
         console.print("skipped: torch sees no CUDA device")
         raise typer.Exit
     if docs and (quick or (only and table is None)):
-        raise typer.BadParameter("the document takes a full run, or that of a --table", param_hint="--docs")
+        raise typer.BadParameter("the document needs a full run, or --only with --table", param_hint="--docs")
     chosen = [b for name, b in BENCHMARKS.items() if not only or name.startswith(tuple(only))]
     if not chosen:
         raise typer.BadParameter(f"choose from {', '.join(BENCHMARKS)}", param_hint="--only")

@@ -1,4 +1,4 @@
-"""Swapping many features, named in the ways that each library allows."""
+"""Speed of swapping many features, given in the forms that each library accepts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BATCH = 32
 
 
 def _case(settings: Settings, form: Callable[[Tensor], Indices], named: str, *, use_fast: bool = False) -> Case:
-    """``form`` turns the sorted indices into what our interchange is given."""
+    """Compare a swap of half of the features; ``form`` converts the sorted indices to the argument of `interchange`."""
     n_features = settings.size(16384, 256)
     chosen = torch.randperm(n_features, generator=torch.Generator().manual_seed(0))[: n_features // 2]
     chosen = chosen.sort().values.to(settings.device)
@@ -32,7 +32,7 @@ def _case(settings: Settings, form: Callable[[Tensor], Indices], named: str, *, 
     scratch = base.clone()
 
     def theirs() -> Tensor:
-        return intervention(scratch, source, subspaces=rows)  # in place; the second time changes nothing
+        return intervention(scratch, source, subspaces=rows)  # in place; repeating it changes nothing
 
     return Case(
         f"swap {n_features // 2} of {n_features} features of {BATCH} examples, {named}",
@@ -44,7 +44,7 @@ def _case(settings: Settings, form: Callable[[Tensor], Indices], named: str, *, 
 
 
 def mask(settings: Settings) -> Case:
-    """Named by a boolean mask."""
+    """Give the features as a boolean mask."""
     n_features = settings.size(16384, 256)
 
     def form(chosen: Tensor) -> Tensor:
@@ -54,17 +54,17 @@ def mask(settings: Settings) -> Case:
 
 
 def tensor(settings: Settings) -> Case:
-    """Named by a tensor of indices."""
+    """Give the features as a tensor of indices."""
     return _case(settings, lambda chosen: chosen, "tensor of indices")
 
 
 def lists(settings: Settings) -> Case:
-    """Named as pyvene names them, by a list of numbers for each example."""
+    """Give the features as pyvene takes them, a list of numbers for each example."""
     return _case(settings, lambda chosen: [chosen.tolist()] * BATCH, "the peer's lists")
 
 
 def trusted(settings: Settings) -> Case:
-    """The peer told that all examples have the same list, so that it compares none."""
+    """Tell the peer that all examples have the same list, so that it does not compare them."""
     return _case(settings, lambda chosen: chosen, "tensor of indices", use_fast=True)
 
 

@@ -1,7 +1,7 @@
-"""Two sides of a comparison, timed in alternation.
+"""Time the two sides of a comparison in alternation.
 
-A case gives two callables, ours and the peer's, and a check that both compute the same. They are called in turn,
-A B A B …, so that a machine that slows down slows both; each pair gives one ratio.
+A case has two callables, this library's (``ours``) and the peer's (``theirs``), and a check that both compute the same.
+They are called in turn, A B A B …, so that a slower machine slows both. Each pair of samples gives one ratio.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from pydantic import BaseModel
 from torch import Tensor
 
 SLOW = 5.0
-"""A call that takes so many seconds is repeated three times only."""
+"""Calls that take more seconds than this are sampled three times only."""
 
 
 class Skipped(Exception):
-    """A case cannot run here; the message says why."""
+    """Raised if a case cannot run here; the message says why."""
 
 
 class Unequal(Exception):
-    """The two sides of a case do not compute the same."""
+    """Raised if the two sides of a case do not compute the same."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run.
+    """Settings of a run.
 
     Attributes:
-        device: where the tensors are.
-        dtype: of activations and models; bases stay in float32, as the library advises.
-        quick: small sizes and few repeats, to see that everything runs.
-        pairs: how many times each side is sampled; a slow case is sampled three times.
-        sample: seconds that one sample takes at least, by calling a fast side many times.
+        device: device of the tensors.
+        dtype: dtype of activations and models; bases stay in float32, as the library recommends.
+        quick: use small sizes and few samples, to check that everything runs.
+        pairs: number of samples of each side; a slow case has three.
+        sample: least duration of a sample in seconds; a fast side is called many times.
     """
 
     device: torch.device
@@ -48,11 +48,11 @@ class Settings:
     sample: float = 0.05
 
     def size(self, full: int, quick: int) -> int:
-        """A size, smaller where the run is to be quick."""
+        """Return the full size, or the small one in a quick run."""
         return quick if self.quick else full
 
     def randn(self, *shape: int, seed: int = 0) -> Tensor:
-        """Random activations, the same on every device."""
+        """Return random activations, the same on every device."""
         values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
         return values.to(self.device, self.dtype)
 
@@ -70,13 +70,13 @@ class Case:
     """Two callables that compute the same.
 
     Attributes:
-        what: what ours does, for the table.
-        peer: what theirs does.
-        ours: one call of the library.
-        theirs: one call of the peer.
-        check: compares the results of both and says how close they are, or raises `Unequal`.
-        after: where a call is a whole run of minutes: says what the timed runs came to, or raises `Unequal`. Such
-            calls are not warmed up, and each side makes three at most.
+        what: description of the computation, for the table.
+        peer: description of the peer.
+        ours: calls this library once.
+        theirs: calls the peer once.
+        check: compares the results of both; returns how close they are, or raises `Unequal`.
+        after: for calls that last minutes: describes the results of the timed calls, or raises `Unequal`. Such calls
+            have no warm-up, and at most three samples.
     """
 
     what: str
@@ -89,7 +89,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Two sizes of the same contents, or two times of which one is a part of the other."""
+    """Two sizes of the same content, or the time of a part and that of the whole."""
 
     what: str
     peer: str
@@ -101,14 +101,14 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A named case and what its ratio must be.
+    """Named case with a bound on its ratio.
 
     Attributes:
-        name: for ``--only``.
-        build: prepares the case; raises `Skipped` where it cannot run.
-        sense: ``at least``: the ratio is the peer's time over ours, larger is better; ``at most``: it is our time
-            over the peer's, smaller is better.
-        required: the bound on the ratio at full size, None for a row that is there to compare.
+        name: name for ``--only``.
+        build: prepares the case; raises `Skipped` if it cannot run.
+        sense: ``at least``: the ratio is theirs / ours, larger is better; ``at most``: the ratio is ours / theirs,
+            smaller is better.
+        required: bound on the ratio at full size, None if there is none.
     """
 
     name: str
@@ -118,17 +118,16 @@ class Benchmark:
 
 
 class Row(BaseModel):
-    """One line of the table; times in seconds, sizes in bytes.
+    """Row of the table; times in seconds, sizes in bytes.
 
     Attributes:
-        ratio: of the medians.
-        spread: quartiles of the ratios of pairs, or their extremes where there are few; the ratio itself where one
-            measurement is all.
-        cpu_ratio: of the medians of CPU time, which another program on the machine disturbs less; None for sizes
-            and for GPUs.
-        met: whether the ratio is within its bound, None without a bound or in a quick run.
-        outcome: what whole runs came to.
-        skipped: why there are no numbers.
+        ratio: ratio of the medians.
+        spread: quartiles of the ratios of pairs, or their extremes if there are fewer than five; the ratio itself for a
+            single measurement.
+        cpu_ratio: ratio of the medians of CPU time, which other programs disturb less; None for sizes and for GPUs.
+        met: True if the ratio is within its bound; None without a bound or in a quick run.
+        outcome: results of calls that last minutes.
+        skipped: reason why there are no numbers.
     """
 
     name: str
@@ -182,7 +181,7 @@ def run(benchmark: Benchmark, settings: Settings) -> Row:
 
 
 def cpu_seconds(call: Callable[[], object], settings: Settings, samples: int = 7) -> float:
-    """Median CPU time of one call, after a warm-up; of one sample where it is slow. For curves of one side alone."""
+    """Return the median CPU time of one call after a warm-up, from one sample if the call is slow."""
     calls = _calibrate(call, settings)
     return statistics.median(cpu for _, cpu in _samples(call, calls, samples if calls else 1, settings))
 
@@ -218,7 +217,7 @@ def _spread(ratios: list[float]) -> tuple[float, float]:
 
 
 def _calibrate(call: Callable[[], object], settings: Settings) -> int:
-    """Warm up, and say how many calls make a sample; 0 stands for one call of a slow side."""
+    """Warm up and return the number of calls in a sample; 0 means a single call of a slow side."""
     start = time.perf_counter()
     call()
     settings.synchronize()
@@ -234,7 +233,7 @@ def _calibrate(call: Callable[[], object], settings: Settings) -> int:
 
 
 def _samples(call: Callable[[], object], calls: int, samples: int, settings: Settings) -> Iterator[tuple[float, float]]:
-    """Wall and CPU seconds of one call, each from ``calls`` of them; the garbage collector waits meanwhile."""
+    """Yield wall and CPU seconds of a call, averaged over ``calls`` calls without garbage collection."""
     calls = max(1, calls)
     for _ in range(samples):
         gc.collect()
@@ -251,7 +250,7 @@ def _samples(call: Callable[[], object], calls: int, samples: int, settings: Set
 
 
 def same(ours: Tensor, theirs: Tensor, tolerance: float, what: str = "results") -> str:
-    """Say how close two tensors are.
+    """Compare two tensors and return a description of their difference.
 
     Raises:
         Unequal: they differ by more than the tolerance, relative to the largest element.
@@ -267,5 +266,5 @@ def same(ours: Tensor, theirs: Tensor, tolerance: float, what: str = "results") 
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """How far apart two ways to compute the same may come out in a dtype."""
+    """Return the largest relative difference that rounding may cause between two computations in a dtype."""
     return 64 * torch.finfo(dtype).eps

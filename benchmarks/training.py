@@ -22,8 +22,8 @@ import torch
 from featurizers import Featurizer, Site
 from featurizers.errors import FeaturizerError
 from featurizers.models import load_model
-from featurizers_training.methods import Searched
-from featurizers_training.runs import CleanRuns, Work
+from featurizers_training.methods.base import Searched
+from featurizers_training.runs.clean_runs import CleanRuns, SiteEdit
 from models import gpt2, prompts
 from peers import Inputs, ParametrizedSubspace, Trainer, masked, rotated
 from timing import Benchmark, Case, Settings, Sizes, Skipped, Unequal, same, tolerance
@@ -171,7 +171,7 @@ def _start(given: Task, trainer: Trainer, method: featurizers_training.Method) -
     runs = CleanRuns(given.model, given.train, [given.site])
     searched = method.search(given.d_in, SETTINGS.seed, None, lambda: runs.activations(0)).to(base["input_ids"].device)
     with torch.no_grad():
-        found = runs.logits(rows.tolist(), [Work(0, searched.featurizer, searched)]).squeeze(1)
+        found = runs.logits(rows.tolist(), [SiteEdit(0, searched.featurizer, searched)]).squeeze(1)
         wanted = trainer.logits(_rows(base, rows), _rows(source, rows))
     allowed = max(1e-3, tolerance(next(given.model.parameters()).dtype))
     return same(found, wanted, allowed, "logits before the first step")

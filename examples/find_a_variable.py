@@ -1,12 +1,12 @@
-"""Finds where a language model keeps a variable: prompts that it answers rightly, pairs of them, a sweep of sites.
+"""Find where a language model represents a variable: prompts that it answers correctly, pairs, a sweep of sites.
 
     python examples/find_a_variable.py --model SmolLM2-135M-Instruct.Q4_1.gguf --task kind --out kind
 
-Two tasks. ``continent``: "The country Kenya is on the continent of"; the variable is the continent. ``kind``: a line
-such as "red, juice. drink:" after one that shows how it is meant; the variable is which kind of word is asked for, so
-that its counterfactual is the base's own other word, and a vector that brings the source's answer along is wrong. As in
-MIB (arXiv:2504.13151) both prompts of a pair are answered rightly by the model itself; no country and no word of the
-pairs that are held out is in a pair of the search. See docs/training-study.md.
+There are two tasks. ``continent``: "The country Kenya is on the continent of"; the variable is the continent.
+``kind``: a line such as "red, juice. drink:", after an example line; the variable is which kind of word is asked for.
+Its counterfactual answer is the other word of the base, so that a vector which transfers the source's answer is wrong.
+As in MIB (arXiv:2504.13151), the model answers both prompts of a pair correctly. No country and no word of a held-out
+pair is in a pair of the search. See docs/training-study.md.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Annotated, Any
 import featurizers
 import torch
 import typer
-from featurizers.demo.english import COUNTRIES, TEMPLATE
 from featurizers.models import Anatomy, load_model
 from featurizers_training import DAS, PCA, FullVector, Pairs, RandomSubspace, Settings, evaluate, sweep
-from featurizers_training.report import tables
+from featurizers_training.demo.english import COUNTRIES, TEMPLATE
+from featurizers_training.sweeps.report import tables
 from rich.console import Console
 from torch import nn
 
@@ -45,15 +45,15 @@ SHOWN = "chair, eagle. bird: eagle\n"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and what it is made of.
+    """A prompt, its answer and its parts.
 
     Attributes:
-        text: as the model reads it.
-        answer: the word that it shall say next, without the blank before it.
-        variable: the value that this prompt gives the variable.
-        others: what the answer would be for other values of the variable, by value.
-        words: what is kept apart between the pairs of the search and those held out.
-        places: beginnings of the text that end where the model is looked into, by name.
+        text: for the model.
+        answer: correct next word, without the space before it.
+        variable: value of the variable in this prompt.
+        others: answer for each value of the variable.
+        words: words that may not be both in a pair of the search and in a held-out pair.
+        positions: beginnings of the text that end at the positions to search, by name.
     """
 
     text: str
@@ -61,34 +61,34 @@ class Prompt:
     variable: str
     others: dict[str, str]
     words: frozenset[str]
-    places: dict[str, str]
+    positions: dict[str, str]
 
 
 def continents(rng: random.Random, held_out: bool) -> Iterator[Prompt]:
-    """Each country of a fixed two thirds, or of the others, in random order."""
+    """Yield the countries of a fixed two thirds, or the held-out third, in random order."""
     known = [(country, continent) for continent, names in COUNTRIES.items() for country in names.split()]
     random.Random(0).shuffle(known)
     third = len(known) // 3
     chosen = known[:third] if held_out else known[third:]
     rng.shuffle(chosen)
     for country, continent in chosen:
-        text, place = TEMPLATE.format(country), TEMPLATE.partition("{}")[0] + country
+        text, to_country = TEMPLATE.format(country), TEMPLATE.partition("{}")[0] + country
         answers = {each: each.split()[0] for each in COUNTRIES}
         yield Prompt(
-            text, answers[continent], continent, answers, frozenset([country]), {"country": place, "last": text}
+            text, answers[continent], continent, answers, frozenset([country]), {"country": to_country, "last": text}
         )
 
 
 def kinds(rng: random.Random, held_out: bool) -> Iterator[Prompt]:
-    """Two words of different kinds, and one of the kinds, for ever; two thirds of the words, or the others."""
+    """Yield without end two words of different kinds and one of the kinds, from two thirds of the words or the rest."""
     while True:
         pair = rng.sample(sorted(KINDS), 2)
         asked = pair[0]
         word = {kind: rng.choice(KINDS[kind].split()[8:] if held_out else KINDS[kind].split()[:8]) for kind in pair}
         first, second = rng.sample(pair, 2)
-        place = f"{SHOWN}{word[first]}, {word[second]}. {asked}"
-        text = f"{place}:"
-        yield Prompt(text, word[asked], asked, word, frozenset(word.values()), {"kind": place, "last": text})
+        to_kind = f"{SHOWN}{word[first]}, {word[second]}. {asked}"
+        text = f"{to_kind}:"
+        yield Prompt(text, word[asked], asked, word, frozenset(word.values()), {"kind": to_kind, "last": text})
 
 
 TASKS: dict[str, Callable[[random.Random, bool], Iterator[Prompt]]] = {"continent": continents, "kind": kinds}
@@ -96,79 +96,79 @@ TASKS: dict[str, Callable[[random.Random, bool], Iterator[Prompt]]] = {"continen
 
 @torch.no_grad()
 def answered(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], batch: int = 32) -> list[Prompt]:
-    """The prompts of which the model's most likely next token begins the answer."""
-    right = []
+    """Return the prompts for which the model's most likely next token is the first token of the answer."""
+    correct = []
     device = next(model.parameters()).device
     for start in range(0, len(prompts), batch):
         chunk = prompts[start : start + batch]
         ids = [tokenizer(prompt.text).input_ids for prompt in chunk]
-        wanted = [tokenizer(f"{p.text} {p.answer}").input_ids[len(row)] for p, row in zip(chunk, ids, strict=True)]
+        answers = [tokenizer(f"{p.text} {p.answer}").input_ids[len(row)] for p, row in zip(chunk, ids, strict=True)]
         lengths = torch.tensor([len(row) for row in ids])
         padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(device)
         mask = (torch.arange(padded.shape[1]) < lengths.unsqueeze(-1)).long().to(device)
         logits = model(input_ids=padded, attention_mask=mask).logits
-        said = logits[torch.arange(len(chunk)), lengths.to(device) - 1].argmax(-1).tolist()
-        right += [prompt for prompt, a, b in zip(chunk, said, wanted, strict=True) if a == b]
-    return right
+        likeliest = logits[torch.arange(len(chunk)), lengths.to(device) - 1].argmax(-1).tolist()
+        correct += [prompt for prompt, a, b in zip(chunk, likeliest, answers, strict=True) if a == b]
+    return correct
 
 
 def records(
     tokenizer: Any, prompts: Sequence[Prompt], count: int, rng: random.Random, *, differ: bool = True
 ) -> list[dict[str, Any]]:
-    """Random pairs that differ in the variable, or that do not, as the lines of a file of pairs."""
-    found: list[dict[str, Any]] = []
+    """Draw random pairs that differ in the variable, or that do not, as records of a file of pairs."""
+    drawn: list[dict[str, Any]] = []
     seen: set[tuple[str, str]] = set()
     for _ in range(1000 * count):
         base, source = rng.sample(prompts, 2)
         label = base.others.get(source.variable)
-        if len(found) == count:
+        if len(drawn) == count:
             break
         if label is None or (label != base.answer) != differ:
             continue
         if (base.text, source.text) in seen or base.words & source.words:
             continue
         seen.add((base.text, source.text))
-        places = [{k: len(tokenizer(v).input_ids) - 1 for k, v in p.places.items()} for p in (base, source)]
-        found.append(
+        positions = [{k: len(tokenizer(v).input_ids) - 1 for k, v in p.positions.items()} for p in (base, source)]
+        drawn.append(
             {
                 "base": base.text,
                 "source": source.text,
                 "label": f" {label}",
                 "base_label": f" {base.answer}",
-                "base_position": places[0],
-                "source_position": places[1],
+                "base_position": positions[0],
+                "source_position": positions[1],
             }
         )
-    return found
+    return drawn
 
 
 def write_pairs(
     model: nn.Module, tokenizer: Any, task: str, folder: Path, *, pairs: int, held_out: int, seed: int
 ) -> dict[str, Any]:
-    """Write ``train.jsonl``, ``test.jsonl`` and ``same.jsonl``, and return what was filtered.
+    """Write ``train.jsonl``, ``test.jsonl`` and ``same.jsonl``, and return how many prompts and pairs there are.
 
-    The last holds pairs whose variable is the same, so that no interchange of it should change the answer.
+    The last file has pairs with the same value of the variable, so that its interchange should not change the answer.
     """
     counts: dict[str, Any] = {}
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in (("train", pairs), ("test", held_out)):
         rng = random.Random(f"{seed} {name}")
         prompts = [prompt for prompt, _ in zip(TASKS[task](rng, name == "test"), range(2 * count), strict=False)]
-        right = answered(model, tokenizer, prompts)
-        lines = records(tokenizer, right, count, rng)
-        counts[name] = {"prompts": len(prompts), "answered rightly": len(right), "pairs": len(lines)}
+        correct = answered(model, tokenizer, prompts)
+        lines = records(tokenizer, correct, count, rng)
+        counts[name] = {"prompts": len(prompts), "answered correctly": len(correct), "pairs": len(lines)}
         write_lines(lines, folder / f"{name}.jsonl")
-    write_lines(records(tokenizer, right, held_out, rng, differ=False), folder / "same.jsonl")
+    write_lines(records(tokenizer, correct, held_out, rng, differ=False), folder / "same.jsonl")
     return counts
 
 
 def write_lines(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """A file of JSON lines."""
+    """Write a file of JSON lines."""
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def again(source: str, site: str, model: str, pairs: Path) -> float:
-    """The accuracy of an artefact in a process of its own, at a site such as ``resid.post:8@last``."""
+    """Measure the accuracy of an artefact in a new process, at a site such as ``resid.post:8@last``."""
     command = [sys.executable, "-m", "featurizers", "evaluate", source, "--site", site, "--model", model]
     done = subprocess.run([*command, "--pairs", str(pairs), "--json"], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -180,10 +180,10 @@ def main(
     model: Annotated[str, typer.Option(help="Hub id, folder, or .gguf file of a decoder.")],
     task: Annotated[str, typer.Option(help="One of continent, kind.")] = "kind",
     out: Annotated[Path, typer.Option(help="Folder of pairs, tables, picture and artefact.")] = Path("variable"),
-    every: Annotated[int, typer.Option(help="Search after every so many blocks, and after the last.", min=1)] = 3,
+    every: Annotated[int, typer.Option(help="Search after each n-th block, and after the last.", min=1)] = 3,
     features: Annotated[int, typer.Option(help="Dimensions of the subspaces.")] = 16,
-    pairs: Annotated[int, typer.Option(help="Pairs of the search.")] = 200,
-    held_out: Annotated[int, typer.Option(help="Pairs that the accuracy is measured on.")] = 100,
+    pairs: Annotated[int, typer.Option(help="Number of pairs of the search.")] = 200,
+    held_out: Annotated[int, typer.Option(help="Number of held-out pairs, which the accuracy is measured on.")] = 100,
     epochs: int = 5,
     controls: Annotated[str, typer.Option(help="Some of shuffled-labels,random-model, or none.")] = "shuffled-labels",
     push: Annotated[str | None, typer.Option(help="owner/name of a repository on the Hub.")] = None,
@@ -215,7 +215,7 @@ def main(
         loaded.model, Pairs.read(out / "same.jsonl", loaded.tokenizer, position=cell.position), found.featurizer
     )
     console.print(
-        f"{cell.site} at {cell.position}: with sources of the same value {same} keep the answer", highlight=False
+        f"{cell.site} at {cell.position}: {same} keep the answer with a source of the same value", highlight=False
     )
     folder = found.save(out / "artefact")
     source = str(folder)

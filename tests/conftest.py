@@ -1,4 +1,4 @@
-"""Settings of every test: one thread, for the tensors are tiny; shapes in signatures are checked at run time."""
+"""Settings of all tests: one thread, because the tensors are tiny; shapes in signatures are checked at run time."""
 
 import pytest
 import torch
@@ -7,12 +7,12 @@ from jaxtyping import jaxtyped
 
 torch.set_num_threads(1)
 
-collect_ignore_glob = ["fixtures/*/make.py"]  # they need the packages whose numbers they keep
+collect_ignore_glob = ["fixtures/*/make.py"]  # these need packages that the tests do not
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _shapes_are_checked():
-    """Calls of the methods that a kind gives fail if a tensor does not have the shape that its signature names."""
+    """Make the maps of each kind raise if a tensor does not have the shape in the signature."""
     from featurizers.builtin.composition import Composition
     from featurizers.builtin.dictionary import DictionaryFeaturizer
     from featurizers_causal_basis import CausalBasisFeaturizer

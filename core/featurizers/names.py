@@ -22,6 +22,14 @@ FIRST_PARTY = {
     "subspace": "featurizers-subspace",
     "training": "featurizers-training",
 }
+# Commands of this project's plugins: the plugin that adds each, and what to install for it.
+COMMANDS = {
+    "demo": ("training", "featurizers[demo]"),
+    "evaluate": ("training", "featurizers-training"),
+    "scalars": ("derived-scalars", "featurizers-derived-scalars"),
+    "sweep": ("training", "featurizers-training"),
+    "train": ("training", "featurizers-training"),
+}
 # No other distribution may provide these.
 OWNERS = {**FIRST_PARTY, "composition": "featurizers", "dictionary": "featurizers"}
 

@@ -1,4 +1,4 @@
-"""Causal bases that are found on an accelerator are those of the CPU."""
+"""Causal bases found on an accelerator are those found on the CPU."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ def extracted(model, ids, readout, **options):
 
 @pytest.mark.parametrize("readout", ["logit-lens", "model"])
 @pytest.mark.parametrize("mode", ["mean", "zero", "resample"])
-def test_a_basis_is_that_of_the_cpu(readout, mode, device, tmp_path):
+def test_a_basis_is_that_found_on_the_cpu(readout, mode, device, tmp_path):
     model = copy.deepcopy(tiny_model("llama")).double()
-    there = copy.deepcopy(model).to(device)
+    moved = copy.deepcopy(model).to(device)
     ids = prompts(6, 10)
-    wanted = extracted(model, ids, readout, mode=mode)
-    found = extracted(there, ids.to(device), readout, mode=mode)
-    assert found.directions.device == device
-    torch.testing.assert_close(found.energies.cpu(), wanted.energies, rtol=1e-4, atol=1e-8)
-    cosines = (found.vectors.cpu() * wanted.vectors).sum(0).abs()
+    expected = extracted(model, ids, readout, mode=mode)
+    basis = extracted(moved, ids.to(device), readout, mode=mode)
+    assert basis.directions.device == device
+    torch.testing.assert_close(basis.energies.cpu(), expected.energies, rtol=1e-4, atol=1e-8)
+    cosines = (basis.vectors.cpu() * expected.vectors).sum(0).abs()
     assert (cosines > 0.999).all()
-    found.save_pretrained(tmp_path / "a")
-    assert torch.equal(featurizers.load(tmp_path / "a", device=device).directions, found.directions)
+    basis.save_pretrained(tmp_path / "a")
+    assert torch.equal(featurizers.load(tmp_path / "a", device=device).directions, basis.directions)
 
 
 @pytest.mark.parametrize("preset", ["multi", "fast", "reference"])
 def test_every_preset_runs_in_single_precision(preset, device):
     model, ids = tiny_model("gpt2"), prompts(6, 10)
-    there = copy.deepcopy(model).to(device)
-    wanted = extracted(model, ids, "logit-lens", preset=preset)
-    found = extracted(there, ids.to(device), "logit-lens", preset=preset)
-    assert float(found.energies.sum()) == pytest.approx(float(wanted.energies.sum()), rel=0.1)
-    fidelity = causal_fidelity(found, there, ids.to(device))
+    moved = copy.deepcopy(model).to(device)
+    expected = extracted(model, ids, "logit-lens", preset=preset)
+    basis = extracted(moved, ids.to(device), "logit-lens", preset=preset)
+    assert float(basis.energies.sum()) == pytest.approx(float(expected.energies.sum()), rel=0.1)
+    fidelity = causal_fidelity(basis, moved, ids.to(device))
     assert (fidelity.model_kl > 0).all()
 
 

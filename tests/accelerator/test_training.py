@@ -1,4 +1,4 @@
-"""Searches on an accelerator find what they find on the CPU."""
+"""Searches on an accelerator find the same as on the CPU."""
 
 from __future__ import annotations
 

@@ -42,6 +42,17 @@ def test_asking_for_one_kind_imports_the_one_plugin_that_owns_it():
     assert not loaded.intersection(["pyvene", "transformers", "huggingface_hub", "matplotlib"])
 
 
+def test_a_command_of_a_plugin_imports_that_plugin_and_no_other():
+    loaded = modules(
+        "import sys; sys.argv = ['featurizers', 'demo', '--help']\n"
+        "from featurizers.cli.app import app\n"
+        "app(standalone_mode=False)"
+    )
+    plugins = {name.partition(".")[0] for name in loaded if name.startswith("featurizers_")}
+    assert plugins == {"featurizers_training", "featurizers_subspace"}
+    assert "matplotlib" not in loaded
+
+
 def test_every_public_name_is_there_and_every_other_is_an_attribute_error():
     import featurizers
 

@@ -1,4 +1,4 @@
-"""The example that finds a variable: its pairs, its filter, and the whole of it with a tiny model and a Hub."""
+"""The example that finds a variable: its pairs, its filter, and a whole run with a tiny model and a local Hub."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ PATH = Path(__file__).parents[2] / "examples/find_a_variable.py"
 def example():
     spec = importlib.util.spec_from_file_location("find_a_variable", PATH)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclass looks for its own module
+    sys.modules[spec.name] = module  # dataclasses look the module up here
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The folder of a tiny decoder whose tokens are bytes."""
+    """Folder of a tiny decoder whose tokens are bytes."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -119,7 +119,7 @@ def test_the_prompts_that_are_answered_wrongly_are_left_out(example, tokenizer):
     silent = {tuple(tokenizer(text).input_ids) for text in wrong}
 
     class Oracle(nn.Module):
-        """Answers from a list; what comes after the last token of a prompt is not asked for."""
+        """Model that answers some prompts wrongly; its logits after the end of a prompt must not be used."""
 
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"""A stranger's plugin of thirty lines: installed from its own folder, found, conforming, saved and loaded."""
+"""A third-party plugin of thirty lines: installed, found, checked by the conformance suite, saved and loaded."""
 
 import json
 import os
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent / "featurizers-scale"
 
 @pytest.fixture(scope="session")
 def site_packages(tmp_path_factory):
-    """A folder that pip installed the plugin into, from a copy of its sources."""
+    """Folder into which pip installed the plugin, from a copy of its sources."""
     import shutil
 
     source = shutil.copytree(FOLDER, tmp_path_factory.mktemp("source") / "plugin")
@@ -63,7 +63,7 @@ def test_without_the_plugin_its_artefact_is_named_and_nothing_is_run(site_packag
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "UnknownKindError" in done.stderr
     assert "'scale'" in done.stderr
-    assert "pip install" not in done.stderr  # a command is printed for first-party names only
+    assert "pip install" not in done.stderr  # a pip command is shown for first-party plugins only
 
 
 class TestScale(FeaturizerContract):
@@ -72,7 +72,6 @@ class TestScale(FeaturizerContract):
         import importlib.metadata
 
         from featurizers.registry import host
-        from featurizers.registry import host as _  # noqa: F401
 
         monkeypatch.syspath_prepend(str(FOLDER))
         entry = importlib.metadata.EntryPoint("scale", "featurizers_scale", "featurizers")

@@ -1,4 +1,4 @@
-"""A causal basis on the Hub."""
+"""Causal bases on the Hub."""
 
 import featurizers
 import pytest
@@ -16,7 +16,7 @@ def basis():
     )
 
 
-def test_it_is_pushed_and_pulled_like_any_other_artefact(hub, basis):
+def test_it_is_pushed_and_loaded_like_any_other_artefact(hub, basis):
     commit = basis.push_to_hub("alice/basis")
     f = featurizers.load("alice/basis", verify=True)
     assert f.revision == commit.oid
@@ -27,7 +27,7 @@ def test_it_is_pushed_and_pulled_like_any_other_artefact(hub, basis):
     assert torch.equal(CausalBasisFeaturizer.from_pretrained("alice/basis").mean, basis.mean)
 
 
-def test_its_first_vectors_alone(hub, basis):
+def test_its_first_vectors_are_loaded_alone(hub, basis):
     basis.push_to_hub("alice/basis")
     f = featurizers.load("alice/basis", indices=range(2))
     assert torch.equal(f.vectors, basis.vectors[:, :2])
@@ -36,7 +36,7 @@ def test_its_first_vectors_alone(hub, basis):
         featurizers.load("alice/basis", indices=[2])
 
 
-def test_layers_as_a_collection(hub, basis, tmp_path):
+def test_layers_are_stored_as_a_collection(hub, basis, tmp_path):
     folder = featurizers.save_collection({"resid.pre.5": basis, "part": basis.truncate(1)}, tmp_path / "layers")
     featurizers.push(folder, "alice/layers")
     assert featurizers.list_artefacts("alice/layers")["resid.pre.5"].site == "resid.pre:5"

@@ -1,4 +1,4 @@
-"""The ``featurizers`` command, called within the process of the tests."""
+"""Call the ``featurizers`` command in the process of the tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 
 def run(*arguments: Any) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr, as a process would give them."""
+    """Return the exit code, stdout and stderr that a process would give."""
     result = CliRunner().invoke(cli.app, list(map(str, arguments)))
     if isinstance(result.exception, FeaturizerError):
         return 1, result.stdout, f"error: {result.exception}\n"
@@ -21,7 +21,7 @@ def run(*arguments: Any) -> tuple[int, str, str]:
 
 
 def as_json(*arguments: Any) -> Any:
-    """What a command prints with ``--json``, after it went well."""
+    """Run a command with ``--json``, check that it succeeded, and return the parsed output."""
     code, out, error = run(*arguments, "--json")
     assert code == 0, error
     assert out.isascii()

@@ -573,7 +573,7 @@ INTERVENABLE = {
     "a link to another": Damage(
         _of_json(lambda d: [r.update(intervention_link_key=0) for r in d["representations"]]),
         ManifestError,
-        "representation 1 has the intervention 1, but is linked to one that has 0",
+        "representation 1 has the intervention 1, but is linked to a place that has 0",
     ),
     "a class path": Damage(_intervention(0, kind="os.system"), UnknownKindError, "intervention 'os.system'"),
     "a kind in capitals": Damage(_intervention(0, kind="Mask"), UnknownKindError, "never an import path"),
@@ -721,26 +721,34 @@ def _code(given: dict[str, Any]) -> list[Any]:
 
 TRIPLETS = {
     "no inverse": Damage(
-        _gone("inverse_featurizer"), ManifestError, "_inverse_featurizer' is missing; a unit has both"
+        _gone("inverse_featurizer"), ManifestError, "_inverse_featurizer' is missing; a unit needs both"
     ),
-    "no featurizer": Damage(_gone("featurizer"), ManifestError, "_featurizer' is missing; a unit has both"),
+    "no featurizer": Damage(_gone("featurizer"), ManifestError, "_featurizer' is missing; a unit needs both"),
     "a list alone": Damage(
-        _gone("featurizer", "inverse_featurizer"), ManifestError, "a list of features and nothing that says of what"
+        _gone("featurizer", "inverse_featurizer"), ManifestError, "a list of features but no featurizer that has them"
     ),
     "the inverse of another": Damage(
-        _state(lambda base: base.flip(0), BASE, "inverse_featurizer"), WeightsError, "the rotation of the inverse is"
+        _state(lambda base: base.flip(0), BASE, "inverse_featurizer"),
+        WeightsError,
+        "the rotation of the inverse differs",
     ),
     "another matrix": Damage(
         triplet(lambda given: given[INFO]["additional_config"]["rotation_matrix"].neg_()),
         WeightsError,
-        "the rotation of the rotation_matrix is another one",
+        "the rotation of the rotation_matrix differs from the",
     ),
-    "a matrix of another shape": Damage(_option(rotation_matrix=torch.ones(2, 2)), WeightsError, r"shape \(6, 3\)"),
+    "a matrix of another shape": Damage(
+        _option(rotation_matrix=torch.ones(2, 2)), WeightsError, r"the rotation, \(6, 3\)"
+    ),
     "a matrix of integers": Damage(
-        _option(rotation_matrix=torch.ones(6, 3, dtype=torch.int)), WeightsError, r"no matrix of shape \(6, 3\)"
+        _option(rotation_matrix=torch.ones(6, 3, dtype=torch.int)),
+        WeightsError,
+        r"no matrix of the shape of the rotation, \(6, 3\)",
     ),
     "no matrix": Damage(_option(rotation_matrix=None), WeightsError, "the rotation_matrix is no matrix"),
-    "another option": Damage(_option(code="os.system"), ManifestError, "holds rotation_matrix and requires_grad, not"),
+    "another option": Damage(
+        _option(code="os.system"), ManifestError, "must hold rotation_matrix and requires_grad, not"
+    ),
     "requires_grad of text": Damage(_option(requires_grad="yes"), ManifestError, "rotation_matrix and requires_grad"),
     "two descriptions": Damage(
         _info("inverse_featurizer", n_features=2), ManifestError, "describe different featurizers"
@@ -765,7 +773,9 @@ TRIPLETS = {
         WeightsError,
         "not orthonormal",
     ),
-    "NaN in the base": Damage(_state(lambda base: base * float("nan")), WeightsError, "another one than"),
+    "NaN in the base": Damage(
+        _state(lambda base: base * float("nan")), WeightsError, "differs from the featurizer's by nan"
+    ),
     "transposed": Damage(_state(lambda original: original.mT.contiguous(), ORIGINAL), WeightsError, r"\(3, 6\)"),
     "a narrow base": Damage(_state(lambda base: base[:5, :5].clone()), WeightsError, r"\(6, 3\) and \(5, 5\)"),
     "a vector": Damage(_state(lambda base: base[0].clone()), WeightsError, "is not a matrix of real numbers"),
@@ -775,21 +785,25 @@ TRIPLETS = {
         triplet(lambda given: given[STATE].update(x=torch.ones(1))), WeightsError, "the state of a rotation holds"
     ),
     "a number for a state": Damage(triplet(lambda given: given.update(state_dict=3)), WeightsError, "not 'int'"),
-    "fewer features": Damage(_info(n_features=2), WeightsError, "says 2 features, but its rotation has 3 columns"),
+    "fewer features": Damage(_info(n_features=2), WeightsError, "says 2 features, but the rotation has 3 columns"),
     "no number of features": Damage(_info(n_features=None), WeightsError, "says None features"),
-    "true features": Damage(_info(n_features=True), ManifestError, "n_features True"),
-    "minus one features": Damage(_info(n_features=-1), ManifestError, "n_features -1"),
+    "true features": Damage(_info(n_features=True), ManifestError, "invalid n_features: True"),
+    "minus one features": Damage(_info(n_features=-1), ManifestError, "invalid n_features: -1"),
     "features without end": Damage(_info(n_features=10**30), WeightsError, "a number of more than 64 bits"),
     "a class of its own": Damage(
         _info(featurizer_class="MyModule"), ManifestError, "'MyModule'.*featurizer.py defines is never run"
     ),
     "a function for a class": Damage(_info(featurizer_class="os.system"), ManifestError, "'os.system'.*is never run"),
-    "a number for a class": Damage(_info(inverse_featurizer_class=1), ManifestError, "inverse_featurizer_class 1"),
+    "a number for a class": Damage(
+        _info(inverse_featurizer_class=1), ManifestError, "invalid inverse_featurizer_class: 1"
+    ),
     "one class of two": Damage(
         _info(featurizer_class="IdentityFeaturizerModule"), ManifestError, "'IdentityFeaturizerModule' and 'Subspace"
     ),
-    "an identity with tensors": Damage(triplet(_as_identity), WeightsError, "it is an identity, and yet has"),
-    "an id of lists": Damage(_info(featurizer_id=[[]]), ManifestError, r"featurizer_id \[\[\]\]"),
+    "an identity with tensors": Damage(
+        triplet(_as_identity), WeightsError, "it is an identity, which has neither options nor tensors"
+    ),
+    "an id of lists": Damage(_info(featurizer_id=[[]]), ManifestError, r"invalid featurizer_id: \[\[\]\]"),
     "an unknown key": Damage(_info(auto_map="x"), ManifestError, "model_info holds .*'auto_map'"),
     "a key is missing": Damage(
         triplet(lambda given: given[INFO].pop("n_features")), ManifestError, r"model_info holds \['featurizer_class'"
@@ -800,7 +814,7 @@ TRIPLETS = {
     "a list of tensors for a description": Damage(
         triplet(lambda given: given.update(model_info=[torch.ones(2), torch.ones(2)])), ManifestError, "not 'list'"
     ),
-    "a list": Damage(triplet(lambda given: [given]), WeightsError, "holds model_info and state_dict, not 'list'"),
+    "a list": Damage(triplet(lambda given: [given]), WeightsError, "must hold model_info and state_dict, not 'list'"),
     "another file": Damage(triplet(lambda given: given.pop(STATE)), WeightsError, r"not \['model_info'\]"),
     "code": Damage(triplet(_code), WeightsError, "holds more than tensors, and nothing of it is run"),
     "a bare pickle": Damage(_file(pickle.dumps(_Bomb())), WeightsError, "it is a bare pickle"),
@@ -842,9 +856,9 @@ def _payload(how: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
 
 DAS = "ResidualStream(Layer-3,block_output,Token-last_token)"
 BUNDLES = {
-    "another version": Damage(_unit(version="3.0"), ManifestError, "of version '3.0', and '2.0' is read"),
-    "another id": Damage(_unit(id="x"), ManifestError, "says of it neither its own id"),
-    "no description": Damage(_unit(featurizer_info=None), ManifestError, "says of it neither its own id"),
+    "another version": Damage(_unit(version="3.0"), ManifestError, "of version '3.0'; only '2.0' is read"),
+    "another id": Damage(_unit(id="x"), ManifestError, "must give the unit its own name as id"),
+    "no description": Damage(_unit(featurizer_info=None), ManifestError, "must give the unit its own name as id"),
     "a record of text": Damage(
         skeleton(lambda data: data.update({DAS: "x"}), "units_metadata.json"), ManifestError, "of version None"
     ),
@@ -860,7 +874,7 @@ BUNDLES = {
     "a path for a unit": Damage(
         skeleton(lambda data: data["skeleton"]["items"].update({"../../x": {"__kind__": "scalar", "value": 1}})),
         ManifestError,
-        "has the unit '../../x', which units_metadata.json has not",
+        "has the unit '../../x', which units_metadata.json lacks",
     ),
     "no skeleton": Damage(
         lambda folder: (folder / "featurizers.meta.json").unlink(), ManifestError, "no file 'featurizers.meta.json'"

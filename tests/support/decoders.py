@@ -1,4 +1,4 @@
-"""Tiny decoders of many architectures, whose biases and gains all matter, lest identities hold vacuously."""
+"""Tiny decoders of many architectures, whose random biases and gains all matter, so that no test passes by default."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ POST_NORM = ("gemma2", "gemma3", "olmo2", "olmo2_biased")
 
 
 def decoder(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
-    """A decoder in evaluation mode, its parameters learning; a new one at each call."""
+    """Build a decoder in evaluation mode, whose parameters require gradients."""
     config_name, model_name, options = _DECODERS[name]
     special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config = getattr(transformers, config_name)(
@@ -74,24 +74,24 @@ def decoder(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> 
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = getattr(transformers, model_name)(config).eval()
-        if name == "olmo2_biased":  # no architecture of transformers has biases in the norms behind its halves
+        if name == "olmo2_biased":  # no architecture of transformers has post-norms with biases
             for block in model.model.layers:
                 block.post_attention_layernorm = nn.LayerNorm(WIDTH)
                 block.post_feedforward_layernorm = nn.LayerNorm(WIDTH)
         with torch.no_grad():
             for parameter in model.parameters():
                 noise = torch.randn_like(parameter)
-                # one axis: gains around 1 (or, of Gemma, 0) and biases around 0
+                # vectors are gains around 1 (around 0 in Gemma) and biases around 0
                 parameter.copy_(noise * 0.3 if parameter.dim() > 1 else parameter + noise * 0.4)
     return model.to(dtype)
 
 
 @functools.cache
 def shared_decoder(name: str) -> nn.Module:
-    """The same decoder at each call, in float64, to be read only: identities hold to many digits there."""
+    """Return a decoder in float64, for close comparisons. Each call returns the same object, so do not change it."""
     return decoder(name, torch.float64)
 
 
 def tokens(length: int = 7, seed: int = 0) -> torch.Tensor:
-    """Random token ids."""
+    """Return random token ids."""
     return torch.randint(1, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""pyvene models with our interventions, for the tests and for the other processes that they start."""
+"""pyvene models with interventions of this project, for tests and for the processes that they start."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def subspace(n_features: int = 6, seed: int = 2, d_in: int = WIDTH) -> Any:
 
 
 def built(places: list[dict[str, Any]], architecture: str = "gpt2", mode: str = "parallel", **options: Any) -> Any:
-    """A pyvene model; a place is a representation, by default of one position at the output of a block."""
+    """Build a pyvene model. A place is a representation; by default it is one position at the output of a block."""
     places = [{"component": "block_output", "unit": "pos", "max_number_of_units": 1, **place} for place in places]
     return pv.IntervenableModel(pv.IntervenableConfig(places, mode=mode), tiny_model(architecture), **options)
 
 
 def several() -> Any:
-    """Two places share a featurizer, a third has an equal one of its own, the fourth a gate."""
-    shared, alike, other = subspace(), subspace(), subspace(5, 3)
+    """Build four places: two share a featurizer, the third has an equal one of its own, the fourth has a mask."""
+    shared, equal, other = subspace(), subspace(), subspace(5, 3)
     mask = other.get_mask_intervention()()
     mask.mask.data = torch.linspace(-2, 2, 5)
     mask.set_temperature(0.3)
@@ -34,14 +34,14 @@ def several() -> Any:
         [
             {"layer": 0, "intervention": shared.get_interchange_intervention()(subspace_partition=[[0, 2], [2, 6]])},
             {"layer": 1, "component": "mlp_output", "intervention": shared.get_interchange_intervention()()},
-            {"layer": 1, "intervention": alike.get_interchange_intervention()()},
+            {"layer": 1, "intervention": equal.get_interchange_intervention()()},
             {"layer": 2, "component": "attention_output", "intervention": mask},
         ]
     )
 
 
 def logits(intervenable: Any, positions: list[int] | None = None, subspaces: Any = None, base: Tensor = BASE) -> Tensor:
-    """Of a run in which each place takes its own source."""
+    """Run a pyvene model with another source for each place (`SOURCE` for the first) and return the logits."""
     count = len(intervenable.representations)
     sources = [{"input_ids": prompts(*base.shape, seed=1 + i)} for i in range(len(intervenable._intervention_group))]
     where = [[positions or [3]] * len(base)] * count
@@ -50,5 +50,5 @@ def logits(intervenable: Any, positions: list[int] | None = None, subspaces: Any
 
 
 def logits_of_several(intervenable: Any) -> Tensor:
-    """Of a run in which each argument of `several` matters."""
+    """Run the model of `several` so that each argument of its interventions matters; return the logits."""
     return logits(intervenable, [3], [[[1]] * 3, [[0, 3]] * 3, [[2], [3], [4]], None])

@@ -1,4 +1,4 @@
-"""Tiny random decoders, where each keeps its parts (written by hand), and plain torch hooks to compare with."""
+"""Tiny random decoders, the paths of their modules (written by hand), and plain torch hooks to compare with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MODERN = {
 _NEOX = {**_MODERN, "rotary_pct": 0.5}
 del _NEOX["num_key_value_heads"]
 
-# Class names in transformers and the options in which an architecture differs. Windows are shorter than prompts.
+# Class names in transformers, and options of the config. Sliding windows are shorter than the prompts of the tests.
 _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": (
         "GPT2Config",
@@ -60,7 +60,7 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 ARCHITECTURES = tuple(_MODELS)
 
 HEAD_WIDTH = {**dict.fromkeys(ARCHITECTURES, 8), "qwen3": 12, "gemma2": 16, "gemma3": 16}
-"""Width of one attention head."""
+"""Width of an attention head, by architecture."""
 
 _GPT2 = {
     "embed": ("transformer.wte", "output"),
@@ -100,20 +100,20 @@ MODULES: dict[str, dict[str, tuple[str, str]]] = {
     "gpt_neox": _GPT_NEOX,
     "gpt_neox_sequential": _GPT_NEOX,
 }
-"""For each architecture and kind of site, the module's path ('{}' is the layer) and side, written by hand."""
+"""Module path ('{}' is the layer) and side of each kind of site, by architecture; written by hand."""
 
 
 def tiny_model(architecture: str, **overrides: Any) -> nn.Module:
-    """A small decoder with random weights in eval mode, the same object at each call: to be read only.
+    """Return a small random decoder in eval mode. Each call returns the same object, so do not change it.
 
-    Its weights are large enough for every part to matter, and it has no special tokens, so that ``generate``
-    goes on for as long as it is asked to. Its parameters learn, also after pyvene froze them in another test.
+    The weights are large enough for every part to matter. The model has no special tokens, so ``generate`` never stops
+    early. The parameters require gradients, even if pyvene froze them in another test.
     """
     return _build(architecture, tuple(sorted(overrides.items()))).requires_grad_(True)
 
 
 def fresh_model(architecture: str, **overrides: Any) -> nn.Module:
-    """The same model as `tiny_model`, not shared, for tests that change it."""
+    """Return a new copy of the model of `tiny_model`, for tests that change it."""
     return _build.__wrapped__(architecture, tuple(sorted(overrides.items())))
 
 
@@ -133,7 +133,7 @@ def _build(architecture: str, overrides: tuple[tuple[str, Any], ...]) -> nn.Modu
 
 
 def save_language_model(model: nn.Module, folder: Any) -> Any:
-    """Write a model of this vocabulary to a folder, with a tokenizer of the words ``w0`` to ``w63``."""
+    """Write a model to a folder with a tokenizer of the words ``w0`` to ``w63``; return the folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -145,19 +145,19 @@ def save_language_model(model: nn.Module, folder: Any) -> Any:
 
 
 def prompts(*shape: int, seed: int = 0) -> Tensor:
-    """Random token ids."""
+    """Return random token ids of a shape."""
     return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def module_of(model: nn.Module, architecture: str, kind: str, layer: int = 0) -> tuple[nn.Module, str]:
-    """The module of a kind of site and the side to read, by the table above."""
+    """Return the module of a kind of site and its side, from `MODULES`."""
     path, side = MODULES[architecture][kind]
     return model.get_submodule(path.format(layer)), side
 
 
 @contextmanager
 def hooked(module: nn.Module, side: str, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace what a module takes or returns by ``edit`` of it, with one plain torch hook."""
+    """Apply ``edit`` to the input or output of a module with a plain torch hook."""
 
     def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
@@ -178,7 +178,7 @@ def hooked(module: nn.Module, side: str, edit: Callable[[Tensor], Tensor]) -> It
 
 
 def read(model: nn.Module, module: nn.Module, side: str, **inputs: Any) -> Tensor:
-    """What a module takes or returns while the model runs, copied by one plain torch hook."""
+    """Run a model and return a copy of the input or output of a module, taken by a plain torch hook."""
     seen: list[Tensor] = []
 
     def copy(hidden: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def read(model: nn.Module, module: nn.Module, side: str, **inputs: Any) -> Tenso
 
 
 def hooks_of(model: nn.Module) -> list[tuple[str, str, list[int]]]:
-    """Every hook on every module, for comparing before with after."""
+    """Return the ids of all hooks on all modules, to compare before and after."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return [
         (name, kind, list(getattr(module, kind)))

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from featurizers.cli.output import print_json
 from featurizers.cli.plugin_commands import Commands
 from featurizers.errors import CachedCopyWarning, FeaturizerError, ManifestError, SourceError, one_line
 from featurizers.format.manifest import (
@@ -105,7 +106,7 @@ def kinds(as_json: Json = False) -> None:
     from featurizers.registry.plugin_host import kinds as installed
 
     names = installed()
-    _print_json(names) if as_json else print("\n".join(names))
+    print_json(names) if as_json else print("\n".join(names))
 
 
 @app.command()
@@ -124,7 +125,7 @@ def info(source: SourceArgument, subfolder: Subfolder = None, revision: Revision
         header = read_header(folder / WEIGHTS_NAME, str(folder))
         data["tensors"] = {name: f"{spec.dtype} {list(spec.shape)}" for name, spec in header.items()}
     if as_json:
-        _print_json(data)
+        print_json(data)
         return
     if isinstance(record, Index):
         _show(_entries(record.artefacts), False, ["subfolder", "kind", "id", "site"])
@@ -187,7 +188,7 @@ def pull(
                 verify_weights(own, read_companion(root, str(remote), Companion)[0].sha256, str(remote))
             _copy([root / CONFIG_NAME, card, saved, own], new)
     result = {"folder": str(out or root), "revision": commit, "artefacts": len(names)}
-    _print_json(result) if as_json else print(f"{result['folder']} (revision {commit}, artefacts: {len(names)})")
+    print_json(result) if as_json else print(f"{result['folder']} (revision {commit}, artefacts: {len(names)})")
 
 
 @app.command()
@@ -214,7 +215,7 @@ def push(
         commit_message=message,
     )
     result = {"repo_id": repo_id, "revision": commit.oid, "url": commit.pr_url or commit.commit_url}
-    _print_json(result) if as_json else print(f"{result['url']} (revision {commit.oid})")
+    print_json(result) if as_json else print(f"{result['url']} (revision {commit.oid})")
 
 
 @app.command()
@@ -257,32 +258,10 @@ def convert(
     featurizer = load(source, subfolder=subfolder, revision=revision)
     lost = write(featurizer, out, to)
     if as_json:
-        _print_json({"folder": str(out), "kind": featurizer.kind, "format": to, "lost": lost})
+        print_json({"folder": str(out), "kind": featurizer.kind, "format": to, "lost": lost})
         return
     print(f"{out} ({featurizer.kind} with {featurizer.n_features} features, in the format of {to})")
     print("\n".join(f"not kept: {sentence}" for sentence in lost) or "nothing is lost")
-
-
-@app.command()
-def demo(
-    model: Annotated[
-        str | None,
-        typer.Option(help="Hub id or folder of a language model; a tiny one is trained if not given."),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the picture and the artefact.")] = Path("featurizers-demo"),
-    layers: Annotated[
-        str | None, typer.Option(help="Layers to search, such as 4,8,12; spread evenly if not given.")
-    ] = None,
-    features: Annotated[int | None, typer.Option(min=1, help="Dimensions of the subspace.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Find a causal variable in a language model, layer by layer, and save it as a featurizer."""
-    from featurizers.demo.run import run
-
-    result = run(model, out, layers=layers, features=features, seed=seed, quiet=as_json)
-    if as_json:
-        _print_json(result)
 
 
 def _manifest(record: Manifest | Index, where: str) -> Manifest:
@@ -305,14 +284,10 @@ def _copy(files: Sequence[Path | None], folder: Path | None) -> None:
 
 def _show(rows: list[dict[str, Any]], as_json: bool, columns: list[str]) -> None:
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     shown = [column for column in columns if column != "error" or any(row["error"] for row in rows)]
     table = Table(*(Column(column, overflow="fold") for column in shown))
     for row in rows:
         table.add_row(*(escape("" if row[column] is None else str(row[column])) for column in shown))
     Console().print(table)
-
-
-def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2, ensure_ascii=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, MutableMapping
 from typing import Any
 
@@ -9,16 +10,17 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_group
 
-from featurizers.errors import PluginError, one_line, shown
-from featurizers.names import FIRST_PARTY
+from featurizers.errors import MissingDependencyError, PluginError, one_line, shown
+from featurizers.names import COMMANDS, FIRST_PARTY
 from featurizers.registry.plugin_host import host, kinds
 
 
 class Commands(TyperGroup):
     """The core's commands and those of plugins, whose groups of one name become one.
 
-    No plugin is imported for a command of the core. Where one of the first two words is a plugin's name, as in
-    ``featurizers fit causal-basis``, that plugin is asked first; if it has no such command, and for ``--help``, all.
+    No plugin is imported for a command of the core. If one of the first two words is a plugin's name, as in
+    ``featurizers fit causal-basis``, or if the command is in `COMMANDS`, that plugin is asked first; if it has no such
+    command, and for ``--help``, all plugins are asked.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -35,10 +37,11 @@ class Commands(TyperGroup):
         return super().list_commands(ctx)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that the words name.
+        """Return the command that the words name.
 
         Raises:
-            PluginError: it is that of a plugin that is not installed or cannot be used, or of two plugins.
+            MissingDependencyError: a plugin of this project adds it, and is not installed.
+            PluginError: its plugin is not installed or cannot be used, or two plugins add it.
         """
         word = args[0]
         if word not in self.commands:
@@ -46,10 +49,16 @@ class Commands(TyperGroup):
                 if plugin in FIRST_PARTY or plugin in kinds():
                     host().load(plugin)
                     self._ask([plugin])
+            owner, requirement = COMMANDS.get(word, ("", ""))
+            if owner in kinds():
+                self._ask([owner])
             if word not in self.commands:
                 self._ask(kinds())
             if word in self._conflicts:
                 raise PluginError(self._conflicts[word])
+            if word not in self.commands and owner and owner not in kinds():
+                command = f"pip install {shlex.quote(requirement)}"
+                raise MissingDependencyError(f"the command {word!r}", FIRST_PARTY[owner], command)
             if word not in self.commands and self._faults:
                 raise PluginError(f"there is no command {shown(word)}, but for these: {'; '.join(self._faults)}")
         return super().resolve_command(ctx, args)

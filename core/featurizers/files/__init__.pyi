@@ -2,6 +2,7 @@ from .regular import contained as contained
 from .regular import read_bytes as read_bytes
 from .regular import stat_signature as stat_signature
 from .replacement import filling as filling
+from .replacement import os_errors as os_errors
 from .replacement import recover as recover
 from .replacement import refuse_full as refuse_full
 from .replacement import replacing as replacing

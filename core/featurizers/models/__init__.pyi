@@ -18,7 +18,6 @@ from .calling import is_keys as is_keys
 from .calling import takes as takes
 from .calling import takes_cache as takes_cache
 from .calling import without_cache as without_cache
-from .detection import first_child as first_child
 from .loading import LanguageModel as LanguageModel
 from .loading import load_model as load_model
 from .modes import evaluating as evaluating

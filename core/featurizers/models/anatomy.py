@@ -202,4 +202,4 @@ def first_tensor(output: Any) -> Tensor:
     return tensor
 
 
-_first_child = first_child  # until derived-scalars uses the public name
+_first_child = first_child  # until derived-scalars imports nothing private

@@ -47,7 +47,7 @@ class Norm:
     centred: bool
 
     @classmethod
-    def of(cls, module: nn.Module, width: int) -> Norm | None:
+    def of(cls, module: nn.Module, width: int, *, measured: bool = True) -> Norm | None:
         """Return the formula that a module computes, or None if it is no such norm.
 
         The module's own parameters and epsilon are used where they explain what it computes. Otherwise gain, bias and
@@ -57,11 +57,14 @@ class Norm:
         Args:
             module: any layer that acts on the last axis.
             width: of the last axis.
+            measured: whether to measure gain, bias and epsilon where the module's own numbers do not explain it. The
+                formula then agrees with the module to about 1e-3; otherwise to rounding.
         """
         try:
             layer = copy.deepcopy(module).double().eval()
             with torch.no_grad():
-                return _from_parameters(module, layer, width) or _measured(layer, width, _device(module))
+                norm = _from_parameters(module, layer, width)
+                return _measured(layer, width, _device(module)) if norm is None and measured else norm
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
             return None  # it does not map rows of this width to rows
 

@@ -1,6 +1,6 @@
 """Autoencoders in pyvene: interchange in their latent space, with an error term, saved without pickle.
 
-What needs pyvene is imported when it is first used, because pyvene takes seconds.
+The interventions are imported when first used, because importing pyvene takes seconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A pyvene model with an autoencoder in it."""
+"""`get_intervenable_with_autoencoder`: a pyvene model that interchanges latents of an autoencoder."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ def get_intervenable_with_autoencoder(
     max_number_of_units: int = 1,
     device: torch.device | str | None = None,
 ) -> Any:
-    """A pyvene model that interchanges latents of an autoencoder, trained anywhere, at the output of a block.
+    """Build a pyvene model that interchanges latents of an autoencoder, by default at the output of a block.
 
     Args:
         model: a model that pyvene knows.
-        autoencoder: whose weights are copied; a dictionary of the rule relu or jumprelu becomes one.
-        interchange_dimensions: which latents; see `AutoencoderIntervention.set_interchange_dim`.
-        layer: of the model, from 0.
+        autoencoder: an autoencoder, trained anywhere; its weights are copied. A dictionary of the rule relu or jumprelu
+            is converted to one.
+        interchange_dimensions: latents to interchange; see `AutoencoderIntervention.set_interchange_dim`.
+        layer: layer of the model, from 0.
         component: pyvene's name of the place.
-        max_number_of_units: positions of each prompt.
-        device: where to put it all; where the model is if None.
+        max_number_of_units: number of positions of each prompt.
+        device: device of the result; that of the model if None.
 
     Raises:
-        UsageError: a dictionary is none that an autoencoder layer computes.
-        FeatureIndexError: the dimensions are no latents.
+        UsageError: no autoencoder layer computes the same map as the dictionary.
+        FeatureIndexError: the autoencoder lacks one of the latents.
     """
     import pyvene as pv
 

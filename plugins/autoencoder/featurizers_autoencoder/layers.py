@@ -1,4 +1,4 @@
-"""Autoencoders as torch modules, under pyvene's names of classes and tensors."""
+"""Autoencoders as torch modules, with pyvene's names of classes and tensors."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor, nn
 
 
 class AutoencoderLayerBase(nn.Module, ABC):
-    """Any autoencoder of one site: subclass it and give `encode` and `decode`.
+    """Base of the autoencoders: a subclass defines `encode` and `decode`.
 
-    `AutoencoderIntervention` works in the latent space of each. Only the classes here are saved, because a file never
-    names a class to import; make another a kind of featurizer of its own, as docs/plugins.md says.
+    `AutoencoderIntervention` works with any subclass. Only the classes of this module are saved, because a file never
+    names a class to import; to save another, make it a kind of featurizer, as docs/plugins.md says.
     """
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
-        """Latents ``(*batch, latent_dim)`` of activations ``(*batch, input_dim)``."""
+        """Map activations ``(*batch, input_dim)`` to latents ``(*batch, latent_dim)``."""
 
     @abstractmethod
     def decode(self, latent: Tensor) -> Tensor:
-        """Activations of latents."""
+        """Map latents to activations."""
 
 
 class SizedLayer(AutoencoderLayerBase):
-    """An autoencoder that its two sizes and its tensors say all of, so that it can be saved.
+    """Autoencoder that its two sizes and its tensors define, so that it can be saved.
 
     Attributes:
         input_dim: width of the activations.
         latent_dim: number of latents.
-        name: what a file calls the class.
+        name: name of the class in files.
     """
 
     name: ClassVar[str]
@@ -43,27 +43,30 @@ class SizedLayer(AutoencoderLayerBase):
         self.input_dim, self.latent_dim = int(input_dim), int(latent_dim)
 
     def forward(self, base: Tensor, return_latent: bool = False) -> Any:
-        """The reconstruction, in the dtype of base; or a dict of it, in the autoencoder's own, and the latents."""
+        """Reconstruct activations, in their dtype.
+
+        With ``return_latent`` return a dict of ``latent`` and ``output`` instead, both in the dtype of the weights.
+        """
         latent = self.encode(base)
         output = self.decode(latent)
         return {"latent": latent, "output": output} if return_latent else output.to(base.dtype)
 
     @abstractmethod
     def as_featurizer(self) -> DictionaryFeaturizer:
-        """The same map as a featurizer, with the weights as they are now."""
+        """Return the same map as a dictionary, with the current weights."""
 
     @classmethod
     @abstractmethod
     def of_featurizer(cls, featurizer: DictionaryFeaturizer) -> Self:
-        """The autoencoder with the weights of a dictionary, such as one loaded from the Hub.
+        """Build an autoencoder with the weights of a dictionary.
 
         Raises:
-            UsageError: the dictionary computes something else.
+            UsageError: the dictionary computes another map.
         """
 
 
 class AutoencoderLayer(SizedLayer):
-    """One linear layer with ReLU each way: latent = max(W_e (x - b_d) + b_e, 0), x̂ = W_d latent + b_d."""
+    """Linear encoder with a ReLU and linear decoder: latent = max(W_e (x - b_d) + b_e, 0), x̂ = W_d latent + b_d."""
 
     name: ClassVar[str] = "autoencoder-layer"
 
@@ -73,16 +76,16 @@ class AutoencoderLayer(SizedLayer):
         self.decoder = nn.Sequential(nn.Linear(self.latent_dim, self.input_dim))
 
     def encode(self, x: Tensor) -> Tensor:
-        """Latents, in the dtype of the weights."""
+        """Map activations to latents, in the dtype of the weights."""
         bias: Any = self.decoder[0].bias
         return self.encoder(x.to(bias.dtype) - bias)  # type: ignore[no-any-return]
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Activations."""
+        """Map latents to activations."""
         return self.decoder(latent)  # type: ignore[no-any-return]
 
     def as_featurizer(self) -> DictionaryFeaturizer:
-        """A dictionary of the rule relu with a pre-bias."""
+        """Return the same map as a dictionary of the rule relu with a pre-bias."""
         encoder: Any = self.encoder[0]
         decoder: Any = self.decoder[0]
         return DictionaryFeaturizer.from_tensors(
@@ -95,7 +98,13 @@ class AutoencoderLayer(SizedLayer):
 
     @classmethod
     def of_featurizer(cls, featurizer: DictionaryFeaturizer) -> Self:
-        """As `SizedLayer.of_featurizer`; a dictionary without a pre-bias has it put into the encoder's bias."""
+        """Build an autoencoder with the weights of a dictionary of the rule relu.
+
+        This layer has a pre-bias, so that of a dictionary without one is undone in the encoder's bias.
+
+        Raises:
+            UsageError: the dictionary computes another map.
+        """
         state = _plain(featurizer, "relu")
         self = cls(featurizer.d_in, featurizer.n_features)
         bias = state["b_enc"]
@@ -107,12 +116,12 @@ class AutoencoderLayer(SizedLayer):
             "decoder.0.weight": state["W_dec"].T,
             "decoder.0.bias": state["b_dec"],
         }
-        self.load_state_dict({name: _own(tensor) for name, tensor in names.items()}, assign=True)
+        self.load_state_dict({name: _contiguous(tensor) for name, tensor in names.items()}, assign=True)
         return self
 
 
 class JumpReLUAutoencoderLayer(SizedLayer):
-    """h = x W_enc + b_enc, latent = h where it exceeds its threshold and zero, x̂ = latent W_dec + b_dec."""
+    """JumpReLU layers: h = x W_enc + b_enc, latent = h if h > max(threshold, 0), else 0; x̂ = latent W_dec + b_dec."""
 
     name: ClassVar[str] = "jumprelu-autoencoder-layer"
 
@@ -125,16 +134,16 @@ class JumpReLUAutoencoderLayer(SizedLayer):
         self.b_dec = nn.Parameter(torch.zeros(self.input_dim))
 
     def encode(self, x: Tensor) -> Tensor:
-        """Latents, in the dtype of the weights."""
+        """Map activations to latents, in the dtype of the weights."""
         pre = x.to(self.W_enc.dtype) @ self.W_enc + self.b_enc
         return torch.relu(pre) * (pre > self.threshold)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Activations."""
+        """Map latents to activations."""
         return latent @ self.W_dec + self.b_dec
 
     def as_featurizer(self) -> DictionaryFeaturizer:
-        """A dictionary of the rule jumprelu."""
+        """Return the same map as a dictionary of the rule jumprelu."""
         weights = (self.W_enc.T, self.W_dec, self.b_enc, self.b_dec)
         return DictionaryFeaturizer.from_tensors(
             *(weight.detach() for weight in weights), rule="jumprelu", threshold=self.threshold.detach()
@@ -142,42 +151,52 @@ class JumpReLUAutoencoderLayer(SizedLayer):
 
     @classmethod
     def of_featurizer(cls, featurizer: DictionaryFeaturizer) -> Self:
-        """As `SizedLayer.of_featurizer`; a pre-bias is put into the encoder's bias."""
+        """Build an autoencoder with the weights of a dictionary of the rule jumprelu.
+
+        This layer has no pre-bias, so that of a dictionary is moved into the encoder's bias.
+
+        Raises:
+            UsageError: the dictionary computes another map.
+        """
         state = _plain(featurizer, "jumprelu")
         self = cls(featurizer.d_in, featurizer.n_features)
         if featurizer.config.pre_bias:
             state["b_enc"] = state["b_enc"] - state["W_enc"] @ state["b_dec"]
         state["W_enc"] = state["W_enc"].T
-        self.load_state_dict({name: _own(state[name]) for name in self.state_dict()}, assign=True)
+        self.load_state_dict({name: _contiguous(state[name]) for name in self.state_dict()}, assign=True)
         return self
 
 
 SAVED: dict[str, type[SizedLayer]] = {cls.name: cls for cls in (AutoencoderLayer, JumpReLUAutoencoderLayer)}
-"""The classes that files may name."""
+"""Classes that files may name, by name."""
 
 
 def layer_of(featurizer: DictionaryFeaturizer) -> SizedLayer:
-    """The autoencoder with the weights of a dictionary of the rule relu or jumprelu.
+    """Build the autoencoder with the weights of a dictionary of the rule relu or jumprelu.
 
     Raises:
-        UsageError: the dictionary computes something else.
+        UsageError: the dictionary computes another map.
     """
     cls = JumpReLUAutoencoderLayer if featurizer.config.rule == "jumprelu" else AutoencoderLayer
     return cls.of_featurizer(featurizer)
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """A copy that lies in memory as the layer's own parameter does, because a product of matrices rounds by that."""
+def _contiguous(tensor: Tensor) -> Tensor:
+    """Copy a tensor to contiguous memory, like the layer's own parameters: matmul rounding depends on the layout."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _plain(featurizer: DictionaryFeaturizer, rule: str) -> dict[str, Tensor]:
-    """The state dict of a whole dictionary of one rule, without normalisation and in raw units."""
+    """Return the state dict of a dictionary in raw units.
+
+    Raises:
+        UsageError: the dictionary is of another rule, normalises its input or is a slice.
+    """
     config = featurizer.config
     if config.rule != rule or config.normalize != "none" or config.slice_of is not None:
         raise UsageError(
             f"{featurizer.id!r} has the rule {config.rule!r}, normalize={config.normalize!r} and slice_of="
             f"{config.slice_of!r}; this layer takes whole dictionaries of the rule {rule!r} without normalisation. "
-            "Use featurizer.get_interchange_intervention() for any other"
+            "Use featurizer.get_interchange_intervention() for others"
         )
     return dict(featurizer.in_units("raw").state_dict())

@@ -1,21 +1,27 @@
-"""Causal bases: the orthonormal directions of a layer whose ablation moves a model's output most."""
+"""Causal bases: the orthonormal directions of a layer whose ablation moves a model's output most.
+
+Rooms, lowest first: `lens` (readouts), `solve` (the search), then `command` and `compat` (the names of tuned-lens).
+The files `record`, `inputs`, `featurizer`, `ablation`, `fidelity` and `pictures` hold the featurizer and its tools.
+"""
 
 from typing import Any
 
 from featurizers import hookimpl
 
 from featurizers_causal_basis.ablation import ablate_subspace, remove_subspace
-from featurizers_causal_basis.derangement import derange
-from featurizers_causal_basis.extraction import NoDirectionWarning, extract_causal_bases, iterate_causal_bases
 from featurizers_causal_basis.featurizer import CausalBasisConfig, CausalBasisFeaturizer
 from featurizers_causal_basis.fidelity import Fidelity, causal_fidelity
-from featurizers_causal_basis.logit_lens import LogitLens
-from featurizers_causal_basis.massive import MassiveTokenWarning
-from featurizers_causal_basis.presets import PRESETS, Preset
-from featurizers_causal_basis.progress import Progress
-from featurizers_causal_basis.readouts import AffineNorm, Decoder, Readout
+from featurizers_causal_basis.inputs import MassiveTokenWarning, derange
+from featurizers_causal_basis.lens import AffineNorm, Decoder, LogitLens, Readout, TunedLens
 from featurizers_causal_basis.record import BasisRecord, Mode
-from featurizers_causal_basis.tuned_lens import TunedLens
+from featurizers_causal_basis.solve import (
+    PRESETS,
+    NoDirectionWarning,
+    Preset,
+    Progress,
+    extract_causal_bases,
+    iterate_causal_bases,
+)
 
 __all__ = [
     "PRESETS",
@@ -53,9 +59,9 @@ def featurizers_commands(app: Any) -> None:
     """Add ``fit causal-basis``."""
     import typer
 
-    from featurizers_causal_basis import command
+    from featurizers_causal_basis.command import fit_command
 
     fit = typer.Typer(no_args_is_help=True, help="Fit featurizers to a model.")
     fit.callback()(lambda: None)
-    fit.command("causal-basis")(command.fit_command)
+    fit.command("causal-basis")(fit_command)
     app.add_typer(fit, name="fit")

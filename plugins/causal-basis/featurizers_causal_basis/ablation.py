@@ -1,4 +1,4 @@
-"""Ablation of a subspace: of activations, and of a model's activations at a site while it runs."""
+"""Ablation of a subspace: in activations, and at a site of a model while it runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from featurizers.models import hook
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from featurizers_causal_basis.derangement import derange
+from featurizers_causal_basis.inputs import boolean_mask, derange
 from featurizers_causal_basis.record import Mode
 
 
@@ -26,24 +26,26 @@ def remove_subspace(
     mask: Bool[Tensor, "*tokens"] | Int[Tensor, "*tokens"] | None = None,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "*tokens d"]:
-    """Activations without what they say along the column space of a matrix: u + P(m - u).
+    """Return activations with the column space of a matrix ablated: u + P(m - u).
 
-    P projects on the columns and m is zero, the mean over the tokens, or the activations of another token. P is never
-    made: the cost is O(d k) a token, and O(d k²) for the matrix. Computed in fp32 at least, and differentiable in both.
+    P projects on the columns, and m is zero, the mean over the tokens, or the activations of another token. P is never
+    built: the cost is O(d k) per token, and O(d k²) for the matrix. Computed in fp32 at least, and differentiable in
+    ``u`` and ``A``.
 
     Args:
-        u: activations; all axes but the last are tokens.
-        A: columns that span what is to be removed, or one vector.
+        u: activations; every axis but the last is a token axis.
+        A: columns that span the subspace to remove, or a single vector.
         mode: ``zero``, ``mean`` or ``resample``.
-        orthonormal: whether the columns are orthonormal already; else a basis of their span is computed.
-        mask: which tokens take part, true or 1. The others enter no mean and are nobody's substitute, and come back as
-            they were.
-        generator: of the order of the tokens, which ``resample`` needs.
+        orthonormal: True if the columns are orthonormal; else an orthonormal basis of their span is computed.
+        mask: selects the tokens to ablate, true or 1. The others do not enter the mean, replace no other token, and
+            are returned unchanged.
+        generator: draws the order of the tokens; required by ``resample``.
 
     Raises:
         ShapeError: the matrix has another width, or the mask another shape.
-        BasisError: the columns are dependent, or said to be orthonormal and are not.
-        UsageError: the mode is none; ``mean`` or ``resample`` of fewer than 2 tokens; ``resample`` without a generator.
+        BasisError: the columns are linearly dependent, or ``orthonormal`` is set and they are not.
+        UsageError: the mode is unknown; ``mean`` or ``resample`` has fewer than 2 tokens; ``resample`` has no
+            generator.
 
     Example:
         >>> u = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -55,11 +57,11 @@ def remove_subspace(
         raise UsageError(f"a mode of ablation is one of {', '.join(get_args(Mode))}, not {mode!r}")
     if not u.is_floating_point() or u.dim() == 0:
         raise ShapeError(f"activations are real with their width on the last axis, got {u.dtype} {tuple(u.shape)}")
-    basis = _orthonormal(A, u, given=orthonormal)
-    taking_part = None if mask is None else _as_bool(mask, u)
-    tokens = (u if taking_part is None else u[taking_part]).reshape(-1, u.shape[-1]).to(basis.dtype)
+    basis = _verified(A, u) if orthonormal else _orthonormalized(A, u)
+    selected = None if mask is None else boolean_mask(mask, u.shape[:-1]).to(u.device)
+    tokens = (u if selected is None else u[selected]).reshape(-1, u.shape[-1]).to(basis.dtype)
     if mode != "zero" and len(tokens) < 2:
-        raise UsageError(f"{mode} ablation takes 2 tokens or more, and {len(tokens)} take part")
+        raise UsageError(f"{mode} ablation needs 2 tokens or more, got {len(tokens)}")
     coordinates = tokens @ basis
     if mode == "zero":
         change = -coordinates
@@ -70,7 +72,7 @@ def remove_subspace(
     else:
         change = derange(coordinates, generator) - coordinates
     edited = (tokens + change @ basis.mT).to(u.dtype)
-    return edited.reshape(u.shape) if taking_part is None else u.index_put((taking_part,), edited)
+    return edited.reshape(u.shape) if selected is None else u.index_put((selected,), edited)
 
 
 @contextmanager
@@ -84,18 +86,18 @@ def ablate_subspace(
     mask: Bool[Tensor, "batch sequence"] | Int[Tensor, "batch sequence"] | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[nn.Module]:
-    """A context in which a subspace of a site's activations is ablated, whenever the model runs.
+    """Ablate a subspace of a site's activations whenever the model runs inside the context.
 
-    The means and the order of the tokens are those of each run.
+    Each forward pass has its own mean and its own order of the tokens.
 
     Args:
         model: a decoder that `featurizers.Anatomy` understands.
-        A: as in `remove_subspace`, and so are the others.
-        site: ``resid.pre:8`` is what block 8 is given, ``resid.post:8`` what it gives.
+        A: as in `remove_subspace`, and so are ``mode``, ``orthonormal``, ``mask`` and ``generator``.
+        site: ``resid.pre:8`` is the input of block 8, ``resid.post:8`` its output.
         mode: of ablation.
-        orthonormal: whether the columns are.
-        mask: which tokens of the prompts take part.
-        generator: for ``resample``.
+        orthonormal: True if the columns are orthonormal.
+        mask: selects tokens of the prompts.
+        generator: required by ``resample``.
 
     Yields:
         The model.
@@ -114,43 +116,40 @@ def ablate_subspace(
         handle.remove()
 
 
-def _orthonormal(A: Tensor, u: Tensor, *, given: bool) -> Tensor:
-    """An orthonormal basis ``(d, k)`` of the columns, on the device of the activations, in fp32 at least."""
+def _columns(A: Tensor, u: Tensor) -> Tensor:
+    """Return the columns as a matrix ``(d, k)`` on the device of the activations, in fp32 at least."""
     matrix = A.unsqueeze(-1) if A.dim() == 1 else A
     if matrix.dim() != 2 or not matrix.is_floating_point() or matrix.shape[0] != u.shape[-1]:
         raise ShapeError(
-            f"the activations have width {u.shape[-1]}, so that the columns are a real matrix ({u.shape[-1]}, k) or a "
-            f"vector, got {A.dtype} {tuple(A.shape)}"
+            f"activations of width {u.shape[-1]} need the columns as a real matrix ({u.shape[-1]}, k) or a vector, "
+            f"got {A.dtype} {tuple(A.shape)}"
         )
-    matrix = matrix.to(device=u.device, dtype=torch.promote_types(torch.promote_types(A.dtype, u.dtype), torch.float32))
-    if given:
-        gram = matrix.detach().mT @ matrix.detach()
-        off = float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max()) if len(gram) else 0
-        if not off <= max(1e-4, 4 * torch.finfo(A.dtype).eps):
-            raise BasisError(
-                f"the columns were said to be orthonormal, but AᵀA differs from I by {off:.2g}; "
-                "leave out orthonormal=True"
-            )
-        return matrix
+    return matrix.to(device=u.device, dtype=torch.promote_types(torch.promote_types(A.dtype, u.dtype), torch.float32))
+
+
+def _verified(A: Tensor, u: Tensor) -> Float[Tensor, "d k"]:
+    """Return the columns after checking that they are orthonormal."""
+    matrix = _columns(A, u)
+    gram = matrix.detach().mT @ matrix.detach()
+    off = float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max()) if len(gram) else 0
+    if not off <= max(1e-4, 4 * torch.finfo(A.dtype).eps):
+        raise BasisError(
+            f"the columns are not orthonormal: AᵀA differs from I by {off:.2g}; leave out orthonormal=True"
+        )
+    return matrix
+
+
+def _orthonormalized(A: Tensor, u: Tensor) -> Float[Tensor, "d k"]:
+    """Return an orthonormal basis of the column space."""
+    matrix = _columns(A, u)
     lengths = matrix.norm(dim=0)
     if matrix.shape[1] > matrix.shape[0] or not (lengths > 0).all() or not lengths.isfinite().all():
         raise BasisError(
-            f"the columns of the matrix {tuple(matrix.shape)} are more than its rows, or one is zero or not finite"
+            f"the matrix {tuple(matrix.shape)} has more columns than rows, or a column that is zero or not finite"
         )
     basis: Tensor
     basis, triangle = torch.linalg.qr(matrix / lengths)
     smallest = float(triangle.detach().diagonal().abs().min()) if matrix.shape[1] else 1.0
     if not smallest > max(matrix.shape) * torch.finfo(matrix.dtype).eps:
-        raise BasisError(
-            f"the {matrix.shape[1]} columns are linearly dependent, so that they span less; leave some out"
-        )
+        raise BasisError(f"the {matrix.shape[1]} columns are linearly dependent; leave some out")
     return basis
-
-
-def _as_bool(mask: Tensor, u: Tensor) -> Tensor:
-    if mask.shape != u.shape[:-1] or mask.is_floating_point():
-        raise ShapeError(
-            f"the mask says of each token whether it takes part, as booleans or 0 and 1 {tuple(u.shape[:-1])}, got "
-            f"{mask.dtype} {tuple(mask.shape)}"
-        )
-    return mask.to(device=u.device, dtype=torch.bool)

@@ -14,10 +14,10 @@ from torch import Tensor
 from featurizers_causal_basis.record import BasisRecord, Mode
 
 SITES = {"input": "resid.pre", "output": "resid.post"}
-"""The kind of site that each side of a block is."""
+"""Kind of site of each side of a block."""
 
 TOLERANCE = 1e-5
-"""How far VᵀV may be from the identity in fp32."""
+"""Largest difference between VᵀV and the identity in fp32."""
 
 
 class CausalBasisConfig(BaseModel):
@@ -26,7 +26,7 @@ class CausalBasisConfig(BaseModel):
     Attributes:
         d_in: width of the activations.
         n_features: number of directions, at most ``d_in``.
-        record: how they were found.
+        record: how the directions were found.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -45,19 +45,19 @@ class CausalBasisConfig(BaseModel):
 
 @final
 class CausalBasisFeaturizer(Featurizer[CausalBasisConfig]):
-    """Coordinates in a causal basis V, orthonormal, most important direction first: f = Vᵀx, error = x - Vf.
+    """Coordinates in an orthonormal causal basis V, most important direction first: f = Vᵀx, error = x - Vf.
 
-    Lossless with its error term. The basis is fixed: what is trained is found by extraction, not by gradients through
-    this class. Belrose et al. 2023 (arXiv:2303.08112), section 4.
+    Lossless with its error term. The basis is fixed: extraction finds it, and no gradient changes it. Belrose et al.
+    2023 (arXiv:2303.08112), section 4.
 
     The energy of a direction v is the mean over tokens of KL(p(x) ‖ p(x - v vᵀ(x - m))), in nats per token, where p
     is a readout of the activations, and m is their mean, zero, or another token's activations (``record.mode``). It
-    is that of ablating v alone: energies are not cumulative, so that those of any prefix are right, and their sum is
-    not the energy of ablating all.
+    is the energy of ablating v alone. Energies are not cumulative: they hold for any prefix of the basis, and their
+    sum is not the energy of ablating all.
 
-    Stored with a direction a row, as ``directions (n_features, d_in)``, so that the first ones can be loaded alone;
+    Stored with one direction per row, as ``directions (n_features, d_in)``, so that a prefix can be loaded alone;
     ``energies (n_features)`` in non-increasing order; ``mean (d_in)`` of the activations. Features have the dtype of
-    the directions. Cost: O(d k) an activation.
+    the directions. Cost: O(d k) per activation.
 
     Example:
         >>> import torch
@@ -97,22 +97,22 @@ class CausalBasisFeaturizer(Featurizer[CausalBasisConfig]):
         *,
         site: Site | str | None = None,
     ) -> CausalBasisFeaturizer:
-        """The featurizer of vectors that were found; the tensors are copied.
+        """Return the featurizer of a basis; the tensors are copied.
 
         Args:
             vectors: orthonormal columns, by descending energy.
-            energies: of ablating each alone, nats per token.
-            mean: of the activations that took part.
-            record: how they were found.
-            site: where in which model.
+            energies: of ablating each vector alone, nats per token.
+            mean: of the activations.
+            record: how the basis was found.
+            site: where the activations are, and in which model.
 
         Raises:
-            BasisError: the vectors are not orthonormal; the energies are not finite and in order; shapes do not fit.
-            SiteError: the site is on the other side of the block than the record says.
+            BasisError: the vectors are not orthonormal; the energies are not finite and descending; shapes do not fit.
+            SiteError: the record names the other side of the block.
         """
         if vectors.dim() != 2 or not vectors.is_floating_point() or not 0 < vectors.shape[1] <= vectors.shape[0]:
             raise BasisError(
-                f"vectors are the columns of a real matrix (d_in, n_features) with n_features <= d_in, got "
+                "vectors are the columns of a real matrix (d_in, n_features) with n_features <= d_in, got "
                 f"{vectors.dtype} {tuple(vectors.shape)}"
             )
         d_in, n_features = vectors.shape
@@ -128,21 +128,21 @@ class CausalBasisFeaturizer(Featurizer[CausalBasisConfig]):
 
     @property
     def record(self) -> BasisRecord:
-        """How the basis was found."""
+        """Record of how the basis was found."""
         return self.config.record
 
     @property
     def vectors(self) -> Float[Tensor, "d_in n_features"]:
-        """The directions as columns."""
+        """Directions as columns."""
         return self.directions.mT
 
     # ------------------------------------------------------------------ parts
 
     def truncate(self, k: int) -> CausalBasisFeaturizer:
-        """The first k directions, with record, site, name and metadata; the tensors are copied.
+        """Return the basis of the first k directions, with record, site, name and metadata; the tensors are copied.
 
         Raises:
-            UsageError: there are not so many, or k is not positive.
+            UsageError: k is not from 1 to the number of directions.
         """
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.n_features:
             raise UsageError(f"{self.id!r} has {self.n_features} directions; keep 1 to {self.n_features}, not {k!r}")
@@ -154,10 +154,10 @@ class CausalBasisFeaturizer(Featurizer[CausalBasisConfig]):
         return part
 
     def min_energy(self, threshold: float) -> CausalBasisFeaturizer:
-        """The directions whose energy is at least ``threshold`` nats per token.
+        """Return the basis of the directions whose energy is at least ``threshold`` nats per token.
 
         Raises:
-            UsageError: there is none.
+            UsageError: no direction has so much.
         """
         k = int((self.energies >= threshold).sum())
         if k == 0:
@@ -171,23 +171,23 @@ class CausalBasisFeaturizer(Featurizer[CausalBasisConfig]):
     def sliced(
         cls, config: CausalBasisConfig, columns: Tensor
     ) -> tuple[CausalBasisConfig, set[str], dict[str, Tensor]]:
-        """See `Featurizer.sliced`: the first directions alone can be read, ``indices=range(4)``."""
+        """See `Featurizer.sliced`: only a prefix can be read, such as ``indices=range(4)``."""
         k = len(columns)
         if not torch.equal(columns, torch.arange(k, device=columns.device)):
-            raise UsageError(f"of a causal basis the first directions are loaded alone: indices=range({k})")
+            raise UsageError(f"only the first directions of a causal basis can be loaded alone: indices=range({k})")
         part = config.model_copy(update={"n_features": k, "record": config.record.first(k, config.n_features)})
         return part, {"directions", "energies"}, {}
 
     # ------------------------------------------------------------------ ablation
 
     def ablation_values(self, mode: Mode | None = None) -> Float[Tensor, " n_features"]:
-        """What ablated features are set to: ``Ablate(f, indices=[j], value=f.ablation_values()[[j]])``.
+        """Return the values that ablation sets features to: ``Ablate(f, indices=[j], value=f.ablation_values()[[j]])``.
 
         Args:
-            mode: ``mean``, the features of the stored mean, or ``zero``; that of the record if None.
+            mode: ``mean``, the features of the stored mean, or ``zero``; the record's mode if None.
 
         Raises:
-            UsageError: it is ``resample``, which takes the features of other tokens: interchange them.
+            UsageError: the mode is ``resample``, which has no constant values.
         """
         mode = self.record.mode if mode is None else mode
         if mode == "mean":
@@ -195,13 +195,15 @@ class CausalBasisFeaturizer(Featurizer[CausalBasisConfig]):
         if mode == "zero":
             return torch.zeros_like(self.energies, dtype=self.directions.dtype)
         if mode == "resample":
-            raise UsageError("resample has no constant values: interchange with activations in another order instead")
+            raise UsageError(
+                "resample has no constant values: interchange with the activations of other tokens instead"
+            )
         raise UsageError(f"a mode of ablation is 'mean', 'zero' or 'resample', not {mode!r}")
 
     # ------------------------------------------------------------------ the map
 
     def featurize(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Float[Tensor, "*batch n_features"], Error]:
-        """Coordinates in the basis, and the part of x outside it."""
+        """Return the coordinates in the basis, and the part of x outside it."""
         x = x.to(self.directions.dtype)
         features = x @ self.vectors
         return features, x - features @ self.directions
@@ -209,14 +211,14 @@ class CausalBasisFeaturizer(Featurizer[CausalBasisConfig]):
     def inverse_featurize(
         self, features: Float[Tensor, "*batch n_features"], error: Error
     ) -> Float[Tensor, "*batch d_in"]:
-        """The point with these coordinates, plus the part outside (none if the error is None)."""
+        """Return the point with these coordinates, plus the error if given."""
         if isinstance(error, tuple):
             raise ShapeError("the error of a causal basis is one tensor, got a tuple")
         inside = features.to(self.directions.dtype) @ self.directions
         return inside if error is None else inside + error
 
     def encode(self, x: Float[Tensor, "*batch d_in"], columns: Tensor | None = None) -> Float[Tensor, "*batch k"]:
-        """Coordinates alone, all or some."""
+        """Return the coordinates alone, all or some."""
         return x.to(self.directions.dtype) @ self._rows(columns).mT
 
     def apply_edit(
@@ -226,7 +228,7 @@ class CausalBasisFeaturizer(Featurizer[CausalBasisConfig]):
         edited: Float[Tensor, "*batch k"],
         columns: Tensor | None = None,
     ) -> Float[Tensor, "*batch d_in"]:
-        """``base + V (edited - features)``: what is outside the basis is never touched."""
+        """Return ``base + V (edited - features)``, which leaves the part outside the basis unchanged."""
         rows = self._rows(columns)
         return (base + (edited - features).to(rows.dtype) @ rows).to(base.dtype)
 
@@ -234,37 +236,35 @@ class CausalBasisFeaturizer(Featurizer[CausalBasisConfig]):
         return self.directions if columns is None else self.directions[columns]
 
     def check(self) -> None:
-        """Raise a `FeaturizerError` unless the tensors and the site are those of a causal basis.
+        """Check that the tensors and the site are those of a causal basis.
 
         Raises:
             BasisError: the vectors are not orthonormal to their dtype's precision; the energies are not finite and
                 non-increasing; a tensor has another shape.
-            SiteError: the site is on the other side of the block than the record says.
+            SiteError: the record names the other side of the block.
         """
         shapes = {"energies": (self.n_features,), "mean": (self.d_in,), "directions": (self.n_features, self.d_in)}
         for name, shape in shapes.items():
             tensor = self.get_buffer(name)
             if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-                raise BasisError(
-                    f"the {name} have shape {shape} and are real, got {tensor.dtype} {tuple(tensor.shape)}"
-                )
+                raise BasisError(f"the {name} must be real of shape {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
             if not tensor.isfinite().all():
                 raise BasisError(f"the {name} hold NaN or infinity")
         rows = self.directions.double()
-        found = float((rows @ rows.mT - torch.eye(self.n_features, device=rows.device, dtype=rows.dtype)).abs().max())
-        if not found <= (allowed := max(TOLERANCE, torch.finfo(self.directions.dtype).eps)):
+        off = float((rows @ rows.mT - torch.eye(self.n_features, device=rows.device, dtype=rows.dtype)).abs().max())
+        if not off <= (allowed := max(TOLERANCE, torch.finfo(self.directions.dtype).eps)):
             raise BasisError(
-                f"the vectors are not orthonormal: VᵀV differs from I by {found:.2g}, more than {allowed:.2g}"
+                f"the vectors are not orthonormal: VᵀV differs from I by {off:.2g}, more than {allowed:.2g}"
             )
         if not (self.energies[1:] <= self.energies[:-1]).all():
             raise BasisError("the energies are not in descending order; sort the vectors by them")
         if self.site is not None and self.site.kind in SITES.values() and self.site.kind != SITES[self.record.side]:
             raise SiteError(
                 f"the site is {str(self.site)!r}, but the record says the {self.record.side} of the block, "
-                f"which is {SITES[self.record.side]!r}"
+                f"which is a site of kind {SITES[self.record.side]!r}"
             )
 
 
 def _first(chosen: Tensor, k: int) -> Tensor:
-    """A feature set among the first k features: numbers are int64, a mask has any other dtype."""
+    """Return the part of a feature set among the first k features: int64 holds numbers, any other dtype a mask."""
     return chosen[chosen < k] if chosen.dtype == torch.int64 else chosen[..., :k]

@@ -1,9 +1,10 @@
-"""`causal_fidelity`: whether the directions that matter to a readout matter to the model."""
+"""`causal_fidelity`: compares the effect of a basis on the model with its energies by a readout."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,22 +15,19 @@ from featurizers.models import Inputs, Place, collect, hook
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from featurizers_causal_basis.derangement import derange
 from featurizers_causal_basis.featurizer import CausalBasisFeaturizer
-from featurizers_causal_basis.inputs import inputs_of, rows_of
-from featurizers_causal_basis.massive import warn_of_massive
-from featurizers_causal_basis.ranks import spearman
+from featurizers_causal_basis.inputs import batches, checked_inputs, derange, refuse_training, warn_of_massive
 
 
 @dataclass(frozen=True, eq=False)
 class Fidelity:
-    """How much ablating each direction of a basis changes what the model predicts, beside random directions.
+    """Effect on the model's output of ablating each direction of a basis, beside random directions.
 
     Attributes:
         energies: of the basis, by its own readout, nats per token.
-        model_kl: KL(model ‖ model with the direction ablated), mean over the tokens that take part, nats per token.
-        control_kl: the same of as many random orthonormal directions.
-        n_tokens: how many took part.
+        model_kl: KL(model ‖ model with the direction ablated), mean over the selected tokens, nats per token.
+        control_kl: the same for as many random orthonormal directions.
+        n_tokens: number of selected tokens.
         seed: of the random directions, and of the order of the tokens for ``resample``.
     """
 
@@ -45,7 +43,7 @@ class Fidelity:
         return spearman(self.energies, self.model_kl)
 
     def record(self) -> dict[str, Any]:
-        """What JSON can hold of it."""
+        """Return all numbers, ready for JSON."""
         lists = {name: getattr(self, name).tolist() for name in ("energies", "model_kl", "control_kl")}
         return {**lists, "spearman": self.spearman, "n_tokens": self.n_tokens, "seed": self.seed, "units": "nats/token"}
 
@@ -60,67 +58,75 @@ def causal_fidelity(
     seed: int = 0,
     batch_size: int = 8,
 ) -> Fidelity:
-    """The effect on the model of ablating each direction of a basis at its site, beside random directions.
+    """Measure the effect on the model of ablating each direction of a basis at its site, beside random directions.
 
-    Each direction is ablated as the record says: to the basis' stored mean, to zero, or to another token's. Belrose et
-    al. 2023 (arXiv:2303.08112), section 4.2, compare the two energies by their rank correlation. Cost: 2 k + 1
-    forward passes of the prompts.
+    Each direction is ablated as the record says: to its value in the stored mean, to zero, or to its value in another
+    token. Belrose et al. 2023 (arXiv:2303.08112), section 4.2, compare the two energies by their rank correlation.
+    Cost: 2 k + 1 forward passes of the prompts.
 
     Args:
         basis: with a site.
         model: the decoder with its language-model head that the basis belongs to, in evaluation mode.
-        tokens: prompts, or what the model is called with.
-        mask: which tokens take part, true or 1: they are ablated, and the divergence is the mean over them. The
-            ``attention_mask`` unless given. The first token of a prompt is best left out of most models.
+        tokens: prompts, or the model's inputs.
+        mask: selects the tokens, true or 1: they are ablated, and the divergence is the mean over them. Default: the
+            ``attention_mask``. In most models the first token of a prompt is best left out.
         seed: of everything random.
-        batch_size: prompts a pass.
+        batch_size: prompts per forward pass.
 
     Raises:
-        UsageError: the basis has no site; the model is being trained; no token takes part, or one alone for
-            ``resample``.
+        UsageError: the basis has no site; the model is in training mode; the mask selects no token, or a single one
+            for ``resample``.
         ShapeError: the mask has another shape than the prompts.
         SiteError: the model does not have the site.
 
     Warns:
-        MassiveTokenWarning: a token that takes part is more than 20 times as long as the median one.
+        MassiveTokenWarning: a selected token is more than 20 times as long as the median one.
     """
     if basis.site is None:
         raise UsageError(f"{basis.id!r} does not say where it belongs; set basis.site = Site('resid.post', 8)")
-    if model.training:
-        raise UsageError("the model is in training mode, in which dropout changes every run; call model.eval()")
+    refuse_training(model)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise UsageError(f"batch_size is a number of prompts, 1 or more, not {batch_size!r}")
-    inputs, taking_part, _ = inputs_of({"input_ids": tokens} if isinstance(tokens, Tensor) else tokens, mask)
-    n_prompts = len(inputs["input_ids"])
+    inputs, selected, _ = checked_inputs({"input_ids": tokens} if isinstance(tokens, Tensor) else tokens, mask)
     place = Anatomy(model).place(basis.site)
-    batches = [_Batch(rows_of(inputs, rows, n_prompts), taking_part[rows]) for rows in _parts(n_prompts, batch_size)]
+    parts = [(batch, selected[rows]) for rows, batch in batches(inputs, batch_size)]
     own = copy.deepcopy(basis).to(next(model.parameters()).device)
     bases = [own, _control(own, seed)]
-    values = _values(bases, model, batches, seed, basis.site)
-    found = torch.zeros(2, basis.n_features, dtype=torch.float64)
-    for number, batch in enumerate(batches):
-        clean = _log_probs(model, batch)
+    values = _ablated_values(bases, model, parts, basis.site, seed)
+    totals = torch.zeros(2, basis.n_features, dtype=torch.float64)
+    for number, (batch, chosen) in enumerate(parts):
+        clean = _log_probs(model, batch, chosen)
         for i, f in enumerate(bases):
             for j in range(f.n_features):
-                edited = _ablated(model, batch, place, f, j, values[i][number][..., [j]])
-                found[i, j] += float((clean.exp() * (clean - edited)).sum(-1, dtype=torch.float64).sum())
-    n_tokens = int(taking_part.sum())
-    mine, random = found / n_tokens
-    return Fidelity(basis.energies.detach().double().cpu(), mine, random, n_tokens, seed)
+                with _ablated(place, f, j, values[i][number][..., [j]], chosen):
+                    edited = _log_probs(model, batch, chosen)
+                totals[i, j] += float((clean.exp() * (clean - edited)).sum(-1, dtype=torch.float64).sum())
+    n_tokens = int(selected.sum())
+    model_kl, control_kl = totals / n_tokens
+    return Fidelity(basis.energies.detach().double().cpu(), model_kl, control_kl, n_tokens, seed)
 
 
-@dataclass(frozen=True, eq=False)
-class _Batch:
-    inputs: Inputs
-    mask: Tensor
+def spearman(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float | None:
+    """Return Spearman's rank correlation; equal values share their mean rank. None if all of x or of y are equal.
+
+    Example:
+        >>> round(spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 30.0, 20.0])), 6)
+        0.5
+    """
+    ranks = torch.stack([_ranks(x), _ranks(y)])
+    centred = ranks - ranks.mean(dim=1, keepdim=True)
+    lengths = centred.norm(dim=1)
+    return float(centred[0] @ centred[1] / (lengths[0] * lengths[1])) if (lengths > 0).all() else None
 
 
-def _parts(n: int, size: int) -> Iterator[slice]:
-    return (slice(i, i + size) for i in range(0, n, size))
+def _ranks(x: Tensor) -> Tensor:
+    """Return ranks from 0, the mean rank for equal values."""
+    x = x.detach().double()
+    return (x < x.unsqueeze(-1)).sum(-1).double() + ((x == x.unsqueeze(-1)).sum(-1).double() - 1) / 2
 
 
 def _control(basis: CausalBasisFeaturizer, seed: int) -> CausalBasisFeaturizer:
-    """Random orthonormal directions, uniform over all such, as many and at the same site."""
+    """Return as many random orthonormal directions at the same site, uniformly distributed."""
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(basis.d_in, basis.n_features, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(normal)
@@ -128,48 +134,48 @@ def _control(basis: CausalBasisFeaturizer, seed: int) -> CausalBasisFeaturizer:
     return CausalBasisFeaturizer.of(vectors, torch.zeros_like(basis.energies), basis.mean, basis.record)
 
 
-def _values(
-    bases: list[CausalBasisFeaturizer], model: nn.Module, batches: list[_Batch], seed: int, site: Site
+def _ablated_values(
+    bases: list[CausalBasisFeaturizer], model: nn.Module, parts: Sequence[tuple[Inputs, Tensor]], site: Site, seed: int
 ) -> list[list[Tensor]]:
-    """For each basis and batch what its features are set to, ``(batch, sequence, k)`` or ``(k,)``."""
+    """Return, for each basis and batch, the ablated values of its features: ``(batch, sequence, k)`` or ``(k,)``."""
     resample = bases[0].record.mode == "resample"
-    features: list[list[Tensor]] = [[], []]
-    for number, batch in enumerate(batches):
-        if number and not resample:  # the first batch is looked at for massive tokens
-            break
-        hidden = collect(model, batch.inputs, [site])[site]
-        warn_of_massive(hidden, batch.mask.to(hidden.device))
-        for i, f in enumerate(bases):
-            features[i].append(f.encode(hidden))
-    if not resample:
-        return [[f.ablation_values()] * len(batches) for f in bases]
-    for i in range(len(bases)):
-        rows = [values[batch.mask.to(values.device)] for values, batch in zip(features[i], batches, strict=True)]
-        # the same order of the tokens for both
-        moved = torch.split(derange(torch.cat(rows), torch.Generator().manual_seed(seed)), [len(part) for part in rows])
-        for number, (batch, part) in enumerate(zip(batches, moved, strict=True)):
-            whole = features[i][number]
-            features[i][number] = whole.index_put((batch.mask.to(whole.device),), part)
-    return features
+    read = parts if resample else parts[:1]  # else only to warn of massive tokens
+    hiddens = [collect(model, inputs, [site])[site] for inputs, _ in read]
+    masks = [mask.to(hidden.device) for hidden, (_, mask) in zip(hiddens, read, strict=True)]
+    for hidden, mask in zip(hiddens, masks, strict=True):
+        warn_of_massive(hidden, mask)
+    if resample:
+        return [_resampled([f.encode(hidden) for hidden in hiddens], masks, seed) for f in bases]
+    return [[f.ablation_values()] * len(parts) for f in bases]
 
 
-def _ablated(model: nn.Module, batch: _Batch, place: Place, f: CausalBasisFeaturizer, j: int, value: Tensor) -> Tensor:
-    """Log-probabilities of the tokens that take part, ``(n, vocabulary)``, with feature j at a value."""
+def _resampled(features: list[Tensor], masks: list[Tensor], seed: int) -> list[Tensor]:
+    """Exchange the features of the selected tokens of all batches by one derangement, which depends on the seed."""
+    selected = [part[mask] for part, mask in zip(features, masks, strict=True)]
+    moved = derange(torch.cat(selected), torch.Generator().manual_seed(seed))
+    rows = torch.split(moved, [len(part) for part in selected])
+    return [part.index_put((mask,), new) for part, mask, new in zip(features, masks, rows, strict=True)]
+
+
+@contextmanager
+def _ablated(place: Place, f: CausalBasisFeaturizer, j: int, value: Tensor, mask: Tensor) -> Iterator[None]:
+    """Set feature j of the selected tokens to a value while the context lasts."""
     column = torch.tensor([j], device=f.directions.device)
 
     def edit(hidden: Tensor) -> Tensor:
         features = f.encode(hidden, column)
-        edited = torch.where(batch.mask.to(hidden.device).unsqueeze(-1), value, features)
+        edited = torch.where(mask.to(hidden.device).unsqueeze(-1), value, features)
         return f.apply_edit(hidden, features, edited, column)
 
     handle = hook(place, edit)
     try:
-        return _log_probs(model, batch)
+        yield
     finally:
         handle.remove()
 
 
-def _log_probs(model: nn.Module, batch: _Batch) -> Tensor:
-    logits = model(**batch.inputs).logits
-    chosen: Tensor = logits[batch.mask.to(logits.device)]
-    return chosen.to(torch.promote_types(chosen.dtype, torch.float32)).log_softmax(-1)
+def _log_probs(model: nn.Module, inputs: Inputs, mask: Tensor) -> Float[Tensor, "n vocabulary"]:
+    """Return the log-probabilities of the selected tokens."""
+    logits = model(**inputs).logits
+    selected: Tensor = logits[mask.to(logits.device)]
+    return selected.to(torch.promote_types(selected.dtype, torch.float32)).log_softmax(-1)

@@ -1,4 +1,4 @@
-"""Pictures of bases and of their fidelity; needs matplotlib."""
+"""Figures of bases and of their fidelity. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def energies_by_layer(bases: Mapping[str, CausalBasisFeaturizer]) -> Figure:
-    """Energies of each basis against the number of the vector, nats per token, logarithmic.
+    """Plot the energies of each basis against the number of the vector, in nats per token, on a logarithmic axis.
 
     Args:
-        bases: by what each is called, such as its site.
+        bases: by label, such as the site.
 
     Raises:
-        UsageError: there are none.
+        UsageError: there is no basis.
         MissingDependencyError: matplotlib is not installed.
     """
     if not bases:
@@ -43,7 +43,7 @@ def energies_by_layer(bases: Mapping[str, CausalBasisFeaturizer]) -> Figure:
 
 
 def fidelity_plot(fidelity: Fidelity) -> Figure:
-    """Energies by the readout across, effects on the model up, with the range of the random directions.
+    """Plot effects on the model against energies by the readout, with the range of the random directions.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -65,7 +65,7 @@ def fidelity_plot(fidelity: Fidelity) -> Figure:
 
 
 def matplotlib_figure() -> type[Figure]:
-    """The class of matplotlib's figures, imported.
+    """Import and return matplotlib's class `Figure`.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.

@@ -1,6 +1,7 @@
 """CausalAbstraction's featurizers under their own names, and the files of causalab and the MIB benchmark.
 
-The drop-in for ``neural.featurizers`` is `featurizers_causalab.featurizers`. Nothing that is read is run.
+The drop-in for ``neural.featurizers`` is `featurizers_causalab.featurizers`. Files are read as data; no code in them is
+run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["read_submission", "write_submission"]
 
 @hookimpl
 def featurizers_interventions(register: Callable[[type], None]) -> None:
-    """Register the interventions, but for that of a function."""
+    """Register the interventions, except the interpolation, whose function no file can hold."""
     from featurizers_causalab.interventions import SAVED
 
     for cls in SAVED:
@@ -29,18 +30,18 @@ def featurizers_interventions(register: Callable[[type], None]) -> None:
 
 @hookimpl
 def featurizers_read(source: ExternalFiles) -> Featurizer[Any] | None:
-    """The featurizer of a folder that holds one unit of CausalAbstraction, old or new."""
+    """Read the featurizer of a folder that holds one unit of CausalAbstraction, in either format."""
     return submissions.one(source)
 
 
 @hookimpl
 def featurizers_resolve(reference: str, repository: Callable[..., ExternalFiles]) -> Featurizer[Any] | None:
-    """The featurizer of one unit of a repository: ``owner/name/FOLDER/UNIT``."""
+    """Read the featurizer of one unit of a repository: ``owner/name/FOLDER/UNIT``."""
     return submissions.resolve(reference, repository)
 
 
 @hookimpl
 def featurizers_write(featurizer: Featurizer[Any], folder: Path) -> list[str] | None:
-    """Write the triplet of one unit."""
+    """Write the featurizer as the triplet of one unit; return what the triplet does not hold."""
     triplets.write(featurizer, folder / submissions.unit_of(featurizer, str(folder)))
     return submissions.lost(featurizer)

@@ -1,4 +1,4 @@
-"""CausalAbstraction's builders: from a pair of modules to a pyvene class that acts through them."""
+"""CausalAbstraction's builders: each makes a pyvene intervention class from a pair of modules."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from featurizers_causalab.pairs import featurizer_of_modules
 def build_feature_interchange_intervention(
     featurizer: nn.Module, inverse_featurizer: nn.Module, featurizer_id: str
 ) -> type:
-    """A pyvene class that takes features from the source."""
+    """Build a pyvene class that takes features from the source."""
     return bound("FeatureInterchangeIntervention", _of(featurizer, inverse_featurizer, featurizer_id))
 
 
 def build_feature_collect_intervention(featurizer: nn.Module, featurizer_id: str) -> type:
-    """A pyvene class that collects features."""
+    """Build a pyvene class that collects features."""
     return bound("FeatureCollectIntervention", _of(featurizer, None, featurizer_id))
 
 
@@ -30,52 +30,57 @@ def build_feature_mask_intervention(
     featurizer_id: str,
     tie_masks: bool = False,
 ) -> type:
-    """A pyvene class with a trainable gate on each feature, or one on all."""
+    """Build a pyvene class with a trainable gate for each feature, or one gate for all if ``tie_masks``."""
     return mask_class(_of(featurizer, inverse_featurizer, featurizer_id, n_features), tie_masks)
 
 
 def build_feature_steering_intervention(
     featurizer: nn.Module, inverse_featurizer: nn.Module, featurizer_id: str
 ) -> type:
-    """A pyvene class that adds a vector of the feature space."""
+    """Build a pyvene class that adds a vector of the feature space."""
     return bound("FeatureSteeringIntervention", _of(featurizer, inverse_featurizer, featurizer_id))
 
 
 def build_feature_replace_intervention(
     featurizer: nn.Module, inverse_featurizer: nn.Module, featurizer_id: str
 ) -> type:
-    """A pyvene class that puts a vector of the feature space in place of the features."""
+    """Build a pyvene class that replaces the features by a vector of the feature space."""
     return bound("FeatureReplaceIntervention", _of(featurizer, inverse_featurizer, featurizer_id))
 
 
 def build_feature_interpolation_intervention(
     featurizer: nn.Module, inverse_featurizer: nn.Module, featurizer_id: str
 ) -> type:
-    """A pyvene class that puts what a function makes of both in place of the features."""
+    """Build a pyvene class that replaces the features by a function of those of base and source."""
     return bound("FeatureInterpolateIntervention", _of(featurizer, inverse_featurizer, featurizer_id))
 
 
 def build_feature_noise_intervention(
     featurizer: nn.Module, inverse_featurizer: nn.Module, featurizer_id: str, seed: int = 0
 ) -> type:
-    """A pyvene class that adds noise to the features."""
+    """Build a pyvene class that adds noise to the features."""
     return bound("FeatureNoiseIntervention", _of(featurizer, inverse_featurizer, featurizer_id), seed=seed)
 
 
 def bound(name: str, core: Featurizer[Any], **fixed: int) -> type:
-    """The pyvene class of a name, bound to a featurizer; pyvene is imported when one is asked for.
+    """Return the intervention class of a name, bound to a featurizer. This imports pyvene.
+
+    Args:
+        name: name of a class of `featurizers_causalab.interventions`.
+        core: the featurizer.
+        fixed: class attributes to set.
 
     Raises:
         MissingDependencyError: pyvene is not installed.
     """
-    bind = featurizers.pyvene.bind  # says what to install if pyvene is missing
+    bind = featurizers.pyvene.bind  # its error says what to install
     from featurizers_causalab import interventions
 
     return bind(getattr(interventions, name), core, **fixed)
 
 
 def mask_class(core: Featurizer[Any], tied: bool) -> type:
-    """The pyvene class of a mask."""
+    """Return the mask intervention class, tied or not, bound to a featurizer."""
     return bound("TiedFeatureMaskIntervention" if tied else "FeatureMaskIntervention", core)
 
 

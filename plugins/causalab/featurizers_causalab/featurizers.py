@@ -1,7 +1,7 @@
 """CausalAbstraction's ``neural.featurizers`` under its own names: ``from featurizers_causalab.featurizers import *``.
 
-A `Featurizer` here is a pair of modules, as there; what is done through it is done by a featurizer of this library,
-which `Featurizer.as_featurizer` gives and `Featurizer.of` takes.
+A `Featurizer` of this module is a pair of modules, as in CausalAbstraction. A featurizer of this library carries out
+its interventions: `Featurizer.as_featurizer` returns it, and `Featurizer.of` wraps one.
 """
 
 from __future__ import annotations
@@ -71,14 +71,17 @@ __all__ = [
 
 
 class Featurizer(nn.Module):
-    """A pair of modules, ``x → (features, error)`` and back; an identity unless they are given.
+    """Pair of modules, ``x → (features, error)`` and its inverse; an identity unless they are given.
 
     Args:
         featurizer: maps activations to features and an error.
-        inverse_featurizer: maps these back.
-        n_features: number of features; a mask needs it.
-        id: a name, shown by the interventions; ``"null"`` where there is nothing to keep.
-        tie_masks: whether a mask has one logit for all features.
+        inverse_featurizer: maps features and an error to activations.
+        n_features: number of features; needed by a mask.
+        id: a name, which the interventions show; an identity with the id ``"null"`` is trivial and is not saved.
+        tie_masks: give a mask one logit for all features.
+
+    Raises:
+        UsageError: only one of the two modules is given.
     """
 
     def __init__(
@@ -92,16 +95,16 @@ class Featurizer(nn.Module):
     ) -> None:
         super().__init__()
         if (featurizer is None) != (inverse_featurizer is None):
-            raise UsageError("a featurizer and its inverse are given together, or neither for an identity")
+            raise UsageError("a featurizer and its inverse are given together; leave out both for an identity")
         if featurizer is None or inverse_featurizer is None:
             featurizer, inverse_featurizer = IdentityFeaturizerModule(), IdentityInverseFeaturizerModule()
         self.featurizer, self.inverse_featurizer = featurizer, inverse_featurizer
         self.n_features, self.id, self.tie_masks = n_features, id, tie_masks
-        self._made: tuple[Any, ...] = ()
+        self._cached: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, core: featurizers.Featurizer[Any], *, tie_masks: bool = False) -> Featurizer:
-        """Any featurizer of this library as one of CausalAbstraction's; the two share their parameters."""
+        """Wrap a featurizer of this library; the two share their parameters."""
         options: dict[str, Any] = {"n_features": core.n_features, "id": core.id, "tie_masks": tie_masks}
         if isinstance(core, IdentityFeaturizer):
             self = Featurizer(**options)
@@ -114,26 +117,26 @@ class Featurizer(nn.Module):
     # ------------------------------------------------------------------ the map
 
     def forward(self, x: Tensor) -> Any:
-        """The same as `featurize`."""
+        """Call `featurize`."""
         return self.featurizer(x)
 
     def featurize(self, x: Tensor) -> Any:
-        """Features and error of x."""
+        """Return the features and the error of x."""
         return self.featurizer(x)
 
     def inverse_featurize(self, x: Tensor, error: Any) -> Any:
-        """The activations that have these features and this error."""
+        """Return the activations with these features and this error."""
         return self.inverse_featurizer(x, error)
 
     def is_trivial(self) -> bool:
-        """Whether it is an identity without a name, of which there is nothing to keep."""
+        """Return True for an identity without a name, which is not saved."""
         return self.id == "null" and isinstance(self.featurizer, IdentityFeaturizerModule)
 
     def set_feature_indices(self, feature_indices: Sequence[int] | None) -> None:
-        """Set the features that interventions act on where they are told no others; None for all, ``[]`` for none.
+        """Set the features that interventions act on by default: None for all, ``[]`` for none.
 
         Raises:
-            FeatureIndexError: a feature is not there, or is named twice.
+            FeatureIndexError: a feature is out of range or repeated.
         """
         sets = self._core().feature_sets
         if feature_indices is None:
@@ -144,17 +147,17 @@ class Featurizer(nn.Module):
             sets[SELECTED] = columns
 
     def get_feature_indices(self) -> list[int] | None:
-        """The features that were set, None for all."""
+        """Return the features that were set, None for all."""
         return selected_of(self._core())
 
     def as_featurizer(self) -> featurizers.Featurizer[Any]:
-        """The same map as a featurizer of this library, which can be saved, pushed and given to `intervene`.
+        """Return the same map as a featurizer of this library, which can be saved, pushed and passed to `intervene`.
 
-        An identity and a subspace share their parameters with it; a sparse autoencoder's is a copy in rows.
+        The result shares the parameters of an identity or a subspace. For a sparse autoencoder it is a copy.
 
         Raises:
             ConversionError: the modules are the caller's own.
-            MissingDependencyError: it is a sparse autoencoder, and the plugin for these is not installed.
+            MissingDependencyError: it is a sparse autoencoder, and `featurizers-sae-lens` is not installed.
         """
         if isinstance(self.featurizer, SAEFeaturizerModule):
             try:
@@ -176,54 +179,54 @@ class Featurizer(nn.Module):
         return core
 
     def _core(self) -> featurizers.Featurizer[Any]:
-        """The featurizer that acts through the modules that are there now."""
+        """Return the featurizer of the current modules; it is rebuilt if one of them was replaced."""
         key = (self.featurizer, self.inverse_featurizer, self.n_features)
-        if self._made[:-1] != key:  # a module was put in the place of another
-            self._made = (*key, featurizer_of_modules(*key, self.id))
-        core: featurizers.Featurizer[Any] = self._made[-1]
+        if self._cached[:-1] != key:
+            self._cached = (*key, featurizer_of_modules(*key, self.id))
+        core: featurizers.Featurizer[Any] = self._cached[-1]
         core.id = self.id
         return core
 
     # ------------------------------------------------------------------ interventions
 
     def get_interchange_intervention(self) -> type:
-        """A pyvene class that takes features from the source."""
+        """Return a pyvene class that takes features from the source."""
         return bound("FeatureInterchangeIntervention", self._core())
 
     def get_collect_intervention(self) -> type:
-        """A pyvene class that collects features."""
+        """Return a pyvene class that collects features."""
         return bound("FeatureCollectIntervention", self._core())
 
     def get_mask_intervention(self) -> type:
-        """A pyvene class with a trainable gate on each feature, or on all.
+        """Return a pyvene class with a trainable gate for each feature, or one gate for all if ``tie_masks``.
 
         Raises:
             UsageError: the number of features is not known.
         """
         if self.n_features is None:
-            raise UsageError("`n_features` must be given to the Featurizer for a mask, which has a logit a feature")
+            raise UsageError("`n_features` must be given to the Featurizer for a mask, which has a logit per feature")
         return mask_class(self._core(), self.tie_masks)
 
     def get_steering_intervention(self) -> type:
-        """A pyvene class that adds the source, a vector of the feature space."""
+        """Return a pyvene class that adds the source, a vector of the feature space."""
         return bound("FeatureSteeringIntervention", self._core())
 
     def get_replace_intervention(self) -> type:
-        """A pyvene class that puts the source, a vector of the feature space, in place of the features."""
+        """Return a pyvene class that replaces the features by the source, a vector of the feature space."""
         return bound("FeatureReplaceIntervention", self._core())
 
     def get_interpolation_intervention(self) -> type:
-        """A pyvene class that puts what a function makes of both in place of the features."""
+        """Return a pyvene class that replaces the features by a function of those of base and source."""
         return bound("FeatureInterpolateIntervention", self._core())
 
     def get_noise_intervention(self, seed: int = 0) -> type:
-        """A pyvene class that adds noise to the features."""
+        """Return a pyvene class that adds noise to the features."""
         return bound("FeatureNoiseIntervention", self._core(), seed=seed)
 
     # ------------------------------------------------------------------ files
 
     def to_dict(self) -> dict[str, Any] | None:
-        """What causalab writes of it: a description and two state dicts; None for what is trivial.
+        """Return what causalab saves, a description and two state dicts; None for a trivial featurizer.
 
         Raises:
             ConversionError: causalab has no class for its map.
@@ -239,30 +242,33 @@ class Featurizer(nn.Module):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Featurizer:
-        """What `to_dict` wrote, or causalab.
+        """Rebuild a featurizer from the dict that `to_dict`, here or in causalab, returned.
 
         Raises:
-            ManifestError, WeightsError: it contradicts itself, or is of a class that is not known.
+            ManifestError: the description is malformed or names an unknown class.
+            WeightsError: the tensors are malformed or contradict each other.
         """
         parts = [data.get(key) for key in ("model_info", "featurizer_state_dict", "inverse_state_dict")]
         payload = Payload(*parts)
         return cls._loaded(featurizer_of(payload, "from_dict"), payload.info)
 
     def save_modules(self, path: str | Path) -> tuple[str | None, str | None]:
-        """Write ``PATH_featurizer`` and ``PATH_inverse_featurizer``, in place of what was there; the folder is made.
+        """Write ``PATH_featurizer`` and ``PATH_inverse_featurizer``, replacing existing files; the folder is created.
+
+        These files cannot hold a sparse autoencoder. For one, nothing is written and a warning says how to save it;
+        CausalAbstraction's experiments accept None for the paths.
 
         Returns:
-            The two paths; of a sparse autoencoder, which these files cannot hold, twice None, which CausalAbstraction's
-            experiments go on with, and a warning.
+            The two paths; twice None for a sparse autoencoder.
 
         Raises:
-            ConversionError: it is of a class that no loader knows.
+            ConversionError: the modules are of a class that no loader knows.
             ArtefactError: the files cannot be written.
         """
         if isinstance(self.featurizer, SAEFeaturizerModule):
             warnings.warn(
-                f"no file is written of the autoencoder {self.id!r}, which CausalAbstraction's files cannot hold; "
-                "save it with as_featurizer().save_pretrained(folder)",
+                f"no file is written: CausalAbstraction's files cannot hold the autoencoder {self.id!r}; save it with "
+                "as_featurizer().save_pretrained(folder)",
                 stacklevel=2,
             )
             return None, None
@@ -271,11 +277,14 @@ class Featurizer(nn.Module):
 
     @classmethod
     def load_modules(cls, path: str | Path) -> Featurizer:
-        """What `save_modules` wrote, here or in CausalAbstraction, on the CPU, without the list of features.
+        """Read the files that `save_modules`, here or in CausalAbstraction, wrote, onto the CPU.
+
+        The list of features is not read.
 
         Raises:
-            ManifestError, WeightsError: the files are missing, damaged, or contradict each other.
-            UsageError: they hold a featurizer of another class than the one that was asked.
+            ManifestError: a file is missing, or the description is malformed or names an unknown class.
+            WeightsError: the files are damaged or contradict each other.
+            UsageError: the files hold a featurizer of another class than this one.
         """
         source, name = triplets.at(path)
         payload = triplets.read_payload(source, name)
@@ -285,12 +294,12 @@ class Featurizer(nn.Module):
     def _loaded(cls, core: featurizers.Featurizer[Any], info: dict[str, Any]) -> Featurizer:
         loaded = Featurizer.of(core, tie_masks=info.get("tie_masks", False))
         if not isinstance(loaded, cls):
-            raise UsageError(f"a {type(loaded).__name__} was saved there, and not a {cls.__name__}")
+            raise UsageError(f"what was saved is a {type(loaded).__name__}, not a {cls.__name__}; load it as that")
         loaded.id = info.get("featurizer_id") or "loaded"
         return loaded
 
     def _storable(self) -> featurizers.Featurizer[Any]:
-        """A featurizer that holds the map, also where a rotation of another library does."""
+        """Return a featurizer with the same map; the rotation layer of another library is copied to a subspace."""
         if isinstance(self.featurizer, SubspaceFeaturizerModule) and isinstance(self._core(), PairFeaturizer):
             weight: Any = self.featurizer.rotate.weight
             core = subspace_of(weight)
@@ -300,18 +309,19 @@ class Featurizer(nn.Module):
 
 
 class SubspaceFeaturizer(Featurizer):
-    """Coordinates in a subspace, whose basis stays orthonormal while it is trained.
+    """Coordinates in a subspace; the basis stays orthonormal while it is trained.
 
     Args:
         shape: ``(d, k)``, for a random basis drawn from torch's generator.
-        rotation_subspace: ``(d, k)``, a basis with orthonormal columns, to the precision of its dtype.
-        trainable: whether the basis learns.
+        rotation_subspace: a basis ``(d, k)`` whose columns are orthonormal to the precision of its dtype.
+        trainable: let the basis require gradients.
         id: a name.
-        tie_masks: whether a mask has one logit for all features.
+        tie_masks: give a mask one logit for all features.
 
     Raises:
-        UsageError: not one of the two is given.
-        BasisError, ConfigError: the columns are not orthonormal, or are more than the rows.
+        UsageError: neither or both of ``shape`` and ``rotation_subspace`` are given.
+        BasisError: the columns are not orthonormal, or there are more columns than rows.
+        ConfigError: ``shape`` has more columns than rows.
     """
 
     def __init__(
@@ -349,13 +359,14 @@ class SAEFeaturizer(Featurizer):
     """Features of a sparse autoencoder of SAELens.
 
     Args:
-        sae: shares its memory with this one; its own flags of what learns stay.
-        trainable: whether the autoencoder learns.
+        sae: the autoencoder. It is copied; the copy shares the memory of its parameters, whose ``requires_grad`` is
+            not changed.
+        trainable: let the copy's parameters require gradients.
         id: a name.
-        tie_masks: whether a mask has one logit for all features.
+        tie_masks: give a mask one logit for all features.
 
     Raises:
-        UsageError: it is no autoencoder, or a transcoder.
+        UsageError: ``sae`` is not a sparse autoencoder, or it is a transcoder.
     """
 
     def __init__(self, sae: Any, *, trainable: bool = False, id: str = "sae", tie_masks: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""What causalab writes of one featurizer: a description and two state dicts, and the featurizer that they mean."""
+"""Payloads, the form in which causalab stores a featurizer: a description and two state dicts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any, Final
 
 import torch
 from featurizers import Featurizer
-from featurizers.errors import BasisError, ConversionError, ManifestError, WeightsError, printable, shown
+from featurizers.errors import BasisError, ConversionError, ManifestError, UsageError, WeightsError, printable, shown
 from featurizers.features import select
+from featurizers.format import ExternalFiles
 from featurizers.models import SELECTED
 from featurizers_identity import IdentityConfig, IdentityFeaturizer
 from featurizers_subspace import SubspaceFeaturizer
@@ -21,18 +22,18 @@ IDENTITY: Final = ("IdentityFeaturizerModule", "IdentityInverseFeaturizerModule"
 KEYS: Final = {"featurizer_class", "inverse_featurizer_class", "n_features"}
 OPTIONAL: Final = {"additional_config", "featurizer_id", "tie_masks"}
 TOLERANCE: Final = 1e-4
-"""How far two copies of one rotation may differ, element by element: they were computed on different machines."""
+"""Largest difference of an element between two copies of a rotation, which different machines may have computed."""
 MOST_FEATURES: Final = 2**24
 
 
 @dataclass(frozen=True)
 class Payload:
-    """What was written of one featurizer.
+    """A featurizer as causalab stores it.
 
     Attributes:
         info: the description, ``model_info``.
-        state: of the featurizer's module.
-        inverse: of the inverse's module.
+        state: state dict of the featurizer's module.
+        inverse: state dict of the inverse's module.
     """
 
     info: Any
@@ -41,11 +42,11 @@ class Payload:
 
 
 def featurizer_of(payload: Payload, where: str) -> Featurizer[Any]:
-    """The featurizer that a payload means, once its three statements of the same map are known to agree.
+    """Build the featurizer of a payload, and check that the three copies of its rotation agree.
 
     Raises:
-        ManifestError: the description is of another form, or of a class that is not known.
-        WeightsError: the tensors are of another form, contradict each other, or are no rotation.
+        ManifestError: the description is malformed or names an unknown class.
+        WeightsError: the tensors are malformed, contradict each other or are no rotation.
     """
     info = _checked_info(payload.info, where)
     classes = info["featurizer_class"], info["inverse_featurizer_class"]
@@ -55,22 +56,22 @@ def featurizer_of(payload: Payload, where: str) -> Featurizer[Any]:
         return _subspace(info, payload, where)
     raise ManifestError(
         where,
-        f"it is of the classes {shown(classes[0])} and {shown(classes[1])}; known are those of an identity and of a "
-        "subspace. What a submission's own featurizer.py defines is never run, and the benchmark's loader refuses it "
-        "too: make the class a featurizer of a plugin (docs/plugins.md), or write its map as a rotation",
+        f"it is of the classes {shown(classes[0])} and {shown(classes[1])}; only those of an identity or a subspace "
+        "are known. What a submission's own featurizer.py defines is never run, and the benchmark's loader refuses it "
+        "too. Make the class a featurizer of a plugin (docs/plugins.md), or write its map as a rotation",
     )
 
 
 def payload_of(featurizer: Featurizer[Any], where: str, *, tie_masks: bool = False) -> Payload:
-    """What causalab writes of a featurizer.
+    """Convert a featurizer to a payload.
 
     Args:
         featurizer: an identity or a subspace.
-        where: what to call the target in an error.
-        tie_masks: whether its masks have one logit for all features.
+        where: names the target in an error.
+        tie_masks: record that masks of this featurizer have one logit for all features.
 
     Raises:
-        ConversionError: causalab has no class for its map.
+        ConversionError: causalab has no class for the featurizer.
     """
     named = {"featurizer_id": featurizer.id, "tie_masks": tie_masks}
     if isinstance(featurizer, IdentityFeaturizer):
@@ -78,8 +79,8 @@ def payload_of(featurizer: Featurizer[Any], where: str, *, tie_masks: bool = Fal
     if not isinstance(featurizer, SubspaceFeaturizer):
         raise ConversionError(
             where,
-            f"CausalAbstraction's loader knows identities and subspaces, and not the kind {featurizer.kind!r}; "
-            "share it as an artefact of featurizers, with save_pretrained",
+            f"CausalAbstraction's loader reads identities and subspaces, not the kind {featurizer.kind!r}; "
+            "save it as an artefact with save_pretrained",
         )
     with torch.no_grad():
         rotation = featurizer.orthonormal_basis().detach().to("cpu", torch.float32).clone()
@@ -89,7 +90,7 @@ def payload_of(featurizer: Featurizer[Any], where: str, *, tie_masks: bool = Fal
 
 
 def selected_of(featurizer: Featurizer[Any]) -> list[int] | None:
-    """The features that a featurizer's unit acts on, None for all."""
+    """Return the features in the feature set ``selected``, None for all."""
     chosen = featurizer.feature_sets.get(SELECTED)
     if chosen is None:
         return None
@@ -98,10 +99,16 @@ def selected_of(featurizer: Featurizer[Any]) -> list[int] | None:
 
 
 def selection(indices: Any, n_features: int | None, where: str, name: str) -> Tensor | None:
-    """The features that a list in a file names, None if it says null.
+    """Convert the list of features of a file to a tensor; None if the file holds null.
+
+    Args:
+        indices: the JSON value.
+        n_features: number of features, None if not known.
+        where: names the source in an error.
+        name: names the list in an error.
 
     Raises:
-        ManifestError: it is no list of different features that there are.
+        ManifestError: the value is not a list, or a feature in it is out of range or repeated.
     """
     if indices is None:
         return None
@@ -116,8 +123,14 @@ def selection(indices: Any, n_features: int | None, where: str, name: str) -> Te
     return torch.tensor(indices, dtype=torch.long)
 
 
+def refuse_indices(source: ExternalFiles, where: str) -> None:
+    """Raise `UsageError` if only some features are requested: a rotation is loaded whole."""
+    if source.indices is not None:
+        raise UsageError(f"{where}: it is loaded whole; give the indices to the operation instead")
+
+
 def same(one: Any, other: Any) -> bool:
-    """Whether two descriptions are equal, tensors in them bit for bit."""
+    """Return True if two descriptions are equal, with tensors compared bit for bit."""
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):
@@ -140,12 +153,12 @@ def _info(classes: tuple[str, str], n_features: int | None, options: Any, named:
     }
 
 
-def _checked_info(given: Any, where: str) -> dict[str, Any]:
-    """The description, with what it may leave out."""
-    if not isinstance(given, dict) or not KEYS <= given.keys() <= KEYS | OPTIONAL:
-        given = sorted(map(str, given)) if isinstance(given, dict) else type(given).__name__
-        raise ManifestError(where, f"model_info holds {sorted(KEYS)} and may hold {sorted(OPTIONAL)}, not {given!r}")
-    info: dict[str, Any] = {"additional_config": {}, "featurizer_id": None, "tie_masks": False, **given}
+def _checked_info(info: Any, where: str) -> dict[str, Any]:
+    """Check a description and fill in its optional keys."""
+    if not isinstance(info, dict) or not KEYS <= info.keys() <= KEYS | OPTIONAL:
+        keys = sorted(map(str, info)) if isinstance(info, dict) else type(info).__name__
+        raise ManifestError(where, f"model_info holds {sorted(KEYS)} and may hold {sorted(OPTIONAL)}, not {keys!r}")
+    info = {"additional_config": {}, "featurizer_id": None, "tie_masks": False, **info}
     n_features = info["n_features"]
     wrong = {
         "featurizer_class": not isinstance(info["featurizer_class"], str),
@@ -157,8 +170,8 @@ def _checked_info(given: Any, where: str) -> dict[str, Any]:
     }
     for name, is_wrong in wrong.items():
         if is_wrong:
-            raise ManifestError(where, f"model_info has the {name} {shown(info[name])}, which it cannot be")
-    return info
+            raise ManifestError(where, f"model_info has an invalid {name}: {shown(info[name])}")
+    return info  # type: ignore[no-any-return]
 
 
 def _named(featurizer: Featurizer[Any], info: dict[str, Any]) -> Featurizer[Any]:
@@ -168,7 +181,7 @@ def _named(featurizer: Featurizer[Any], info: dict[str, Any]) -> Featurizer[Any]
 
 def _identity(info: dict[str, Any], payload: Payload, where: str) -> Featurizer[Any]:
     if info["additional_config"] or payload.state != {} or payload.inverse != {}:
-        raise WeightsError(where, "it is an identity, and yet has options or tensors")
+        raise WeightsError(where, "it is an identity, which has neither options nor tensors, but it holds some")
     return _named(IdentityFeaturizer(IdentityConfig(d_in=info["n_features"])), info)
 
 
@@ -176,23 +189,23 @@ def _subspace(info: dict[str, Any], payload: Payload, where: str) -> Featurizer[
     options = info["additional_config"]
     if options.keys() != {"rotation_matrix", "requires_grad"} or type(options["requires_grad"]) is not bool:
         raise ManifestError(
-            where, f"additional_config of a subspace holds rotation_matrix and requires_grad, not {shown(options)}"
+            where, f"additional_config of a subspace must hold rotation_matrix and requires_grad, not {shown(options)}"
         )
     rotation = rotation_of(payload.state, where)
     if info["n_features"] != rotation.shape[1]:
         raise WeightsError(
-            where, f"model_info says {info['n_features']} features, but its rotation has {rotation.shape[1]} columns"
+            where, f"model_info says {info['n_features']} features, but the rotation has {rotation.shape[1]} columns"
         )
     inverse = rotation if same(payload.inverse, payload.state) else rotation_of(payload.inverse, where)
     others = {"inverse": inverse, "rotation_matrix": options["rotation_matrix"]}
     for name, other in others.items():
         if not isinstance(other, Tensor) or other.shape != rotation.shape or not other.is_floating_point():
-            raise WeightsError(where, f"the {name} is no matrix of shape {tuple(rotation.shape)} as the featurizer's")
-        if not (apart := float((other.to(rotation.dtype) - rotation).abs().amax())) <= TOLERANCE:
+            raise WeightsError(where, f"the {name} is no matrix of the shape of the rotation, {tuple(rotation.shape)}")
+        if not (difference := float((other.to(rotation.dtype) - rotation).abs().amax())) <= TOLERANCE:
             raise WeightsError(
                 where,
-                f"the rotation of the {name} is another one than the featurizer's, by {apart:.2g}: the files are of "
-                "different runs, or one of them was changed",
+                f"the rotation of the {name} differs from the featurizer's by {difference:.2g}: the files are from "
+                "different runs, or one was changed. Save the unit again",
             )
     try:
         featurizer = subspace_of(rotation)

@@ -1,4 +1,4 @@
-"""Rotations as `torch.nn.utils.parametrizations.orthogonal` stores them: from its two tensors to a basis, and back."""
+"""Convert the two tensors that `torch.nn.utils.parametrizations.orthogonal` stores to a basis, and back."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 ROUNDING = 1e-4
-"""How far from orthonormal the columns of a rotation in single precision may be."""
-MOST_TRAINED = 8192
-"""Of how many dimensions a rotation is computed from what training left: that takes a time of their third power."""
+"""Largest deviation of a single-precision rotation from orthonormal columns that counts as rounding."""
+MAX_TRAINED = 8192
+"""Largest dimension d for which a trained rotation is computed, at O(d³)."""
 ORIGINAL, BASE = "rotate.parametrizations.weight.original", "rotate.parametrizations.weight.0.base"
 
 
 def rotation_of(state: Any, where: str) -> Float[Tensor, "d k"]:
-    """The rotation that a state dict parametrises: ``base @ Q``, with Q the orthogonal matrix that the other gives.
+    """Compute the rotation that a state dict parametrises: ``base @ Q``, where ``original`` defines the orthogonal Q.
 
-    Q is the matrix exponential where ``original`` is square, and a product of Householder reflections elsewhere: the
-    choice of torch, which the file does not name. Both are the identity for a rotation that was never trained.
+    Q is a matrix exponential if ``original`` is square, else a product of Householder reflections. This is torch's
+    choice; the file does not name it. If the rotation was never trained, Q is the identity.
 
     Args:
         state: a state dict with ``original`` ``(d, k)`` and ``base`` ``(d, d)``.
-        where: what to call it in an error.
+        where: names the source in an error.
 
     Raises:
-        WeightsError: it is not such a state dict.
+        WeightsError: it is not such a state dict, or d is too large.
     """
     if not isinstance(state, dict) or state.keys() != {ORIGINAL, BASE}:
-        given = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
-        raise WeightsError(where, f"the state of a rotation holds {ORIGINAL!r} and {BASE!r}, not {given!r}")
+        keys = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        raise WeightsError(where, f"the state of a rotation holds {ORIGINAL!r} and {BASE!r}, not {keys!r}")
     original, base = state[ORIGINAL], state[BASE]
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor) or tensor.dim() != 2 or not tensor.is_floating_point():
@@ -41,7 +41,7 @@ def rotation_of(state: Any, where: str) -> Float[Tensor, "d k"]:
     if not 0 < k <= d or base.shape != (d, d):
         raise WeightsError(
             where,
-            f"the state of a rotation into k of d dimensions is (d, k) and (d, d), not {tuple(original.shape)} and "
+            f"the tensors of a rotation have the shapes (d, k) and (d, d) with k <= d, not {tuple(original.shape)} and "
             f"{tuple(base.shape)}",
         )
     dtype = torch.promote_types(original.dtype, torch.float32)
@@ -49,38 +49,38 @@ def rotation_of(state: Any, where: str) -> Float[Tensor, "d k"]:
     if torch.equal(x, -torch.eye(d, k, dtype=dtype)):
         untrained: Tensor = base[:, :k].to(dtype, copy=True)
         return untrained
-    if d > MOST_TRAINED:
-        raise WeightsError(where, f"a rotation of {d} dimensions is more than is computed here, {MOST_TRAINED}")
+    if d > MAX_TRAINED:
+        raise WeightsError(where, f"a trained rotation has {MAX_TRAINED} dimensions at most, not {d}")
     if d == k:
         lower = x.tril()
         q = torch.matrix_exp(lower - lower.mT)
     else:
         reflectors = x.tril(-1)
         q = torch.linalg.householder_product(reflectors, 2 / (1 + reflectors.square().sum(dim=0)))
-        q = q * x.diagonal().trunc()  # signs, which torch reads as integers
+        q = q * x.diagonal().trunc()  # the diagonal holds signs, which torch truncates to integers
     rotation: Tensor = base.to(dtype) @ q
     return rotation
 
 
 def subspace_of(rotation: Float[Tensor, "d k"]) -> SubspaceFeaturizer:
-    """The subspace of a rotation, in single precision at least; what rounding took from its columns is put right.
+    """Build the subspace of a rotation, in single precision at least.
 
-    That is what half precision takes, a truncated decomposition, or the products of a training's reflections.
+    If the columns are not orthonormal because of rounding (half precision, a truncated decomposition, the product of
+    trained reflections), the nearest orthonormal basis is used.
 
     Raises:
-        BasisError: the columns are not orthonormal, or more than the rows.
+        BasisError: the columns are not orthonormal, or there are more columns than rows.
     """
     wide = rotation.detach().to(torch.promote_types(rotation.dtype, torch.float32))
-    off = stiefel.deviation(wide) if wide.dim() == 2 else 0.0
-    rounded = stiefel.tolerance(wide.dtype) < off <= max(ROUNDING, stiefel.tolerance(rotation.dtype))
+    deviation = stiefel.deviation(wide) if wide.dim() == 2 else 0.0
+    rounded = stiefel.tolerance(wide.dtype) < deviation <= max(ROUNDING, stiefel.tolerance(rotation.dtype))
     return SubspaceFeaturizer.from_basis(wide, orthonormalize=rounded)
 
 
 def state_of(rotation: Float[Tensor, "d k"]) -> dict[str, Tensor]:
-    """The state dict that torch gives an orthonormal matrix: it is in the base, and the rest is the identity.
+    """Return torch's state dict of an orthonormal matrix: ``base`` holds the rotation, ``original`` stands for Q = I.
 
-    The base is ``(d, d)``, the rotation completed to an orthonormal basis of everything: its size is that of the
-    format.
+    The format requires a ``base`` ``(d, d)``, so the rotation is completed to an orthonormal basis of the whole space.
     """
     rotation = rotation.detach().to("cpu", torch.float32)
     d, k = rotation.shape

@@ -1,4 +1,4 @@
-"""Whole submissions to the MIB benchmark: folders of triplets, read and written as collections."""
+"""Submissions to the MIB benchmark, folders of triplets: read and written as collections of featurizers."""
 
 from __future__ import annotations
 
@@ -25,48 +25,53 @@ MODELS: Final = {
     "Gemma2ForCausalLM": "google/gemma-2-2b",
     "LlamaForCausalLM": "meta-llama/Meta-Llama-3.1-8B-Instruct",
 }
-"""The model that the benchmark's evaluator loads for the class that the name of a folder says."""
+"""Model that the benchmark's evaluator loads for each class in the name of a folder."""
 FOLDER: Final = re.compile(rf"({'|'.join(TASKS)})_({'|'.join(MODELS)})_([\w.-]{{1,100}})", re.ASCII)
 PLAIN: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 def read(source: ExternalFiles) -> dict[str, Featurizer[Any]]:
-    """The featurizers of all units of a source, by folder and name as the subfolders of a collection are called.
+    """Read the featurizers of all units of a source, by folder and unit as subfolder names of a collection.
 
     Raises:
-        ManifestError, WeightsError: a unit cannot be read, or two would have one name.
+        ManifestError, WeightsError: a unit cannot be read, or two units get the same name.
     """
-    found: dict[str, Featurizer[Any]] = {}
+    featurizers: dict[str, Featurizer[Any]] = {}
     for name, reader in _readers(source).items():
-        if (key := _key(name)) in found:
+        if (key := _key(name)) in featurizers:
             raise ManifestError(
-                source.where, f"two units would be called {shown(key, 200)}; read their folders one by one"
+                source.where, f"two units get the name {shown(key, 200)}; read their folders one by one"
             )
-        found[key] = reader()
-    return found
+        featurizers[key] = reader()
+    return featurizers
 
 
 def one(source: ExternalFiles) -> Featurizer[Any] | None:
-    """The featurizer of a source that holds one unit; None for one that holds none.
+    """Read the featurizer of a source that holds one unit; return None if it holds none.
 
     Raises:
-        ManifestError: there are several.
+        ManifestError: it holds several units, or the unit cannot be read.
+        WeightsError: the unit cannot be read.
     """
     readers = _readers(source)
     if len(readers) > 1:
         raise ManifestError(
             source.where,
             f"it holds {len(readers)} units of CausalAbstraction: {_listed(readers)}; read them all with "
-            "featurizers_causalab.read_submission, or one of the Hub as causalab:owner/name/FOLDER/UNIT",
+            "featurizers_causalab.read_submission, or one from the Hub as causalab:owner/name/FOLDER/UNIT",
         )
     return next((reader() for reader in readers.values()), None)
 
 
 def resolve(reference: str, repository: Callable[..., ExternalFiles]) -> Featurizer[Any]:
-    """The featurizer of one unit of a repository: of ``owner/name/FOLDER/UNIT``.
+    """Read the featurizer of one unit of a repository.
+
+    Args:
+        reference: ``owner/name/FOLDER/UNIT``.
+        repository: opens a repository of the Hub.
 
     Raises:
-        SourceError: it is not of that form, or the repository has no such unit.
+        SourceError: the reference is of another form, or the repository has no such unit.
         ManifestError, WeightsError: the unit cannot be read.
     """
     owner, _, rest = reference.partition("/")
@@ -82,48 +87,50 @@ def resolve(reference: str, repository: Callable[..., ExternalFiles]) -> Featuri
 def read_submission(
     source: str | Path, *, subfolder: str | None = None, revision: str | None = None, token: str | bool | None = None
 ) -> dict[str, Featurizer[Any]]:
-    """The featurizers of a submission to the MIB benchmark, or of a folder of causalab, by folder and unit.
+    """Read the featurizers of a submission to the MIB benchmark, or of a folder of causalab, by folder and unit.
 
-    The names are fit for the subfolders of a collection: ``save_collection(read_submission(folder), out)``. The
-    features that a unit acts on are its feature set ``selected``; what its names say is in its ``site`` and its
-    ``metadata``. Nothing in the folder is run.
+    The names can be subfolders of a collection: ``save_collection(read_submission(folder), out)``. The features that a
+    unit acts on are its feature set ``selected``; the parts of its name are in its ``site`` and its ``metadata``. No
+    code in the folder is run.
 
     Args:
         source: a folder, or a repository of the Hub, as `featurizers.load` takes them.
-        subfolder: a folder in it.
-        revision: of a repository.
-        token: of the Hub.
+        subfolder: a folder in the source.
+        revision: branch, tag or commit of a repository.
+        token: token of the Hub; the stored one if None.
 
     Raises:
-        SourceError: the source is neither.
-        ManifestError, WeightsError: a unit cannot be read; there is none.
+        SourceError: the source is neither a folder nor a repository.
+        ManifestError: a unit cannot be read, or there is none.
+        WeightsError: a unit cannot be read.
         HubError: the Hub refused or did not answer.
     """
     parsed = parse_source(source, revision)
     if isinstance(parsed, FolderSource):
-        foreign = of_folder(parsed.path.expanduser() / (subfolder or ""), None)
+        files = of_folder(parsed.path.expanduser() / (subfolder or ""), None)
     elif isinstance(parsed, HubSource):
-        foreign = of_repository(Remote(parsed, subfolder, token), None)
+        files = of_repository(Remote(parsed, subfolder, token), None)
     else:
-        raise SourceError(f"{str(source)!r} is an entry of a catalogue; give the folder or the repository")
-    found = read(foreign)
-    if not found:
-        raise ManifestError(foreign.where, "there are no files of CausalAbstraction's units in it")
-    return {name: checked(featurizer, foreign) for name, featurizer in found.items()}
+        raise SourceError(f"{str(source)!r} is an entry of a catalogue; give a folder or a repository")
+    featurizers = read(files)
+    if not featurizers:
+        raise ManifestError(files.where, "it holds no files of CausalAbstraction's units; name the folder that does")
+    return {name: checked(featurizer, files) for name, featurizer in featurizers.items()}
 
 
 def write_submission(featurizers: Mapping[str, Featurizer[Any]], folder: str | Path) -> Path:
-    """Write a submission to the MIB benchmark: a triplet for each featurizer, in the folder that its name begins with.
+    """Write a submission to the MIB benchmark: a triplet for each featurizer.
 
-    The name of a unit is the one that it was read with, or that of its site and position.
+    A unit keeps the name that it was read with; any other is named after its site and position. If writing fails,
+    nothing is left behind.
 
     Args:
-        featurizers: identities and subspaces, by ``FOLDER/ANYTHING`` or ``ANYTHING``.
-        folder: a new or an empty one; a writing that fails leaves nothing.
+        featurizers: identities and subspaces, by ``FOLDER/ANYTHING`` or ``ANYTHING``; FOLDER is the folder of the unit.
+        folder: a new or empty folder.
 
     Raises:
-        UsageError: there are none, or two are of one unit.
-        ConversionError: CausalAbstraction has no class for one, or no unit for its site.
+        UsageError: there are no featurizers, or two are of the same unit.
+        ConversionError: CausalAbstraction has no class for a featurizer, or no unit for its site.
         ArtefactError: the folder is not empty, or cannot be written.
     """
     if not featurizers:
@@ -133,10 +140,10 @@ def write_submission(featurizers: Mapping[str, Featurizer[Any]], folder: str | P
         for name, featurizer in featurizers.items():
             parts = name.split("/")
             if not all(map(PLAIN.fullmatch, parts)):
-                raise UsageError(f"{name!r} is no name of a folder: letters, digits, '.', '_' and '-', joined by '/'")
+                raise UsageError(f"{name!r} is no name of a folder; use letters, digits, '.', '_', '-' and '/'")
             path = "/".join([*parts[:-1], unit_of(featurizer, name)])
             if path in written:
-                raise UsageError(f"{name!r} and {written[path]!r} are both of the unit {path!r}")
+                raise UsageError(f"{name!r} and {written[path]!r} are both of the unit {path!r}; change a site")
             written[path] = name
             try:
                 triplets.write(featurizer, new / path)
@@ -146,14 +153,14 @@ def write_submission(featurizers: Mapping[str, Featurizer[Any]], folder: str | P
 
 
 def unit_of(featurizer: Featurizer[Any], where: str) -> str:
-    """The name of a featurizer's unit.
+    """Return the name of a featurizer's unit: the one in its metadata if it fits the site, else that of the site.
 
     Raises:
-        ConversionError: it has neither a name that could be a file's, nor a site that has one.
+        ConversionError: CausalAbstraction has no unit for the site.
     """
     site = featurizer.site
-    before = featurizer.metadata.get("causalab")
-    unit = before.get("unit") if isinstance(before, dict) else None
+    record = featurizer.metadata.get("causalab")
+    unit = record.get("unit") if isinstance(record, dict) else None
     parsed = units.parse(unit) if isinstance(unit, str) else None
     if parsed is not None and parsed.site == site and (site is None or site.position == parsed.site.position):  # type: ignore[union-attr]
         return str(unit)
@@ -168,22 +175,22 @@ def unit_of(featurizer: Featurizer[Any], where: str) -> str:
 
 
 def lost(featurizer: Featurizer[Any]) -> list[str]:
-    """What a triplet cannot hold of a featurizer, beside what is missing in what is read back."""
-    site, said = featurizer.site, []
+    """Return a sentence for each property of a featurizer that a triplet loses and a comparison would not show."""
+    site, losses = featurizer.site, []
     if site is not None and site.model is not None:
-        said.append(f"The model {site.model!r} is not kept; the benchmark takes it from the name of the folder.")
+        losses.append(f"The model {site.model!r} is not kept; the benchmark takes it from the name of the folder.")
     if featurizer.special_tokens:
-        said.append(f"The special tokens {list(featurizer.special_tokens)} are not kept.")
-    if other := sorted(featurizer.metadata.keys() - {"causalab"}):
-        said.append(f"The metadata {', '.join(map(repr, other))} are not kept.")
-    return said
+        losses.append(f"The special tokens {list(featurizer.special_tokens)} are not kept.")
+    if keys := sorted(featurizer.metadata.keys() - {"causalab"}):
+        losses.append(f"The metadata {', '.join(map(repr, keys))} are not kept.")
+    return losses
 
 
 def _readers(source: ExternalFiles) -> dict[str, Callable[[], Featurizer[Any]]]:
-    """What reads each unit of a source, by its folder and name; of a bundle all are read at once.
+    """Return a function that reads each unit of a source, by folder and unit. Bundles are read at once.
 
     Raises:
-        ManifestError, WeightsError: a bundle cannot be read, or one unit is there twice.
+        ManifestError, WeightsError: a bundle cannot be read, or a unit is in a triplet and in a bundle.
     """
     readers = {name: partial(_triplet, source, name) for name in triplets.names(source)}
     bundled: dict[str, Callable[[], Featurizer[Any]]] = {
@@ -192,7 +199,9 @@ def _readers(source: ExternalFiles) -> dict[str, Callable[[], Featurizer[Any]]]:
         for unit, featurizer in bundles.read(source, folder).items()
     }
     if both := sorted(readers.keys() & bundled.keys()):
-        raise ManifestError(source.where, f"the unit {shown(both[0], 200)} is in a triplet and in {bundles.UNITS}")
+        raise ManifestError(
+            source.where, f"the unit {shown(both[0], 200)} is in a triplet and in {bundles.UNITS}; remove one"
+        )
     return {**readers, **bundled}
 
 
@@ -206,17 +215,17 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _key(name: str) -> str:
-    """The name of a unit as the subfolder of a collection may be called."""
+    """Convert the name of a unit to a valid subfolder of a collection."""
     words = (re.sub(r"[(,]", ".", part.rstrip(")")) for part in name.split("/"))
     return "/".join(re.sub(r"^\.+|[^A-Za-z0-9._-]", "_", word) for word in words)
 
 
 def _placed(featurizer: Featurizer[Any], name: str) -> Featurizer[Any]:
-    """The featurizer of a unit, with what the folders of the benchmark that its name begins with say."""
+    """Add the task, model and variable that the folder of a unit names to its featurizer."""
     for part in name.split("/")[:-1]:
         if match := FOLDER.fullmatch(part):
-            said = {"task": match[1], "model": match[2], "variable": match[3]}
-            featurizer.metadata["causalab"] = {**featurizer.metadata["causalab"], **said}
+            names = {"task": match[1], "model": match[2], "variable": match[3]}
+            featurizer.metadata["causalab"] = {**featurizer.metadata["causalab"], **names}
             if featurizer.site is not None:
                 featurizer.site = featurizer.site.at(model=MODELS[match[2]])
             break

@@ -1,4 +1,4 @@
-"""Triplets ``NAME_featurizer``, ``NAME_inverse_featurizer``, ``NAME_indices``, as the MIB benchmark takes them."""
+"""Reader and writer of the triplets ``NAME_featurizer``, ``NAME_inverse_featurizer`` and ``NAME_indices`` of MIB."""
 
 from __future__ import annotations
 
@@ -9,52 +9,60 @@ from typing import Any
 
 import torch
 from featurizers import Featurizer
-from featurizers.errors import ArtefactError, ManifestError, UsageError, WeightsError, one_line, shown
+from featurizers.errors import ArtefactError, ManifestError, WeightsError, one_line, shown
 from featurizers.files import contained, read_bytes
 from featurizers.format import MAX_CONFIG_BYTES, ExternalFiles, parse_json
 from featurizers.models import SELECTED
 
 from featurizers_causalab import units
-from featurizers_causalab.payloads import Payload, featurizer_of, payload_of, same, selected_of, selection
+from featurizers_causalab.payloads import (
+    Payload,
+    featurizer_of,
+    payload_of,
+    refuse_indices,
+    same,
+    selected_of,
+    selection,
+)
 
 FORWARD, INVERSE, INDICES = "_featurizer", "_inverse_featurizer", "_indices"
 
 
 def names(source: ExternalFiles) -> list[str]:
-    """The names of the units that a source holds, with their folders.
+    """Return the names of the units in a source, with their folders.
 
-    Of a unit whose name says that it is one, a single file is enough; of any other both modules are there.
+    A name in CausalAbstraction's form, such as ``ResidualStream(…)``, is a unit if it has any of the three files. Any
+    other name is a unit if it has both modules.
     """
     files = set(source.names)
-    found = {
+    candidates = {
         name.removesuffix(suffix) for suffix in (INVERSE, FORWARD, INDICES) for name in files if name.endswith(suffix)
     }
     return sorted(
-        name for name in found if units.parse(name.rpartition("/")[2]) or {name + FORWARD, name + INVERSE} <= files
+        name for name in candidates if units.parse(name.rpartition("/")[2]) or {name + FORWARD, name + INVERSE} <= files
     )
 
 
 def read(source: ExternalFiles, name: str) -> Featurizer[Any]:
-    """The featurizer of one unit, the features that it acts on as its feature set ``selected``.
+    """Read the featurizer of one unit. Its feature set ``selected`` holds the features that the unit acts on.
 
     Args:
-        source: what holds its files.
-        name: of the unit, with its folder.
+        source: the files.
+        name: name of the unit, with its folder.
 
     Raises:
-        ManifestError: a file is missing, or says what cannot be.
-        WeightsError: the files are damaged, or contradict each other.
-        UsageError: some features are asked for: a rotation is loaded whole.
+        ManifestError: a file is missing or invalid.
+        WeightsError: the files are damaged or contradict each other.
+        UsageError: only some features are requested; a rotation is loaded whole.
     """
     unit = name.rpartition("/")[2]
     where = f"{source.where}: {shown(name, 200)}"
-    if source.indices is not None:
-        raise UsageError(f"{where}: it is loaded whole; give the indices to the operation instead")
+    refuse_indices(source, where)
     if f"{name}{FORWARD}" not in source.names and f"{name}{INVERSE}" not in source.names:
         raise ManifestError(
             where,
-            "there is a list of features and nothing that says of what: CausalAbstraction saves no sparse "
-            "autoencoder. Load that one, and set its feature_sets['selected']",
+            "there is a list of features but no featurizer that has them: CausalAbstraction saves no sparse "
+            "autoencoder. Load the autoencoder itself and set its feature_sets['selected']",
         )
     featurizer = featurizer_of(read_payload(source, name), where)
     chosen = selection(_indices(source, name), featurizer.n_features, where, f"{unit}{INDICES}")
@@ -69,11 +77,11 @@ def read(source: ExternalFiles, name: str) -> Featurizer[Any]:
 
 
 def read_payload(source: ExternalFiles, name: str) -> Payload:
-    """What the two files of one unit hold, once they are known to describe the same.
+    """Read the two modules of one unit and check that they describe the same featurizer.
 
     Raises:
-        ManifestError: one is missing, or they describe different featurizers.
-        WeightsError: one is damaged, or no such file.
+        ManifestError: a file is missing, or they describe different featurizers.
+        WeightsError: a file is damaged or of another format.
     """
     where = f"{source.where}: {shown(name, 200)}"
     forward, inverse = (_part(source, f"{name}{suffix}", where) for suffix in (FORWARD, INVERSE))
@@ -83,18 +91,18 @@ def read_payload(source: ExternalFiles, name: str) -> Payload:
 
 
 def write(featurizer: Featurizer[Any], path: Path, *, tie_masks: bool = False, indices: bool = True) -> None:
-    """Write the files of one unit in place of those that were there.
+    """Write the files of one unit, replacing existing ones.
 
-    All are written beside first, so that what cannot be written leaves the old ones as they were.
+    The files are written to a temporary folder first, so a failure leaves the existing ones unchanged.
 
     Args:
         featurizer: an identity or a subspace.
-        path: of the unit: a folder, which is made, and a name.
-        tie_masks: whether its masks have one logit for all features.
-        indices: whether to write the list of its selected features too.
+        path: path of the unit, ``FOLDER/NAME``; the folder is created.
+        tie_masks: record that masks of this featurizer have one logit for all features.
+        indices: write the list of selected features too.
 
     Raises:
-        ConversionError: CausalAbstraction has no class for it.
+        ConversionError: CausalAbstraction has no class for the featurizer.
         ArtefactError: the files cannot be written.
     """
     payload = payload_of(featurizer, str(path), tie_masks=tie_masks)
@@ -109,33 +117,33 @@ def write(featurizer: Featurizer[Any], path: Path, *, tie_masks: bool = False, i
             for file in sorted(Path(scratch).iterdir()):
                 file.replace(f"{path}{file.name}")
     except (OSError, ValueError, RuntimeError) as error:
-        raise ArtefactError(str(path), f"its files cannot be written: {one_line(error)}") from error
+        raise ArtefactError(str(path), f"the files of the unit cannot be written: {one_line(error)}") from error
 
 
 def at(path: str | Path) -> tuple[ExternalFiles, str]:
-    """The files of one unit of this machine, and its name: of ``FOLDER/NAME``, as `write` takes it."""
+    """Return the local files of the unit ``FOLDER/NAME``, the path that `write` takes, and its name."""
     folder, name = Path(path).parent, Path(path).name
     files = (f"{name}{suffix}" for suffix in (FORWARD, INVERSE, INDICES))
-    there = tuple(file for file in files if (folder / file).exists())
+    existing = tuple(file for file in files if (folder / file).exists())
 
     def fetch(file: str, _most: int | None) -> Path:
         return contained(folder, folder / file, str(folder), ManifestError)
 
-    return ExternalFiles(str(folder), there, fetch), name
+    return ExternalFiles(str(folder), existing, fetch), name
 
 
 def _part(source: ExternalFiles, name: str, where: str) -> dict[str, Any]:
     if name not in source.names:
-        raise ManifestError(where, f"{shown(name.rpartition('/')[2], 200)} is missing; a unit has both files")
+        raise ManifestError(where, f"{shown(name.rpartition('/')[2], 200)} is missing; a unit needs both modules")
     part = source.torch(name)
     if not isinstance(part, dict) or part.keys() != {"model_info", "state_dict"}:
-        given = sorted(map(str, part)) if isinstance(part, dict) else type(part).__name__
-        raise WeightsError(where, f"{shown(name, 200)} holds model_info and state_dict, not {given!r}")
+        keys = sorted(map(str, part)) if isinstance(part, dict) else type(part).__name__
+        raise WeightsError(where, f"{shown(name, 200)} must hold model_info and state_dict, not {keys!r}")
     return part
 
 
 def _indices(source: ExternalFiles, name: str) -> Any:
-    """What the list of features says; null where there is none, as the benchmark reads it."""
+    """Return the content of the list of features; None if there is no list, as the benchmark reads it."""
     file = f"{name}{INDICES}"
     if file not in source.names:
         return None

@@ -1,4 +1,4 @@
-"""Names of units such as ``ResidualStream(Layer-3,Token-last_token)``: which site and which token they mean."""
+"""Names of units such as ``ResidualStream(Layer-3,Token-last_token)``, converted to sites and tokens and back."""
 
 from __future__ import annotations
 
@@ -24,25 +24,26 @@ SITES: Final = {
     "attention_output": "attn.out",
     "head_attention_value_output": "attn.z",
 }
-"""Components of pyvene, as causalab names them, that are sites here."""
+"""Kind of site of each component of pyvene that causalab names."""
 COMPONENTS: Final = {
     "ResidualStream": "block_output",
     "AttentionHead": "head_attention_value_output",
     "AttentionOutput": "attention_output",
     "MLP": "mlp_output",
 }
-"""The component of a unit whose name does not say it: the one that the experiments of CausalAbstraction build."""
+"""Component of a unit whose name does not give one: that which the experiments of CausalAbstraction use."""
 LAST: Final = ("last_token", "last")
-"""Names of the token at the end of a prompt."""
+"""Names of the last token of a prompt."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What the name of a unit says.
+    """Site and token in the name of a unit.
 
     Attributes:
-        site: with its position, where the token is a place in every prompt; None for one that there is not here.
-        token: the name of the token, which only the task that it comes from can find in a prompt.
+        site: the site, with a position if the token is at the same position of every prompt; None if this library has
+            no such site.
+        token: the name of the token; in general only its task can find it in a prompt.
     """
 
     site: Site | None
@@ -50,11 +51,11 @@ class Unit:
 
 
 def parse(name: str, component: str | None = None) -> Unit | None:
-    """What the name of a unit says, old or new, with ``-``, ``:`` or ``_`` between its words; None for any other name.
+    """Parse the name of a unit, with ``-``, ``:`` or ``_`` between its words; return None for any other name.
 
     Args:
-        name: of the unit.
-        component: of pyvene, if it is known from elsewhere.
+        name: name of the unit.
+        component: component of pyvene, if another source gives it.
 
     Example:
         >>> parse("ResidualStream(Layer:3,Token:last_token)").site
@@ -74,10 +75,9 @@ model_revision=None)
 
 
 def name_of(site: Site) -> str | None:
-    """The name that CausalAbstraction gives a unit at a site, None if it has none for it.
+    """Return CausalAbstraction's name of the unit at a site, None if it has no such unit.
 
-    A residual stream is written without its component, as the benchmark's experiments do, where that is the block's
-    output.
+    The component is left out for the output of a block, as in the benchmark's experiments, and for heads.
 
     Example:
         >>> name_of(Site("resid.post", 3, position=(-1,)))
@@ -88,9 +88,9 @@ def name_of(site: Site) -> str | None:
     )
     if unit is None or (unit == "AttentionHead") != (site.head is not None):
         return None
-    said = "" if component == COMPONENTS[unit] and unit in ("ResidualStream", "AttentionHead") else f",{component}"
+    implied = component == COMPONENTS[unit] and unit in ("ResidualStream", "AttentionHead")
     head = "" if site.head is None else f",Head-{site.head}"
-    return f"{unit}(Layer-{site.layer}{head}{said},Token-{_token(site.position)})"
+    return f"{unit}(Layer-{site.layer}{head}{'' if implied else f',{component}'},Token-{_token(site.position)})"
 
 
 def _units() -> list[tuple[str, str]]:
@@ -98,7 +98,7 @@ def _units() -> list[tuple[str, str]]:
 
 
 def _positions(token: str) -> tuple[int, ...] | None:
-    """The places in every prompt that a token is at: those of a list, and the last one."""
+    """Return the positions of a token that are the same in every prompt: a list of numbers, or the last; else None."""
     if token in LAST:
         return (-1,)
     if match := re.fullmatch(r"\[(-?\d{1,6}(?:, -?\d{1,6})*)\]", token, re.ASCII):

@@ -25,10 +25,10 @@ class IdentityConfig(BaseModel):
 
 @final
 class IdentityFeaturizer(Featurizer[IdentityConfig]):
-    """The activations themselves: featurize(x) = (x, None).
+    """Activations as their own features: featurize(x) = (x, None).
 
-    Lossless, and exact: an interchange swaps the chosen coordinates bit for bit, so that through it full-vector
-    patching (activation patching, Vig et al. 2020, arXiv:2004.12265) is a plain torch hook's. Cost: one pass over
+    Lossless and exact: an interchange swaps the chosen coordinates bit for bit, so an interchange of all features is
+    activation patching (Vig et al. 2020, arXiv:2004.12265) with the result of a plain torch hook. Cost: one pass over
     the activations.
 
     Example:
@@ -46,15 +46,15 @@ class IdentityFeaturizer(Featurizer[IdentityConfig]):
         self.d_in = self.n_features = config.d_in
 
     def featurize(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Float[Tensor, "*batch d_in"], Error]:
-        """A copy of x, and no error."""
+        """Return a copy of x and no error."""
         return x.clone(), None
 
     def inverse_featurize(self, features: Float[Tensor, "*batch d_in"], error: Error) -> Float[Tensor, "*batch d_in"]:
-        """A copy of the features."""
+        """Return a copy of the features."""
         return features.clone()
 
     def encode(self, x: Float[Tensor, "*batch d_in"], columns: Tensor | None = None) -> Float[Tensor, "*batch k"]:
-        """X itself, or some of its columns."""
+        """Return x itself, or the given columns of it."""
         return x if columns is None else x[..., columns]
 
     def apply_edit(
@@ -64,7 +64,7 @@ class IdentityFeaturizer(Featurizer[IdentityConfig]):
         edited: Float[Tensor, "*batch k"],
         columns: Tensor | None = None,
     ) -> Float[Tensor, "*batch d_in"]:
-        """The edited coordinates put in their places: no difference is formed, so nothing is rounded."""
+        """Put the edited coordinates in their columns of ``base``; no difference is computed, so nothing is rounded."""
         edited = edited.to(base.dtype)
         return edited if columns is None else base.index_copy(-1, columns, edited)
 

@@ -14,7 +14,6 @@ from featurizers.errors import (
     FeaturizerError,
     ManifestError,
     PluginError,
-    ShapeError,
     UsageError,
     WeightsError,
     explain,
@@ -35,7 +34,6 @@ from featurizers.format import (
     write_tensors,
 )
 from featurizers.hub import REPO_ID, FolderSource, HubSource, Remote, parse_source
-from featurizers.models import Anatomy
 from featurizers.store import load, manifest_of, plugin_errors, push, read_unchanged, writing_collection
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -51,6 +49,7 @@ from featurizers_pyvene.record import (
     read_record,
 )
 from featurizers_pyvene.saved_intervention import SavedIntervention
+from featurizers_pyvene.widths import check_widths
 
 if TYPE_CHECKING:
     from featurizers.features import Featurizer
@@ -285,7 +284,7 @@ def _interventions(
     """
     classes = [intervention_class(row.kind) for row in record.interventions]
     featurizers = [_featurizer(entry, where, device, at) for entry in record.featurizers]
-    _check_widths(record, featurizers, model, where)
+    check_widths(record, featurizers, model, where)
     parts: dict[tuple[int, Any], Any] = {}
     made: list[Any] = []
     for row, cls in zip(record.interventions, classes, strict=True):
@@ -352,19 +351,6 @@ def _tensors(
     check_header(header, expected, [], where, **names)
     verify_weights(path, record.sha256, where)
     return read_tensors(path, device, where)
-
-
-def _check_widths(record: IntervenableRecord, featurizers: list[Featurizer[Any]], model: nn.Module, where: str) -> None:
-    """Raise `ShapeError` if a featurizer is not as wide as its place, as far as that is known before the model runs."""
-    anatomy = Anatomy(model)
-    for row in record.representations:
-        own = featurizers[record.interventions[row.intervention].featurizer].d_in
-        width = anatomy.residual_width(row.component)
-        if None not in (own, width) and own != width:
-            raise ShapeError(
-                f"{where}: the featurizer for {row.component} of layer {row.layer} takes activations of width {own}, "
-                f"those of this {type(model).__name__} have {width}"
-            )
 
 
 def _placed(record: IntervenableRecord, interventions: list[SavedIntervention], model: nn.Module, where: str) -> Any:

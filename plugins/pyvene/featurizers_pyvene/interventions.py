@@ -1,7 +1,8 @@
-"""The pyvene adapter: intervention classes whose arithmetic is the featurizer's own.
+"""Intervention classes for pyvene that call the featurizer's own operations.
 
-`Featurizer.get_interchange_intervention` and its two siblings return classes that pyvene accepts wherever it
-takes an intervention type. pyvene is imported here and nowhere else; it is an extra.
+`Featurizer.get_interchange_intervention`, `get_collect_intervention` and `get_mask_intervention` return subclasses of
+these, bound to one featurizer; pyvene accepts them wherever it takes an intervention type. Importing this module
+imports pyvene.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from featurizers_pyvene.saved_intervention import SavedIntervention
 
 try:
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints which of its own extras are missing
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its missing extras
         from pyvene.models.interventions import (
             CollectIntervention,
             DistributedRepresentationIntervention,
@@ -36,11 +37,18 @@ except ImportError as error:
 
 
 def indices_of_subspaces(subspaces: Sequence[Any] | None, partition: Sequence[Sequence[int]] | None) -> Indices:
-    """The features that pyvene's ``subspaces`` mean: a list of features, or of partitions, for each example.
+    """Convert pyvene's ``subspaces`` to feature indices.
+
+    Args:
+        subspaces: for each example of the batch a list of features, or of parts if there is a partition.
+        partition: the features of each part.
+
+    Returns:
+        None for all features, one list if all examples have the same, else a list for each example.
 
     Raises:
-        UsageError: some examples have one and others do not.
-        FeatureIndexError: a part that there is not.
+        UsageError: some examples have a list and others have None.
+        FeatureIndexError: a part is not in the partition.
     """
     if subspaces is None:
         return None
@@ -49,7 +57,7 @@ def indices_of_subspaces(subspaces: Sequence[Any] | None, partition: Sequence[Se
     rows = []
     for row in subspaces:
         if row is None or any(i is None for i in row):
-            raise UsageError("subspaces are given for some examples of the batch and not for others")
+            raise UsageError("subspaces are given for some examples of the batch only; give them for all or for none")
         if partition is not None and (beyond := [part for part in row if not 0 <= part < len(partition)]):
             raise FeatureIndexError(
                 f"part {beyond[0]} is not in the subspace_partition, which has {len(partition)} parts"
@@ -59,10 +67,10 @@ def indices_of_subspaces(subspaces: Sequence[Any] | None, partition: Sequence[Se
 
 
 class FeatureInterventionConfig(BaseModel):
-    """What is saved of an intervention beside its featurizer and its tensors.
+    """Arguments of an intervention that are saved beside its featurizer and its tensors.
 
     Attributes:
-        subspace_partition: every feature of each part.
+        subspace_partition: the features of each part.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -71,10 +79,10 @@ class FeatureInterventionConfig(BaseModel):
 
 
 class FeatureMaskConfig(FeatureInterventionConfig):
-    """As its base, and how the gate's logits become the gate.
+    """Arguments of a mask intervention.
 
     Attributes:
-        temperature: what the logits are divided by.
+        temperature: divides the gate's logits.
         hard: whether the gate is exactly 0 or 1.
     """
 
@@ -83,10 +91,14 @@ class FeatureMaskConfig(FeatureInterventionConfig):
 
 
 class FeatureIntervention(SavedIntervention, TrainableIntervention):  # type: ignore[misc]  # pyvene has no types
-    """What the three classes share, and a plugin's may: the featurizer as a child module, and a state that names it.
+    """Base of the interventions here and in plugins: holds the featurizer as a child module.
 
-    A class that pyvene restores from its own files is not bound to a featurizer; it builds one from the kind and
-    the config in the state dict, which is looked up among the installed plugins.
+    The state dict names the featurizer's kind and config. An intervention that pyvene restores from its own files is
+    not bound to a featurizer, so it builds one from these; the kind is looked up among the installed plugins.
+
+    Attributes:
+        bound: the featurizer of a class that `bind` made, None for any other class.
+        featurizer: maps the activations; absent until it is attached.
     """
 
     Config: ClassVar[type[BaseModel]] = FeatureInterventionConfig
@@ -94,56 +106,56 @@ class FeatureIntervention(SavedIntervention, TrainableIntervention):  # type: ig
     featurizer: Featurizer[Any]
 
     def __init__(self, **kwargs: Any) -> None:
-        # activations of several units arrive as (batch, units, d) whatever pyvene's version
+        # with keep_last_dim several units arrive as (batch, units, d) in every version of pyvene
         super().__init__(**{**kwargs, "keep_last_dim": True})
         for name in ("embed_dim", "interchange_dim"):
-            # pyvene knows them only for some components; a state dict must not depend on that
+            # pyvene sets these for some components only; the state dict must not depend on that
             if name in self._buffers:
                 self.register_buffer(name, self._buffers.pop(name), persistent=False)
         if self.bound is not None:
             self.attach(self.bound)
 
     def attach(self, featurizer: Featurizer[Any]) -> None:
-        """Take the featurizer; a class with tensors of its own makes them here, when their sizes are known."""
+        """Set the featurizer. A class with tensors of its own makes them here, where their sizes are known."""
         self.featurizer = featurizer
 
     @classmethod
     def from_config(cls, config: Any, part: Featurizer[Any]) -> Self:
-        """The intervention of a config, around a featurizer that others may share."""
+        """Build an intervention from a config around a featurizer, which other interventions may share."""
         self = cls()
         self.attach(part)
         self.set_config(config)
         return self
 
     def get_config(self) -> BaseModel:
-        """The arguments as they are now."""
+        """Return the current arguments."""
         parts = self.subspace_partition
         return FeatureInterventionConfig(
             subspace_partition=None if parts is None else [[int(i) for i in part] for part in parts]
         )
 
     def set_config(self, config: Any) -> None:
-        """Take the arguments of a config."""
+        """Set the arguments."""
         self.subspace_partition = config.subspace_partition
 
     def check(self) -> None:
-        """Raise `FeatureIndexError` if the partition has features that the featurizer has not."""
+        """Raise `FeatureIndexError` if the partition has a feature that the featurizer lacks."""
         if self.featurizer.n_features is not None:
             for part in self.subspace_partition or ():
                 self.featurizer.select(part, torch.empty(0))
 
     def get_extra_state(self) -> str:
-        """The kind and the config of the featurizer, and the intervention's own config, as JSON."""
+        """Return the featurizer's kind, id and config and the intervention's config, as JSON."""
         record = {"kind": self.featurizer.kind, "id": self.featurizer.id}
         configs = {"config": self.featurizer.config, "intervention": self.get_config()}
         return json.dumps({**record, **{name: config.model_dump(mode="json") for name, config in configs.items()}})
 
     def set_extra_state(self, state: str) -> None:
-        """Build the featurizer that a state dict names, or check that it is the one there, and take the config.
+        """Build the featurizer that the state names, unless one is attached, and set the arguments.
 
         Raises:
-            UsageError: the featurizer there is of another kind.
-            ManifestError: the intervention's config is none of this class.
+            UsageError: the attached featurizer is of another kind.
+            ManifestError: this class does not accept the intervention's config.
         """
         record = json.loads(state)
         if "featurizer" not in self._modules:
@@ -151,17 +163,21 @@ class FeatureIntervention(SavedIntervention, TrainableIntervention):  # type: ig
             featurizer.id = record["id"]
             self.attach(featurizer)
         elif self.featurizer.kind != record["kind"]:
-            raise UsageError(f"the state is of kind {record['kind']!r}, the featurizer {self.featurizer.kind!r}")
+            raise UsageError(
+                f"the state is of a featurizer of kind {record['kind']!r}, but the intervention has one of kind "
+                f"{self.featurizer.kind!r}"
+            )
         try:
             self.set_config(self.Config.model_validate(record["intervention"]))
         except ValidationError as error:
             raise ManifestError(f"the state of {type(self).__name__}", explain(error)) from error
 
-    def _indices(self, subspaces: Sequence[Any] | None) -> Indices:
+    def chosen(self, base: Tensor, subspaces: Sequence[Any] | None) -> Indices:
+        """Return the features of ``base`` to act on; a subclass may choose others."""
         return indices_of_subspaces(subspaces, self.subspace_partition)
 
     def __str__(self) -> str:
-        """The class and the featurizer's id."""
+        """Return the class name and the featurizer's id."""
         return f"{type(self).__name__.partition('_')[0]}(id={self.featurizer.id})"
 
 
@@ -171,8 +187,8 @@ class FeatureInterchangeIntervention(FeatureIntervention, DistributedRepresentat
     kind = "interchange"
 
     def forward(self, base: Tensor, source: Tensor, subspaces: Sequence[Any] | None = None, **_: Any) -> Tensor:
-        """Base with the features of the source that ``subspaces`` name, all without it."""
-        return self.featurizer.interchange(base, source, self._indices(subspaces))
+        """Return ``base`` with the chosen features taken from ``source``; all if ``subspaces`` is None."""
+        return self.featurizer.interchange(base, source, self.chosen(base, subspaces))
 
 
 class FeatureCollectIntervention(FeatureIntervention, SourcelessIntervention, CollectIntervention):  # type: ignore[misc]
@@ -182,20 +198,20 @@ class FeatureCollectIntervention(FeatureIntervention, SourcelessIntervention, Co
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.is_source_constant = True  # a trainable intervention unsets it, which is what makes pyvene save it
+        self.is_source_constant = True  # TrainableIntervention sets False, but a collect has no source
 
     def forward(
         self, base: Tensor, source: Tensor | None = None, subspaces: Sequence[Any] | None = None, **_: Any
     ) -> Tensor:
-        """The features of base, ``(batch, units, n_features)``, or those that ``subspaces`` name."""
-        return self.featurizer.collect(base, self._indices(subspaces))
+        """Return the chosen features of ``base``, ``(batch, units, k)``; all if ``subspaces`` is None."""
+        return self.featurizer.collect(base, self.chosen(base, subspaces))
 
 
 class FeatureMaskIntervention(FeatureIntervention, DistributedRepresentationIntervention):  # type: ignore[misc]
     """`Featurizer.mask` with a trainable gate as a pyvene intervention.
 
     Attributes:
-        gate: a `featurizers.SigmoidGate`; soft until ``hard`` is set, in training mode or not.
+        gate: a `featurizers.SigmoidGate`; soft unless ``hard`` is set, in training mode or not.
     """
 
     kind = "mask"
@@ -203,10 +219,10 @@ class FeatureMaskIntervention(FeatureIntervention, DistributedRepresentationInte
     gate: SigmoidGate
 
     def attach(self, featurizer: Featurizer[Any]) -> None:
-        """Take the featurizer, and make a gate for its features.
+        """Set the featurizer and make a gate for its features.
 
         Raises:
-            UsageError: it does not say how many there are.
+            UsageError: the featurizer does not say how many features it has.
         """
         if featurizer.n_features is None:
             raise UsageError(f"a mask needs the number of features; create {featurizer.kind!r} with d_in")
@@ -214,24 +230,24 @@ class FeatureMaskIntervention(FeatureIntervention, DistributedRepresentationInte
         self.gate = SigmoidGate(featurizer.n_features)
 
     def get_config(self) -> BaseModel:
-        """The arguments as they are now."""
+        """Return the current arguments."""
         return FeatureMaskConfig(
             **super().get_config().model_dump(), temperature=self.gate.temperature, hard=self.gate.hard
         )
 
     def set_config(self, config: Any) -> None:
-        """Take the arguments of a config."""
+        """Set the arguments."""
         super().set_config(config)
         self.gate.temperature, self.gate.hard = config.temperature, config.hard
 
     @property
     def mask(self) -> nn.Parameter:
-        """The gate's logits."""
+        """Logits of the gate, ``(n_features,)``."""
         return self.gate.logits
 
     @property
     def hard(self) -> bool:
-        """Whether the gate is exactly 0 or 1."""
+        """True if the gate is exactly 0 or 1."""
         return self.gate.hard
 
     @hard.setter
@@ -239,20 +255,20 @@ class FeatureMaskIntervention(FeatureIntervention, DistributedRepresentationInte
         self.gate.hard = hard
 
     def get_temperature(self) -> Tensor:
-        """What the logits are divided by."""
+        """Return the number that divides the logits."""
         return torch.tensor(self.gate.temperature)
 
     def set_temperature(self, temperature: float | Tensor) -> None:
-        """Set what the logits are divided by."""
+        """Set the number that divides the logits."""
         self.gate.temperature = float(temperature)
 
     def get_sparsity_loss(self) -> Tensor:
-        """The sum of the soft gates."""
+        """Return the sum of the soft gates."""
         return self.gate.sparsity_loss()
 
     def forward(self, base: Tensor, source: Tensor, subspaces: Sequence[Any] | None = None, **_: Any) -> Tensor:
-        """Base with its features moved towards the source by the gate."""
-        if self._indices(subspaces) is not None:
+        """Return ``base`` with its features moved towards those of ``source`` by the gate."""
+        if self.chosen(base, subspaces) is not None:
             raise UsageError("a mask acts on every feature; set the logits of the gate instead of subspaces")
         return self.featurizer.mask(base, source, self.gate())
 
@@ -260,26 +276,27 @@ class FeatureMaskIntervention(FeatureIntervention, DistributedRepresentationInte
 INTERVENTIONS: dict[str, type[FeatureIntervention]] = {
     base.kind: base for base in (FeatureInterchangeIntervention, FeatureCollectIntervention, FeatureMaskIntervention)
 }
-"""The core's own, by the names under which they are saved."""
+"""Classes of this package by the kind under which they are saved."""
 
 _bound: weakref.WeakValueDictionary[tuple[str, str], type] = weakref.WeakValueDictionary()
 
 
 def bind(base: type, featurizer: Featurizer[Any], **fixed: int) -> type:
-    """The subclass of an intervention class that is bound to a featurizer; the same one each time.
+    """Return the subclass of an intervention class that is bound to a featurizer; the same class at each call.
 
-    Its name can be imported from the module of ``base``, whose ``__getattr__`` is `bound_class`: by this process the
-    class itself, by any other its base, which takes the featurizer from the state that pyvene loads.
+    pyvene saves the class by its name. `bound_class`, which the module of ``base`` must use in its ``__getattr__``,
+    resolves that name: to the bound class in this process, to ``base`` in any other. There the intervention builds
+    its featurizer from the state that pyvene loads.
 
     Args:
-        base: a `FeatureIntervention`.
-        featurizer: what its interventions act through.
-        fixed: attributes of the class.
+        base: a subclass of `FeatureIntervention`.
+        featurizer: the featurizer of its instances.
+        fixed: class attributes to set.
     """
     variant = "".join(f"{key}{value}" for key, value in fixed.items())
     name = f"{base.__name__}_{id(featurizer):x}{variant}"
     cls = _bound.get((base.__module__, name))
-    if cls is None:  # while the class lives it holds its featurizer, so that no other can have its id
+    if cls is None:  # a living class keeps its featurizer alive, so no other featurizer can have the same id()
         cls = type(base)(
             name, (base,), {"bound": featurizer, "__module__": base.__module__, "__doc__": base.__doc__, **fixed}
         )
@@ -288,15 +305,22 @@ def bind(base: type, featurizer: Featurizer[Any], **fixed: int) -> type:
 
 
 def unbound(cls: type) -> type:
-    """The class that `bind` made this one of, or the class itself."""
+    """Return the class that `bind` derived this one from, or the class itself if it is not bound."""
     return cls.__bases__[0] if _bound.get((cls.__module__, cls.__name__)) is cls else cls
 
 
 def bound_class(module: str, name: str) -> type:
-    """What a bound class of a module is under its name; for the ``__getattr__`` of a module that has such classes.
+    """Resolve the name of a bound class; for the ``__getattr__`` of a module that defines intervention classes.
+
+    Args:
+        module: name of the module that defines the base class.
+        name: name that `bind` gave the bound class.
+
+    Returns:
+        The bound class if this process made it, else its base class.
 
     Raises:
-        AttributeError: no class of this module is named so.
+        AttributeError: the module has no such base class.
     """
     base = vars(sys.modules[module]).get(name.rpartition("_")[0])
     if not (isinstance(base, type) and issubclass(base, FeatureIntervention)):

@@ -1,4 +1,4 @@
-"""Where the name of an intervention is looked up: among the core's own, and those of the plugin that owns it."""
+"""Look up an intervention class by its kind: in this package, or in the plugin that owns the name."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from featurizers_pyvene.saved_intervention import SavedIntervention
 
 
 def intervention_class(kind: str) -> type[SavedIntervention]:
-    """The class that is registered under a name, by the core or by the one plugin that owns the name.
+    """Return the class that is registered under a kind, by this package or by the plugin that owns the name.
 
     Raises:
-        UnknownKindError: no installed plugin registers it, or it is no such name at all.
-        PluginError: the plugin that owns it cannot be used.
+        UnknownKindError: no installed plugin registers the kind, or it is not a valid name.
+        PluginError: the plugin that owns the name cannot be used.
         MissingDependencyError: pyvene is not installed.
     """
     if kind in INTERVENTIONS:
         return INTERVENTIONS[kind]
-    plugin, found = kind.partition(".")[0], dict[str, type[SavedIntervention]]()
+    plugin, registered = kind.partition(".")[0], dict[str, type[SavedIntervention]]()
 
     def register(cls: type[SavedIntervention]) -> None:
         try:
             name = checked_class(SavedIntervention, plugin, cls)
         except PluginError as error:
             raise PluginError(f"the plugin {plugin!r} cannot be used: {error}") from error
-        if found.setdefault(name, cls) is not cls or name in INTERVENTIONS:
-            raise PluginError(f"the plugin {plugin!r} cannot be used: the intervention {name!r} is there already")
+        if registered.setdefault(name, cls) is not cls or name in INTERVENTIONS:
+            raise PluginError(f"the plugin {plugin!r} cannot be used: the intervention {name!r} is registered already")
 
     hint = "The name of an intervention is lower-case words joined by '-', never an import path."
     if KIND.fullmatch(kind):
@@ -38,17 +38,19 @@ def intervention_class(kind: str) -> type[SavedIntervention]:
         if plugin in kinds():
             host().ask("featurizers_interventions", plugin, register=register)
             hint = f"The plugin {plugin!r} registers no intervention of that name."
-    if kind not in found:
-        raise UnknownKindError(kind, {*INTERVENTIONS, *found}, hint, what="intervention")
-    return found[kind]
+    if kind not in registered:
+        raise UnknownKindError(kind, {*INTERVENTIONS, *registered}, hint, what="intervention")
+    return registered[kind]
 
 
 def class_of(intervention: Any, name: str) -> type[SavedIntervention]:
-    """The registered class that an intervention is of, and not of a subclass, whose arithmetic may be another.
+    """Return the registered class of an intervention.
+
+    A subclass of a registered class is refused, because its arithmetic may differ.
 
     Args:
-        intervention: of a pyvene model.
-        name: what to call it in an error.
+        intervention: an intervention of a pyvene model.
+        name: names it in an error.
 
     Raises:
         UsageError: its class is not registered.
@@ -57,7 +59,7 @@ def class_of(intervention: Any, name: str) -> type[SavedIntervention]:
     kind = getattr(cls, "kind", None)
     if not (isinstance(kind, str) and issubclass(cls, SavedIntervention) and intervention_class(kind) is cls):
         raise UsageError(
-            f"the intervention {shown(name)} is a {cls.__name__}, which no file may name. Those of the featurizers' "
-            "get_..._intervention() are saved, and those that a plugin registers in its featurizers_interventions"
+            f"the intervention {shown(name)} is a {cls.__name__}, which no file may name. Use one of a featurizer's "
+            "get_..._intervention() methods, or register the class in a plugin's featurizers_interventions hook"
         )
     return cls

@@ -1,4 +1,4 @@
-"""`intervenable.json`: what a saved pyvene model says of itself. Reading it imports neither torch nor pyvene."""
+"""Schema, reader and writer of `intervenable.json`. Reading it imports neither torch nor pyvene."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from featurizers.format import INTERVENABLE_NAME, MAX_CONFIG_BYTES, Name, Subfol
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 FORMAT_VERSION: Final = 1
-MOST: Final = 10_000
-"""How many places, interventions or featurizers a file may have."""
+MAX_ENTRIES: Final = 10_000
+"""Most places, interventions or featurizers that a file may have."""
 COMPONENT: Final = re.compile(r"\w+(\[\d+\])*(\.\w+(\[\d+\])*)*", re.ASCII)
 
 
@@ -24,7 +24,7 @@ def _component(text: str) -> str:
 
 
 Count = Annotated[int, Field(gt=0, le=2**31)]
-Number = Annotated[int, Field(ge=0, lt=MOST)]
+Number = Annotated[int, Field(ge=0, lt=MAX_ENTRIES)]
 Key = Annotated[int, Field(ge=-(2**31), le=2**31)] | Name
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -34,7 +34,7 @@ class _Record(BaseModel):
 
 
 class ModelRecord(_Record):
-    """The model that an intervenable was saved from; for people."""
+    """Model that the pyvene model was saved from; for information only."""
 
     class_name: Name
     id: Name | None = None
@@ -42,13 +42,13 @@ class ModelRecord(_Record):
 
 
 class RepresentationRecord(_Record):
-    """One place in the model: pyvene's ``RepresentationConfig`` without what is no data.
+    """One place in the model: the fields of pyvene's ``RepresentationConfig`` that are data.
 
     Attributes:
-        intervention: which one of the file; several places may share it.
-        group_key: places of one group take their sources from one input.
-        intervention_link_key: places of one key share one intervention.
-        subspace_partition: as pyvene was given it; what counts is the intervention's.
+        intervention: index of the intervention in the file; several places may share it.
+        group_key: places with the same key take their sources from one input.
+        intervention_link_key: places with the same key share one intervention.
+        subspace_partition: as it was given to pyvene; not used, the intervention's own partition is.
     """
 
     layer: Annotated[int, Field(ge=0, le=100_000)] | None = None
@@ -68,9 +68,9 @@ class InterventionRecord(_Record):
     """One intervention.
 
     Attributes:
-        kind: registered name of its class; looked up among the installed plugins and nowhere else.
-        config: its arguments, which the class's ``Config`` validates.
-        featurizer: which one of the file; several interventions may share it.
+        kind: registered name of its class; looked up among the installed plugins only.
+        config: its arguments; the class's ``Config`` validates them.
+        featurizer: index of the featurizer in the file; several interventions may share it.
     """
 
     kind: Annotated[str, Field(max_length=128)]
@@ -79,11 +79,11 @@ class InterventionRecord(_Record):
 
 
 class FeaturizerRecord(_Record):
-    """One featurizer, an artefact in the same folder.
+    """One featurizer, stored as an artefact in the same folder.
 
     Attributes:
-        subfolder: where.
-        sha256: of its ``model.safetensors``.
+        subfolder: its subfolder.
+        sha256: checksum of its ``model.safetensors``.
     """
 
     subfolder: Subfolder
@@ -91,15 +91,15 @@ class FeaturizerRecord(_Record):
 
 
 class IntervenableRecord(_Record):
-    """The whole file, format version 1.
+    """Content of the file, format version 1.
 
     Attributes:
-        model: what it was saved from, if known.
-        mode: of the run, pyvene's.
-        use_fast: pyvene's: positions are the same for each example of a batch.
-        as_adaptor: pyvene's: interventions are given what the module was given.
-        representations: in the order in which sources and positions are given.
-        sha256: of ``intervenable.safetensors``, the tensors that are the interventions' own.
+        model: model that it was saved from, if known.
+        mode: pyvene's mode, parallel or serial.
+        use_fast: pyvene's option: positions are the same for each example of a batch.
+        as_adaptor: pyvene's option: interventions also receive the input of the module.
+        representations: the places, in the order in which sources and positions are given.
+        sha256: checksum of ``intervenable.safetensors``, which holds the interventions' own tensors.
     """
 
     library_name: Literal["featurizers"] = "featurizers"
@@ -108,14 +108,14 @@ class IntervenableRecord(_Record):
     mode: Literal["parallel", "serial"]
     use_fast: bool
     as_adaptor: bool = False
-    representations: Annotated[list[RepresentationRecord], Field(min_length=1, max_length=MOST)]
-    interventions: Annotated[list[InterventionRecord], Field(min_length=1, max_length=MOST)]
-    featurizers: Annotated[list[FeaturizerRecord], Field(min_length=1, max_length=MOST)]
+    representations: Annotated[list[RepresentationRecord], Field(min_length=1, max_length=MAX_ENTRIES)]
+    interventions: Annotated[list[InterventionRecord], Field(min_length=1, max_length=MAX_ENTRIES)]
+    featurizers: Annotated[list[FeaturizerRecord], Field(min_length=1, max_length=MAX_ENTRIES)]
     sha256: Sha256
 
     @model_validator(mode="after")
     def _refer(self) -> Self:
-        """Every number names something, and groups and links are as pyvene takes them."""
+        """Check that every index refers to an entry, and that groups and links are valid for pyvene."""
         linked: dict[Any, int] = {}
         for i, row in enumerate(self.representations):
             if row.intervention >= len(self.interventions):
@@ -123,14 +123,14 @@ class IntervenableRecord(_Record):
             key = row.intervention_link_key
             if key is not None and linked.setdefault(key, row.intervention) != row.intervention:
                 raise ValueError(
-                    f"representation {i} has the intervention {row.intervention}, but is linked to one that has "
-                    f"{linked[key]}; linked places share one"
+                    f"representation {i} has the intervention {row.intervention}, but is linked to a place that has "
+                    f"{linked[key]}; linked places share an intervention"
                 )
-        for other in self.interventions:
-            if other.featurizer >= len(self.featurizers):
-                raise ValueError(f"there is no featurizer {other.featurizer}; there are {len(self.featurizers)}")
+        for intervention in self.interventions:
+            if intervention.featurizer >= len(self.featurizers):
+                raise ValueError(f"there is no featurizer {intervention.featurizer}; there are {len(self.featurizers)}")
         if len({entry.subfolder for entry in self.featurizers}) < len(self.featurizers):
-            raise ValueError("two featurizers are in one subfolder")
+            raise ValueError("two featurizers are in one subfolder; give each its own")
         groups: list[Any] = [row.group_key for row in self.representations]
         if len({type(key) for key in groups}) > 1 or (groups[0] is not None and groups != sorted(groups)):
             raise ValueError("group_key is given to all representations, as numbers or as strings in order, or to none")
@@ -138,7 +138,7 @@ class IntervenableRecord(_Record):
 
 
 def read_record(folder: Path, where: str) -> tuple[IntervenableRecord, bytes]:
-    """Read the record of a folder, and return it with the bytes that it was read from.
+    """Read the record of a folder; return it and the bytes that it was read from.
 
     Raises:
         ManifestError: the file is malformed, or was written by a newer version.
@@ -147,13 +147,13 @@ def read_record(folder: Path, where: str) -> tuple[IntervenableRecord, bytes]:
 
 
 def dump_record(record: IntervenableRecord, where: str) -> bytes:
-    """The bytes of the file; each list of numbers is on one line.
+    """Serialise the record as JSON, with each list of numbers on one line.
 
     Raises:
-        ManifestError: it would be too large to be read again.
+        ManifestError: the file would be larger than a reader accepts.
     """
     text = json.dumps(record.model_dump(exclude_none=True), indent=2, ensure_ascii=False, allow_nan=False)
-    text = re.sub(r"\[\n[\s\d,-]+\]", lambda found: "[" + ", ".join(re.findall(r"-?\d+", found[0])) + "]", text)
+    text = re.sub(r"\[\n[\s\d,-]+\]", lambda match: "[" + ", ".join(re.findall(r"-?\d+", match[0])) + "]", text)
     raw = f"{text}\n".encode()
     if len(raw) > MAX_CONFIG_BYTES:
         raise ManifestError(where, f"{INTERVENABLE_NAME} would be larger than {MAX_CONFIG_BYTES} bytes")

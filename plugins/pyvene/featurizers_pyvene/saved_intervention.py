@@ -1,4 +1,4 @@
-"""The intervention classes that a file may name: what is asked of each, and where its name is looked up."""
+"""`SavedIntervention`: base of the intervention classes that `save_intervenable` can write."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import nn
 
 
 class SavedIntervention(ABC):
-    """A pyvene intervention that `save_intervenable` writes and `load_intervenable` makes again.
+    """Base of a pyvene intervention that `save_intervenable` writes and `load_intervenable` rebuilds.
 
-    It is a featurizer, a config, and tensors of its own: the parameters and persistent buffers that are not the
-    featurizer's. A plugin's class derives from this one beside pyvene's, and is registered by its
-    ``featurizers_interventions``; one that derives from a class of `featurizers.pyvene` too gives a kind and, if it has
-    more arguments than that, a ``Config``, a `get_config` and a `set_config`.
+    A saved intervention consists of a featurizer, a config, and its own tensors: the parameters and persistent buffers
+    that do not belong to the featurizer. A plugin's class derives from this class and from pyvene's, and is registered
+    by the plugin's hook ``featurizers_interventions``. A class that derives from a class of `featurizers.pyvene`
+    defines a kind and, if it has arguments beyond those of its base, a ``Config``, a `get_config` and a ``set_config``.
 
     Attributes:
-        kind: registered name, stored in files: the plugin's name, or that, a dot and a word.
+        kind: registered name, stored in files: the plugin's name, alone or followed by a dot and a word.
         Config: pydantic model of the arguments; strict, unknown keys forbidden.
-        part: name of the child module that several interventions may share, the featurizer as a rule.
+        part: name of the child module that several interventions may share; usually the featurizer.
     """
 
     kind: ClassVar[str]
@@ -30,15 +30,16 @@ class SavedIntervention(ABC):
 
     @abstractmethod
     def get_config(self) -> BaseModel:
-        """The arguments as they are now."""
+        """Return the current arguments."""
 
     @classmethod
     @abstractmethod
     def from_config(cls, config: Any, part: Any) -> Self:
-        """The intervention of a ``Config``, around a featurizer that others may share.
+        """Build an intervention from a ``Config`` around a shared submodule.
 
-        It is called under ``torch.device("meta")``: its own tensors have names and shapes, and get their values from
-        the file afterwards. A tensor that is no parameter and no persistent buffer names its device.
+        The caller sets ``torch.device("meta")``, so the intervention's own tensors have names and shapes but no values;
+        their values are read from the file afterwards. A tensor that is neither a parameter nor a persistent buffer
+        must name its device.
         """
 
     def check(self) -> None:  # noqa: B027  # most have nothing to check
@@ -46,10 +47,10 @@ class SavedIntervention(ABC):
 
     @staticmethod
     def to_featurizer(part: Any) -> Featurizer[Any]:
-        """The featurizer to store for the part that is shared: the part itself, unless a class replaces this."""
+        """Convert the shared submodule to the featurizer to store. Default: it already is one."""
         return part  # type: ignore[no-any-return]
 
     @staticmethod
     def of_featurizer(featurizer: Featurizer[Any]) -> nn.Module:
-        """The part that is shared, of the featurizer that was stored; called once for each."""
+        """Convert a stored featurizer back to the shared submodule; called once for each featurizer."""
         return featurizer

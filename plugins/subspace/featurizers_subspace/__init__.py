@@ -1,4 +1,4 @@
-"""Orthonormal subspaces, and the standardization that makes PCA coordinates honest."""
+"""Coordinates in an orthonormal subspace, and standardized coordinates, as featurizers."""
 
 from featurizers_subspace.standardize import StandardizeConfig, StandardizeFeaturizer
 from featurizers_subspace.subspace import SubspaceConfig, SubspaceFeaturizer

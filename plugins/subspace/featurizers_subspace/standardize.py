@@ -1,4 +1,4 @@
-"""`StandardizeFeaturizer`: coordinates with their mean taken off and their scale divided out."""
+"""`StandardizeFeaturizer`: coordinates without their mean, in units of their standard deviation."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class StandardizeConfig(BaseModel):
 
 @final
 class StandardizeFeaturizer(Featurizer[StandardizeConfig]):
-    """Each coordinate without its mean, in units of its standard deviation: f = (x - mean) / std.
+    """Standardized coordinates: f = (x - mean) / std, coordinate by coordinate.
 
-    Lossless. A stage before `SubspaceFeaturizer`, so that principal components are coordinates about the mean of
-    the data they were fitted to. Stored as ``mean (d_in)`` and ``std (d_in)``, which are not trained. Cost: one
-    pass over the activations.
+    Lossless. Placed before a `SubspaceFeaturizer`, it centres principal components on the mean of the data that they
+    were fitted to. Stored as ``mean (d_in)`` and ``std (d_in)``, which are not trained. Cost: one pass over the
+    activations.
 
     Example:
         >>> import torch
@@ -53,45 +53,50 @@ class StandardizeFeaturizer(Featurizer[StandardizeConfig]):
 
     @classmethod
     def fit(cls, x: Float[Tensor, "*n d_in"], *, scale: bool = True) -> StandardizeFeaturizer:
-        """The mean and the standard deviation (of the population) of activations, computed in double precision.
+        """Fit to the mean and the population standard deviation of activations, computed in double precision.
 
         Args:
             x: activations; all axes but the last are examples.
-            scale: whether to divide by the standard deviation; else only the mean is taken off. A coordinate
-                that never varies is not divided.
+            scale: divide by the standard deviation; if False, only subtract the mean. A coordinate that never varies
+                is not divided.
+
+        Raises:
+            ShapeError: there are no examples.
         """
         rows = x.detach().reshape(-1, x.shape[-1]).double()
         if not len(rows):
-            raise ShapeError("there are no activations to take a mean of")
+            raise ShapeError(f"x has shape {tuple(x.shape)}, which holds no activations; give at least one")
         dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
         std = rows.std(dim=0, correction=0) if scale else torch.ones_like(rows[0])
         return cls.from_statistics(rows.mean(dim=0).to(dtype), torch.where(std > 0, std, 1.0).to(dtype))
 
     @classmethod
     def from_statistics(cls, mean: Float[Tensor, " d_in"], std: Float[Tensor, " d_in"]) -> StandardizeFeaturizer:
-        """The featurizer of a given mean and standard deviation.
+        """Build a featurizer from a mean and a standard deviation.
 
         Raises:
-            ShapeError: they are not two vectors of one length.
+            ShapeError: they are not two vectors of the same length.
             BasisError: a standard deviation is not positive.
         """
         if mean.dim() != 1 or mean.shape != std.shape:
-            raise ShapeError(f"mean and std are vectors of one length, got {tuple(mean.shape)} and {tuple(std.shape)}")
+            raise ShapeError(
+                f"mean and std are vectors of one length, got shapes {tuple(mean.shape)}, {tuple(std.shape)}"
+            )
         self = cls(StandardizeConfig(d_in=len(mean)))
         self.mean, self.std = mean.detach().clone(), std.detach().clone()
         self.check()
         return self
 
     def featurize(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Float[Tensor, "*batch d_in"], Error]:
-        """Standardized coordinates, and no error."""
+        """Return standardized coordinates and no error."""
         return (x - self.mean) / self.std, None
 
     def inverse_featurize(self, features: Float[Tensor, "*batch d_in"], error: Error) -> Float[Tensor, "*batch d_in"]:
-        """Coordinates in the units of the activations."""
+        """Return the coordinates in the units of the activations."""
         return features * self.std + self.mean
 
     def encode(self, x: Float[Tensor, "*batch d_in"], columns: Tensor | None = None) -> Float[Tensor, "*batch k"]:
-        """Standardized coordinates, all or some."""
+        """Return standardized coordinates, all or those in ``columns``."""
         if columns is None:
             return (x - self.mean) / self.std
         return (x[..., columns] - self.mean[columns]) / self.std[columns]
@@ -103,7 +108,7 @@ class StandardizeFeaturizer(Featurizer[StandardizeConfig]):
         edited: Float[Tensor, "*batch k"],
         columns: Tensor | None = None,
     ) -> Float[Tensor, "*batch d_in"]:
-        """``base + std (edited - features)``: the mean cancels."""
+        """Return ``base + std (edited - features)``; the mean cancels."""
         change = edited - features
         if columns is None:
             return (base + change * self.std).to(base.dtype)

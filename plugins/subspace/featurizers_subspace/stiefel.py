@@ -10,21 +10,21 @@ from torch import Tensor
 
 
 def deviation(w: Float[Tensor, "d k"]) -> float:
-    """How far W is from orthonormal: the largest element of ``|WᵀW - I|``. Cost O(d k²)."""
+    """Return the largest element of ``|WᵀW - I|``. Cost O(d k²)."""
     w = w.detach().to(_working_dtype(w))
     return _from_identity(w.mT @ w)
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """The deviation that storing an orthonormal matrix in a dtype may cause."""
+    """Return the deviation that rounding an orthonormal matrix to a dtype may cause."""
     return max(1e-5, torch.finfo(dtype).eps)
 
 
 @torch.no_grad()
 def retract_(w: Float[Tensor, "d k"]) -> None:
-    """Replace W, in place, by its polar factor, unless it is orthonormal to the precision of its dtype.
+    """Replace W in place by its polar factor, unless it is orthonormal to the precision of its dtype.
 
-    The same matrix as `polar` gives, without its gradient and its last polish. Cost O(d k²).
+    This is the matrix that `polar` returns, but without the gradient and the last Newton-Schulz step. Cost O(d k²).
     """
     x = w.to(_working_dtype(w))
     gram = x.mT @ x
@@ -35,7 +35,7 @@ def retract_(w: Float[Tensor, "d k"]) -> None:
 
 
 def polar(w: Float[Tensor, "*n d k"]) -> Float[Tensor, "*n d k"]:
-    """The orthonormal matrix nearest to W: the factor Q of the polar decomposition W = QP.
+    """Return the orthonormal matrix nearest to W: the factor Q of the polar decomposition W = QP.
 
     Differentiable in reverse and forward mode, and under `torch.func`. Cost O(d k²) in time and O(d k) in memory;
     Higham 1986, "Computing the polar decomposition".
@@ -45,13 +45,13 @@ def polar(w: Float[Tensor, "*n d k"]) -> Float[Tensor, "*n d k"]:
 
 
 def tangent(q: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
-    """Q itself, for an orthonormal Q, with the gradient that `polar` has there.
+    """Return an orthonormal Q unchanged, with the gradient that `polar` has at Q.
 
-    That is the projection of the gradient on the tangent space, ``G - Q sym(QᵀG)`` (Absil, Mahony and Sepulchre,
-    "Optimization Algorithms on Matrix Manifolds", §3.6.1), so that a step along it is a step along the manifold.
+    The gradient G is projected on the tangent space, ``G - Q sym(QᵀG)`` (Absil, Mahony and Sepulchre, "Optimization
+    Algorithms on Matrix Manifolds", §3.6.1), so a step along it is a step along the manifold.
     """
-    same: Tensor = _Tangent.apply(q)  # type: ignore[no-untyped-call]
-    return same
+    unchanged: Tensor = _Tangent.apply(q)  # type: ignore[no-untyped-call]
+    return unchanged
 
 
 def _from_identity(gram: Tensor) -> float:
@@ -67,25 +67,25 @@ class _Polar(torch.autograd.Function):
 
     @staticmethod
     def forward(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Q, and the eigenvectors and eigenvalues of P."""
+        """Return Q and the eigenvectors and eigenvalues of P."""
         x = w.to(_working_dtype(w))
         values, vectors = torch.linalg.eigh(x.mT @ x)
         sizes = values.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
         q = x @ ((vectors / sizes.unsqueeze(-2)) @ vectors.mT)
-        # one Newton-Schulz step squares what rounding left of the deviation
+        # one Newton-Schulz step squares the deviation that rounding left
         q = q @ (1.5 * torch.eye(q.shape[-1], dtype=q.dtype, device=q.device) - 0.5 * (q.mT @ q))
         return q.to(w.dtype), vectors, sizes
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Keep what the gradient needs."""
+        """Save the tensors that the gradient needs."""
         ctx.mark_non_differentiable(output[1], output[2])
         ctx.save_for_backward(*output)
         ctx.save_for_forward(*output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
-        """``(I - QQᵀ) G P⁻¹ + 2 Q Y`` with Y the solution of ``Y P + P Y = (QᵀG - GᵀQ) / 2``."""
+        """Return ``(I - QQᵀ) G P⁻¹ + 2 Q Y``, where Y solves ``Y P + P Y = (QᵀG - GᵀQ) / 2``."""
         q, vectors, sizes = ctx.saved_tensors
         q, g = q.to(vectors.dtype), grad.to(vectors.dtype)
         along = q.mT @ g
@@ -95,7 +95,7 @@ class _Polar(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor, None, None]:
-        """``Q Ω + (I - QQᵀ) dW P⁻¹`` with ``Ω P + P Ω = QᵀdW - dWᵀQ``."""
+        """Return ``Q Ω + (I - QQᵀ) dW P⁻¹``, where Ω solves ``Ω P + P Ω = QᵀdW - dWᵀQ``."""
         q, vectors, sizes = ctx.saved_tensors
         q, dw = q.to(vectors.dtype), tangent.to(vectors.dtype)
         along = q.mT @ dw
@@ -104,7 +104,7 @@ class _Polar(torch.autograd.Function):
 
 
 def _sylvester(a: Tensor, vectors: Tensor, sizes: Tensor) -> Tensor:
-    """X of ``X P + P X = A``, with ``P = V diag(s) Vᵀ``."""
+    """Solve ``X P + P X = A`` for X, where ``P = V diag(s) Vᵀ``."""
     rotated = vectors.mT @ a @ vectors
     return vectors @ (rotated / (sizes.unsqueeze(-1) + sizes.unsqueeze(-2))) @ vectors.mT
 
@@ -118,19 +118,22 @@ class _Tangent(torch.autograd.Function):
 
     @staticmethod
     def forward(q: Tensor) -> Tensor:
-        """Q, without a copy."""
+        """Return a view of Q."""
         return q.view_as(q)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        """Keep Q as an attribute: gradient accumulation walks the graph again, when saved tensors are freed."""
+        """Keep Q as an attribute: a second backward pass needs it, and saved tensors are freed by the first."""
         ctx.q, ctx.version = inputs[0].detach(), inputs[0]._version
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        """``G - Q (QᵀG + GᵀQ) / 2``."""
+        """Return ``G - Q (QᵀG + GᵀQ) / 2``."""
         if ctx.q._version != ctx.version:
-            raise RuntimeError("the basis was changed in place, by an optimizer step say, between forward and backward")
+            raise RuntimeError(
+                "the basis was changed in place between forward and backward, for example by an optimizer step; "
+                "run forward again"
+            )
         q = ctx.q.to(_working_dtype(ctx.q))
         g = grad.to(q.dtype)
         along = q.mT @ g

@@ -23,7 +23,7 @@ class SubspaceConfig(BaseModel):
     Attributes:
         d_in: width of the activations.
         n_features: dimension of the subspace, at most ``d_in``.
-        seed: of the random basis that a new featurizer starts from.
+        seed: seed of the random basis of a new featurizer.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -39,10 +39,10 @@ class SubspaceConfig(BaseModel):
 
 
 class _Cached(NamedTuple):
-    """The basis as it was computed from one state of the parameter, to be used until that changes."""
+    """Orthonormal basis computed from one state of the parameter; valid until that state changes."""
 
     parameter: nn.Parameter
-    state: tuple[int, int, bool]  # version, address, and whether a gradient is wanted
+    state: tuple[int, int, bool]  # version, address, gradient needed
     basis: Tensor
 
 
@@ -50,16 +50,17 @@ class _Cached(NamedTuple):
 class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
     """Coordinates in an orthonormal basis Q of a subspace: f = Qᵀx, error = x - Qf.
 
-    Lossless with its error term, which is the part of x outside the subspace. The featurizer of distributed
-    alignment search, Geiger et al. 2023 (arXiv:2303.02536); with `fit_pca` that of principal components.
+    Lossless with its error term, which is the part of x outside the subspace. Used by distributed alignment search,
+    Geiger et al. 2023 (arXiv:2303.02536), and, made by `fit_pca`, for principal components.
 
-    The basis is the only parameter, ``basis (d_in, n_features)``, and stays orthonormal while it is trained: a
-    gradient is that along the Stiefel manifold, and the first use after an optimizer step puts the parameter back
-    onto the manifold by the polar decomposition, in fp32 at least. Any optimizer and any weight decay will do.
-    Features have the dtype of the basis; keep it in fp32 beside a model in bf16 or fp16. Set the basis by hand under
-    ``torch.no_grad()``: torch does not count changes through ``.data``, so that the basis would stay as you left it.
+    The basis is the only parameter, ``basis (d_in, n_features)``, and stays orthonormal while it is trained with any
+    optimizer and any weight decay: its gradient is tangent to the Stiefel manifold, and the first use after an
+    optimizer step puts the parameter back onto the manifold by the polar decomposition, in fp32 at least. Features have
+    the dtype of the basis; keep it in fp32 beside a model in bf16 or fp16. To set the basis by hand, change it under
+    ``torch.no_grad()``: torch does not count changes through ``.data``, so they are not made orthonormal.
 
-    Cost: O(d k) an activation; O(d k²) time and O(d k) memory an optimizer step, however often the basis is used.
+    Cost: O(d k) for each activation; O(d k²) time and O(d k) memory for each optimizer step, however often the basis is
+    used.
 
     Example:
         >>> import torch, featurizers
@@ -82,15 +83,15 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
 
     @classmethod
     def from_basis(cls, basis: Float[Tensor, "d_in n_features"], *, orthonormalize: bool = False) -> SubspaceFeaturizer:
-        """The featurizer of a given basis, whose columns are the directions.
+        """Build a featurizer from a basis, whose columns are the directions.
 
         Args:
-            basis: kept as it is.
-            orthonormalize: replace it by the nearest orthonormal basis (its polar factor) first.
+            basis: the basis; copied unchanged.
+            orthonormalize: use the nearest orthonormal basis (the polar factor) instead.
 
         Raises:
-            BasisError: it is not a matrix of at least as many rows as columns, its columns are not orthonormal
-                to 1e-5 and `orthonormalize` was not asked for, or they are linearly dependent.
+            BasisError: the basis is not a matrix of at least as many rows as columns, or its columns are linearly
+                dependent, or they are not orthonormal to 1e-5 and `orthonormalize` is False.
         """
         if basis.dim() != 2 or not basis.is_floating_point():
             raise BasisError(f"a basis is a real matrix (d_in, n_features), got {basis.dtype} {tuple(basis.shape)}")
@@ -98,26 +99,27 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
         if n_features > d_in or n_features == 0:
             raise BasisError(
                 f"a basis of shape {(d_in, n_features)} has more directions than dimensions, or none; its columns are "
-                "the directions, so that a matrix whose rows are the directions must be transposed"
+                "the directions, so a matrix whose rows are the directions must be transposed"
             )
         basis = basis.detach().clone()
         if not basis.isfinite().all():
             raise BasisError("the basis holds NaN or infinity")
         if orthonormalize:
             if int(torch.linalg.matrix_rank(basis.double())) < n_features:
-                raise BasisError(f"the {n_features} columns are linearly dependent, so that they span less")
+                raise BasisError(f"the {n_features} columns are linearly dependent; leave out what the others span")
             basis = stiefel.polar(basis.double()).to(basis.dtype)
         _check_orthonormal(basis)
         with torch.device("meta"):
             self = cls(SubspaceConfig(d_in=d_in, n_features=n_features))
-        self.basis = nn.Parameter(basis.contiguous())  # as it will be when it was saved and loaded
+        self.basis = nn.Parameter(basis.contiguous())  # the layout that a saved and loaded basis has
         return self
 
     @classmethod
     def from_directions(cls, directions: Float[Tensor, "n d_in"]) -> SubspaceFeaturizer:
-        """The subspace that directions span, such as probes or differences of means, one a row.
+        """Build the subspace that directions span, such as probes or differences of means; each row is a direction.
 
-        The basis is the nearest orthonormal one, so that each feature stays with its direction.
+        The directions are scaled to length 1, and the basis is the orthonormal one nearest to them, so feature i
+        belongs to direction i.
 
         Raises:
             BasisError: the directions are linearly dependent.
@@ -128,24 +130,26 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
             )
         lengths = directions.norm(dim=-1, keepdim=True)
         if not (lengths > 0).all():
-            raise BasisError("a direction has length zero")
+            raise BasisError("a direction has length zero; leave it out")
         return cls.from_basis((directions / lengths).mT, orthonormalize=True)
 
     @classmethod
     def from_svd(cls, matrix: Float[Tensor, "n d_in"], n_features: int) -> SubspaceFeaturizer:
-        """The first right singular vectors of a matrix, uncentred: of a weight, say, or of differences.
+        """Build a subspace from the first right singular vectors of a matrix, such as a weight; it is not centred.
 
         Raises:
             BasisError: the matrix has a smaller rank than ``n_features``.
         """
         basis, sizes = _singular(matrix.double(), n_features)
         if sizes[-1] <= sizes[0] * 1e-10:
-            raise BasisError(f"the matrix {tuple(matrix.shape)} has fewer than {n_features} independent directions")
+            raise BasisError(
+                f"the matrix {tuple(matrix.shape)} has fewer than {n_features} independent directions; ask for fewer"
+            )
         return cls.from_basis(basis.to(matrix.dtype))
 
     @classmethod
     def fit_pca(cls, x: Float[Tensor, "*n d_in"], n_features: int, *, whiten: bool = False) -> Featurizer[Any]:
-        """Principal components of activations, as ``standardize >> subspace``: the mean is a stage of its own.
+        """Fit principal components of activations: ``standardize >> subspace``, where the first subtracts the mean.
 
         Args:
             x: activations; all axes but the last are examples.
@@ -165,10 +169,10 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
     # ------------------------------------------------------------------ the map
 
     def orthonormal_basis(self) -> Float[Tensor, "d_in n_features"]:
-        """The basis, orthonormal, with a gradient along the manifold.
+        """Return the orthonormal basis, with a gradient along the manifold.
 
-        The parameter itself is put back onto the manifold if an optimizer has moved it; a tensor that
-        `torch.func.functional_call` put in its place is not touched.
+        If an optimizer has moved the parameter off the manifold, it is put back in place. A tensor that
+        `torch.func.functional_call` substitutes for the parameter is not changed.
         """
         w = self.basis
         if type(w) is not nn.Parameter or torch._C._are_functorch_transforms_active():
@@ -182,7 +186,7 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
         return cached.basis
 
     def featurize(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Float[Tensor, "*batch n_features"], Error]:
-        """Coordinates in the subspace, and the part of x outside it."""
+        """Return the coordinates in the subspace, and the part of x outside it as the error."""
         basis = self.orthonormal_basis()
         x = x.to(basis.dtype)
         features = x @ basis
@@ -191,15 +195,15 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
     def inverse_featurize(
         self, features: Float[Tensor, "*batch n_features"], error: Error
     ) -> Float[Tensor, "*batch d_in"]:
-        """The point with these coordinates, plus the part outside (none if the error is None)."""
+        """Return the point with these coordinates, plus the error unless that is None."""
         basis = self.orthonormal_basis()
         inside = features.to(basis.dtype) @ basis.mT
         if isinstance(error, tuple):
-            raise ShapeError("the error of a subspace is one tensor, got a tuple")
+            raise ShapeError("the error of a subspace is a tensor or None, got a tuple")
         return inside if error is None else inside + error
 
     def encode(self, x: Float[Tensor, "*batch d_in"], columns: Tensor | None = None) -> Float[Tensor, "*batch k"]:
-        """Coordinates alone, all or some."""
+        """Return the coordinates, all or those in ``columns``."""
         basis = self._columns(columns)
         return x.to(basis.dtype) @ basis
 
@@ -210,7 +214,7 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
         edited: Float[Tensor, "*batch k"],
         columns: Tensor | None = None,
     ) -> Float[Tensor, "*batch d_in"]:
-        """``base + Q (edited - features)``: what is outside the subspace is never touched."""
+        """Return ``base + Q (edited - features)``; the part outside the subspace does not change."""
         basis = self._columns(columns)
         return (base + (edited - features).to(basis.dtype) @ basis.mT).to(base.dtype)
 
@@ -235,12 +239,12 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state without the cached basis, which is part of a graph and cannot be copied."""
+        """Return the state without the cached basis, which is part of an autograd graph and cannot be copied."""
         return {**self.__dict__, "_orthonormal": None}
 
 
 def _random_basis(config: SubspaceConfig) -> Tensor:
-    if torch.empty(0).is_meta:  # an empty shell, whose weights are about to be loaded
+    if torch.empty(0).is_meta:  # the weights will be loaded
         return torch.empty(config.d_in, config.n_features)
     generator = torch.Generator("cpu").manual_seed(config.seed)
     normal = torch.randn(config.d_in, config.n_features, generator=generator, device="cpu", dtype=torch.float64)
@@ -248,16 +252,16 @@ def _random_basis(config: SubspaceConfig) -> Tensor:
 
 
 def _check_orthonormal(basis: Tensor) -> None:
-    found, allowed = stiefel.deviation(basis), stiefel.tolerance(basis.dtype)
-    if not found <= allowed:
+    deviation, allowed = stiefel.deviation(basis), stiefel.tolerance(basis.dtype)
+    if not deviation <= allowed:
         raise BasisError(
-            f"the columns of the basis {tuple(basis.shape)} are not orthonormal: QᵀQ differs from I by {found:.2g}, "
-            f"more than {allowed:.2g}; SubspaceFeaturizer.from_basis(basis, orthonormalize=True) makes them so"
+            f"the columns of the basis {tuple(basis.shape)} are not orthonormal: QᵀQ differs from I by "
+            f"{deviation:.2g}, more than {allowed:.2g}; use SubspaceFeaturizer.from_basis(basis, orthonormalize=True)"
         )
 
 
 def _singular(matrix: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
-    """The first right singular vectors ``(d, n_features)`` and their singular values."""
+    """Return the first right singular vectors ``(d, n_features)`` and their singular values."""
     if matrix.dim() != 2 or not 0 < n_features <= min(matrix.shape):
         raise BasisError(f"a matrix {tuple(matrix.shape)} has no {n_features} singular vectors; give more examples")
     _, sizes, rows = torch.linalg.svd(matrix, full_matrices=False)

@@ -1,14 +1,17 @@
-"""Finds features by training interventions on counterfactual pairs: DAS, DBM, both, and boundless DAS."""
+"""Find features by training interventions on counterfactual pairs: DAS, DBM, both, and boundless DAS.
+
+The rooms, lowest first: `pairs` (data), `runs` (the model's runs with and without edits), `methods` (what is trained)
+and `evaluation` (accuracy), `search` (the training loop), `sweeps` (sites × positions × methods), `demo`, `command`.
+"""
 
 from typing import Any
 
 from featurizers import hookimpl
 
-from featurizers_training.controls import CONTROLS, randomly_initialised
 from featurizers_training.evaluation import Accuracy, accuracy, evaluate
-from featurizers_training.found import Found
-from featurizers_training.gates import BoundaryGate
-from featurizers_training.methods import (
+from featurizers_training.methods.base import Method
+from featurizers_training.methods.gates import BoundaryGate
+from featurizers_training.methods.searches import (
     BASELINES,
     DAS,
     DASDBM,
@@ -17,14 +20,17 @@ from featurizers_training.methods import (
     PCA,
     BoundlessDAS,
     FullVector,
-    Method,
     RandomSubspace,
 )
-from featurizers_training.objectives import OBJECTIVES, Answers, Objective, cross_entropy, logit_difference
-from featurizers_training.pairs import Pair, PairError, Pairs
-from featurizers_training.runs import CleanRuns
-from featurizers_training.search import Settings, train
-from featurizers_training.sweep import Cell, Sweep, sweep
+from featurizers_training.pairs import Pairs
+from featurizers_training.records import Pair, PairError
+from featurizers_training.runs.clean_runs import CleanRuns
+from featurizers_training.search.found import Found
+from featurizers_training.search.objectives import OBJECTIVES, Answers, Objective, cross_entropy, logit_difference
+from featurizers_training.search.settings import Settings
+from featurizers_training.search.training import train
+from featurizers_training.sweeps.controls import CONTROLS, randomly_initialised
+from featurizers_training.sweeps.sweeping import Cell, Sweep, sweep
 
 __all__ = [
     "BASELINES",
@@ -63,9 +69,13 @@ __all__ = [
 
 @hookimpl
 def featurizers_commands(app: Any) -> None:
-    """Add ``train``, ``evaluate`` and ``sweep``."""
-    from featurizers_training import command
+    """Add ``train``, ``evaluate``, ``sweep`` and ``demo``."""
+    from featurizers_training.command.demo import demo_command
+    from featurizers_training.command.evaluate import evaluate_command
+    from featurizers_training.command.sweep import sweep_command
+    from featurizers_training.command.train import train_command
 
-    app.command("train")(command.train_command)
-    app.command("evaluate")(command.evaluate_command)
-    app.command("sweep")(command.sweep_command)
+    app.command("train")(train_command)
+    app.command("evaluate")(evaluate_command)
+    app.command("sweep")(sweep_command)
+    app.command("demo")(demo_command)

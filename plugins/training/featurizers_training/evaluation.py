@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from featurizers import Featurizer
@@ -13,18 +13,18 @@ from featurizers.models import frozen, interchange, site_of
 from torch import Tensor, nn
 
 from featurizers_training.pairs import Pairs
-from featurizers_training.runs import CleanRuns, Edit, Work
+from featurizers_training.runs.clean_runs import CleanRuns, Edit, SiteEdit
 
-Z_95 = 1.959963984540054
+Z_95: Final = 1.959963984540054
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A share of pairs.
+    """Share of pairs that are answered correctly.
 
     Attributes:
-        hits: pairs of which it is true.
-        n: pairs.
+        hits: number of pairs answered correctly.
+        n: number of pairs.
     """
 
     hits: int
@@ -32,40 +32,25 @@ class Accuracy:
 
     @property
     def value(self) -> float:
-        """The share, 0 to 1."""
+        """Share, 0 to 1."""
         return self.hits / self.n
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval of Wilson 1927, "Probable inference, the law of succession"."""
+        """95 % confidence interval of Wilson 1927, "Probable inference, the law of succession"."""
         centre = self.hits + Z_95**2 / 2
         half = Z_95 * math.sqrt(self.hits * (self.n - self.hits) / self.n + Z_95**2 / 4)
         total = self.n + Z_95**2
         return max(0.0, (centre - half) / total), min(1.0, (centre + half) / total)
 
     def __str__(self) -> str:
-        """As ``73.0 % (63.6 to 80.7)``."""
+        """Return the share and its interval as text, such as ``73.0% (63.6% to 80.7%)``."""
         low, high = self.interval
         return f"{self.value:.1%} ({low:.1%} to {high:.1%})"
 
     def record(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the share, its interval and the number of pairs as JSON data."""
         return {"accuracy": self.value, "interval_95": list(self.interval), "pairs": self.n}
-
-
-@torch.no_grad()
-def accuracy(runs: CleanRuns, work: Sequence[Work], *, batch_size: int = 64) -> Accuracy:
-    """The share of pairs of which the model gives every token of the label, the most likely each time, after edits."""
-    hits = 0
-    for start in range(0, len(runs), batch_size):
-        rows = range(start, min(start + batch_size, len(runs)))
-        hits += int(right(runs.logits(rows, work), *runs.labels(rows)).sum())
-    return Accuracy(hits, len(runs))
-
-
-def right(logits: Tensor, label: Tensor, there: Tensor) -> Tensor:
-    """Of which pairs the most likely tokens are those of the label: booleans ``(n,)``."""
-    return ((logits.argmax(-1) == label) | ~there).all(-1)
 
 
 def evaluate(
@@ -75,13 +60,13 @@ def evaluate(
     *,
     batch_size: int = 64,
 ) -> Accuracy:
-    """Interchange-intervention accuracy of featurizers at their sites, each with the features it selects.
+    """Measure the interchange-intervention accuracy of featurizers at their sites, with the features that each selects.
 
     Args:
         model: a decoder; it is run in evaluation mode.
-        pairs: at whose positions the features are interchanged.
-        featurizers: one or several, as `featurizers.load` gives them.
-        batch_size: pairs a run.
+        pairs: prompts, positions and labels.
+        featurizers: one or several, as `featurizers.load` returns them.
+        batch_size: pairs in a run.
 
     Raises:
         UsageError: a featurizer does not say where it belongs.
@@ -97,22 +82,35 @@ def evaluate(
         >>> featurizers_training.evaluate(model, pairs, f).n
         1
     """
-    wanted = [featurizers] if isinstance(featurizers, Featurizer) else list(featurizers)
-    sites = [site_of(featurizer) for featurizer in wanted]
+    several = [featurizers] if isinstance(featurizers, Featurizer) else list(featurizers)
+    sites = [site_of(featurizer) for featurizer in several]
     with frozen(model):
-        return accuracy_of(CleanRuns(model, pairs, sites, batch_size=batch_size), wanted, batch_size=batch_size)
+        return accuracy_of(CleanRuns(model, pairs, sites, batch_size=batch_size), several, batch_size=batch_size)
 
 
 def accuracy_of(runs: CleanRuns, featurizers: Sequence[Featurizer[Any]], *, batch_size: int = 64) -> Accuracy:
-    """As `evaluate`, on clean runs that are there already."""
+    """Measure the same as `evaluate`, given clean runs."""
     numbers = runs.numbers([site_of(featurizer) for featurizer in featurizers])
-    work = [Work(j, f, _fixed(f)) for j, f in zip(numbers, featurizers, strict=True)]
-    return accuracy(runs, work, batch_size=batch_size)
+    edits = [SiteEdit(j, f, _interchanged(f)) for j, f in zip(numbers, featurizers, strict=True)]
+    return accuracy(runs, edits, batch_size=batch_size)
 
 
-def _fixed(featurizer: Featurizer[Any]) -> Edit:
-    """The interchange of the features that a featurizer selects, as an edit."""
+@torch.no_grad()
+def accuracy(runs: CleanRuns, edits: Sequence[SiteEdit], *, batch_size: int = 64) -> Accuracy:
+    """Measure the share of pairs for which every token of the label is the model's most likely one after edits."""
+    hits = 0
+    for start in range(0, len(runs), batch_size):
+        rows = range(start, min(start + batch_size, len(runs)))
+        hits += int(answered(runs.logits(rows, edits), *runs.labels(rows)).sum())
+    return Accuracy(hits, len(runs))
 
+
+def answered(logits: Tensor, label: Tensor, is_token: Tensor) -> Tensor:
+    """Return for each pair whether the most likely tokens are those of its label: booleans ``(n,)``."""
+    return ((logits.argmax(-1) == label) | ~is_token).all(-1)
+
+
+def _interchanged(featurizer: Featurizer[Any]) -> Edit:
     def edit(base: Tensor, source: Tensor) -> Tensor:
         return interchange(featurizer, source).apply(base, source)
 

@@ -33,12 +33,12 @@ COMMANDS = [
     "push",
     "verify",
     "convert",
-    "demo",
     "fit causal-basis",
     "scalars",
     "train",
     "evaluate",
     "sweep",
+    "demo",
 ]
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
@@ -302,18 +302,6 @@ def test_a_process_ends_with_that_line_and_code(here, arguments):
     assert (code, out) == (1, "")
     assert err.startswith("error: ")
     assert len(err.splitlines()) == 1
-
-
-def test_layers_without_a_model_are_refused(here, monkeypatch):
-    from featurizers.demo import toy
-
-    def train(*_):
-        raise AssertionError("the tiny transformer is trained")
-
-    monkeypatch.setattr(toy, "make_task", train)
-    code, _, err = run("demo", "--layers", "x", "--out", "out")
-    assert (code, len(err.splitlines())) == (1, 1)
-    assert "layers" in err
 
 
 USAGE = [["frobnicate"], ["info"], ["info", "./one", "--frob"], ["push", "one"], ["demo", "--features", "0"]]

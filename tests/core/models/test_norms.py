@@ -97,6 +97,7 @@ def test_a_norm_is_recognised_with_its_own_parameters(name, dtype):
 
 def test_what_the_parameters_do_not_explain_is_measured():
     module = Fixed()
+    assert Norm.of(module, WIDTH, measured=False) is None
     norm = Norm.of(module, WIDTH)
     assert norm.epsilon == pytest.approx(3e-5, rel=1e-3)
     close(norm.gain, module.root.detach().double().square(), 1e-6)

@@ -10,15 +10,19 @@ from pathlib import Path
 
 import featurizers
 import pytest
+import typer
 from featurizers.errors import (
     ConfigError,
+    FeaturizerError,
     ManifestError,
+    MissingDependencyError,
     PluginConflictError,
     PluginError,
     PluginLoadError,
     UnknownKindError,
 )
 from featurizers.features.rules import relu
+from featurizers.names import COMMANDS
 from featurizers.registry.plugin_host import FIRST_PARTY, OWNERS, PluginHost, check_plugins, host
 
 ROOT = Path(__file__).parents[3]
@@ -694,12 +698,12 @@ COMMAND = """
 
 
 def call(*words):
-    """Run the ``featurizers`` command; return its exit code and output, or its `FeaturizerError`."""
+    """Return the exit code and the output of the ``featurizers`` command, or raise its FeaturizerError."""
     from featurizers.cli.app import app
     from typer.testing import CliRunner
 
     result = CliRunner().invoke(app, words)
-    if isinstance(result.exception, PluginError):
+    if isinstance(result.exception, FeaturizerError):
         raise result.exception
     return result.exit_code, result.output
 
@@ -712,7 +716,7 @@ def test_plugins_add_commands_and_members_of_one_group(install, fresh):
     assert call("evaluate") == (0, "did evaluate\n")
     assert call("two") == (0, "did two\n")
     help_of_all = call("--help")[1]
-    assert all(f"\n  {name} " in help_of_all for name in ("plugins", "demo", "fit", "evaluate", "two"))
+    assert all(f"\n  {name} " in help_of_all for name in ("plugins", "convert", "fit", "evaluate", "two"))
     assert all(name in call("fit", "--help")[1] for name in ("one", "two", "Fit it."))
     assert call("fit", "three")[0] == call("three")[0] == 2
 
@@ -726,6 +730,34 @@ def test_a_command_imports_the_plugin_that_is_named_and_no_other(install, fresh,
     assert imports() == 0
     assert call("evaluate")[0] == 0
     assert imports() == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "distribution", "command"),
+    [
+        ("demo", "featurizers-training", "pip install 'featurizers[demo]'"),
+        ("train", "featurizers-training", "pip install featurizers-training"),
+        ("scalars", "featurizers-derived-scalars", "pip install featurizers-derived-scalars"),
+    ],
+)
+def test_a_command_of_this_project_says_what_to_install(install, fresh, word, distribution, command):
+    install("bad", hooks(featurizers_commands="(app): raise KeyError('x')"))
+    with pytest.raises(MissingDependencyError, match=f"the command '{word}' needs {distribution}") as error:
+        call(word, "--help")
+    assert str(error.value).endswith(f"Install it with: {command}")
+    install("one", COMMAND.format(name="one", top=word))
+    host.cache_clear()
+    assert call(word) == (0, f"did {word}\n")
+
+
+def test_the_commands_of_this_project_are_those_of_its_plugins():
+    for word, (plugin, requirement) in COMMANDS.items():
+        app = typer.Typer()
+        host().ask("featurizers_commands", plugin, app=app)
+        assert word in {command.name for command in app.registered_commands}
+        assert requirement in (FIRST_PARTY[plugin], f"featurizers[{word}]")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert any(requirement.startswith("featurizers-training") for requirement in extras["demo"])
 
 
 def test_a_command_of_two_plugins_is_neither_ones(install, fresh):

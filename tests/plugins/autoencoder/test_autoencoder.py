@@ -1,4 +1,4 @@
-"""The autoencoder plugin: interventions in pyvene models against hooks written by hand and pyvene's own."""
+"""Autoencoder interventions in pyvene models, compared with hooks written by hand and with pyvene's own classes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from featurizers_autoencoder import (
     AutoencoderIntervention,
     AutoencoderLayer,
     AutoencoderLayerBase,
-    JumpReLUAutoencoderIntervention,
     JumpReLUAutoencoderLayer,
     get_intervenable_with_autoencoder,
 )
 from torch import Tensor
 
 from tests.support.dictionaries import dictionary
-from tests.support.models import WIDTH, prompts, tiny_model
+from tests.support.intervenables import BASE, SOURCE, built, logits
+from tests.support.models import WIDTH, hooked, read, tiny_model
 
 LATENTS = 50
-BASE, SOURCE = prompts(3, 6), prompts(3, 6, seed=1)
 LAYERS = {"relu": AutoencoderLayer, "jumprelu": JumpReLUAutoencoderLayer}
 
 
@@ -42,36 +41,23 @@ def layer(kind: str = "relu", seed: int = 0, width: int = WIDTH) -> Any:
     return made
 
 
-def run(intervenable: Any, positions: list[int], subspaces: Any = None) -> Tensor:
-    where = [[positions] * len(BASE)]
-    _, output = intervenable(
-        {"input_ids": BASE}, [{"input_ids": SOURCE}], {"sources->base": (where, where)}, subspaces=subspaces
-    )
-    return output.logits
-
-
 def by_hand(autoencoder: Any, dims: list[int], positions: list[int], model: Any = None) -> Tensor:
-    """Logits of a plain hook that swaps latents, and keeps the error."""
+    """Return the logits of a model with a plain hook that swaps latents and keeps the error."""
     model = model or tiny_model("gpt2")
     block = model.transformer.h[1]
-    kept: list[Tensor] = []
-    handle = block.register_forward_hook(lambda *a: kept.append(a[2]))
-    model(SOURCE)
-    handle.remove()
+    source = read(model, block, "output", input_ids=SOURCE)
 
-    def edit(_: Any, __: Any, hidden: Tensor) -> Tensor:
+    def edit(hidden: Tensor) -> Tensor:
         hidden = hidden.clone()
         for position in positions:
-            latents, others = (autoencoder.encode(h[:, position]) for h in (hidden, kept[0]))
+            latents, source_latents = (autoencoder.encode(h[:, position]) for h in (hidden, source))
             error = hidden[:, position] - autoencoder.decode(latents)
-            latents[:, dims] = others[:, dims]
+            latents[:, dims] = source_latents[:, dims]
             hidden[:, position] = autoencoder.decode(latents) + error
         return hidden
 
-    handle = block.register_forward_hook(edit)
-    logits = model(BASE).logits
-    handle.remove()
-    return logits
+    with hooked(block, "output", edit):
+        return model(BASE).logits
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -80,28 +66,28 @@ def by_hand(autoencoder: Any, dims: list[int], positions: list[int], model: Any 
 def test_latents_are_swapped_as_by_hand(kind, positions):
     autoencoder = layer(kind)
     plain = tiny_model("gpt2")(BASE).logits
-    for given, dims in (
+    for chosen, dims in (
         ([1, 5, 45], [1, 5, 45]),
         (7, list(range(7))),
         (None, list(range(LATENTS))),
         (torch.tensor([2]), [2]),
     ):
-        built = get_intervenable_with_autoencoder(
-            tiny_model("gpt2"), autoencoder, given, 1, max_number_of_units=len(positions)
+        patched = get_intervenable_with_autoencoder(
+            tiny_model("gpt2"), autoencoder, chosen, 1, max_number_of_units=len(positions)
         )
-        found = run(built, positions)
-        torch.testing.assert_close(found, by_hand(autoencoder, dims, positions), rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(found, plain, atol=1e-4)
+        result = logits(patched, positions)
+        torch.testing.assert_close(result, by_hand(autoencoder, dims, positions), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(result, plain, atol=1e-4)
 
 
 @torch.no_grad()
 def test_subspaces_narrow_the_dimensions_for_each_example():
     autoencoder = layer()
-    built = get_intervenable_with_autoencoder(tiny_model("gpt2"), autoencoder, [1, 5, 45], 1)
-    found = run(built, [3], [[[1], [5, 7], []]])
+    patched = get_intervenable_with_autoencoder(tiny_model("gpt2"), autoencoder, [1, 5, 45], 1)
+    result = logits(patched, [3], [[[1], [5, 7], []]])
     for row, dims in enumerate(([1], [5], [])):
-        torch.testing.assert_close(found[row], by_hand(autoencoder, dims, [3])[row], rtol=1e-5, atol=1e-5)
-    assert torch.equal(found[2], tiny_model("gpt2")(BASE).logits[2])
+        torch.testing.assert_close(result[row], by_hand(autoencoder, dims, [3])[row], rtol=1e-5, atol=1e-5)
+    assert torch.equal(result[2], tiny_model("gpt2")(BASE).logits[2])
     parts = AutoencoderIntervention(autoencoder=autoencoder, subspace_partition=[[0, 4], [5, 6]])
     base, source = torch.randn(2, 2, 1, WIDTH)
     explicit = AutoencoderIntervention(autoencoder=autoencoder)
@@ -127,38 +113,36 @@ def test_the_recipe_of_pyvene_runs_as_written():
         intervenable.disable_model_gradients()
         return intervenable
 
-    theirs = pv.models.layers.AutoencoderLayer(WIDTH, LATENTS)  # trained by pyvene's own class
-    built = get_intervenable(tiny_model("gpt2"), theirs, [1, 5], 1)
-    ours = layer()
-    ours.load_state_dict(theirs.state_dict())
-    torch.testing.assert_close(run(built, [3]), by_hand(ours, [1, 5], [3]), rtol=1e-5, atol=1e-5)
+    trained = pv.models.layers.AutoencoderLayer(WIDTH, LATENTS)  # pyvene's own class
+    patched = get_intervenable(tiny_model("gpt2"), trained, [1, 5], 1)
+    same = layer()
+    same.load_state_dict(trained.state_dict())
+    torch.testing.assert_close(logits(patched, [3]), by_hand(same, [1, 5], [3]), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_it_is_pyvenes_own_and_the_error():
-    """pyvene's intervention gives the same, less what the autoencoder does not reconstruct, where it is right."""
-    ours = AutoencoderIntervention(autoencoder=layer())
-    theirs = pv.AutoencoderIntervention(embed_dim=WIDTH, latent_dim=LATENTS)
-    theirs.autoencoder.load_state_dict(ours.autoencoder.state_dict())
+    """The result is that of pyvene's intervention, where that works, plus the reconstruction error."""
+    intervention = AutoencoderIntervention(autoencoder=layer())
+    peer = pv.AutoencoderIntervention(embed_dim=WIDTH, latent_dim=LATENTS)
+    peer.autoencoder.load_state_dict(intervention.autoencoder.state_dict())
     base, source = torch.randn(2, 3, 1, WIDTH)
-    for intervention in (ours, theirs):
-        intervention.set_interchange_dim([1, 5, 45])
-    error = base - ours.autoencoder(base)
-    torch.testing.assert_close(ours(base, source), theirs(base, source) + error, rtol=1e-5, atol=1e-5)
-    ours, jump = JumpReLUAutoencoderIntervention(autoencoder=layer("jumprelu")), layer("jumprelu")
-    theirs = pv.JumpReLUAutoencoderIntervention(embed_dim=WIDTH, low_rank_dimension=LATENTS)
-    theirs.load_state_dict({**theirs.state_dict(), **jump.state_dict()})
-    torch.testing.assert_close(ours.autoencoder.encode(base), theirs.encode(base))
-    torch.testing.assert_close(
-        ours.autoencoder.decode(ours.autoencoder.encode(base)), theirs.decode(theirs.encode(base))
-    )
+    for either in (intervention, peer):
+        either.set_interchange_dim([1, 5, 45])
+    error = base - intervention.autoencoder(base)
+    torch.testing.assert_close(intervention(base, source), peer(base, source) + error, rtol=1e-5, atol=1e-5)
+    jump = layer("jumprelu")
+    peer = pv.JumpReLUAutoencoderIntervention(embed_dim=WIDTH, low_rank_dimension=LATENTS)
+    peer.load_state_dict({**peer.state_dict(), **jump.state_dict()})
+    torch.testing.assert_close(jump.encode(base), peer.encode(base))
+    torch.testing.assert_close(jump.decode(jump.encode(base)), peer.decode(peer.encode(base)))
 
 
 @pytest.mark.parametrize("own", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_nothing_swapped_is_nothing_changed(kind, dtype, own):
-    """Whichever of the two dtypes is the wider."""
+    """This holds for any dtypes of the activations and of the autoencoder."""
     intervention = AutoencoderIntervention(autoencoder=layer(kind).to(own))
     base, source = (torch.randn(2, 3, 2, WIDTH, dtype=torch.float64) * 20).to(dtype)
     assert torch.equal(intervention(base, base.clone()), base)
@@ -190,13 +174,13 @@ def test_it_trains(kind):
         dims = torch.zeros(LATENTS).index_fill(0, torch.tensor([1, 5, 45]), 1.0)
         return base + a.decode(latents + dims * (others - latents)) - a.decode(latents)
 
-    found, expected = (
+    result, expected = (
         torch.autograd.grad((out * cotangent).sum(), [base, source, *weights])
         for out in (intervention(base, source), plain())
     )
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    assert found[1].abs().max() > 0
+    for gradient, other in zip(result, expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5)
+    assert result[1].abs().max() > 0
 
 
 def test_any_autoencoder_may_be_used_and_a_strange_one_is_not_saved(tmp_path):
@@ -210,10 +194,8 @@ def test_any_autoencoder_may_be_used_and_a_strange_one_is_not_saved(tmp_path):
     intervention = AutoencoderIntervention(autoencoder=Tanh())
     base, source = torch.randn(2, 3, 1, WIDTH) * 0.5
     torch.testing.assert_close(intervention(base, source), source, rtol=1e-4, atol=1e-4)
-    config = pv.IntervenableConfig([{"layer": 1, "component": "block_output", "intervention": intervention}])
-    built = pv.IntervenableModel(config, tiny_model("gpt2"))
     with pytest.raises(UsageError, match=r"is a Tanh, which no file may name\. Register it"):
-        featurizers.save_intervenable(built, tmp_path / "it")
+        featurizers.save_intervenable(built([{"layer": 1, "intervention": intervention}]), tmp_path / "it")
     assert not (tmp_path / "it").exists()
 
 
@@ -221,26 +203,26 @@ def test_any_autoencoder_may_be_used_and_a_strange_one_is_not_saved(tmp_path):
 def test_a_bfloat16_model_takes_a_float32_autoencoder():
     model, autoencoder = copy.deepcopy(tiny_model("gpt2")).bfloat16(), layer()
     plain = model(BASE).logits
-    built = get_intervenable_with_autoencoder(model, autoencoder, 7, 1, max_number_of_units=2)
-    found = run(built, [1, 4])
-    assert found.dtype == torch.bfloat16
-    assert not torch.equal(found, plain)
+    patched = get_intervenable_with_autoencoder(model, autoencoder, 7, 1, max_number_of_units=2)
+    result = logits(patched, [1, 4])
+    assert result.dtype == torch.bfloat16
+    assert not torch.equal(result, plain)
     expected = by_hand(autoencoder, list(range(7)), [1, 4], model)
-    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
-    assert (found - plain).abs().max() > 0.5
-    assert built.interventions[next(iter(built.interventions))].autoencoder is not autoencoder, "weights are copied"
+    torch.testing.assert_close(result, expected, rtol=0.02, atol=0.02)
+    assert (result - plain).abs().max() > 0.5
+    assert next(iter(patched.interventions.values())).autoencoder is not autoencoder, "weights are copied"
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 @torch.no_grad()
 def test_a_dictionary_is_taken_as_it_is(kind):
     f = layer(kind).as_featurizer()
-    built = get_intervenable_with_autoencoder(tiny_model("gpt2"), f, [1, 5, 45], 1)
+    patched = get_intervenable_with_autoencoder(tiny_model("gpt2"), f, [1, 5, 45], 1)
     model = tiny_model("gpt2")
     swap = featurizers.Interchange(f, source={"input_ids": SOURCE}, positions=[3], indices=[1, 5, 45])
     with featurizers.intervene(model, {"resid.post:1": swap}):
         expected = model(BASE).logits
-    torch.testing.assert_close(run(built, [3]), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(patched, [3]), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(UsageError, match="rule 'topk'"):
         get_intervenable_with_autoencoder(tiny_model("gpt2"), dictionary("topk"), None, 1)
 
@@ -281,7 +263,7 @@ def test_wrong_arguments_are_named():
             intervention.set_interchange_dim(wrong)
     with pytest.raises(FeatureIndexError):
         intervention(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), [[6]])
-    with pytest.raises(ShapeError, match="the activations have 5 dimensions, the autoencoder 4"):
+    with pytest.raises(ShapeError, match="the activations have 5 dimensions, but the autoencoder takes 4"):
         intervention(torch.zeros(1, 1, 5), torch.zeros(1, 1, 5))
     with pytest.raises(UsageError, match="pass source_representations= to the intervenable"):
         intervention.set_source_representation(torch.zeros(1, 1, 4))

@@ -1,4 +1,4 @@
-"""Ablation of subspaces, beside projections written out and plain torch hooks."""
+"""Ablation of subspaces, compared with explicit projections and plain torch hooks."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from featurizers.errors import BasisError, ShapeError, SiteError, UsageError
 from featurizers_causal_basis import ablate_subspace, derange, remove_subspace
-from featurizers_causal_basis.derangement import derangement
+from featurizers_causal_basis.inputs import derangement
 from torch import nn
 
 from tests.support.models import WIDTH, hooked, hooks_of, module_of, prompts, tiny_model
@@ -21,12 +21,12 @@ def generator(seed=0):
 
 
 def projector(a):
-    """The d × d matrix that projects on the columns."""
+    """Return the d × d matrix that projects on the columns."""
     return a @ torch.linalg.pinv(a)
 
 
 @pytest.mark.parametrize(("d", "k"), [(1, 1), (2, 1), (17, 5), (64, 63), (101, 11)])
-def test_what_is_removed_is_gone_and_the_rest_is_not_touched(d, k):
+def test_the_subspace_is_removed_and_the_rest_is_unchanged(d, k):
     u, a = 3 * normal(10, d, seed=1) + 2, normal(d, k)
     zero, mean = remove_subspace(u, a), remove_subspace(u, a, "mean")
     torch.testing.assert_close(zero @ a, torch.zeros(10, k, dtype=torch.float64))
@@ -37,7 +37,7 @@ def test_what_is_removed_is_gone_and_the_rest_is_not_touched(d, k):
     torch.testing.assert_close(zero, u @ outside)
 
 
-def test_resample_gives_each_token_the_part_of_another():
+def test_resample_gives_each_token_the_component_of_another():
     u, a = normal(4, 5, 16, seed=1), normal(16, 3)
     edited = remove_subspace(u, a, "resample", generator=generator(7))
     rows, seen = u.reshape(-1, 16), (edited @ a).reshape(-1, 3)
@@ -64,7 +64,7 @@ def test_an_orthonormal_basis_of_the_columns_removes_the_same(mode):
     )
 
 
-def test_a_vector_is_a_matrix_of_one_column_whatever_its_length():
+def test_a_vector_of_any_length_is_a_matrix_of_one_column():
     u, v = normal(12, 8, seed=1), normal(8)
     torch.testing.assert_close(remove_subspace(u, v), remove_subspace(u, (5 * v)[:, None]))
     one = v / v.norm()
@@ -83,7 +83,7 @@ def test_any_dtype_rounds_once(dtype, of_matrix):
 
 
 @pytest.mark.parametrize("mode", ["zero", "mean", "resample"])
-def test_masked_tokens_enter_no_mean_and_come_back_as_they_were(mode):
+def test_masked_tokens_do_not_enter_the_mean_and_are_unchanged(mode):
     u, a = normal(2, 6, 8, seed=1), normal(8, 2)
     mask = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]])
     u[:, 0] *= 1e6
@@ -107,16 +107,16 @@ def test_wrong_input_is_refused_in_one_line():
     cases = [
         (BasisError, "linearly dependent", {"A": torch.stack([a[:, 0], 2 * a[:, 0]], dim=1)}),
         (BasisError, "linearly dependent", {"A": torch.stack([a[:, 0], a[:, 1], a[:, 0] + a[:, 1]], dim=1)}),
-        (BasisError, "one is zero", {"A": torch.zeros(8)}),
+        (BasisError, "a column that is zero", {"A": torch.zeros(8)}),
         (BasisError, "not finite", {"A": torch.full((8,), float("nan"))}),
-        (BasisError, "more than its rows", {"A": normal(8, 9)}),
+        (BasisError, "more columns than rows", {"A": normal(8, 9)}),
         (BasisError, "leave out orthonormal=True", {"A": a, "orthonormal": True}),
         (ShapeError, "width 8", {"A": normal(7, 2)}),
-        (ShapeError, "the mask says", {"A": a, "mask": torch.ones(5, dtype=torch.bool)}),
-        (ShapeError, "the mask says", {"A": a, "mask": torch.ones(6)}),
+        (ShapeError, "a mask has one boolean", {"A": a, "mask": torch.ones(5, dtype=torch.bool)}),
+        (ShapeError, "a mask has one boolean", {"A": a, "mask": torch.ones(6)}),
         (UsageError, "one of mean, resample, zero", {"A": a, "mode": "median"}),
         (UsageError, "generator", {"A": a, "mode": "resample"}),
-        (UsageError, "2 tokens or more, and 1 take part", {"A": a, "mode": "mean", "mask": torch.arange(6) == 3}),
+        (UsageError, "2 tokens or more, got 1", {"A": a, "mode": "mean", "mask": torch.arange(6) == 3}),
         (UsageError, "2 tokens or more", {"A": a, "mode": "resample", "mask": torch.arange(6) == 3}),
     ]
     for error, words, arguments in cases:
@@ -126,11 +126,11 @@ def test_wrong_input_is_refused_in_one_line():
         remove_subspace(torch.ones(3, 8, dtype=torch.long), a)
 
 
-def test_every_derangement_is_as_likely_as_another():
+def test_derangements_are_uniformly_distributed():
     draws = generator()
-    found = [tuple(derangement(4, draws).tolist()) for _ in range(3600)]
+    orders = [tuple(derangement(4, draws).tolist()) for _ in range(3600)]
     allowed = [p for p in itertools.permutations(range(4)) if all(i != j for i, j in enumerate(p))]
-    counts = [found.count(p) for p in allowed]
+    counts = [orders.count(p) for p in allowed]
     assert sum(counts) == 3600
     assert len(allowed) == 9
     assert min(counts) > 400 - 5 * 400**0.5
@@ -140,7 +140,7 @@ def test_every_derangement_is_as_likely_as_another():
     assert torch.equal(moved.sort(dim=0).values, rows.sort(dim=0).values)
     assert not (moved == rows).any()
     for n in (0, 1):
-        with pytest.raises(UsageError, match="none stays in its place"):
+        with pytest.raises(UsageError, match="leaves no token in its place"):
             derangement(n, draws)
 
 
@@ -162,12 +162,12 @@ def test_a_model_is_ablated_as_by_a_plain_hook(architecture, kind, layer):
         with hooked(module, side, by_hand):
             expected = model(ids).logits
         with ablate_subspace(model, a, f"{kind}:{layer}", "mean", mask=mask) as same:
-            found = model(ids).logits
+            ablated = model(ids).logits
         assert same is model
         assert torch.equal(model(ids).logits, clean)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert (found - clean).abs().max() > 0.01
-    assert torch.equal(found[:, 0], clean[:, 0])  # of a masked token that nothing comes before
+    torch.testing.assert_close(ablated, expected, rtol=1e-4, atol=1e-4)
+    assert (ablated - clean).abs().max() > 0.01
+    assert torch.equal(ablated[:, 0], clean[:, 0])  # a masked token with no token before it
 
 
 def test_a_module_that_returns_a_tuple_keeps_the_rest_of_it():
@@ -182,7 +182,7 @@ def test_a_module_that_returns_a_tuple_keeps_the_rest_of_it():
     torch.testing.assert_close(edited, (x + 1) @ (torch.eye(WIDTH, dtype=torch.float64) - projector(a)))
 
 
-def test_hooks_go_away_however_the_context_ends():
+def test_hooks_are_removed_however_the_context_ends():
     model, ids, a = tiny_model("gpt2"), prompts(2, 5), normal(WIDTH, dtype=torch.float32)
     before = hooks_of(model)
     with pytest.raises(ShapeError), ablate_subspace(model, a[1:], "resid.post:1"):

@@ -1,4 +1,4 @@
-"""``featurizers fit causal-basis``: what it prints and writes, and how it fails."""
+"""``featurizers fit causal-basis``: its output, its files and its errors."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ LENGTH = 6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A language model, and texts for it."""
+    """Return a folder with a language model and texts for it."""
     folder = tmp_path_factory.mktemp("causal-basis")
     save_language_model(fresh_model("llama"), folder / "lm")
     lines = [" ".join(f"w{i}" for i in row) for row in prompts(12, LENGTH).tolist()]
@@ -36,7 +36,7 @@ def _here(folder, monkeypatch):
 FIT = ("fit", "causal-basis", "--model", "./lm", "--data", "texts.txt", "-k", "2", "--preset", "fast")
 
 
-def test_a_basis_for_each_layer_is_what_the_library_finds(tmp_path):
+def test_it_saves_the_bases_that_the_library_finds(tmp_path):
     result = as_json(*FIT, "--out", tmp_path / "out", "--layers", "0,2", "--tokens", "40", "--seed", "3")
     ids = prompts(12, LENGTH)[:8]
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -46,16 +46,16 @@ def test_a_basis_for_each_layer_is_what_the_library_finds(tmp_path):
     )
     assert list(featurizers.list_artefacts(tmp_path / "out")) == ["resid.post-0", "resid.post-2"]
     for row, basis in zip(result["layers"], expected, strict=True):
-        found = featurizers.load(tmp_path / "out", subfolder=row["subfolder"], verify=True)
-        assert str(found.site) == row["site"] == str(basis.site)
-        torch.testing.assert_close(found.energies, basis.energies, rtol=1e-5, atol=0)
-        torch.testing.assert_close(found.energies, torch.tensor(row["energies"]))
-        torch.testing.assert_close((found.vectors * basis.vectors).sum(0).abs(), torch.ones(2), rtol=1e-4, atol=0)
-        record = found.record
+        loaded = featurizers.load(tmp_path / "out", subfolder=row["subfolder"], verify=True)
+        assert str(loaded.site) == row["site"] == str(basis.site)
+        torch.testing.assert_close(loaded.energies, basis.energies, rtol=1e-5, atol=0)
+        torch.testing.assert_close(loaded.energies, torch.tensor(row["energies"]))
+        torch.testing.assert_close((loaded.vectors * basis.vectors).sum(0).abs(), torch.ones(2), rtol=1e-4, atol=0)
+        record = loaded.record
         assert (record.mode, record.side, record.readout, record.seed) == ("mean", "output", "logit-lens", 3)
         assert (record.n_tokens, record.mask) == (40, "every token but the first of each prompt")
         assert (record.model, record.preset) == ("lm", "fast")
-        assert found.metadata["data"] == {"file": "texts.txt", "prompts": 8}
+        assert loaded.metadata["data"] == {"file": "texts.txt", "prompts": 8}
         assert row["evaluations"] > 2
         assert row["joint_energy"] == pytest.approx(record.joint_energy)
     assert (tmp_path / "out" / "energies.png").read_bytes()[:4] == b"\x89PNG"
@@ -101,7 +101,7 @@ def test_the_whole_model_and_a_tuned_lens_as_readouts(tmp_path):
     assert energies[2] != pytest.approx(energies[1], rel=0.01)
 
 
-def test_it_goes_on_where_it_was_interrupted(tmp_path):
+def test_it_resumes_an_interrupted_run(tmp_path):
     arguments = (*FIT, "--layers", "0,1", "--tokens", "20", "--checkpoints", tmp_path / "state")
     first = as_json(*arguments, "--out", tmp_path / "first")
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "state").iterdir()}
@@ -116,7 +116,7 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path):
     assert "another extraction" in error
 
 
-def test_a_table_and_where_things_are(tmp_path):
+def test_it_prints_a_table_and_the_paths(tmp_path):
     code, out, _ = run(*FIT, "--layers", "0-1", "--tokens", "20", "--out", tmp_path / "out")
     assert code == 0
     assert "resid.post:0" in out
@@ -139,7 +139,7 @@ def test_each_wrong_input_is_one_clear_line(tmp_path):
         ((*out, "--mode", "median"), "--mode is one of mean, resample, zero"),
         ((*out, "--side", "left"), "--side is one of input, output"),
         ((*out, "--preset", "slow"), "no preset 'slow'"),
-        ((*out, "--dtype", "int8"), "--dtype is one of"),
+        ((*out, "--dtype", "int8"), "a dtype is one of auto, float32, bfloat16, float16, not 'int8'"),
         ((*out, "--readout", "lens"), "--readout is logit-lens, model or tuned-lens:FOLDER"),
         ((*out, "--readout", "tuned-lens:"), "--readout is"),
         ((*out, "--readout", f"tuned-lens:{tmp_path}/none"), "config.json"),

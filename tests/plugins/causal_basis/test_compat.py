@@ -1,4 +1,4 @@
-"""tuned-lens' names: its signatures and field order, and what its own test says of `remove_subspace`."""
+"""Names of tuned-lens: signatures, field order, and what its own test checks of `remove_subspace`."""
 
 import inspect
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 from featurizers.errors import ShapeError, UsageError
 from featurizers_causal_basis import compat, white_box
-from featurizers_causal_basis.lenses import ForeignLens
+from featurizers_causal_basis.lens import ExternalLens
 
 from tests.support.models import LAYERS, WIDTH, hooked, module_of, prompts, read, tiny_model
 
-SIGNATURES = {  # as tuned-lens 0.2.0 has them
+SIGNATURES = {  # of tuned-lens 0.2.0
     "ablate_subspace": ["model", "A", "layer_index", "mode=zero", "orthonormal=False"],
     "derange": ["batch", "generator=None"],
     "extract_causal_bases": ["lens", "hiddens", "k", "*labels=None", "*max_iter=100", "*mode=mean"],
@@ -24,15 +24,15 @@ def normal(*shape, seed=0):
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_signatures_are_theirs(name):
-    found = [
+def test_signatures_are_those_of_tuned_lens(name):
+    signature = [
         ("*" if p.kind is p.KEYWORD_ONLY else "") + p.name + ("" if p.default is p.empty else f"={p.default}")
         for p in inspect.signature(getattr(compat, name)).parameters.values()
     ]
-    assert found == SIGNATURES[name]
+    assert signature == SIGNATURES[name]
 
 
-def test_fields_are_in_their_order():
+def test_fields_are_in_the_order_of_tuned_lens():
     assert compat.CausalBasis._fields == ("energies", "vectors")
 
 
@@ -63,7 +63,7 @@ def test_randomness_is_torchs_global_generator():
         lambda: compat.remove_subspace(u, a[1:]),
         lambda: compat.sample_derangement(1),
     ):
-        with pytest.raises(ValueError):  # noqa: PT011  # as there; the words are tested where they are ours
+        with pytest.raises(ValueError):  # noqa: PT011  # the class that tuned-lens raises; other tests check the messages
             call()
 
 
@@ -84,7 +84,7 @@ def test_it_is_the_output_of_the_block_that_is_ablated(architecture):
 
 
 class Unembed(torch.nn.Module):
-    """What tuned-lens calls by this name: a final norm and the unembedding."""
+    """A final norm and the unembedding, named as in tuned-lens."""
 
     def __init__(self, d, vocabulary):
         super().__init__()
@@ -93,7 +93,7 @@ class Unembed(torch.nn.Module):
 
 
 class Lens(torch.nn.Module):
-    """As tuned-lens' own: a linear translator of each layer and the unembedding."""
+    """A linear translator for each layer and the unembedding, as in tuned-lens."""
 
     def __init__(self, d=12, vocabulary=30, layers=2, translated=True):
         super().__init__()
@@ -112,7 +112,7 @@ class Lens(torch.nn.Module):
 
 
 def energy(lens, h, v, layer, centre):
-    """Written out: the mean over tokens of KL(p(h) ‖ p(h - v vᵀ(h - m)))."""
+    """Return the mean over tokens of KL(p(h) ‖ p(h - v vᵀ(h - m)))."""
     with torch.no_grad():
         p = lens(h, layer).log_softmax(-1)
         q = lens(h - ((h - centre) @ v)[..., None] * v, layer).log_softmax(-1)
@@ -124,9 +124,9 @@ def energy(lens, h, v, layer, centre):
 def test_bases_of_a_lens_object_are_those_of_its_divergences(translated, mode):
     lens = Lens(translated=translated)
     hiddens = [normal(3, 20, 12, seed=i) + 0.5 for i in range(3)]  # the last gets no basis
-    found = list(compat.extract_causal_bases(lens, hiddens, 3, mode=mode))
-    assert len(found) == 2
-    for layer, basis in enumerate(found):
+    bases = list(compat.extract_causal_bases(lens, hiddens, 3, mode=mode))
+    assert len(bases) == 2
+    for layer, basis in enumerate(bases):
         centre = hiddens[layer].flatten(0, 1).mean(0) if mode == "mean" else torch.zeros(12, dtype=torch.float64)
         for value, v in zip(basis.energies.tolist(), basis.vectors.mT, strict=True):
             assert value == pytest.approx(energy(lens, hiddens[layer], v, layer, centre), rel=1e-6)
@@ -137,25 +137,25 @@ def test_bases_of_a_lens_object_are_those_of_its_divergences(translated, mode):
     assert all(parameter.requires_grad for parameter in lens.parameters())
 
 
-def test_a_lens_that_is_another_function_gives_the_same_by_the_long_way():
+def test_a_lens_without_a_closed_form_gives_the_same_energies():
     lens, hiddens = Lens(), [normal(40, 12, seed=i) for i in range(3)]
-    formula = ForeignLens(lens).affine_norm(1)
+    formula = ExternalLens(lens).affine_norm(1)
     torch.testing.assert_close(formula.log_probs(hiddens[1]), lens(hiddens[1], 1).log_softmax(-1).detach())
-    wrapped = lens.forward  # a function, of which nothing else is known
-    assert ForeignLens(wrapped).affine_norm(1) is None
-    for ours, theirs in zip(
+    wrapped = lens.forward  # a function without the attributes of a lens
+    assert ExternalLens(wrapped).affine_norm(1) is None
+    for short, long in zip(
         compat.extract_causal_bases(lens, hiddens, 2), compat.extract_causal_bases(wrapped, hiddens, 2), strict=True
     ):
-        torch.testing.assert_close(ours.energies, theirs.energies, rtol=1e-5, atol=0)
+        torch.testing.assert_close(short.energies, long.energies, rtol=1e-5, atol=0)
 
     class Scaled(Lens):
         def forward(self, h, idx):
             return 2 * super().forward(h, idx)
 
-    assert ForeignLens(Scaled()).affine_norm(0) is None  # it is not what its parts say
+    assert ExternalLens(Scaled()).affine_norm(0) is None  # its parts do not add up to it
 
 
-def test_what_it_does_not_take():
+def test_unsupported_arguments_are_refused():
     lens, hiddens = Lens(), [normal(5, 12)] * 3
     with pytest.raises(UsageError, match="leave labels out"):
         next(compat.extract_causal_bases(lens, hiddens, 2, labels=torch.zeros(5, dtype=torch.long)))
@@ -163,7 +163,7 @@ def test_what_it_does_not_take():
         next(compat.extract_causal_bases(lens, hiddens[:1], 2))
     with pytest.raises(UsageError, match="at most 12"):
         next(compat.extract_causal_bases(lens, hiddens, 13))
-    with pytest.raises(ShapeError, match="not a row each"):
+    with pytest.raises(ShapeError, match="must return one row of logits for each activation"):
         next(compat.extract_causal_bases(lambda h, idx: lens(h[:1], idx), hiddens, 1))
     assert next(compat.extract_causal_bases(lens, hiddens, 0, max_iter=2)).energies.shape == (12,)
 
@@ -171,16 +171,16 @@ def test_what_it_does_not_take():
 def test_the_first_published_names():
     assert white_box.CausalBasis._fields == ("basis", "energies")
     lens, hiddens = Lens(), [normal(30, 12, seed=i) for i in range(3)]
-    found = white_box.extract_causal_bases(lens, hiddens, 2)
-    assert len(found) == 2
-    for layer, basis in enumerate(found):
+    bases = white_box.extract_causal_bases(lens, hiddens, 2)
+    assert len(bases) == 2
+    for layer, basis in enumerate(bases):
         mean = hiddens[layer].mean(0)
         expected = [energy(lens, hiddens[layer], v, layer, mean) for v in basis.basis.mT]
         assert basis.energies.tolist() == pytest.approx(expected, rel=1e-6)
-    # a decoder of one argument, and the vectors below an energy left out
+    # a decoder of one argument, and vectors below an energy dropped
     decoder = lambda h: lens(h, 0)  # noqa: E731
     first = white_box.extract_causal_bases(decoder, hiddens[:2], 2)[0]
-    torch.testing.assert_close(first.energies, found[0].energies, rtol=1e-4, atol=0)
+    torch.testing.assert_close(first.energies, bases[0].energies, rtol=1e-4, atol=0)
     between = float(first.energies.mean())
     assert white_box.extract_causal_bases(decoder, hiddens[:2], 2, min_energy=between)[0].basis.shape == (12, 1)
     with pytest.raises(UsageError, match="two layers"):
@@ -189,13 +189,13 @@ def test_the_first_published_names():
 
 def test_the_first_published_names_take_a_whole_model():
     model, ids = tiny_model("gpt2"), prompts(2, 5)
-    found = white_box.extract_causal_bases(model, ids, 1, max_iter=2)
-    assert len(found) == LAYERS
+    bases = white_box.extract_causal_bases(model, ids, 1, max_iter=2)
+    assert len(bases) == LAYERS
     module, side = module_of(model, "gpt2", "resid.pre", 1)
     hidden = read(model, module, side, input_ids=ids)
-    v, mean = found[1].basis[:, 0], hidden.flatten(0, 1).mean(0)
+    v, mean = bases[1].basis[:, 0], hidden.flatten(0, 1).mean(0)
     with torch.no_grad():
         p = model(ids).logits.double().log_softmax(-1)
         with hooked(module, side, lambda h: h - ((h - mean) @ v)[..., None] * v):
             q = model(ids).logits.double().log_softmax(-1)
-    assert float(found[1].energies[0]) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+    assert float(bases[1].energies[0]) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)

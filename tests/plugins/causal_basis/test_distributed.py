@@ -1,4 +1,4 @@
-"""Several processes, each with its own tokens, find what one finds with all of them."""
+"""Several processes that share the tokens find the bases that one process finds."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from featurizers_causal_basis.extraction import extract_causal_bases
+from featurizers_causal_basis import extract_causal_bases
 from torch import nn
 
 from tests.support.models import prompts, tiny_model
@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[3]
 WORKER = """
 import sys, torch, torch.distributed as dist
 from tests.plugins.causal_basis.test_distributed import CASES
+torch.set_num_threads(1)  # threads of both processes would wait for each other's cores
 rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
 found = {name: case(rank, folder) for name, case in CASES.items()}
@@ -25,6 +26,10 @@ kept = {
     for name, bases in found.items()
 }
 torch.save(kept, f"{folder}/{rank}.pt")
+try:
+    CASES["mean"](rank, folder, mode="zero", resume=f"{folder}/run")
+except ValueError as error:
+    open(f"{folder}/{rank}.txt", "w").write(str(error))
 dist.destroy_process_group()
 """
 
@@ -77,7 +82,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What each of two processes found, by case."""
+    """Return the bases that each of two processes found, by case, and its error for a folder of another run."""
     folder = tmp_path_factory.mktemp("processes")
     workers = [
         subprocess.Popen([sys.executable, "-c", WORKER, str(rank), "2", str(folder)], cwd=ROOT) for rank in range(2)
@@ -87,12 +92,12 @@ def found(tmp_path_factory):
     finally:
         for worker in workers:
             worker.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [(torch.load(folder / f"{rank}.pt"), (folder / f"{rank}.txt").read_text()) for rank in range(2)]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_find_what_one_finds(name, found):
-    first, second = (each[name] for each in found)
+    first, second = (bases[name] for bases, _ in found)
     alone = CASES[name](None, "")
     assert len(first) == len(second) == len(alone) == 1
     for one, other in zip(first[0], second[0], strict=True):
@@ -105,4 +110,10 @@ def test_two_processes_find_what_one_finds(name, found):
     cosines = (directions * alone[0].directions).sum(1).abs()
     assert float(cosines.min()) > 1 - tolerance
     if name == "threshold":
-        assert 0 < len(energies) < 3, "the threshold decides nothing"
+        assert 0 < len(energies) < 3, "the threshold has no effect"
+
+
+def test_both_processes_refuse_a_folder_of_another_run(found):
+    (_, first), (_, second) = found
+    assert "belongs to another extraction: mode was 'mean' and is 'zero'" in first
+    assert second == f"process 0 refuses: {first}"

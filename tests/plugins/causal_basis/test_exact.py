@@ -1,4 +1,4 @@
-"""The energy by formula against autograd, and the readouts against the models that they are of."""
+"""Energy in closed form compared with autograd, and the readouts compared with their models."""
 
 import json
 from dataclasses import replace
@@ -6,14 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from featurizers.errors import ConfigError, ShapeError, UsageError, WeightsError
-from featurizers_causal_basis.differentiated import DifferentiatedEnergy
-from featurizers_causal_basis.energy import Tokens
-from featurizers_causal_basis.exact import ExactEnergy
-from featurizers_causal_basis.logit_lens import LogitLens
-from featurizers_causal_basis.norms import recognise
-from featurizers_causal_basis.readouts import AffineNorm, Decoder
-from featurizers_causal_basis.reduction import Processes
-from featurizers_causal_basis.tuned_lens import TunedLens
+from featurizers_causal_basis import AffineNorm, Decoder, LogitLens, TunedLens
+from featurizers_causal_basis.solve.differentiated import DifferentiatedEnergy
+from featurizers_causal_basis.solve.energy import Tokens
+from featurizers_causal_basis.solve.exact import ExactEnergy
+from featurizers_causal_basis.solve.processes import Processes
 from torch import Tensor, nn
 
 from tests.support.models import ARCHITECTURES, LAYERS, WIDTH, fresh_model, module_of, prompts, read, tiny_model
@@ -38,7 +35,7 @@ def decoder(norm: str, bias: bool) -> nn.Sequential:
 @pytest.mark.parametrize("translated", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("norm", ["layer", "rms"])
-def test_the_formula_is_what_autograd_gives(norm, bias, translated, mode):
+def test_the_closed_form_agrees_with_autograd(norm, bias, translated, mode):
     run = decoder(norm, bias)
     form = Decoder(run).affine_norm(0)
     assert form is not None
@@ -56,24 +53,24 @@ def test_the_formula_is_what_autograd_gives(norm, bias, translated, mode):
     p, q = log_probs(tokens.h), log_probs(tokens.h - torch.outer(tokens.deviation @ v, v))
     energy = (p.exp() * (p - q)).sum(-1).mean()
     (grad,) = torch.autograd.grad(energy, v)
-    value, found = ExactEnergy(tokens, form).value_and_grad(v.detach())
+    value, gradient = ExactEnergy(tokens, form).value_and_grad(v.detach())
     assert value == pytest.approx(energy.item(), abs=1e-12)
-    assert torch.allclose(found, grad, atol=1e-12, rtol=0)
+    assert torch.allclose(gradient, grad, atol=1e-12, rtol=0)
     assert ExactEnergy(tokens, form).direct(v.detach().unsqueeze(-1)) == pytest.approx(energy.item(), abs=1e-12)
 
 
-def test_what_the_formula_is_evaluated_in_parts_of_does_not_matter(monkeypatch):
+def test_the_size_of_the_chunks_does_not_matter(monkeypatch):
     tokens = Tokens.of(randn(N, D), "mean", Processes(), 0)
     form = Decoder(decoder("layer", True)).affine_norm(0)
     v = torch.eye(D).double()[0]
     whole, whole_grad = ExactEnergy(tokens, form).value_and_grad(v)
-    monkeypatch.setattr("featurizers_causal_basis.exact.CHUNK", {"cpu": 7 * VOCABULARY})
+    monkeypatch.setattr("featurizers_causal_basis.solve.exact.CHUNK", {"cpu": 7 * VOCABULARY})
     value, grad = ExactEnergy(tokens, form).value_and_grad(v)
     assert value == pytest.approx(whole, abs=1e-14)
     assert torch.allclose(grad, whole_grad, atol=1e-14, rtol=0)
 
 
-def test_energies_through_a_readout_without_a_formula_are_the_same():
+def test_energies_through_a_readout_without_a_closed_form_are_the_same():
     run = decoder("layer", True)
     tokens = Tokens.of(randn(N, D), "mean", Processes(), 0)
     exact = ExactEnergy(tokens, Decoder(run).affine_norm(0))
@@ -81,8 +78,8 @@ def test_energies_through_a_readout_without_a_formula_are_the_same():
     general = DifferentiatedEnergy(tokens, parts, lambda h, _: run(h).log_softmax(-1))
     v = randn(D, seed=5)
     v /= v.norm()
-    for ours, theirs in zip(exact.value_and_grad(v), general.value_and_grad(v), strict=True):
-        assert torch.allclose(torch.as_tensor(ours), torch.as_tensor(theirs), atol=1e-12, rtol=0)
+    for closed, autograd in zip(exact.value_and_grad(v), general.value_and_grad(v), strict=True):
+        assert torch.allclose(torch.as_tensor(closed), torch.as_tensor(autograd), atol=1e-12, rtol=0)
     two = torch.linalg.qr(randn(D, 2)).Q
     assert exact.direct(two) == pytest.approx(general.direct(two), abs=1e-12)
     uniform = torch.rand(N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -91,7 +88,7 @@ def test_energies_through_a_readout_without_a_formula_are_the_same():
 
 
 def test_the_mean_outer_product_of_scores_is_the_curvature():
-    # E log p(y)' log p(y)'ᵀ = F, and E(v) -> ½ (x·v)² vᵀ F v: the scores are of y drawn from p itself
+    # E log p(y)' log p(y)'ᵀ = F and E(v) -> ½ (x·v)² vᵀ F v, if y is drawn from p itself
     run = decoder("rms", False)
     h = randn(1, D).expand(20000, D).contiguous()
     tokens = Tokens.of(h, "zero", Processes(), 0)
@@ -133,13 +130,13 @@ def test_the_logit_lens_at_the_last_block_is_the_model(architecture):
     module, side = module_of(model, architecture, "resid.post", LAYERS - 1)
     h = read(model, module, side, input_ids=ids).reshape(-1, WIDTH)
     lens = LogitLens(model)
-    wanted = model(input_ids=ids).logits.log_softmax(-1).reshape(len(h), -1)
-    assert torch.allclose(lens.log_probs(h, LAYERS), wanted, atol=1e-5)
+    expected = model(input_ids=ids).logits.log_softmax(-1).reshape(len(h), -1)
+    assert torch.allclose(lens.log_probs(h, LAYERS), expected, atol=1e-5)
     form = lens.affine_norm(LAYERS)
     if architecture == "gemma2":
         assert form is None, "its logits are capped"
     else:
-        assert torch.allclose(form.log_probs(h), wanted, atol=1e-5)
+        assert torch.allclose(form.log_probs(h), expected, atol=1e-5)
 
 
 def test_a_factor_on_the_logits_is_found_and_folded_in():
@@ -157,7 +154,7 @@ def test_a_factor_on_the_logits_is_found_and_folded_in():
     assert torch.allclose(form.log_probs(h), model(input_ids=ids).logits[0].log_softmax(-1), atol=1e-5)
 
 
-def test_a_model_whose_logits_are_made_otherwise_is_refused():
+def test_a_model_with_other_logits_than_its_head_gives_is_refused():
     model = fresh_model("llama")
     head = model.get_output_embeddings()
     model.get_output_embeddings = lambda: nn.Linear(head.in_features, head.out_features, bias=False)
@@ -180,20 +177,23 @@ def test_norms_are_recognised_by_what_they_compute():
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).tanh()
 
+    def form_of(norm: nn.Module) -> AffineNorm | None:
+        return Decoder(nn.Sequential(norm, nn.Linear(D, VOCABULARY))).affine_norm(0)
+
     gemma = Gemma()
-    found = recognise(gemma, D)
-    assert found is not None
-    assert not found.centred
-    assert torch.allclose(found.gain.float(), 1 + gemma.weight)
-    assert recognise(Other(), D) is None
-    assert recognise(nn.Identity(), D) is None
-    layer = recognise(nn.LayerNorm(D, eps=1e-2), D)
+    form = form_of(gemma)
+    assert form is not None
+    assert not form.centred
+    assert torch.allclose(form.gain, 1 + gemma.weight)
+    assert form_of(Other()) is None
+    assert form_of(nn.Identity()) is None
+    layer = form_of(nn.LayerNorm(D, eps=1e-2))
     assert layer.centred
     assert layer.eps == 1e-2
 
 
 def tuned(folder, weights, biases, **config):
-    """Files as tuned-lens 0.2.0 writes them: the translators' state dict and its config."""
+    """Write the files of tuned-lens 0.2.0, the translators' state dict and the config, and return the folder."""
     state = nn.ModuleList([nn.Linear(len(w), len(w), bias=biases is not None) for w in weights]).state_dict()
     for i, weight in enumerate(weights):
         state[f"{i}.weight"] = weight
@@ -216,20 +216,20 @@ def test_a_tuned_lens_is_read_from_its_files(tmp_path, bias):
     h = randn(7, WIDTH, dtype=torch.float32)
     for depth in range(LAYERS + 1):
         moved = h if depth == LAYERS else h + h @ weights[depth].mT + (biases[depth] if bias else 0)
-        wanted = model.get_output_embeddings()(model.gpt_neox.final_layer_norm(moved)).log_softmax(-1)
-        assert torch.allclose(lens.log_probs(h, depth), wanted, atol=1e-4)
-        assert torch.allclose(lens.affine_norm(depth).log_probs(h), wanted, atol=1e-4)
+        expected = model.get_output_embeddings()(model.gpt_neox.final_layer_norm(moved)).log_softmax(-1)
+        assert torch.allclose(lens.log_probs(h, depth), expected, atol=1e-4)
+        assert torch.allclose(lens.affine_norm(depth).log_probs(h), expected, atol=1e-4)
     assert lens.sha256 != LogitLens(model).sha256
 
 
-def test_files_of_no_tuned_lens_of_the_model_are_refused(tmp_path):
+def test_files_that_do_not_fit_the_model_are_refused(tmp_path):
     model = tiny_model("llama")
     weights = [torch.eye(WIDTH)] * LAYERS
     with pytest.raises(ConfigError, match="gated"):
         TunedLens.load(model, tuned(tmp_path, weights, None, lens_type="gated"))
     with pytest.raises(WeightsError, match="finite tensor of shape"):
         TunedLens.load(model, tuned(tmp_path, weights, None, d_model=WIDTH + 1))
-    with pytest.raises(WeightsError, match="does not hold"):
+    with pytest.raises(WeightsError, match="does not hold exactly"):
         TunedLens.load(model, tuned(tmp_path, weights, None, num_hidden_layers=LAYERS + 1))
     with pytest.raises(ShapeError, match=f"has {LAYERS} blocks"):
         TunedLens.load(model, tuned(tmp_path, weights[:2], None))

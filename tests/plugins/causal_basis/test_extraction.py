@@ -1,23 +1,32 @@
-"""Causal bases: their definition, their symmetries, and that a run can be gone on with."""
+"""Causal bases: their definition, their symmetries, and resuming a run."""
 
+import hashlib
 import itertools
+import json
 import warnings
 
 import pytest
 import torch
-from featurizers.errors import ShapeError, UsageError
-from featurizers_causal_basis.differentiated import DifferentiatedEnergy
-from featurizers_causal_basis.energy import Tokens
-from featurizers_causal_basis.exact import ExactEnergy
-from featurizers_causal_basis.extraction import NoDirectionWarning, extract_causal_bases, iterate_causal_bases
-from featurizers_causal_basis.logit_lens import LogitLens
-from featurizers_causal_basis.massive import MassiveTokenWarning
-from featurizers_causal_basis.presets import PRESETS, Preset
-from featurizers_causal_basis.readouts import Decoder
-from featurizers_causal_basis.reduction import Processes
-from featurizers_causal_basis.remainder import Remainder
-from featurizers_causal_basis.solver import search
-from featurizers_causal_basis.tuned_lens import TunedLens
+from featurizers.errors import ArtefactError, ShapeError, UsageError
+from featurizers_causal_basis import (
+    PRESETS,
+    Decoder,
+    LogitLens,
+    MassiveTokenWarning,
+    NoDirectionWarning,
+    Preset,
+    TunedLens,
+    extract_causal_bases,
+    iterate_causal_bases,
+)
+from featurizers_causal_basis.solve.differentiated import DifferentiatedEnergy
+from featurizers_causal_basis.solve.energy import Tokens
+from featurizers_causal_basis.solve.exact import ExactEnergy
+from featurizers_causal_basis.solve.processes import Processes
+from featurizers_causal_basis.solve.remainder import Remainder
+from featurizers_causal_basis.solve.solver import search
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from tests.support.models import LAYERS, WIDTH, fresh_model, hooked, hooks_of, module_of, prompts, tiny_model
@@ -38,7 +47,7 @@ def decoder(dtype: torch.dtype = torch.float64, norm: nn.Module | None = None) -
 
 
 def hiddens(dtype: torch.dtype = torch.float64, n: int = N) -> Tensor:
-    """Correlated activations with a mean, which a basis must tell apart from the readout's own directions."""
+    """Return correlated activations with a mean: their directions are not those of the readout."""
     return (randn(n, D, seed=3) @ randn(D, D, seed=4) + 2 * randn(D, seed=5)).to(dtype)
 
 
@@ -51,7 +60,7 @@ def without(h: Tensor, vectors: Tensor, m: Tensor | float) -> Tensor:
     return h - ((h - m) @ vectors) @ vectors.mT
 
 
-# ---------------------------------------------------------------------- what a basis is
+# ---------------------------------------------------------------------- definition
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -64,7 +73,7 @@ def test_energies_are_those_of_ablating_each_vector_alone(mode, dtype):
     for j in range(4):
         v = basis.vectors[:, [j]]
         assert float(kl(run, h, without(h, v, m))) == pytest.approx(float(basis.energies[j]), rel=tolerance)
-        # and through the featurizer: the feature set to the stored mean's
+        # and through the featurizer: the feature set to that of the stored mean
         features, error = basis.featurize(h)
         features = features.clone()
         features[:, j] = basis.ablation_values()[j]
@@ -86,7 +95,7 @@ def test_an_energy_by_resampling_is_that_of_one_derangement():
     (other,) = extract_causal_bases(run, [h], 2, mode="resample", seed=6)
     assert torch.equal(basis.directions, again.directions)
     assert not torch.equal(basis.energies, other.energies)
-    from featurizers_causal_basis.derangement import derangement
+    from featurizers_causal_basis.inputs import derangement
 
     moved = h[derangement(N, torch.Generator().manual_seed(5))]
     v = basis.vectors[:, [0]]
@@ -113,7 +122,7 @@ def test_no_other_direction_has_a_greater_energy(preset):
 
 def test_a_basis_turns_with_the_space():
     turn = torch.linalg.qr(randn(D, D, seed=7)).Q
-    # an RMSNorm without a gain turns with its input; a LayerNorm does not
+    # an RMSNorm without a gain is equivariant under rotations, a LayerNorm is not
     run, turned = (decoder(norm=nn.RMSNorm(D, eps=1e-6, elementwise_affine=False)) for _ in range(2))
     with torch.no_grad():
         turned[1].weight.copy_(run[1].weight @ turn.mT)
@@ -143,7 +152,7 @@ def test_a_direction_without_variance_or_effect_has_no_energy():
     energy = DifferentiatedEnergy(tokens, [slice(0, N)], lambda x, _: linear(x).log_softmax(-1))
     for axis, v in enumerate(torch.eye(D).double()):
         assert (abs(energy.value_and_grad(v)[0]) < 1e-12) == (axis in (3, 5))
-    # at the mean 0 both modes are one
+    # with a mean of zero both modes are the same
     centred = h - h.mean(0)
     mean, zero = (extract_causal_bases(linear, [centred], 2, mode=mode)[0] for mode in ("mean", "zero"))
     assert torch.allclose(mean.energies, zero.energies, rtol=1e-6)
@@ -159,7 +168,7 @@ def test_several_starts_find_no_less_than_one():
     assert all(a.record.evaluations > b.record.evaluations for a, b in zip(many, one, strict=True))
 
 
-def test_of_several_ascents_the_better_one_goes_on():
+def test_the_best_of_several_ascents_continues():
     h = hiddens()
     energy = ExactEnergy(Tokens.of(h, "mean", Processes(), 0), Decoder(decoder()).affine_norm(0))
     nothing = torch.zeros(D, 0, dtype=torch.float64)
@@ -170,34 +179,34 @@ def test_of_several_ascents_the_better_one_goes_on():
     assert energy.value_and_grad(best.vector)[0] >= max(told)
     poor = min(axes, key=lambda v: energy.value_and_grad(v)[0])
     for starts in ([poor, best.vector], [best.vector, poor]):
-        found = search(energy, nothing, starts, Preset("short", rounds=((1, 1),)), 2, told.append)
-        assert abs(float(found.vector @ best.vector)) > 1 - 1e-6
-        (lost,) = found.losers
-        assert energy.value_and_grad(lost)[0] < energy.value_and_grad(found.vector)[0]
+        result = search(energy, nothing, starts, Preset("short", rounds=((1, 1),)), 2, told.append)
+        assert abs(float(result.vector @ best.vector)) > 1 - 1e-6
+        (lost,) = result.losers
+        assert energy.value_and_grad(lost)[0] < energy.value_and_grad(result.vector)[0]
 
 
 def test_the_best_loser_of_a_step_is_tried_again_at_the_next(monkeypatch):
     starts, losers = [], []
 
-    def watched(energy, earlier, given, *rest):
-        found = search(energy, earlier, given, *rest)
-        starts.append(given)
-        losers.append(found.losers)
-        return found
+    def recorded(energy, earlier, own_starts, *rest):
+        result = search(energy, earlier, own_starts, *rest)
+        starts.append(own_starts)
+        losers.append(result.losers)
+        return result
 
-    monkeypatch.setattr("featurizers_causal_basis.extraction.search", watched)
+    monkeypatch.setattr("featurizers_causal_basis.solve.extraction.search", recorded)
     extract_causal_bases(decoder(), [hiddens()], 3)
     for j in (1, 2):
         assert torch.equal(starts[j][-1], losers[j - 1][0])
         assert len(starts[j]) > len(losers[j - 1][:1]) + 1
 
 
-def test_a_vector_of_too_little_energy_is_left_out():
+def test_a_vector_with_too_little_energy_is_dropped():
     run, h = decoder(), hiddens()
     (basis,) = extract_causal_bases(run, [h], 6)
-    found = basis.energies[torch.tensor(basis.record.steps).argsort()]  # in the order of the search
-    threshold = float(found[2] + found[3]) / 2
-    assert found[:3].min() > threshold > found[3]
+    in_search_order = basis.energies[torch.tensor(basis.record.steps).argsort()]  # in the order of the search
+    threshold = float(in_search_order[2] + in_search_order[3]) / 2
+    assert in_search_order[:3].min() > threshold > in_search_order[3]
     (short,) = extract_causal_bases(run, [h], 6, min_energy=threshold)
     assert short.n_features == 3
     assert float(short.energies.min()) >= threshold
@@ -208,15 +217,15 @@ def test_a_vector_of_too_little_energy_is_left_out():
 
 def test_inversions_are_counted_in_the_order_of_the_search():
     (basis,) = extract_causal_bases(decoder(), [hiddens()], 6, preset="reference-axes", max_iter=2)
-    found = basis.energies[torch.tensor(basis.record.steps).argsort()]
-    assert basis.record.inversions == sum(bool(b > a) for a, b in itertools.pairwise(found))
+    in_search_order = basis.energies[torch.tensor(basis.record.steps).argsort()]
+    assert basis.record.inversions == sum(bool(b > a) for a, b in itertools.pairwise(in_search_order))
     assert basis.record.inversions > 0
 
 
 # ---------------------------------------------------------------------- tokens
 
 
-def test_only_tokens_of_the_mask_take_part():
+def test_only_the_tokens_of_the_mask_are_used():
     run, h = decoder(), hiddens()
     mask = torch.rand(N, generator=torch.Generator().manual_seed(0)) < 0.5
     (basis,) = extract_causal_bases(run, [h], 2, mask=mask)
@@ -227,7 +236,7 @@ def test_only_tokens_of_the_mask_take_part():
     assert basis.record.mask == "as the mask says"
 
 
-def test_a_massive_first_token_is_warned_of_unless_it_is_left_out():
+def test_a_massive_first_token_causes_a_warning_unless_it_is_left_out():
     run, h = decoder(), hiddens().reshape(10, 20, D).clone()
     h[:, 0] *= 100
     with pytest.warns(MassiveTokenWarning, match="at position 0"):
@@ -270,15 +279,15 @@ def test_a_lens_collects_the_hidden_states_of_token_ids():
         states = model(**inputs, output_hidden_states=True).hidden_states
     lens = LogitLens(model)
     for options in ({"side": "input"}, {"side": "output", "layers": [0, 1]}):
-        given = states if options["side"] == "input" else states[1:-1]
-        ours = extract_causal_bases(lens, inputs, 1, preset="fast", batch_size=2, **options)
-        theirs = extract_causal_bases(lens, given, 1, preset="fast", mask=mask, **options)
-        assert len(ours) == len(theirs) == (LAYERS if options["side"] == "input" else 2)
-        for a, b in zip(ours, theirs, strict=True):
+        hidden = states if options["side"] == "input" else states[1:-1]
+        collected = extract_causal_bases(lens, inputs, 1, preset="fast", batch_size=2, **options)
+        expected = extract_causal_bases(lens, hidden, 1, preset="fast", mask=mask, **options)
+        assert len(collected) == len(expected) == (LAYERS if options["side"] == "input" else 2)
+        for a, b in zip(collected, expected, strict=True):
             assert torch.allclose(a.energies, b.energies, rtol=1e-4)
-    assert ours[0].record.mask == "the attention mask"
-    assert ours[0].record.readout == "logit-lens"
-    assert ours[0].record.readout_sha256 == lens.sha256
+    assert collected[0].record.mask == "the attention mask"
+    assert collected[0].record.readout == "logit-lens"
+    assert collected[0].record.readout_sha256 == lens.sha256
 
 
 def test_a_tuned_lens_reads_each_layer_by_its_own_translator():
@@ -302,7 +311,7 @@ def test_a_tuned_lens_reads_each_layer_by_its_own_translator():
 
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2"])
-def test_bases_of_a_whole_model_are_of_its_own_output(architecture, side):
+def test_bases_of_a_whole_model_measure_its_own_output(architecture, side):
     model = tiny_model(architecture)
     ids = prompts(4, 8)
     attended = torch.ones_like(ids)
@@ -339,7 +348,7 @@ def test_bases_of_a_whole_model_are_of_its_own_output(architecture, side):
     assert bases[0].record.n_tokens == int(mask.sum())
 
 
-def test_blocks_before_the_layer_are_passed_over(monkeypatch):
+def test_blocks_before_the_layer_are_skipped(monkeypatch):
     model = tiny_model("llama")
     remainder = Remainder(model, {"input_ids": prompts(2, 5)}, 2)
     assert remainder.skipping
@@ -354,7 +363,7 @@ def test_blocks_before_the_layer_are_passed_over(monkeypatch):
     assert ran == [2]
 
 
-def test_a_model_whose_blocks_reach_back_is_run_whole():
+def test_a_model_whose_later_blocks_read_earlier_ones_runs_as_a_whole():
     model = fresh_model("llama")
     kept = {}
     first, last = model.model.layers[0], model.model.layers[2]
@@ -369,7 +378,7 @@ def test_a_model_whose_blocks_reach_back_is_run_whole():
 # ---------------------------------------------------------------------- progress and resuming
 
 
-def test_progress_is_told_after_each_evaluation():
+def test_progress_is_reported_after_each_evaluation():
     told = []
     (basis,) = extract_causal_bases(decoder(), [hiddens()], 2, progress=told.append)
     assert [p.energy for p in told if p.found] == pytest.approx(
@@ -384,7 +393,7 @@ class Killed(Exception):
     pass
 
 
-def test_a_run_that_was_killed_is_gone_on_with_to_equal_bits(tmp_path):
+def test_a_killed_run_resumes_to_equal_bits(tmp_path):
     run, hidden = decoder(torch.float32), [hiddens(torch.float32), hiddens(torch.float32) * 3]
     whole = extract_causal_bases(run, hidden, 4)
 
@@ -400,7 +409,7 @@ def test_a_run_that_was_killed_is_gone_on_with_to_equal_bits(tmp_path):
             extract_causal_bases(run, hidden, 4, resume=tmp_path / "run", progress=kill(at))
     told = []
     resumed = extract_causal_bases(run, hidden, 4, resume=tmp_path / "run", progress=told.append)
-    # the vector of the kill was found, but not written
+    # the vector of the kill was found but not written
     assert {(p.layer, p.vector) for p in told} == {(1, 2), (1, 3)}
     for a, b in zip(whole, resumed, strict=True):
         assert torch.equal(a.directions, b.directions)
@@ -411,12 +420,60 @@ def test_a_run_that_was_killed_is_gone_on_with_to_equal_bits(tmp_path):
     assert told == []
 
 
+def test_a_folder_written_before_the_core_had_state_files_is_resumed(tmp_path):
+    run, h, folder = decoder(), hiddens(), tmp_path / "run"
+    (whole,) = extract_causal_bases(run, [h], 3, preset="fast", resume=folder)
+    identity = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(identity, indent=2, sort_keys=True))
+    path = folder / "layer-000.safetensors"
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["about"])
+    assert sorted(about) == ["activations_sha256", "evaluations", "finished", "joint_energy"]
+    tensors = load_file(path)
+    about |= {"finished": False, "joint_energy": 0.0, "evaluations": 40}
+    tensors = {
+        "vectors": tensors["vectors"][:, :2].contiguous(),
+        "energies": tensors["energies"][:2].contiguous(),
+        "losers": torch.zeros(D, 0, dtype=torch.float64),
+    }
+    path.write_bytes(save(tensors, metadata={"about": json.dumps(about)}))
+    told = []
+    (resumed,) = extract_causal_bases(run, [h], 3, preset="fast", resume=folder, progress=told.append)
+    assert {p.vector for p in told} == {2}
+    assert told[0].evaluations == 41
+    assert torch.equal(resumed.directions, whole.directions)
+
+
+def test_a_damaged_layer_is_reported_with_what_to_do(tmp_path):
+    run, h, path = decoder(), hiddens(), tmp_path / "layer-000.safetensors"
+    extract_causal_bases(run, [h], 1, preset="fast", resume=tmp_path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ArtefactError, match="delete it to search the layer again"):
+        extract_causal_bases(run, [h], 1, preset="fast", resume=tmp_path)
+    path.write_bytes(save({"vectors": torch.zeros(D, 1)}, metadata=metadata))
+    with pytest.raises(ArtefactError, match="holds the tensors vectors, not"):
+        extract_causal_bases(run, [h], 1, preset="fast", resume=tmp_path)
+    path.unlink()
+    assert len(extract_causal_bases(run, [h], 1, preset="fast", resume=tmp_path)) == 1
+
+
+def test_hashes_of_readouts_are_those_of_earlier_releases():
+    expected = hashlib.sha256()
+    run = decoder()
+    for tensor in run.state_dict().values():
+        expected.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode() + tensor.numpy().tobytes())
+    (basis,) = extract_causal_bases(run, [hiddens()], 1, preset="fast", max_iter=1)
+    assert basis.record.readout_sha256 == expected.hexdigest()
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path):
     run, h = decoder(), hiddens()
     extract_causal_bases(run, [h], 2, preset="fast", resume=tmp_path / "run")
     with pytest.raises(UsageError, match="k was 2 and is 3; mode was 'mean' and is 'zero'"):
         extract_causal_bases(run, [h], 3, mode="zero", preset="fast", resume=tmp_path / "run")
-    with pytest.raises(UsageError, match="the activations of layer 0 were others"):
+    with pytest.raises(UsageError, match="the activations of layer 0 have changed"):
         extract_causal_bases(run, [h + 1], 2, preset="fast", resume=tmp_path / "run")
     other = decoder()
     with torch.no_grad():
@@ -429,7 +486,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         extract_causal_bases(run, [h], 2, resume=tmp_path / "mine")
 
 
-# ---------------------------------------------------------------------- what people get wrong
+# ---------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -440,13 +497,13 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         ({"max_iter": 0}, UsageError, "max_iter is a whole number"),
         ({"mode": "median"}, UsageError, "not 'median'"),
         ({"preset": "slow"}, UsageError, "there are multi, fast, reference"),
-        ({"layers": [1]}, UsageError, "layers are among 0 to 0"),
+        ({"layers": [1]}, UsageError, "layers are distinct numbers from 0 to 0"),
         ({"min_energy": float("nan")}, UsageError, "min_energy"),
-        ({"mask": torch.ones(N - 1, dtype=torch.bool)}, ShapeError, "the mask says of each token"),
+        ({"mask": torch.ones(N - 1, dtype=torch.bool)}, ShapeError, "a mask has one boolean, 0 or 1 for each token"),
         ({"mask": torch.zeros(N, dtype=torch.bool)}, UsageError, "leaves out every token"),
         ({"inputs": []}, ShapeError, "a sequence of real tensors"),
         ({"inputs": [torch.full((4, D), float("nan")).double()]}, UsageError, "NaN or infinity"),
-        ({"inputs": [torch.ones(1, D).double()]}, UsageError, "takes 2 tokens or more"),
+        ({"inputs": [torch.ones(1, D).double()]}, UsageError, "needs 2 tokens or more"),
         ({"inputs": torch.ones(4, D).double()}, ShapeError, r"\[h\] for one layer"),
         ({"inputs": [torch.ones(4, D + 1).double()]}, ShapeError, f"the readout is of width {D}"),
         ({"model": 3}, UsageError, "a decoder is a module or a function"),
@@ -464,7 +521,7 @@ def test_mistakes_are_explained(options, error, message):
         extract_causal_bases(**arguments)
 
 
-def test_a_lens_is_given_no_more_layers_than_the_model_has():
+def test_more_layers_than_the_model_has_are_refused():
     with pytest.raises(ShapeError, match=f"has {LAYERS} blocks, and {LAYERS + 1}"):
         extract_causal_bases(LogitLens(tiny_model("gpt2")), [torch.ones(4, WIDTH)] * (LAYERS + 1), 1, side="output")
 
@@ -492,15 +549,15 @@ def test_the_schedule_of_tuned_lens_finds_the_energies_of_tuned_lens():
     lenses = pytest.importorskip("tuned_lens.nn.lenses")
     model, states = peer_case()
     peer = list(subspaces.extract_causal_bases(lenses.LogitLens.from_model(model), states, 3))
-    ours = extract_causal_bases(LogitLens(model), states, 3, preset="reference")
+    same = extract_causal_bases(LogitLens(model), states, 3, preset="reference")
     best = extract_causal_bases(LogitLens(model), states, 3)
-    for a, b, c in zip(ours, peer, best, strict=True):
+    for a, b, c in zip(same, peer, best, strict=True):
         assert torch.allclose(a.energies, b.energies, rtol=5e-4)
         assert float(c.energies[0]) >= 0.999 * float(b.energies[0])
 
 
-def test_the_schedule_of_tuned_lens_finds_what_it_found_once():
-    # by tuned-lens 0.2.0, of this case
+def test_the_schedule_of_tuned_lens_finds_its_recorded_energies():
+    # energies that tuned-lens 0.2.0 found in this case
     peer = [[0.258751, 0.240314, 0.236006], [0.33037, 0.24118, 0.203909], [0.304359, 0.214324, 0.19833]]
     model, states = peer_case()
     for preset in ("reference", "multi"):

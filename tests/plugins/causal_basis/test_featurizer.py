@@ -1,4 +1,4 @@
-"""The kind `causal-basis`: its laws, its parts, its artefact, and the energy of a vector by every road."""
+"""Kind `causal-basis`: its laws, prefixes, artefact, and the energy of a vector computed in several ways."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_coordinates_are_those_of_the_vectors():
     assert not list(f.parameters())
 
 
-def test_a_prefix_keeps_everything_that_is_right_of_it():
+def test_a_prefix_keeps_everything_that_is_true_of_it():
     f = basis(steps=[0, 2, 1], inversions=1, joint_energy=0.7, model="owner/name")
     f.id, f.metadata, f.special_tokens = "layer 1", {"data": "text"}, (0,)
     f.feature_sets = {"selected": torch.tensor([2, 0]), "gate": torch.tensor([0.1, 0.2, 0.3])}
@@ -74,7 +74,7 @@ def test_a_prefix_keeps_everything_that_is_right_of_it():
     assert f.directions[0].norm() > 0.9
 
 
-def test_what_is_below_the_energy_is_left_out():
+def test_directions_below_an_energy_are_dropped():
     f = basis()  # 0.5, 0.3, 0.1
     assert f.min_energy(0.31).n_features == 1
     assert f.min_energy(float(f.energies[1])).n_features == 2
@@ -83,7 +83,7 @@ def test_what_is_below_the_energy_is_left_out():
         f.min_energy(0.6)
 
 
-def test_ablation_values_are_what_the_features_are_set_to():
+def test_ablation_values_are_the_values_of_ablated_features():
     f, x = basis(), normal(6, 8, seed=1)
     by_hand = x + (f.mean - x) @ f.vectors[:, 1:2] @ f.vectors[:, 1:2].mT
     torch.testing.assert_close(f.ablate(x, [1], f.ablation_values()[[1]]), by_hand)
@@ -95,7 +95,7 @@ def test_ablation_values_are_what_the_features_are_set_to():
         f.ablation_values("median")
 
 
-def test_what_is_no_causal_basis_is_refused():
+def test_an_invalid_basis_is_refused():
     good, energies, mean = basis().vectors, torch.tensor([0.5, 0.3, 0.1]), torch.zeros(8)
     skewed = good.clone()
     skewed[:, 1] += 1e-3 * skewed[:, 0]
@@ -106,10 +106,10 @@ def test_what_is_no_causal_basis_is_refused():
         (good[:, 0], energies, mean, "columns of a real matrix"),
         (good.long(), energies, mean, "columns of a real matrix"),
         (good * float("nan"), energies, mean, "directions hold NaN"),
-        (good, energies[:2], mean, r"energies have shape \(3,\)"),
+        (good, energies[:2], mean, r"energies must be real of shape \(3,\)"),
         (good, energies.flip(0), mean, "descending"),
         (good, energies / 0, mean, "energies hold NaN or infinity"),
-        (good, energies, mean[:7], r"mean have shape \(8,\)"),
+        (good, energies, mean[:7], r"mean must be real of shape \(8,\)"),
     ]
     for vectors, sizes, centre, words in cases:
         with pytest.raises(BasisError, match=words):
@@ -125,7 +125,7 @@ def test_what_is_no_causal_basis_is_refused():
         featurizers.create("causal-basis", d_in=2, n_features=3, record=record())
 
 
-def test_a_record_cannot_be_changed_and_takes_nothing_unknown():
+def test_a_record_is_immutable_and_refuses_unknown_fields():
     with pytest.raises(ValidationError, match="frozen"):
         record().mode = "zero"
     for changes in ({"mode": "median"}, {"side": "left"}, {"units": "bits"}, {"n_tokens": 0}, {"colour": "red"}):
@@ -136,7 +136,7 @@ def test_a_record_cannot_be_changed_and_takes_nothing_unknown():
 # ---------------------------------------------------------------------- artefact
 
 
-def test_an_artefact_keeps_all(tmp_path):
+def test_an_artefact_keeps_everything(tmp_path):
     f = basis(steps=[0, 2, 1], inversions=1, joint_energy=0.7, solver={"restarts": 3}, readout_sha256="0" * 64)
     f.site = Site("resid.post", 1).at(model="owner/name")
     folder = f.save_pretrained(tmp_path / "basis")
@@ -156,13 +156,13 @@ def test_the_first_vectors_are_loaded_alone(tmp_path):
         assert torch.equal(part.vectors, f.vectors[:, :2])
         assert part.record == f.truncate(2).record
     for indices in ([1], [1, 0], [0, 2]):
-        with pytest.raises(UsageError, match="the first directions are loaded alone"):
+        with pytest.raises(UsageError, match="only the first directions of a causal basis can be loaded alone"):
             featurizers.load(folder, indices=indices)
     with pytest.raises(FeatureIndexError):
         featurizers.load(folder, indices=range(4))
 
 
-def test_weights_that_are_no_causal_basis_are_not_loaded(tmp_path):
+def test_invalid_weights_are_not_loaded(tmp_path):
     folder = basis().save_pretrained(tmp_path / "basis")
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -182,7 +182,7 @@ def test_weights_that_are_no_causal_basis_are_not_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_a_basis_of_another_dtype_is_still_one(dtype, tmp_path):
+def test_a_basis_can_be_loaded_in_another_dtype(dtype, tmp_path):
     folder = basis(d_in=64, n_features=20).save_pretrained(tmp_path / "basis")
     f = featurizers.load(folder, dtype=dtype)
     assert f.directions.dtype == dtype
@@ -194,7 +194,7 @@ def test_a_basis_of_another_dtype_is_still_one(dtype, tmp_path):
 
 
 def divergence(clean, edited):
-    """Mean over tokens of KL(clean ‖ edited), in nats."""
+    """Return the mean over tokens of KL(clean ‖ edited), in nats."""
     p, q = clean.double().log_softmax(-1), edited.double().log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
 
@@ -216,9 +216,9 @@ def test_energies_are_the_same_natively_in_pyvene_and_by_a_plain_hook(architectu
         with torch.no_grad(), hooked(module, at, lambda h: h + ((mean - h) @ v).unsqueeze(-1) * v):
             return divergence(clean, model(ids).logits)
 
-    found = torch.tensor([by_hand(v) for v in vectors.mT])
-    order = found.argsort(descending=True)
-    f = CausalBasisFeaturizer.of(vectors[:, order], found[order], mean, record(side=side), site=f"{kind}:1")
+    energies = torch.tensor([by_hand(v) for v in vectors.mT])
+    order = energies.argsort(descending=True)
+    f = CausalBasisFeaturizer.of(vectors[:, order], energies[order], mean, record(side=side), site=f"{kind}:1")
 
     built = pyvene.IntervenableModel(
         pyvene.IntervenableConfig(
@@ -246,7 +246,7 @@ def test_energies_are_the_same_natively_in_pyvene_and_by_a_plain_hook(architectu
 
 
 @pytest.mark.parametrize(("side", "kind"), [("input", "resid.pre"), ("output", "resid.post")])
-def test_energies_that_were_found_are_those_of_the_features_set_to_their_mean(side, kind):
+def test_extracted_energies_are_those_of_features_set_to_their_mean(side, kind):
     model, ids = tiny_model("llama"), prompts(4, 6)
     mask = torch.ones(4, 6, dtype=torch.bool)
     mask[:, 0] = False
@@ -267,14 +267,14 @@ def test_energies_that_were_found_are_those_of_the_features_set_to_their_mean(si
     assert f.record.n_tokens == len(x) == 20
 
 
-def test_the_other_side_of_the_block_gives_other_energies():
+def test_the_two_sides_of_a_block_give_different_energies():
     model, ids = tiny_model("gpt2"), prompts(3, 6)
-    clean, found = model(ids).logits.detach(), {}
+    clean, divergences = model(ids).logits.detach(), {}
     for kind in ("resid.pre", "resid.post"):
         f = basis(d_in=WIDTH, site=f"{kind}:1", side={"resid.pre": "input", "resid.post": "output"}[kind])
         with torch.no_grad(), featurizers.intervene(model, {f.site: Ablate(f, indices=[0])}):
-            found[kind] = divergence(clean, model(ids).logits)
-    assert abs(found["resid.pre"] - found["resid.post"]) > 0.01 * found["resid.post"]
+            divergences[kind] = divergence(clean, model(ids).logits)
+    assert abs(divergences["resid.pre"] - divergences["resid.post"]) > 0.01 * divergences["resid.post"]
 
 
 def test_it_interchanges_at_its_site_like_any_other_featurizer():

@@ -1,4 +1,4 @@
-"""Fidelity in the model: beside plain torch hooks, scipy's rank correlation, and a model whose answer is known."""
+"""Fidelity, compared with plain torch hooks, scipy's rank correlation, and a model with a known answer."""
 
 import warnings
 
@@ -12,8 +12,8 @@ from featurizers_causal_basis import (
     causal_fidelity,
     derange,
 )
+from featurizers_causal_basis.fidelity import spearman
 from featurizers_causal_basis.pictures import energies_by_layer, fidelity_plot
-from featurizers_causal_basis.ranks import spearman
 
 from tests.support.models import VOCABULARY, WIDTH, fresh_model, hooked, hooks_of, module_of, prompts, read, tiny_model
 
@@ -34,12 +34,12 @@ def basis(k=3, mode="mean", site="resid.post:1", d=WIDTH):
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 @pytest.mark.parametrize("mode", ["mean", "zero", "resample"])
 @pytest.mark.parametrize("site", ["resid.pre:1", "resid.post:1"])
-def test_it_is_what_plain_hooks_give(architecture, mode, site):
+def test_it_agrees_with_plain_hooks(architecture, mode, site):
     model, f = tiny_model(architecture), basis(mode=mode, site=site)
     ids = prompts(5, 6)
     mask = torch.ones(5, 6, dtype=torch.bool)
     mask[:, 0] = mask[3, 4:] = False
-    found = causal_fidelity(f, model, ids, mask=mask, seed=3, batch_size=2)
+    fidelity = causal_fidelity(f, model, ids, mask=mask, seed=3, batch_size=2)
 
     module, side = module_of(model, architecture, site.partition(":")[0], 1)
     hidden = read(model, module, side, input_ids=ids)
@@ -61,13 +61,13 @@ def test_it_is_what_plain_hooks_give(architecture, mode, site):
         return float((clean.exp() * (clean - edited)).sum(-1)[mask].mean())
 
     expected = torch.tensor([by_hand(v) for v in f.vectors.mT], dtype=torch.float64)
-    torch.testing.assert_close(found.model_kl, expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(fidelity.model_kl, expected, rtol=1e-3, atol=1e-6)
     assert expected.min() > 1e-4
-    assert found.n_tokens == int(mask.sum()) == 23
+    assert fidelity.n_tokens == int(mask.sum()) == 23
 
 
 @pytest.mark.parametrize("mode", ["mean", "resample"])
-def test_batches_and_hooks_leave_no_trace(mode):
+def test_the_batch_size_does_not_matter_and_hooks_are_removed(mode):
     model, f, ids = tiny_model("gpt2"), basis(mode=mode), prompts(5, 6)
     before = hooks_of(model)
     one = causal_fidelity(f, model, ids, batch_size=5)
@@ -79,19 +79,19 @@ def test_batches_and_hooks_leave_no_trace(mode):
     assert not torch.equal(causal_fidelity(f, model, ids, seed=1).control_kl, one.control_kl)
 
 
-def test_padding_takes_no_part():
+def test_padding_is_left_out():
     model, f = tiny_model("llama"), basis(mode="resample")
     short = prompts(2, 4)
     plain = causal_fidelity(f, model, short)
     padded = torch.cat([torch.full((2, 3), 7), short], dim=1)
     attention = torch.cat([torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 4, dtype=torch.long)], dim=1)
-    found = causal_fidelity(f, model, {"input_ids": padded, "attention_mask": attention})
-    assert found.n_tokens == 8
-    torch.testing.assert_close(found.model_kl, plain.model_kl, rtol=1e-3, atol=1e-6)
+    fidelity = causal_fidelity(f, model, {"input_ids": padded, "attention_mask": attention})
+    assert fidelity.n_tokens == 8
+    torch.testing.assert_close(fidelity.model_kl, plain.model_kl, rtol=1e-3, atol=1e-6)
 
 
-def test_the_direction_that_the_model_reads_is_told_from_random_ones():
-    """The last block is ablated in a direction that the head reads fifty times as strongly as any other."""
+def test_the_direction_that_the_model_reads_differs_from_random_ones():
+    """Ablate the last block in a direction that the head reads fifty times as strongly as any other."""
     model = fresh_model("gpt2")
     strong = torch.linalg.qr(normal(WIDTH, WIDTH).double()).Q.float()
     with torch.no_grad():
@@ -102,13 +102,13 @@ def test_the_direction_that_the_model_reads_is_told_from_random_ones():
     f = CausalBasisFeaturizer.of(
         strong[:, :4], torch.tensor([1.0, 0.1, 0.01, 0.001]), torch.zeros(WIDTH), record, site="resid.post:2"
     )
-    found = causal_fidelity(f, model, prompts(4, 6))
-    assert found.model_kl[0] > 10 * found.model_kl[1:].max()
-    assert found.model_kl[0] > 5 * found.control_kl.median()
-    assert found.record()["units"] == "nats/token"
+    fidelity = causal_fidelity(f, model, prompts(4, 6))
+    assert fidelity.model_kl[0] > 10 * fidelity.model_kl[1:].max()
+    assert fidelity.model_kl[0] > 5 * fidelity.control_kl.median()
+    assert fidelity.record()["units"] == "nats/token"
 
 
-def test_rank_correlation_is_scipys():
+def test_rank_correlation_agrees_with_scipy():
     scipy_stats = pytest.importorskip("scipy.stats")
     for seed in range(5):
         x, y = normal(12, seed=seed), normal(12, seed=seed + 50)
@@ -118,7 +118,7 @@ def test_rank_correlation_is_scipys():
     assert spearman(torch.ones(1), torch.ones(1)) is None
 
 
-def test_a_massive_first_token_is_warned_of_unless_it_is_masked():
+def test_a_massive_first_token_causes_a_warning_unless_it_is_masked():
     model = fresh_model("gpt2")
     with torch.no_grad():
         model.transformer.wpe.weight[0] += 1000 * normal(WIDTH)
@@ -140,11 +140,15 @@ def test_wrong_input_is_refused_in_one_line():
         (UsageError, "does not say where it belongs", {"basis": nowhere}),
         (UsageError, "leaves out every token", {"mask": torch.zeros(2, 5, dtype=torch.bool)}),
         (UsageError, "batch_size", {"batch_size": 0}),
-        (ShapeError, "the mask says", {"mask": torch.ones(2, 4, dtype=torch.bool)}),
+        (ShapeError, "a mask has one boolean", {"mask": torch.ones(2, 4, dtype=torch.bool)}),
         (ShapeError, "token ids", {"tokens": ids[0]}),
         (ShapeError, "token ids", {"tokens": {"inputs_embeds": normal(2, 5, WIDTH)}}),
         (SiteError, "3 layers", {"basis": basis(site="resid.post:7")}),
-        (UsageError, "none stays", {"basis": basis(mode="resample"), "mask": torch.arange(10).reshape(2, 5) == 3}),
+        (
+            UsageError,
+            "leaves no token in its place",
+            {"basis": basis(mode="resample"), "mask": torch.arange(10).reshape(2, 5) == 3},
+        ),
     ]:
         with pytest.raises(error, match=words):
             causal_fidelity(**{"basis": f, "model": model, "tokens": ids, **arguments})
@@ -154,10 +158,10 @@ def test_wrong_input_is_refused_in_one_line():
 
 def test_pictures_show_every_energy():
     f = basis(mode="zero")
-    found = causal_fidelity(f, tiny_model("gpt2"), prompts(2, 5))
-    (points, *_) = fidelity_plot(found).axes[0].lines
-    assert list(points.get_ydata()) == found.model_kl.tolist()
-    assert list(points.get_xdata()) == found.energies.tolist()
+    fidelity = causal_fidelity(f, tiny_model("gpt2"), prompts(2, 5))
+    (points, *_) = fidelity_plot(fidelity).axes[0].lines
+    assert list(points.get_ydata()) == fidelity.model_kl.tolist()
+    assert list(points.get_xdata()) == fidelity.energies.tolist()
     drawn = energies_by_layer({"resid.post:0": f, "resid.post:1": f.truncate(2)}).axes[0]
     assert [list(line.get_ydata()) for line in drawn.lines] == [f.energies.tolist(), f.energies[:2].tolist()]
     assert [text.get_text() for text in drawn.get_legend().get_texts()] == ["resid.post:0", "resid.post:1"]

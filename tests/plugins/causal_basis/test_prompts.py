@@ -1,11 +1,11 @@
-"""Prompts of files: which tokens they are, which take part, and what is said of files that are none."""
+"""Prompts of files: their tokens, their masks, and errors about unfit files."""
 
 import json
 
 import pytest
 import torch
 from featurizers.errors import UsageError
-from featurizers_causal_basis.prompts import read_prompts
+from featurizers_causal_basis.command.prompts import read_prompts
 
 from tests.support.models import fresh_model, save_language_model
 
@@ -36,12 +36,15 @@ def read(path, tokenizer, **options):
     return read_prompts(path, tokenizer, **{"tokens": 100, "length": 50, "skipped": 1, "key": "text", **options})
 
 
-def test_a_text_a_line(file, tokenizer):
-    found = read(file, tokenizer)
-    assert found.ids.tolist() == [[1, 2, 3, 4, 5], [7, 8, 9, 0, 0]]  # of the one word nothing takes part
-    assert found.attention.tolist() == [[True] * 5, [True] * 3 + [False] * 2]
-    assert found.mask.tolist() == [[False] + [True] * 4, [False, True, True, False, False]]
-    assert found.rule == "every token but the first of each prompt"
+def test_each_line_is_a_text(file, tokenizer):
+    prompts = read(file, tokenizer)
+    assert prompts.ids.tolist() == [
+        [1, 2, 3, 4, 5],
+        [7, 8, 9, 0, 0],
+    ]  # the mask leaves nothing of the prompt of one word
+    assert prompts.attention.tolist() == [[True] * 5, [True] * 3 + [False] * 2]
+    assert prompts.mask.tolist() == [[False] + [True] * 4, [False, True, True, False, False]]
+    assert prompts.rule == "every token but the first of each prompt"
     whole = read(file, tokenizer, skipped=0)
     assert whole.ids.tolist()[1] == [6, 0, 0, 0, 0]
     assert torch.equal(whole.mask, whole.attention)
@@ -49,21 +52,21 @@ def test_a_text_a_line(file, tokenizer):
     assert read(file, tokenizer, skipped=2).rule == "every token but the first 2 of each prompt"
 
 
-def test_so_many_tokens_and_no_longer_prompts(file, tokenizer):
+def test_the_numbers_of_tokens_and_of_tokens_per_prompt_are_limits(file, tokenizer):
     for tokens in (2, 3, 4, 5, 6):
         assert int(read(file, tokenizer, tokens=tokens).mask.sum()) == tokens
     assert read(file, tokenizer, tokens=3).ids.tolist() == [[1, 2, 3, 4]]
     assert read(file, tokenizer, length=3).ids.tolist() == [[1, 2, 3], [7, 8, 9]]
 
 
-def test_files_that_are_none(tmp_path, tokenizer):
+def test_unfit_files_are_refused(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     for content, message in {
-        "{": "a.jsonl:1: it is not JSON",
-        '{"text": "w1 w2 w3"}\n[1]': r"a.jsonl:2: an object with a text under 'text' was expected, not \[1\]",
+        "{": "a.jsonl:1: the line is not JSON",
+        '{"text": "w1 w2 w3"}\n[1]': r"a.jsonl:2: expected an object with a text under 'text', not \[1\]",
         '{"words": "w1"}': "under 'text'",
         '{"text": 3}': "under 'text'",
-        '{"text": "w1 w2"}': "has 1 tokens that take part",
+        '{"text": "w1 w2"}': "has 1 tokens to use",
         "": "has 0 tokens",
     }.items():
         path.write_text(content)

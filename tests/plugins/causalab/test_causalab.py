@@ -1,16 +1,15 @@
-"""CausalAbstraction's featurizers: closed forms, what its code relies on, and what went wrong in the original."""
+"""CausalAbstraction's featurizers: closed forms, properties that its code relies on, and faults of the original."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
 import featurizers
 import pytest
+import pyvene
 import torch
 from featurizers.errors import (
     BasisError,
@@ -24,9 +23,10 @@ from featurizers.errors import (
 from featurizers_causalab import featurizers as ca
 from torch import Tensor, nn
 
+from tests.support.intervenables import built, logits
 from tests.support.models import WIDTH, prompts, tiny_model
+from tests.support.processes import run_python
 
-pv = pytest.importorskip("pyvene")
 D, K = 8, 3
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -47,7 +47,7 @@ BASE, SOURCE = batch(2, 1, D), batch(2, 1, D, seed=1)
 
 
 class Halves(nn.Module):
-    """Twice as many features as dimensions: the positive parts and the negative ones."""
+    """Map to twice as many features: the positive parts and the negative parts."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         return torch.cat([x.relu(), (-x).relu()], dim=-1), None
@@ -60,7 +60,7 @@ class Together(nn.Module):
 
 
 class ToySAE(nn.Module):
-    """What CausalAbstraction asks of a sparse autoencoder."""
+    """Sparse autoencoder with the attributes that CausalAbstraction uses."""
 
     def __init__(self, d: int = D, n: int = 20, how: str = "none", **config: Any) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class ToySAE(nn.Module):
         return self.W_enc.dtype
 
     def encode(self, x: Tensor) -> Tensor:
-        if self.how == "layer_norm":  # leaves on itself what decoding needs, as SAELens' does
+        if self.how == "layer_norm":  # as in SAELens, decode needs these attributes
             self.mu, self.std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
             x = (x - self.mu) / self.std
         return (x @ self.W_enc).relu()
@@ -88,20 +88,15 @@ class ToySAE(nn.Module):
 
 
 def in_gpt2(cls: type, units: int = 1) -> Any:
-    config = pv.IntervenableConfig(
-        [{"layer": 1, "component": "block_output", "unit": "pos", "max_number_of_units": units}], intervention_types=cls
-    )
-    return pv.IntervenableModel(config, tiny_model("gpt2"))
+    return built([{"layer": 1, "max_number_of_units": units, "intervention_type": cls}])
 
 
 INPUTS, OTHERS = prompts(2, 6), prompts(2, 6, seed=1)
 
 
-def swapped(built: Any, positions: list[int], subspaces: Any = None) -> Tensor:
-    where = [[positions] * 2]
-    sources = [{"input_ids": OTHERS}]
-    _, output = built({"input_ids": INPUTS}, sources, {"sources->base": (where, where)}, subspaces=subspaces)
-    return output.logits
+def swapped(intervenable: Any, positions: list[int], subspaces: Any = None) -> Tensor:
+    """Run `INPUTS` with `OTHERS` as the source."""
+    return logits(intervenable, positions, subspaces, INPUTS)
 
 
 # ---------------------------------------------------------------------- closed forms
@@ -114,9 +109,9 @@ def test_an_interchange_of_a_subspace_is_its_closed_form(dtype):
     for rows, columns in ((None, [0, 1, 2]), ([[2, 0]] * 2, [2, 0]), ([None, None], [0, 1, 2])):
         chosen = W[:, columns]
         expected = base.float() + (source.float() - base.float()) @ chosen @ chosen.T
-        found = intervention(base, source, rows)
-        assert found.dtype == dtype
-        torch.testing.assert_close(found, expected.to(dtype))
+        result = intervention(base, source, rows)
+        assert result.dtype == dtype
+        torch.testing.assert_close(result, expected.to(dtype))
     mixed = intervention(base, source, [None, [1]])
     torch.testing.assert_close(mixed[0], intervention(base, source, None)[0])
     torch.testing.assert_close(mixed[1], intervention(base, source, [[1]] * 2)[1])
@@ -192,7 +187,7 @@ def test_steering_replacing_and_interpolating_are_their_closed_forms():
     torch.testing.assert_close(between(BASE, SOURCE), BASE + 0.25 * (SOURCE - BASE) @ W @ W.T)
     torch.testing.assert_close(between(BASE, SOURCE, [[2]] * 2), BASE + 0.25 * (SOURCE - BASE) @ W[:, 2:] @ W[:, 2:].T)
     between.set_interpolation(lambda f_base, f_src: f_src[..., :1])
-    with pytest.raises(ShapeError, match="made features of shape"):
+    with pytest.raises(ShapeError, match="returned features of shape"):
         between(BASE, SOURCE)
     spans = batch(2, 4, D)
     torch.testing.assert_close(steer(spans, per_example), spans + (per_example @ W.T)[:, None])
@@ -227,10 +222,10 @@ def test_an_empty_list_of_features_changes_nothing(make, rows):
 
 
 def test_an_empty_list_changes_nothing_inside_a_model():
-    built = in_gpt2(ca.Featurizer(n_features=WIDTH).get_interchange_intervention())
+    patched = in_gpt2(ca.Featurizer(n_features=WIDTH).get_interchange_intervention())
     clean = tiny_model("gpt2")(INPUTS).logits
-    torch.testing.assert_close(swapped(built, [3], [[[], []]]), clean)
-    assert not torch.allclose(swapped(built, [3]), clean)
+    torch.testing.assert_close(swapped(patched, [3], [[[], []]]), clean)
+    assert not torch.allclose(swapped(patched, [3]), clean)
 
 
 def test_the_features_that_are_set_are_those_that_every_intervention_acts_on():
@@ -260,14 +255,14 @@ def test_a_mask_keeps_to_the_features_that_are_named():
     mask = ca.Featurizer(n_features=D).get_mask_intervention()()
     mask.set_temperature(1.0)
     mask.mask.data.fill_(50.0)
-    found = mask(BASE, SOURCE, [[2], [0, 5]])
-    assert (found != BASE).nonzero()[:, [0, 2]].tolist() == [[0, 2], [1, 0], [1, 5]]
+    result = mask(BASE, SOURCE, [[2], [0, 5]])
+    assert (result != BASE).nonzero()[:, [0, 2]].tolist() == [[0, 2], [1, 0], [1, 5]]
 
 
 def test_more_features_than_dimensions_are_collected_whole():
     f = ca.Featurizer(Halves(), Together(), id="halves")
-    built = in_gpt2(f.get_collect_intervention())
-    (_, (collected,)), _ = built({"input_ids": INPUTS}, [None], {"base": [[[3]] * 2]})
+    patched = in_gpt2(f.get_collect_intervention())
+    (_, (collected,)), _ = patched({"input_ids": INPUTS}, [None], {"base": [[[3]] * 2]})
     assert collected.shape == (2, 1, 2 * WIDTH)
     few = f.get_collect_intervention()()(BASE, subspaces=[[9]] * 2)
     torch.testing.assert_close(few, (-BASE[..., 1:2]).relu())
@@ -279,17 +274,17 @@ def test_spans_of_several_tokens_are_featurized_token_by_token(mode, kind):
     W = basis(WIDTH, 4)
     rotation = ca.SubspaceFeaturizer(rotation_subspace=W)
     f = rotation if kind == "subspace" else ca.Featurizer(n_features=WIDTH)
-    built = in_gpt2(getattr(f, f"get_{mode}_intervention")(), units=2)
+    patched = in_gpt2(getattr(f, f"get_{mode}_intervention")(), units=2)
     if mode == "mask":
-        (mask,) = built.interventions.values()
+        (mask,) = patched.interventions.values()
         mask.set_temperature(1.0)
         mask.mask.data.fill_(60.0)
-    found = swapped(built, [1, 4])
+    result = swapped(patched, [1, 4])
     core = featurizers.create("identity", d_in=WIDTH) if kind == "identity" else f.as_featurizer()
     swap = featurizers.Interchange(core, source={"input_ids": OTHERS}, positions=[1, 4])
     model = tiny_model("gpt2")
     with featurizers.intervene(model, {"resid.post:1": swap}):
-        torch.testing.assert_close(found, model(INPUTS).logits)
+        torch.testing.assert_close(result, model(INPUTS).logits)
 
 
 # ---------------------------------------------------------------------- exactness
@@ -319,10 +314,10 @@ def test_what_changes_no_feature_gives_the_base_back_bit_for_bit(make, dtype):
 def test_neither_base_nor_source_is_written_into():
     f = ca.Featurizer(n_features=D)
     base, source = BASE.clone(), SOURCE.clone()
-    found = f.get_interchange_intervention()(embed_dim=D)(base, source, [[0]] * 2)
+    result = f.get_interchange_intervention()(embed_dim=D)(base, source, [[0]] * 2)
     assert torch.equal(base, BASE)
     assert torch.equal(source, SOURCE)
-    assert torch.equal(found[..., 0], SOURCE[..., 0])
+    assert torch.equal(result[..., 0], SOURCE[..., 0])
     features, _ = f.featurize(base)
     features.zero_()
     assert torch.equal(base, BASE)
@@ -336,9 +331,9 @@ def test_an_autoencoder_that_normalizes_takes_interventions():
     f = ca.SAEFeaturizer(sae)
     features, error = f.featurize(BASE)
     torch.testing.assert_close(f.inverse_featurize(features, error), BASE)
-    found = f.get_interchange_intervention()()(BASE, SOURCE)
+    result = f.get_interchange_intervention()()(BASE, SOURCE)
     expected = BASE + (sae.encode(SOURCE) - sae.encode(BASE)) @ sae.W_dec * BASE.std(-1, keepdim=True)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(result, expected)
     with pytest.raises(UsageError, match="normalizes each x"):
         f.inverse_featurize(features, None)
 
@@ -368,7 +363,7 @@ def test_what_is_no_autoencoder_of_one_site_is_refused():
 
 def test_saving_an_autoencoder_says_that_nothing_is_written(tmp_path):
     f = ca.SAEFeaturizer(ToySAE())
-    with pytest.warns(UserWarning, match="no file is written of the autoencoder 'sae'.*save_pretrained"):
+    with pytest.warns(UserWarning, match="no file is written: .* the autoencoder 'sae'; save it .*save_pretrained"):
         assert f.save_modules(tmp_path / "unit") == (None, None)
     assert list(tmp_path.iterdir()) == []
 
@@ -412,8 +407,8 @@ def test_an_orthonormal_rotation_is_kept(dtype):
         assert torch.equal(f.featurizer.rotate.weight, W)
     else:
         torch.testing.assert_close(f.featurizer.rotate.weight, W, atol=2 * torch.finfo(dtype).eps, rtol=0)
-    found = f.featurizer.rotate.weight
-    torch.testing.assert_close(found.T @ found, torch.eye(5))
+    result = f.featurizer.rotate.weight
+    torch.testing.assert_close(result.T @ result, torch.eye(5))
 
 
 def test_other_rotations_are_refused_and_not_replaced():
@@ -442,11 +437,11 @@ def test_a_new_rotation_follows_torchs_generator():
 
 def test_the_number_of_features_is_checked():
     f = subspace()
-    with pytest.raises(ShapeError, match="said to have 1 features, but has 3"):
+    with pytest.raises(ShapeError, match="given n_features=1, but has 3 features"):
         ca.Featurizer(f.featurizer, f.inverse_featurizer, n_features=1).get_mask_intervention()
     wrong = ca.Featurizer(Halves(), Together(), n_features=1).get_mask_intervention()()
     wrong.set_temperature(1.0)
-    with pytest.raises(ShapeError, match="said to have 1 features, but its module gives 16"):
+    with pytest.raises(ShapeError, match="given n_features=1, but its module returns 16"):
         wrong(BASE, SOURCE)
     with pytest.raises(ValueError, match="`n_features` must be given"):
         ca.Featurizer().get_mask_intervention()
@@ -457,13 +452,13 @@ def test_the_number_of_features_is_checked():
 
 
 def test_modules_of_another_rotation_layer_work_too(tmp_path):
-    layer = pv.models.layers.LowRankRotateLayer(D, K, init_orth=False)
+    layer = pyvene.models.layers.LowRankRotateLayer(D, K, init_orth=False)
     layer.weight.data.copy_(basis())
     layer = nn.utils.parametrizations.orthogonal(layer)
     f = ca.Featurizer(ca.SubspaceFeaturizerModule(layer), ca.SubspaceInverseFeaturizerModule(layer), n_features=K)
-    ours = subspace()
+    same = subspace()
     torch.testing.assert_close(
-        f.get_interchange_intervention()()(BASE, SOURCE), ours.get_interchange_intervention()()(BASE, SOURCE)
+        f.get_interchange_intervention()()(BASE, SOURCE), same.get_interchange_intervention()()(BASE, SOURCE)
     )
     f.get_interchange_intervention()()(BASE, SOURCE).sum().backward()
     assert layer.parametrizations.weight.original.grad is not None
@@ -553,7 +548,7 @@ def test_an_optimizer_with_its_default_weight_decay_leaves_a_rotation():
     W = f.featurizer.rotate.weight
     torch.testing.assert_close(W.T @ W, torch.eye(K))
     assert not torch.allclose(W, basis(), atol=1e-2)
-    assert f.featurizer.rotate.weight is W  # computed once a step, however often it is read
+    assert f.featurizer.rotate.weight is W  # computed once for each step
 
 
 def test_an_intervention_follows_its_featurizer_through_swaps_and_copies():
@@ -585,27 +580,25 @@ def test_classes_and_instances_are_pickled_by_name():
 @pytest.mark.parametrize("mode", ["interchange", "mask"])
 def test_pyvene_saves_an_intervention_and_loads_it_in_another_process(mode, tmp_path):
     f = ca.SubspaceFeaturizer(rotation_subspace=basis(WIDTH, 4), id="kept")
-    built = in_gpt2(getattr(f, f"get_{mode}_intervention")())
+    patched = in_gpt2(getattr(f, f"get_{mode}_intervention")())
     if mode == "mask":
-        (mask,) = built.interventions.values()
+        (mask,) = patched.interventions.values()
         mask.mask.data.copy_(torch.linspace(-1, 1, 4))
-    built.save(str(tmp_path / "it"))
-    program = f"""
+    patched.save(str(tmp_path / "it"))
+    run_python(f"""
         import torch, pyvene, torch.nn.modules.module
         from tests.support.models import tiny_model
         load = torch.load
         torch.load = lambda *a, **k: load(*a, **{{**k, "map_location": "cpu"}})
-        built = pyvene.IntervenableModel.load({str(tmp_path / "it")!r}, tiny_model("gpt2"))
-        (found,) = built.interventions.values()
-        torch.save({{"str": str(found), **dict(found.named_parameters())}}, {str(tmp_path / "found")!r})
-    """
-    lines = "\n".join(line.strip() for line in program.splitlines())
-    subprocess.run([sys.executable, "-c", lines], check=True, capture_output=True)
-    found = torch.load(tmp_path / "found")
-    assert torch.equal(found["featurizer.basis"], basis(WIDTH, 4))
-    assert "id=kept" in found["str"]
+        loaded = pyvene.IntervenableModel.load({str(tmp_path / "it")!r}, tiny_model("gpt2"))
+        (result,) = loaded.interventions.values()
+        torch.save({{"str": str(result), **dict(result.named_parameters())}}, {str(tmp_path / "found")!r})
+    """)
+    result = torch.load(tmp_path / "found")
+    assert torch.equal(result["featurizer.basis"], basis(WIDTH, 4))
+    assert "id=kept" in result["str"]
     if mode == "mask":
-        assert torch.equal(found["gate.logits"], torch.linspace(-1, 1, 4))
+        assert torch.equal(result["gate.logits"], torch.linspace(-1, 1, 4))
 
 
 # ---------------------------------------------------------------------- files
@@ -621,10 +614,10 @@ def test_the_modules_of_a_featurizer_are_saved_and_loaded_with_their_class_and_n
         assert type(again) is ca.SubspaceFeaturizer
         assert (again.id, again.n_features, again.tie_masks) == ("DAS", K, True)
         assert torch.equal(again.featurizer.rotate.weight, f.featurizer.rotate.weight)
-    ca.Featurizer(n_features=D).save_modules(path)  # in place of the other
+    ca.Featurizer(n_features=D).save_modules(path)  # replaces the files of the other
     again = ca.Featurizer.load_modules(path)
     assert (type(again), again.n_features, again.id, again.is_trivial()) == (ca.Featurizer, D, "null", True)
-    with pytest.raises(UsageError, match="a Featurizer was saved there, and not a SubspaceFeaturizer"):
+    with pytest.raises(UsageError, match="what was saved is a Featurizer, not a SubspaceFeaturizer"):
         ca.SubspaceFeaturizer.load_modules(path)
     with pytest.raises(ManifestError, match="is missing"):
         ca.Featurizer.load_modules(tmp_path / "none")
@@ -674,7 +667,7 @@ def test_dicts_keep_the_class_the_name_and_the_ties():
     assert ca.Featurizer(n_features=D).to_dict() is None
     named = ca.Featurizer.from_dict(ca.Featurizer(n_features=D, id="mask", tie_masks=True).to_dict())
     assert (named.id, named.tie_masks, named.n_features) == ("mask", True, D)
-    assert subspace(id="null").to_dict() is not None  # a rotation is not trivial, whatever its name
+    assert subspace(id="null").to_dict() is not None  # a rotation is never trivial
     with pytest.raises(ManifestError, match="from_dict: model_info holds"):
         ca.Featurizer.from_dict({"model_info": {}})
 
@@ -693,9 +686,9 @@ def test_a_trained_mask_is_kept_with_its_featurizer(tmp_path):
 def test_an_artefact_is_a_fraction_of_the_two_files(tmp_path):
     f = ca.SubspaceFeaturizer(shape=(256, 4))
     f.save_modules(tmp_path / "unit")
-    f.as_featurizer().save_pretrained(tmp_path / "ours")
+    f.as_featurizer().save_pretrained(tmp_path / "artefact")
     two = sum(path.stat().st_size for path in tmp_path.glob("unit_*"))
-    assert two > 50 * (tmp_path / "ours" / "model.safetensors").stat().st_size
+    assert two > 50 * (tmp_path / "artefact" / "model.safetensors").stat().st_size
 
 
 # ---------------------------------------------------------------------- as CausalAbstraction trains
@@ -706,28 +699,28 @@ def test_training_through_pyvene_learns_in_the_objects_that_the_unit_holds(mode)
     torch.manual_seed(0)
     f = ca.SubspaceFeaturizer(shape=(WIDTH, 4), id="DAS")
     before = f.featurizer.rotate.weight.detach().clone()
-    built = in_gpt2(getattr(f, f"get_{mode}_intervention")())
-    built.set_device("cpu")
-    built.disable_model_gradients()
-    built.eval()
-    (intervention,) = built.interventions.values()
+    patched = in_gpt2(getattr(f, f"get_{mode}_intervention")())
+    patched.set_device("cpu")
+    patched.disable_model_gradients()
+    patched.eval()
+    (intervention,) = patched.interventions.values()
     optimizer = torch.optim.AdamW(intervention.parameters(), lr=0.02, weight_decay=0)
     temperatures = torch.linspace(1.0, 0.1, 13).half()
     losses = []
     for step in range(12):
         if mode == "mask":
             intervention.set_temperature(temperatures[step])
-        logits = swapped(built, [3])
+        logits = swapped(patched, [3])
         loss = nn.functional.cross_entropy(logits[:, -1], torch.tensor([1, 2]))
         if mode == "mask":
             loss = loss + 1e-3 * intervention.get_sparsity_loss()
         loss.backward()
         optimizer.step()
-        built.set_zero_grad()
+        patched.set_zero_grad()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert not torch.allclose(f.featurizer.rotate.weight, before)
     assert f.as_featurizer().basis is next(iter(f.parameters()))
     if mode == "mask":
-        assert intervention.training  # pyvene's eval leaves it so, and the gate soft
+        assert intervention.training  # pyvene's eval() does not change this, so the gate stays soft
         assert intervention.mask.abs().max() > 0

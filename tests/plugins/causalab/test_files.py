@@ -1,11 +1,9 @@
-"""Files of CausalAbstraction and causalab: read, checked against each other, written as the benchmark reads them."""
+"""Files of CausalAbstraction and causalab: read, checked for consistency, written for the loader of the benchmark."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import featurizers
@@ -27,6 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.support.damages import BUNDLES, DAS, TRIPLETS, UNIT, Damage
+from tests.support.processes import run_python
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "causalab"
 SUBMISSION, BUNDLE = FIXTURES / "submission", FIXTURES / "bundle"
@@ -43,9 +42,9 @@ UNITS = {
 
 
 def original(key: str) -> str:
-    """The name of a unit's files, of its name in a collection."""
-    found = [p for p in SUBMISSION.rglob("*_indices") if unit_key(p) == key]
-    return str(found[0].relative_to(SUBMISSION)).removesuffix("_indices")
+    """Return the name of a unit's files, given its name in a collection."""
+    path = next(path for path in SUBMISSION.rglob("*_indices") if unit_key(path) == key)
+    return str(path.relative_to(SUBMISSION)).removesuffix("_indices")
 
 
 def unit_key(path: Path) -> str:
@@ -53,7 +52,7 @@ def unit_key(path: Path) -> str:
 
 
 class Rotate(nn.Module):
-    """A layer whose weight torch parametrises, as the benchmark's loader builds it."""
+    """Layer with a weight that torch parametrises, as the benchmark's loader builds it."""
 
     def __init__(self, shape: torch.Size) -> None:
         super().__init__()
@@ -64,7 +63,7 @@ class Rotate(nn.Module):
 
 
 def as_the_benchmark_loads(path: Path) -> torch.Tensor | None:
-    """The rotation that the benchmark's loader makes of two files, the inverse's last; None for an identity."""
+    """Load two files as the benchmark does, the inverse last; return the rotation, None for an identity."""
     forward, inverse = (
         torch.load(f"{path}{part}", weights_only=True) for part in ("_featurizer", "_inverse_featurizer")
     )
@@ -85,11 +84,11 @@ def as_the_benchmark_loads(path: Path) -> torch.Tensor | None:
 
 
 def test_a_submission_is_read_with_its_features_and_sites():
-    found = read_submission(SUBMISSION)
-    assert list(found) == sorted(UNITS)
+    by_unit = read_submission(SUBMISSION)
+    assert list(by_unit) == sorted(UNITS)
     golden = load_file(FIXTURES / "golden.safetensors")
     for key, (kind, site, position, selected) in UNITS.items():
-        f, name = found[key], original(key)
+        f, name = by_unit[key], original(key)
         assert (f.kind, str(f.site), f.site.position) == (kind, site, position)
         assert f.id == f.metadata["causalab"]["unit"] == name.rpartition("/")[2]
         chosen = f.feature_sets.get("selected")
@@ -99,7 +98,7 @@ def test_a_submission_is_read_with_its_features_and_sites():
         edited = f.interchange(base, source, chosen)
         torch.testing.assert_close(edited, golden[f"{name}:interchange"])
         assert torch.equal(edited, base) == (selected == [])
-    gemma = found[f"{MCQA}/ResidualStream.Layer_7.Token_correct_symbol"]
+    gemma = by_unit[f"{MCQA}/ResidualStream.Layer_7.Token_correct_symbol"]
     assert gemma.site.model == "google/gemma-2-2b"
     said = {"token": "correct_symbol", "task": "4_answer_MCQA", "model": "Gemma2ForCausalLM"}
     assert gemma.metadata["causalab"].items() >= {**said, "variable": "answer_pointer"}.items()
@@ -175,10 +174,10 @@ def test_python_beside_a_unit_is_not_run(tmp_path):
     ],
 )
 def test_names_of_units_say_the_site(name, component, site, position):
-    found = units.parse(name, component)
-    assert found is not None
-    assert (None if found.site is None else str(found.site)) == site
-    assert found.site is None or found.site.position == position
+    unit = units.parse(name, component)
+    assert unit is not None
+    assert (None if unit.site is None else str(unit.site)) == site
+    assert unit.site is None or unit.site.position == position
 
 
 @pytest.mark.parametrize("name", ["", "unit", "ResidualStream(Layer-3)", "ResidualStream(Layer-3,Token-../../x)"])
@@ -198,9 +197,9 @@ def test_other_names_say_nothing(name):
     ],
 )
 def test_a_site_has_the_name_that_says_it(site):
-    found = units.parse(units.name_of(site))
-    assert found.site == site
-    assert found.site.position == site.position
+    unit = units.parse(units.name_of(site))
+    assert unit.site == site
+    assert unit.site.position == site.position
 
 
 def test_sites_without_a_unit_have_no_name():
@@ -212,8 +211,8 @@ def test_sites_without_a_unit_have_no_name():
 
 
 def test_a_bundle_of_causalab_is_read():
-    found = read_submission(BUNDLE)
-    rows = {key: (f.kind, f.id, str(f.site), f.feature_sets) for key, f in found.items()}
+    by_unit = read_submission(BUNDLE)
+    rows = {key: (f.kind, f.id, str(f.site), f.feature_sets) for key, f in by_unit.items()}
     assert {key: row[:3] for key, row in rows.items()} == {
         "ResidualStream.Layer-3.block_output.Token-last_token": ("subspace", "DAS", "resid.post:3"),
         "ResidualStream.Layer-0.block_input.Token-last_token": (
@@ -224,7 +223,7 @@ def test_a_bundle_of_causalab_is_read():
         "AttentionHead.Layer-2.Head-1.Token-all": ("identity", "mask", "attn.z:2:1"),
         "MLP.Layer-1.mlp_output.Token-last_token": ("subspace", "mlp", "mlp.out:1"),
     }
-    das = found["ResidualStream.Layer-3.block_output.Token-last_token"]
+    das = by_unit["ResidualStream.Layer-3.block_output.Token-last_token"]
     assert das.feature_sets["selected"].tolist() == [1]
     stored = load_file(BUNDLE / "featurizers.safetensors")
     matrix = stored[f"{DAS}/model_info/additional_config/rotation_matrix"]
@@ -247,7 +246,7 @@ def test_a_bundle_of_one_unit_is_loaded(tmp_path):
 
 
 def a_unit(folder: Path) -> Path:
-    """A folder of one unit with three features of six dimensions, and a list of two of them."""
+    """Make a folder of one unit: three features of six dimensions, and a list of two of them."""
     folder.mkdir()
     for path in SUBMISSION.glob(f"{MCQA}/*Layer_7*"):
         shutil.copy(path, folder / f"{UNIT}{path.name.partition(')')[2]}")
@@ -286,7 +285,7 @@ def test_a_damaged_bundle_is_refused(damage, tmp_path):
 
 def test_a_wide_rotation_is_not_computed(tmp_path):
     state = {name: t.expand(9000, 9000) for name, t in state_of(torch.ones(1, 1)).items()}
-    with pytest.raises(WeightsError, match="9000 dimensions is more"):
+    with pytest.raises(WeightsError, match="8192 dimensions at most, not 9000"):
         rotation_of(state, "x")
 
 
@@ -294,7 +293,7 @@ def test_two_units_of_one_name_are_refused(tmp_path):
     for path in SUBMISSION.glob(f"{MCQA}/*Layer-3*"):
         shutil.copy(path, tmp_path)
         shutil.copy(path, tmp_path / path.name.replace("(", ".").replace(",", "."))
-    with pytest.raises(ManifestError, match="two units would be called"):
+    with pytest.raises(ManifestError, match="two units get the name"):
         read_submission(tmp_path)
 
 
@@ -322,22 +321,22 @@ def test_what_is_no_submission_is_refused(tmp_path):
 
 
 def test_what_was_read_is_written_as_the_benchmark_reads_it(tmp_path):
-    found = read_submission(SUBMISSION)
-    write_submission(found, tmp_path / "out")
+    by_unit = read_submission(SUBMISSION)
+    write_submission(by_unit, tmp_path / "out")
     names = {str(path.relative_to(SUBMISSION)) for path in SUBMISSION.rglob("*_*") if path.is_file()}
     assert {
         str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()
     } == names
-    for key, f in found.items():
+    for key, f in by_unit.items():
         name = original(key)
-        theirs, ours = as_the_benchmark_loads(SUBMISSION / name), as_the_benchmark_loads(tmp_path / "out" / name)
-        assert (theirs is None) == (ours is None) == (f.kind == "identity")
-        if theirs is not None:
-            torch.testing.assert_close(ours, theirs)
+        before, after = (as_the_benchmark_loads(folder / name) for folder in (SUBMISSION, tmp_path / "out"))
+        assert (before is None) == (after is None) == (f.kind == "identity")
+        if before is not None:
+            torch.testing.assert_close(after, before)
         indices = [json.loads((folder / f"{name}_indices").read_text()) for folder in (SUBMISSION, tmp_path / "out")]
         assert indices[0] == indices[1]
     again = read_submission(tmp_path / "out")
-    for key, f in found.items():
+    for key, f in by_unit.items():
         assert again[key].state_dict().keys() == f.state_dict().keys()
         for name, tensor in f.state_dict().items():
             torch.testing.assert_close(again[key].state_dict()[name], tensor, atol=0, rtol=0)
@@ -346,15 +345,15 @@ def test_what_was_read_is_written_as_the_benchmark_reads_it(tmp_path):
 
 
 def test_a_collection_goes_both_ways(tmp_path):
-    featurizers.save_collection(read_submission(SUBMISSION), tmp_path / "ours")
+    featurizers.save_collection(read_submission(SUBMISSION), tmp_path / "collection")
     loaded = {
-        name: featurizers.load(tmp_path / "ours", subfolder=name)
-        for name in featurizers.list_artefacts(tmp_path / "ours")
+        name: featurizers.load(tmp_path / "collection", subfolder=name)
+        for name in featurizers.list_artefacts(tmp_path / "collection")
     }
     assert list(loaded) == sorted(UNITS)
-    assert sum(path.stat().st_size for path in (tmp_path / "ours").rglob("model.safetensors")) < 2000
-    write_submission(loaded, tmp_path / "theirs")
-    assert read_submission(tmp_path / "theirs").keys() == UNITS.keys()
+    assert sum(path.stat().st_size for path in (tmp_path / "collection").rglob("model.safetensors")) < 2000
+    write_submission(loaded, tmp_path / "submission")
+    assert read_submission(tmp_path / "submission").keys() == UNITS.keys()
 
 
 def test_a_featurizer_of_ones_own_is_written_by_its_site(tmp_path):
@@ -378,7 +377,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path):
         ({"../x": f}, UsageError, "no name of a folder"),
         ({"a": f, "b": f}, UsageError, "both of the unit 'ResidualStream"),
         ({"a": featurizers.create("identity", d_in=6)}, ConversionError, "no unit for the site None"),
-        ({"a": f >> other}, ConversionError, "a: .* knows identities and subspaces, and not the kind 'composition'"),
+        ({"a": f >> other}, ConversionError, "a: .* reads identities and subspaces, not the kind 'composition'"),
         ({"a": other}, ConversionError, "not the kind 'standardize'"),
     ):
         with pytest.raises(error, match=words):
@@ -396,7 +395,7 @@ def test_a_unit_named_by_metadata_is_no_path(tmp_path):
     with pytest.raises(ConversionError, match="no unit for the site None"):
         write_submission({"a": f}, tmp_path / "out")
     f.metadata = {"causalab": {"unit": "ResidualStream(Layer-4,Token-last_token)"}}
-    f.site = Site("resid.post", 5).at(position=(-1,))  # set since
+    f.site = Site("resid.post", 5).at(position=(-1,))  # the site was changed after reading
     write_submission({"a": f}, tmp_path / "out")
     assert (tmp_path / "out" / "ResidualStream(Layer-5,Token-last_token)_indices").exists()
 
@@ -406,7 +405,7 @@ def test_convert_writes_a_unit_and_says_what_is_lost(tmp_path):
     f.site = Site("resid.post", 4).at(position=(-1,), model="owner/model")
     f.id, f.metadata = "mine", {"accuracy": 0.9}
     f.feature_sets = {"selected": torch.tensor([2]), "gate_logits": torch.tensor([-1.0, -1.0, 1.0])}
-    from featurizers.store.converting import convert
+    from featurizers.store import convert
 
     assert convert(f, tmp_path / "out", to="causalab") == [
         "The model 'owner/model' is not kept; the benchmark takes it from the name of the folder.",
@@ -419,18 +418,17 @@ def test_convert_writes_a_unit_and_says_what_is_lost(tmp_path):
 
 
 def test_files_need_no_pyvene(tmp_path):
-    program = f"""
-import sys
-sys.modules["pyvene"] = None
-import featurizers, featurizers_causalab
-from featurizers_causalab.featurizers import Featurizer
-found = featurizers_causalab.read_submission({str(SUBMISSION)!r})
-featurizers_causalab.write_submission(found, {str(tmp_path / "out")!r})
-f = Featurizer.load_modules({str(SUBMISSION / MCQA / "ResidualStream(Layer-3,Token-last_token)")!r})
-try:
-    f.get_interchange_intervention()
-except featurizers.errors.MissingDependencyError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, encoding="utf-8")
-    assert "pip install 'featurizers[pyvene]'" in done.stdout
+    printed = run_python(f"""
+        import sys
+        sys.modules["pyvene"] = None
+        import featurizers, featurizers_causalab
+        from featurizers_causalab.featurizers import Featurizer
+        units = featurizers_causalab.read_submission({str(SUBMISSION)!r})
+        featurizers_causalab.write_submission(units, {str(tmp_path / "out")!r})
+        f = Featurizer.load_modules({str(SUBMISSION / MCQA / "ResidualStream(Layer-3,Token-last_token)")!r})
+        try:
+            f.get_interchange_intervention()
+        except featurizers.errors.MissingDependencyError as error:
+            print(error)
+    """)
+    assert "pip install 'featurizers[pyvene]'" in printed

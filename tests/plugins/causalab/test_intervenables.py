@@ -8,16 +8,16 @@ from typing import Any
 
 import featurizers
 import pytest
-import pyvene as pv
 import torch
 from featurizers.errors import ConfigError, ConversionError, ManifestError, UsageError
 from featurizers_causalab.featurizers import Featurizer, SubspaceFeaturizer
 from torch import Tensor
 
+from tests.support.intervenables import built
 from tests.support.models import WIDTH, prompts, tiny_model
 
 BASE, SOURCE = ({"input_ids": prompts(2, 5, seed=seed)} for seed in (1, 2))
-CONTRACT = {"sources->base": 3}
+LOCATIONS = {"sources->base": 3}
 KINDS = ["interchange", "mask", "tied-mask", "steering", "replace", "noise"]
 
 
@@ -32,8 +32,7 @@ def intervenable(kind: str, featurizer: Featurizer) -> Any:
     name = {"tied-mask": "mask"}.get(kind, kind)
     options = {"seed": 7} if kind == "noise" else {}
     cls = getattr(featurizer, f"get_{name}_intervention")(**options)
-    config = pv.IntervenableConfig({"layer": 1, "component": "block_output"}, cls)
-    made = pv.IntervenableModel(config, tiny_model("gpt2"))
+    made = built([{"layer": 1, "intervention_type": cls}])
     [intervention] = made.interventions.values()
     if "mask" in kind:
         intervention.mask.data = torch.tensor([1.5, -1.0, 0.3, 0.2])[: len(intervention.mask)]
@@ -48,12 +47,11 @@ def run(made: Any, kind: str) -> Tensor:
         intervention.reset_noise_rng()
     source = torch.linspace(-1, 1, 4) if kind in ("steering", "replace", "noise") else None
     if source is None:
-        return made(BASE, [SOURCE], CONTRACT)[1].logits
-    made_source = {"sources->base": (None, [[[3]] * 2])}
+        return made(BASE, [SOURCE], LOCATIONS)[1].logits
+    sources = {next(iter(made.interventions)): source}
+    locations = {"sources->base": (None, [[[3]] * 2])}
     try:
-        return made(BASE, source_representations={next(iter(made.interventions)): source}, unit_locations=made_source)[
-            1
-        ].logits
+        return made(BASE, source_representations=sources, unit_locations=locations)[1].logits
     finally:
         made._cleanup_states()
 
@@ -97,9 +95,7 @@ def test_a_mask_without_a_temperature_comes_back_without_one(tmp_path: Path) -> 
 
 def test_features_are_collected_after_loading(tmp_path: Path) -> None:
     cls = subspace().get_collect_intervention()
-    made = pv.IntervenableModel(
-        pv.IntervenableConfig({"layer": 1, "component": "block_output"}, cls), tiny_model("gpt2")
-    )
+    made = built([{"layer": 1, "intervention_type": cls}])
     featurizers.save_intervenable(made, tmp_path / "it")
     loaded = featurizers.load_intervenable(tmp_path / "it", tiny_model("gpt2"))
     (_, before), _ = made(BASE, unit_locations={"base": 3})
@@ -115,7 +111,7 @@ def test_a_function_is_not_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, "warm", []])
-def test_a_temperature_that_is_none_is_refused(temperature: Any, tmp_path: Path) -> None:
+def test_an_invalid_temperature_is_refused(temperature: Any, tmp_path: Path) -> None:
     featurizers.save_intervenable(intervenable("mask", subspace()), tmp_path / "it")
     path = tmp_path / "it/intervenable.json"
     record = json.loads(path.read_text())

@@ -45,6 +45,6 @@ def test_a_source_may_have_another_dtype_than_the_base(dtype):
     expected = torch.arange(6.0).to(dtype).expand(3, 6)
     assert torch.equal(f.mask(base, source, torch.ones(6)), expected)
     for indices in (None, [0], [1, 2, 3], [[0], [], [5]]):
-        found = f.interchange(base, source, indices)
-        assert found.dtype == dtype
-        assert torch.equal(found, f.interchange(base, expected, indices))
+        result = f.interchange(base, source, indices)
+        assert result.dtype == dtype
+        assert torch.equal(result, f.interchange(base, expected, indices))

@@ -1,8 +1,7 @@
-"""Saved pyvene models that were damaged: one clear error each, for little memory."""
+"""Damaged pyvene models: each raises one clear error and takes little memory."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from featurizers_pyvene import interventions, load_intervenable, save_intervenab
 from tests.support.damages import INTERVENABLE
 from tests.support.intervenables import several
 from tests.support.models import tiny_model
-
-ROOT = Path(__file__).parents[3]
+from tests.support.processes import run_python
 
 
 @pytest.mark.parametrize("damage", INTERVENABLE.values(), ids=INTERVENABLE)
@@ -43,7 +41,7 @@ def test_names_that_no_folder_has(name, tmp_path, monkeypatch):
 
 
 def test_tensors_are_made_when_the_file_was_looked_at(tmp_path, monkeypatch):
-    """However many features a featurizer says that it has."""
+    """A file that claims very many features takes no memory before its size is checked."""
     made = []
 
     class Gate(interventions.SigmoidGate):
@@ -90,7 +88,4 @@ print("refused", number + 1)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_every_damage_costs_less_than_300_mb():
-    command = [sys.executable, "-c", EVERY_DAMAGE]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) == len(INTERVENABLE)
+    assert int(run_python(EVERY_DAMAGE, timeout=300).split()[-1]) == len(INTERVENABLE)

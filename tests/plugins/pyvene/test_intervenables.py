@@ -1,12 +1,9 @@
-"""Whole pyvene models, saved and loaded: the logits are the same bits, and what was one object is one again."""
+"""Whole pyvene models, saved and loaded: the logits are equal bit for bit, and shared objects are shared again."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +12,9 @@ import pytest
 import pyvene as pv
 import torch
 from featurizers.errors import ArtefactError, MissingDependencyError, PluginError, ShapeError, UsageError
-from featurizers.models.anatomy import Anatomy
+from featurizers.models import Anatomy
 from featurizers.pyvene import FeatureIntervention, FeatureInterventionConfig
-from featurizers.registry.plugin_host import host
+from featurizers.registry import host
 from featurizers_pyvene import intervenables, load_intervenable, save_intervenable
 from featurizers_pyvene.lookup import intervention_class
 from torch import Tensor, nn
@@ -25,8 +22,8 @@ from torch import Tensor, nn
 from tests.support.dictionaries import dictionary
 from tests.support.intervenables import BASE, built, logits, logits_of_several, several, subspace
 from tests.support.models import HEADS, WIDTH, hooked, module_of, prompts, read, tiny_model
+from tests.support.processes import run_python
 
-ROOT = Path(__file__).parents[3]
 FILES = {"config.json", "README.md", "intervenable.json", "intervenable.safetensors"}
 ARTEFACT = {"config.json", "README.md", "model.safetensors"}
 
@@ -55,40 +52,37 @@ def test_several_places_are_the_same_after_loading(tmp_path):
     assert first.featurizer is not third.featurizer, "equal, but two"
     assert first.subspace_partition == [[0, 1], [2, 3, 4, 5]]
     assert mask.gate.temperature == 0.3
-    for name, given in (
+    for name, change in (
         ("a weight", lambda: first.featurizer.load_state_dict(subspace(seed=9).state_dict())),
         ("the partition", lambda: setattr(first, "subspace_partition", [[0], [1]])),
         ("the gate", mask.mask.data.neg_),
         ("the temperature", lambda: mask.set_temperature(1)),
     ):
         before = logits_of_several(loaded)
-        given()
+        change()
         assert not torch.equal(logits_of_several(loaded), before), f"{name} matters"
 
 
 def test_another_process_gets_the_same_logits(tmp_path):
     folder = save_intervenable(several(), tmp_path / "it")
     torch.save(logits_of_several(several()), tmp_path / "logits.pt")
-    script = f"""
-        import sys, torch
+    printed = run_python(f"""
+        import torch
         import featurizers
         torch.set_num_threads(1)
         from tests.support.models import tiny_model
         loaded = featurizers.load_intervenable({str(folder)!r}, tiny_model("gpt2"))
         from tests.support.intervenables import logits_of_several
         assert torch.equal(logits_of_several(loaded), torch.load({str(tmp_path / "logits.pt")!r})), "other logits"
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout == "", "pyvene's own words are kept away"
+    """)
+    assert printed == "", "what pyvene prints on import is suppressed"
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma3", "qwen3"])
 @pytest.mark.parametrize("kind", ["interchange", "mask", "collect"])
 @pytest.mark.parametrize("positions", [[3], [1, 4]], ids=["one position", "two positions"])
 def test_each_kind_is_what_a_plain_hook_gives(architecture, kind, positions, tmp_path):
-    """By name and class where pyvene knows the model, by path and instance where it does not."""
+    """Places are given by name and class in models that pyvene lists, by path and instance in others."""
     model, f = tiny_model(architecture), subspace()
     cls = getattr(f, f"get_{kind}_intervention")()
     place: dict[str, Any] = {"layer": 1, "max_number_of_units": len(positions), "intervention_type": cls}
@@ -104,16 +98,19 @@ def test_each_kind_is_what_a_plain_hook_gives(architecture, kind, positions, tmp
     source = read(model, module, side, input_ids=prompts(3, 6, seed=1))[:, positions]
     base = read(model, module, side, input_ids=BASE)[:, positions]
     if kind == "collect":
-        found = [built({"input_ids": BASE}, [None], {"base": [[positions] * 3]})[0][1] for built in (saved, loaded)]
-        assert torch.equal(torch.cat(list(found[1])), torch.cat(list(found[0])))
-        assert torch.equal(torch.cat(list(found[1])).reshape(3, -1, 6), f.collect(base))
+        before, after = (
+            torch.cat(list(model({"input_ids": BASE}, [None], {"base": [[positions] * 3]})[0][1]))
+            for model in (saved, loaded)
+        )
+        assert torch.equal(after, before)
+        assert torch.equal(after.reshape(3, -1, 6), f.collect(base))
         return
 
     def edit(hidden: Tensor) -> Tensor:
         hidden = hidden.clone()
         gate = torch.sigmoid(torch.linspace(-2, 2, 6))
-        here = hidden[:, positions]
-        hidden[:, positions] = f.interchange(here, source) if kind == "interchange" else f.mask(here, source, gate)
+        x = hidden[:, positions]
+        hidden[:, positions] = f.interchange(x, source) if kind == "interchange" else f.mask(x, source, gate)
         return hidden
 
     with hooked(module, side, edit):
@@ -147,10 +144,10 @@ def test_the_identity_is_pyvenes_vanilla_intervention(partition, subspaces, tmp_
     f = featurizers.create("identity", d_in=WIDTH)
     saved = built([{**place, "intervention_type": f.get_interchange_intervention()}])
     loaded = again(saved, tmp_path / "it")
-    theirs = built([{**place, "intervention_type": pv.VanillaIntervention}])
-    assert torch.equal(logits(loaded, subspaces=subspaces), logits(theirs, subspaces=subspaces))
+    vanilla = built([{**place, "intervention_type": pv.VanillaIntervention}])
+    assert torch.equal(logits(loaded, subspaces=subspaces), logits(vanilla, subspaces=subspaces))
     (representation,) = loaded.representations.values()
-    assert representation.subspace_partition == partition, "for pyvene's own files"
+    assert representation.subspace_partition == partition, "pyvene's own save needs it"
 
 
 @pytest.mark.parametrize("unit", ["h.pos", "h"])
@@ -205,7 +202,7 @@ def test_links_are_one_object_and_groups_stay(tmp_path):
     ]
     saved = built(places)
     first, _, third = saved.interventions.values()
-    assert first is third, "of pyvene's doing"
+    assert first is third, "pyvene made them one object"
     loaded = again(saved, tmp_path / "it")
     first, second, third = loaded.interventions.values()
     assert first is third
@@ -222,7 +219,7 @@ def test_links_are_one_object_and_groups_stay(tmp_path):
 
     assert torch.equal(run(loaded), run(saved))
     alone = built([{**place, "intervention_link_key": None} for place in places])
-    assert not torch.equal(run(alone), run(saved)), "pyvene gives what is linked to the first to the others too"
+    assert not torch.equal(run(alone), run(saved)), "without links the places have interventions of their own"
 
 
 def test_one_intervention_at_two_places_without_a_link_is_one(tmp_path):
@@ -263,7 +260,7 @@ def test_fast_is_what_was_asked_for_and_not_what_a_call_left_behind(tmp_path):
     for fast in (False, True):
         saved = built([{"layer": 1, "intervention": subspace().get_interchange_intervention()()}], use_fast=fast)
         saved({"input_ids": BASE}, [{"input_ids": BASE}], {"sources->base": 3})
-        assert saved.use_fast is True, "pyvene's own"
+        assert saved.use_fast is True, "pyvene sets it in the call"
         assert again(saved, tmp_path / "it").use_fast is fast
     saved = built([{"layer": 1, "intervention": subspace().get_interchange_intervention()()}], as_adaptor=True)
     assert again(saved, tmp_path / "it").as_adaptor is True
@@ -295,35 +292,35 @@ def test_a_folder_is_replaced_as_a_whole_and_other_files_stay(tmp_path):
     folder = save_intervenable(several(), tmp_path / "it")
     (folder / "notes.txt").write_text("mine")
     record = folder / "intervenable.json"
-    said, kept = record.read_bytes(), tmp_path / "kept.json"
-    os.link(record, kept)
+    old_bytes, hard_link = record.read_bytes(), tmp_path / "link.json"
+    os.link(record, hard_link)
     gate = subspace().get_mask_intervention()()
     gate.mask.data = torch.linspace(-1, 1, 6)
     one = built([{"layer": 1, "intervention": gate}])
     loaded = again(one, folder)
     assert torch.equal(logits(loaded), logits(one))
     assert files(folder) == FILES | {f"featurizer-0/{name}" for name in ARTEFACT} | {"notes.txt"}
-    assert kept.read_bytes() == said != record.read_bytes(), "the old file is not written into"
+    assert hard_link.read_bytes() == old_bytes != record.read_bytes(), "the old file is not written to"
     before = {name: (folder / name).read_bytes() for name in files(folder)}
     broken = several()
     list(broken.interventions.values())[3].mask.data[2] = float("nan")
     with pytest.raises(featurizers.errors.WeightsError, match="NaN"):
         save_intervenable(broken, folder)
-    late = several()
-    late.mode = "x"  # is refused when the tensors are written already
-    list(late.interventions.values())[3].mask.data.zero_()
+    invalid = several()
+    invalid.mode = "x"  # this is checked after the tensors are written
+    list(invalid.interventions.values())[3].mask.data.zero_()
     with pytest.raises(UsageError, match="'mode'"):
-        save_intervenable(late, folder)
+        save_intervenable(invalid, folder)
     assert before == {name: (folder / name).read_bytes() for name in files(folder)}
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "a.txt").write_text("a")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.txt").write_text("a")
     with pytest.raises(ArtefactError, match="not empty and not an artefact"):
-        save_intervenable(one, tmp_path / "theirs")
-    assert files(tmp_path / "theirs") == {"a.txt"}
+        save_intervenable(one, tmp_path / "other")
+    assert files(tmp_path / "other") == {"a.txt"}
 
 
 def of_identity(d_in: int | None, part: list[int]) -> Any:
-    """Its weights are the same whatever its width."""
+    """Build a model with an identity, whose (empty) weights do not depend on its width."""
     f = featurizers.create("identity", d_in=d_in)
     intervention = f.get_interchange_intervention()()
     intervention.subspace_partition = [part]
@@ -363,7 +360,9 @@ def test_a_model_of_another_width_is_refused(tmp_path):
     for component in ("block_output", "transformer.h[1].output", "transformer.h.1.mlp.output"):
         place = {"layer": 1, "component": component, "intervention": narrow.get_interchange_intervention()()}
         folder = save_intervenable(built([place]), tmp_path / component)
-        with pytest.raises(ShapeError, match="takes activations of width 16, those of this GPT2LMHeadModel have 32"):
+        with pytest.raises(
+            ShapeError, match="takes activations of width 16, but those of this GPT2LMHeadModel have 32"
+        ):
             load_intervenable(folder, tiny_model("gpt2"))
         load_intervenable(folder, model)
     place = {"layer": 1, "component": "mlp_activation", "intervention": narrow.get_interchange_intervention()()}
@@ -423,7 +422,7 @@ class ScaledConfig(FeatureInterventionConfig):
 
 
 class Scaled(FeatureIntervention, pv.DistributedRepresentationIntervention):
-    """What a plugin may have: an argument and a tensor of its own."""
+    """Intervention of a plugin, with an argument and a tensor of its own."""
 
     kind = "identity.scaled"
     Config = ScaledConfig
@@ -449,7 +448,7 @@ class Scaled(FeatureIntervention, pv.DistributedRepresentationIntervention):
 
 @pytest.fixture
 def plugin(monkeypatch):
-    """The plugin ``identity`` with interventions; what it registers is in the list."""
+    """List of the interventions that the plugin ``identity`` registers in this test."""
     import featurizers_identity
 
     registered: list[Any] = [Scaled]
@@ -490,7 +489,7 @@ def test_a_plugin_at_fault_is_named(tmp_path, plugin, monkeypatch):
     scaled.attach(subspace())
     folder = save_intervenable(built([{"layer": 1, "intervention": scaled}]), tmp_path / "it")
     for wrong, words in (
-        ([Scaled, type("Other", (Scaled,), {})], "'identity.scaled' is there already"),
+        ([Scaled, type("Other", (Scaled,), {})], "'identity.scaled' is registered already"),
         ([nn.Linear], "not a subclass of featurizers.SavedIntervention"),
         ([type("Other", (Scaled,), {"kind": "mask"})], "must be 'identity' or start with 'identity.'"),
         ([type("Other", (Scaled,), {"Config": dict})], "must be a pydantic model"),
@@ -517,7 +516,7 @@ def test_a_plugin_at_fault_is_named(tmp_path, plugin, monkeypatch):
 
 def test_without_pyvene_there_is_one_clear_error(tmp_path):
     folder = save_intervenable(several(), tmp_path / "it")
-    script = f"""
+    run_python(f"""
         import sys
         sys.modules["pyvene"] = None
         import featurizers, torch
@@ -527,6 +526,5 @@ def test_without_pyvene_there_is_one_clear_error(tmp_path):
             assert "pip install 'featurizers[pyvene]'" in str(error)
         else:
             raise SystemExit("no error")
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+    """)
     assert issubclass(MissingDependencyError, ImportError)

@@ -1,24 +1,23 @@
-"""The pyvene adapter: the same operation gives the same result in both backends, and nothing else is changed."""
+"""Interventions in pyvene models: both backends give the same result, and nothing else changes."""
 
 import copy
 import importlib
 import json
-import subprocess
-import sys
-import textwrap
 
 import featurizers
 import pytest
 import pyvene
 import torch
-from featurizers.errors import ManifestError, UsageError
-from featurizers.models.anatomy import Anatomy
+from featurizers.errors import FeatureIndexError, ManifestError, UsageError
+from featurizers.models import Anatomy
+from featurizers.pyvene import indices_of_subspaces
 
-from tests.support.models import WIDTH, prompts, tiny_model
+from tests.support.intervenables import BASE, SOURCE, built, logits
+from tests.support.models import WIDTH, tiny_model
+from tests.support.processes import run_python
 
-BASE, SOURCE = prompts(3, 6), prompts(3, 6, seed=1)
-BY_NAME = ["gpt2", "llama", "gemma2"]  # pyvene knows these models
-BY_PATH = ["gemma3", "qwen3", "phi3", "olmo2"]  # and not these, whose modules are named by path
+BY_NAME = ["gpt2", "llama", "gemma2"]  # pyvene lists these models
+BY_PATH = ["gemma3", "qwen3", "phi3", "olmo2"]  # pyvene does not; their places are given by path
 
 
 @pytest.fixture
@@ -27,33 +26,19 @@ def subspace():
 
 
 def intervenable(architecture, cls, units=1, **options):
-    model = tiny_model(architecture)
     if architecture in BY_NAME:
-        config = pyvene.IntervenableConfig(
-            [{"layer": 1, "component": "block_output", "unit": "pos", "max_number_of_units": units, **options}],
-            intervention_types=cls,
-        )
+        place = {"layer": 1, "intervention_type": cls, **options}
     else:
-        path = Anatomy(model).pyvene_component("resid.post:1")
-        config = pyvene.IntervenableConfig(
-            [{"component": path, "unit": "pos", "max_number_of_units": units, "intervention": cls(**options)}]
-        )
-    return pyvene.IntervenableModel(config, model)
-
-
-def swapped(built, positions, subspaces=None, source=SOURCE):
-    where = [[positions] * len(BASE)]
-    _, output = built(
-        {"input_ids": BASE}, [{"input_ids": source}], {"sources->base": (where, where)}, subspaces=subspaces
-    )
-    return output.logits
+        path = Anatomy(tiny_model(architecture)).pyvene_component("resid.post:1")
+        place = {"component": path, "intervention": cls(**options)}
+    return built([{"max_number_of_units": units, **place}], architecture)
 
 
 def native(architecture, operation):
     model = tiny_model(architecture)
     with featurizers.intervene(model, {"resid.post:1": operation}) as collected:
-        logits = model(BASE).logits
-    return collected.get("resid.post:1", logits)
+        output = model(BASE)
+    return collected.get("resid.post:1", output.logits)
 
 
 @pytest.mark.parametrize("architecture", BY_NAME + BY_PATH)
@@ -61,28 +46,28 @@ def native(architecture, operation):
 @pytest.mark.parametrize("kind", ["subspace", "identity"])
 def test_interchange_equals_the_native_backend(architecture, positions, kind, subspace):
     f = subspace if kind == "subspace" else featurizers.create("identity", d_in=WIDTH)
-    built = intervenable(architecture, f.get_interchange_intervention(), len(positions))
+    patched = intervenable(architecture, f.get_interchange_intervention(), len(positions))
     options = {"source": {"input_ids": SOURCE}, "positions": positions}
     for subspaces, indices in ((None, None), ([[[0, 2]] * 3], [0, 2]), ([[[0], [1, 5], []]], [[0], [1, 5], []])):
-        found = swapped(built, positions, subspaces)
-        assert torch.equal(found, native(architecture, featurizers.Interchange(f, **options, indices=indices)))
-    assert not torch.equal(found, tiny_model(architecture)(BASE).logits)
+        result = logits(patched, positions, subspaces)
+        assert torch.equal(result, native(architecture, featurizers.Interchange(f, **options, indices=indices)))
+    assert not torch.equal(result, tiny_model(architecture)(BASE).logits)
 
 
 @pytest.mark.parametrize("architecture", BY_NAME + BY_PATH)
 @pytest.mark.parametrize("positions", [[3], [1, 4]], ids=["one position", "two positions"])
 def test_mask_equals_the_native_backend(architecture, positions, subspace):
-    built = intervenable(architecture, subspace.get_mask_intervention(), len(positions))
-    (mask,) = built.interventions.values()
+    patched = intervenable(architecture, subspace.get_mask_intervention(), len(positions))
+    (mask,) = patched.interventions.values()
     mask.mask.data = torch.linspace(-2, 2, 6)
     mask.set_temperature(torch.tensor(0.5))
     options = {"source": {"input_ids": SOURCE}, "positions": positions}
     for hard, gate in ((False, torch.sigmoid(mask.mask.data / 0.5)), (True, (mask.mask.data > 0).float())):
         mask.hard = hard
         for training in (True, False):
-            mask.train(training)  # the gate follows its own setting and not the mode of the module
-            found = swapped(built, positions)
-            assert torch.equal(found, native(architecture, featurizers.Mask(subspace, **options, gate=gate)))
+            mask.train(training)  # the gate depends on its own setting, not on the mode of the module
+            result = logits(patched, positions)
+            assert torch.equal(result, native(architecture, featurizers.Mask(subspace, **options, gate=gate)))
     torch.testing.assert_close(mask.get_sparsity_loss(), torch.sigmoid(mask.mask / 0.5).sum())
     assert float(mask.get_temperature()) == 0.5
 
@@ -90,8 +75,8 @@ def test_mask_equals_the_native_backend(architecture, positions, subspace):
 @pytest.mark.parametrize("architecture", BY_NAME + BY_PATH)
 @pytest.mark.parametrize("positions", [[3], [1, 4]], ids=["one position", "two positions"])
 def test_collect_equals_the_native_backend(architecture, positions, subspace):
-    built = intervenable(architecture, subspace.get_collect_intervention(), len(positions))
-    (_, collected), _ = built({"input_ids": BASE}, [None], {"base": [[positions] * 3]})
+    patched = intervenable(architecture, subspace.get_collect_intervention(), len(positions))
+    (_, collected), _ = patched({"input_ids": BASE}, [None], {"base": [[positions] * 3]})
     expected = native(architecture, featurizers.Collect(subspace, positions=positions))
     assert torch.equal(torch.stack(list(collected)).reshape(expected.shape), expected)
 
@@ -112,16 +97,16 @@ def test_more_features_than_dimensions_are_collected_whole():
             return features[..., : self.d_in]
 
     f = Doubled(Doubled.Config(d_in=WIDTH))
-    built = intervenable("gpt2", f.get_collect_intervention())
-    (_, (collected, *_)), _ = built({"input_ids": BASE}, [None], {"base": 3})
+    patched = intervenable("gpt2", f.get_collect_intervention())
+    (_, (collected, *_)), _ = patched({"input_ids": BASE}, [None], {"base": 3})
     assert collected.shape[-1] == 2 * WIDTH
 
 
 def test_partitions_name_groups_of_features(subspace):
-    built = intervenable("gpt2", subspace.get_interchange_intervention(), subspace_partition=[[0, 2], [2, 6]])
+    patched = intervenable("gpt2", subspace.get_interchange_intervention(), subspace_partition=[[0, 2], [2, 6]])
     options = {"source": {"input_ids": SOURCE}, "positions": [3], "indices": [2, 3, 4, 5]}
-    found = swapped(built, [3], [[[1]] * 3])
-    assert torch.equal(found, native("gpt2", featurizers.Interchange(subspace, **options)))
+    result = logits(patched, [3], [[[1]] * 3])
+    assert torch.equal(result, native("gpt2", featurizers.Interchange(subspace, **options)))
 
 
 def test_subspaces_for_some_examples_only_are_refused(subspace):
@@ -144,19 +129,19 @@ def test_base_and_source_are_left_alone(subspace):
 
 
 def test_training_through_pyvene_reaches_the_featurizer_itself(subspace):
-    built = intervenable("gpt2", subspace.get_interchange_intervention())
-    (intervention,) = built.interventions.values()
+    patched = intervenable("gpt2", subspace.get_interchange_intervention())
+    (intervention,) = patched.interventions.values()
     assert intervention.featurizer is subspace
     assert [p is subspace.basis for p in intervention.parameters()] == [True]
     optimizer = torch.optim.SGD(intervention.parameters(), lr=0.1)
     before = subspace.basis.detach().clone()
-    logits = swapped(built, [3])[:, -1]
-    torch.nn.functional.cross_entropy(logits, torch.tensor([1, 2, 3])).backward()
+    last = logits(patched, [3])[:, -1]
+    torch.nn.functional.cross_entropy(last, torch.tensor([1, 2, 3])).backward()
     optimizer.step()
     assert not torch.equal(subspace.orthonormal_basis(), before)
 
     options = {"source": {"input_ids": SOURCE}, "positions": [3]}
-    assert torch.equal(swapped(built, [3]), native("gpt2", featurizers.Interchange(subspace, **options)))
+    assert torch.equal(logits(patched, [3]), native("gpt2", featurizers.Interchange(subspace, **options)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -193,58 +178,52 @@ class TestClasses:
 
 @pytest.mark.parametrize("by", ["component name", "instance and path"])
 def test_pyvene_saves_and_loads_in_another_process_to_the_same_logits(by, subspace, tmp_path):
-    model = tiny_model("gpt2")
     cls = subspace.get_interchange_intervention()
     if by == "component name":
-        built = intervenable("gpt2", cls)
+        patched = intervenable("gpt2", cls)
     else:
-        path = Anatomy(model).pyvene_component("resid.post:1")
-        config = pyvene.IntervenableConfig(
-            [{"component": path, "unit": "pos", "max_number_of_units": 1, "intervention": cls()}]
-        )
-        built = pyvene.IntervenableModel(config, model)
-    built.save(str(tmp_path / "saved"))
-    torch.save(swapped(built, [3]), tmp_path / "logits.pt")
-    code = f"""
+        path = Anatomy(tiny_model("gpt2")).pyvene_component("resid.post:1")
+        patched = built([{"component": path, "intervention": cls()}])
+    patched.save(str(tmp_path / "saved"))
+    torch.save(logits(patched, [3]), tmp_path / "logits.pt")
+    run_python(f"""
         import pyvene, torch
         from tests.support.models import prompts, tiny_model
-        built = pyvene.IntervenableModel.load({str(tmp_path / "saved")!r}, tiny_model("gpt2"))
+        loaded = pyvene.IntervenableModel.load({str(tmp_path / "saved")!r}, tiny_model("gpt2"))
         where = [[[3]] * 3]
         inputs = [{{"input_ids": prompts(3, 6, seed=seed)}} for seed in (0, 1)]
-        _, output = built(inputs[0], [inputs[1]], {{"sources->base": (where, where)}})
+        _, output = loaded(inputs[0], [inputs[1]], {{"sources->base": (where, where)}})
         assert torch.equal(output.logits, torch.load({str(tmp_path / "logits.pt")!r})), "other logits"
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    """)
 
 
 @pytest.mark.parametrize("hard", [True, False])
 def test_pyvenes_files_keep_the_partition_and_how_the_gate_is_made(hard, subspace, tmp_path):
-    """What was set on the intervention after it was built, too."""
-    built = intervenable("gpt2", subspace.get_mask_intervention())
-    (mask,) = built.interventions.values()
+    """They also keep what was set on the intervention after it was made."""
+    patched = intervenable("gpt2", subspace.get_mask_intervention())
+    (mask,) = patched.interventions.values()
     mask.mask.data = torch.linspace(-2, 2, 6)
     mask.set_temperature(0.3)
     mask.hard = hard
-    built.save(str(tmp_path / "mask"))
+    patched.save(str(tmp_path / "mask"))
     again = pyvene.IntervenableModel.load(str(tmp_path / "mask"), tiny_model("gpt2"))
-    assert torch.equal(swapped(again, [3]), swapped(built, [3]))
+    assert torch.equal(logits(again, [3]), logits(patched, [3]))
     (loaded,) = again.interventions.values()
     assert (loaded.hard, loaded.gate.temperature) == (hard, 0.3)
 
-    built = intervenable("gpt2", subspace.get_interchange_intervention())
-    (swap,) = built.interventions.values()
-    swap.subspace_partition = [[0, 4], [5]]  # no range
-    built.save(str(tmp_path / "swap"))
+    patched = intervenable("gpt2", subspace.get_interchange_intervention())
+    (swap,) = patched.interventions.values()
+    swap.subspace_partition = [[0, 4], [5]]  # pyvene reads a pair of numbers as a range; this is a pair of features
+    patched.save(str(tmp_path / "swap"))
     again = pyvene.IntervenableModel.load(str(tmp_path / "swap"), tiny_model("gpt2"))
-    assert torch.equal(swapped(again, [3], [[[0]] * 3]), swapped(built, [3], [[[0]] * 3]))
+    assert torch.equal(logits(again, [3], [[[0]] * 3]), logits(patched, [3], [[[0]] * 3]))
     state = {**json.loads(swap.get_extra_state()), "intervention": {"code": "x"}}
     with pytest.raises(ManifestError, match="'code': Extra inputs"):
         swap.set_extra_state(json.dumps(state))
 
 
 def test_without_pyvene_there_is_one_clear_error_with_the_command():
-    code = """
+    run_python("""
         import sys
         sys.modules["pyvene"] = None
         import featurizers
@@ -254,72 +233,62 @@ def test_without_pyvene_there_is_one_clear_error_with_the_command():
             assert error.package == "pyvene" and "pip install 'featurizers[pyvene]'" in str(error)
         else:
             raise SystemExit("no error")
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+    """)
 
 
 def test_importing_the_adapter_prints_nothing():
-    done = subprocess.run(
-        [sys.executable, "-c", "import featurizers.pyvene"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout == ""
+    assert run_python("import featurizers; featurizers.pyvene.FeatureIntervention") == ""
 
 
 class TestAgainstPyvenesOwn:
-    """The same feature spaces as pyvene builds them, with the same weights."""
+    """The same feature spaces as pyvene's classes, with the same weights."""
 
     def test_a_subspace_is_pyvenes_low_rank_rotation(self, subspace):
-        theirs = pyvene.LowRankRotatedSpaceIntervention(embed_dim=WIDTH, low_rank_dimension=6)
-        theirs.rotate_layer.weight = subspace.basis.detach().clone()
+        peer = pyvene.LowRankRotatedSpaceIntervention(embed_dim=WIDTH, low_rank_dimension=6)
+        peer.rotate_layer.weight = subspace.basis.detach().clone()
         base, source = torch.randn(5, WIDTH), torch.randn(5, WIDTH)
-        torch.testing.assert_close(subspace.interchange(base, source), theirs(base, source), rtol=1e-5, atol=1e-5)
-        some = theirs(base, source, [[1, 4]] * 5)
+        torch.testing.assert_close(subspace.interchange(base, source), peer(base, source), rtol=1e-5, atol=1e-5)
+        some = peer(base, source, [[1, 4]] * 5)
         torch.testing.assert_close(subspace.interchange(base, source, [1, 4]), some, rtol=1e-5, atol=1e-5)
 
     def test_the_whole_rotation_is_pyvenes_rotation(self):
         f = featurizers.create("subspace", d_in=WIDTH, n_features=WIDTH)
-        theirs = pyvene.RotatedSpaceIntervention(embed_dim=WIDTH)
-        theirs.rotate_layer.weight = f.basis.detach().clone()
+        peer = pyvene.RotatedSpaceIntervention(embed_dim=WIDTH)
+        peer.rotate_layer.weight = f.basis.detach().clone()
         base, source = torch.randn(5, WIDTH), torch.randn(5, WIDTH)
-        # pyvene's interchange_dim is a prefix of the rotated space
-        theirs.set_interchange_dim(7)
-        found = f.interchange(base, source, list(range(7)))
-        torch.testing.assert_close(found, theirs(base.clone(), source), rtol=1e-4, atol=1e-5)
+        peer.set_interchange_dim(7)  # the first 7 dimensions of the rotated space
+        swapped = f.interchange(base, source, list(range(7)))
+        torch.testing.assert_close(swapped, peer(base.clone(), source), rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("architecture", BY_NAME)
     def test_the_identity_is_pyvenes_vanilla_intervention(self, architecture):
-        theirs = swapped(intervenable(architecture, pyvene.VanillaIntervention), [3])
+        expected = logits(intervenable(architecture, pyvene.VanillaIntervention), [3])
         options = {"source": {"input_ids": SOURCE}, "positions": [3]}
-        ours = featurizers.Interchange(featurizers.create("identity", d_in=WIDTH), **options)
-        assert torch.equal(native(architecture, ours), theirs)
+        swap = featurizers.Interchange(featurizers.create("identity", d_in=WIDTH), **options)
+        assert torch.equal(native(architecture, swap), expected)
 
     @pytest.mark.parametrize("architecture", BY_NAME)
     def test_a_mask_is_pyvenes_sigmoid_mask(self, architecture):
-        built = intervenable(architecture, pyvene.SigmoidMaskIntervention)
-        (mask,) = built.interventions.values()
+        patched = intervenable(architecture, pyvene.SigmoidMaskIntervention)
+        (mask,) = patched.interventions.values()
         mask.mask.data = torch.linspace(-3, 3, WIDTH)
         mask.set_temperature(torch.tensor(0.7))
-        theirs = swapped(built, [3])
+        expected = logits(patched, [3])
         gate = featurizers.SigmoidGate(WIDTH, temperature=0.7)
         gate.logits.data = torch.linspace(-3, 3, WIDTH)
         identity = featurizers.create("identity", d_in=WIDTH)
-        ours = featurizers.Mask(identity, source={"input_ids": SOURCE}, positions=[3], gate=gate)
-        torch.testing.assert_close(native(architecture, ours), theirs, rtol=1e-4, atol=1e-4)
+        operation = featurizers.Mask(identity, source={"input_ids": SOURCE}, positions=[3], gate=gate)
+        torch.testing.assert_close(native(architecture, operation), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("part", [2, -1])
 def test_a_part_that_there_is_not_is_an_error(part):
-    from featurizers.errors import FeatureIndexError
-    from featurizers.pyvene import indices_of_subspaces
-
     assert indices_of_subspaces([[1], [1]], [[0, 1], [2]]) == [2]
     with pytest.raises(FeatureIndexError, match=f"part {part} is not in the subspace_partition, which has 2 parts"):
         indices_of_subspaces([[part]], [[0, 1], [2]])
 
 
 def test_no_subspaces_at_all_are_every_feature_and_an_empty_list_is_none():
-    from featurizers.pyvene import indices_of_subspaces
-
     assert indices_of_subspaces(None, None) is None
     assert indices_of_subspaces([None, None], None) is None
     assert indices_of_subspaces([], None) == []

@@ -158,7 +158,7 @@ class TestConstructors:
 
 
 class TestStiefel:
-    """The gradient of the polar factor, against finite differences and against torch's own decomposition."""
+    """The polar factor and its gradient, compared with torch's decomposition and with finite differences."""
 
     def test_polar_is_that_of_the_singular_value_decomposition(self):
         w = normal(3, 9, 4, dtype=torch.float64)
@@ -182,9 +182,9 @@ class TestStiefel:
     def test_the_tangent_gradient_is_that_of_polar_on_the_manifold(self):
         q = torch.linalg.qr(normal(9, 4, dtype=torch.float64))[0].requires_grad_()
         weight = normal(9, 4, seed=1, dtype=torch.float64)
-        one, other = (torch.autograd.grad((f(q) * weight).sum(), q)[0] for f in (stiefel.tangent, stiefel.polar))
-        torch.testing.assert_close(one, other)
-        along = q.detach().T @ one
+        tangent, polar = (torch.autograd.grad((f(q) * weight).sum(), q)[0] for f in (stiefel.tangent, stiefel.polar))
+        torch.testing.assert_close(tangent, polar)
+        along = q.detach().T @ tangent
         torch.testing.assert_close(along, -along.T)  # a tangent vector
 
 
@@ -325,10 +325,10 @@ class TestTraining:
         f = featurizers.create("subspace", d_in=16, n_features=3)
         x, own = normal(4, 16), f.basis.detach().clone()
         w = normal(16, 3, seed=2)
-        given = w.clone()
+        before = w.clone()
         features, _ = torch.func.functional_call(f, {"basis": w}, (x,))
         torch.testing.assert_close(features, x @ stiefel.polar(w))
-        assert torch.equal(w, given)
+        assert torch.equal(w, before)
         assert torch.equal(f.basis, own)
 
     def test_torch_func_grad_vmap_and_jvp_agree_with_autograd(self):
@@ -349,7 +349,7 @@ class TestTraining:
         f = featurizers.create("subspace", d_in=16, n_features=3)
         x = normal(4, 16)
         with torch.no_grad():
-            f.basis.mul_(2)  # as an optimizer would; the first use is inside the transform
+            f.basis.mul_(2)  # as an optimizer step would; the first use is inside torch.func
         torch.func.grad(lambda x: f.encode(x).sum())(x)
         f.encode(x).sum().backward()
         assert off_orthonormal(f.orthonormal_basis().detach()) < 1e-5

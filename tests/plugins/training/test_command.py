@@ -1,4 +1,4 @@
-"""``featurizers train``, ``evaluate`` and ``sweep``: what they print and write, and how they fail."""
+"""Commands ``train``, ``evaluate`` and ``sweep``: their output, their files and their errors."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ import featurizers
 import featurizers_training as training
 import pytest
 import torch
-from featurizers_training import command, options
+from featurizers_training.command import options
 
 from tests.support.command import as_json, run
 from tests.support.models import LAYERS, WIDTH, fresh_model, prompts, save_language_model
@@ -20,7 +20,7 @@ LAST = f"resid.post:{LAYERS - 1}"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A language model, pairs of texts whose label is its own answer to the source, and others to test on."""
+    """Save a language model and pairs of texts, to search with and to test on; a label is its answer to the source."""
     folder = tmp_path_factory.mktemp("training")
     model = save_language_model(fresh_model("llama"), folder / "lm") and fresh_model("llama")
     for name, count, seed in (("pairs", 40, 0), ("test", 17, 5)):
@@ -188,9 +188,9 @@ def test_several_sites_are_a_collection_that_is_evaluated_at_once(tmp_path):
     by_name = as_json("evaluate", out, *MODEL, "--pairs", "test-named.jsonl", *sites)
     assert {key: by_name[key] for key in accuracy} == accuracy
     own = as_json("evaluate", out, *MODEL, "--pairs", "test.jsonl")
-    assert own == by_name  # at the artefacts' own positions, since the records say none
+    assert own == by_name  # at the artefacts' own positions, because the records have none
     assert [row["position"] for row in own["featurizers"]] == [[-1], [1]]
-    assert as_json("evaluate", out, *MODEL, "--pairs", "test-named.jsonl") == by_name  # nor are names any
+    assert as_json("evaluate", out, *MODEL, "--pairs", "test-named.jsonl") == by_name  # names are not positions either
     alone = as_json("evaluate", out, *MODEL, "--pairs", "test.jsonl", "--subfolder", "resid.post-2")
     assert [row["site"] for row in alone["featurizers"]] == ["resid.post:2"]
 
@@ -206,7 +206,7 @@ def test_a_search_goes_through_an_artefact(tmp_path):
     assert (method["sparsity"], method["temperature"], method["gate_lr"]) == (0.1, [2.0, 0.5], 0.1)
 
 
-def test_a_search_goes_on_from_its_checkpoint(tmp_path):
+def test_a_search_resumes_from_its_checkpoint(tmp_path):
     options = ("--site", LAST, "--checkpoints", tmp_path / "state", "--control", "shuffled-labels")
     first = as_json(*DAS, *options, "--out", tmp_path / "a")
     again = as_json(*DAS, *options, "--out", tmp_path / "b")
@@ -233,7 +233,7 @@ def test_what_was_found_is_pushed(tmp_path, monkeypatch):
     assert pushed == [(tmp_path / "a", "owner/name")]
 
 
-# ---------------------------------------------------------------------- what goes wrong
+# ---------------------------------------------------------------------- errors
 
 TRAIN = ("train", "das", *MODEL, "--out", "new")
 SWEEP = ("sweep", *MODEL, "--out", "new", "--features", "2")
@@ -285,7 +285,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize(("arguments", "words"), ERRORS.values(), ids=ERRORS)
-def test_what_is_wrong_is_one_line_and_exit_code_1(arguments, words, monkeypatch):
+def test_an_error_is_one_line_and_exit_code_1(arguments, words, monkeypatch):
     f = featurizers.create("identity", d_in=WIDTH)
     f.save_pretrained("plain")
     f.site = featurizers.Site.parse(LAST)
@@ -293,23 +293,23 @@ def test_what_is_wrong_is_one_line_and_exit_code_1(arguments, words, monkeypatch
     f.site = featurizers.Site("resid.post", 0).at(model="owner/x")
     f.save_pretrained("another")
     if words.endswith("'owner/x'"):
-        real = command.load_model
+        real = options.load_model
 
         def load(*arguments, **options):
             loaded = real(*arguments, **options)
             loaded.model.config._name_or_path = "owner/y"
             return loaded
 
-        monkeypatch.setattr(command, "load_model", load)
+        monkeypatch.setattr(options, "load_model", load)
     code, out, err = run(*arguments)
     assert (code, out, len(err.splitlines())) == (1, "", 1)
     assert words in err
     assert not Path("new").exists()
 
 
-def test_a_folder_that_holds_something_is_refused_before_the_search(monkeypatch, tmp_path):
+def test_a_folder_that_is_not_empty_is_refused_before_the_search(monkeypatch, tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    monkeypatch.setattr(command, "load_model", None)
+    monkeypatch.setattr(options, "load_model", None)
     for arguments in ((*DAS, "--site", LAST), ("sweep", *COMMON, "--features", "2")):
         code, out, err = run(*arguments, "--out", tmp_path)
         assert (code, out, len(err.splitlines())) == (1, "", 1)
@@ -323,7 +323,7 @@ def test_a_command_called_wrongly_ends_with_2(arguments):
     assert "Usage: " in err
 
 
-def test_what_positions_are_called():
+def test_positions_are_parsed():
     assert [options.position(text) for text in ("-1", "3", "0+1", "-2+-1", "subject", "1st")] == [
         -1, 3, [0, 1], [-2, -1], "subject", "1st",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The demo finds what is known to be there, on the embedded task and on a language model from a folder."""
+"""Demo: it finds the planted variable in the embedded task, and runs on a language model from a folder."""
 
 import json
 import subprocess
@@ -7,9 +7,12 @@ import sys
 import featurizers
 import pytest
 import torch
-from featurizers.demo import english
-from featurizers.demo.run import run
 from featurizers.errors import FeaturizerError, SiteError, UsageError
+from featurizers_training.demo import english
+from featurizers_training.demo import toy as toy_task
+from featurizers_training.demo.main import run
+
+from tests.support.command import run as run_command
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def test_the_baselines_do_not_find_it(toy):
     accuracy = toy[0]["accuracy"]["resid.post:1"]
     assert accuracy["random"] < 0.1
     assert accuracy["full vector"] < 0.3  # it swaps the letter as well
-    assert toy[0]["accuracy"]["embed"]["subspace"] < 0.1  # no attention has brought the numbers there yet
+    assert toy[0]["accuracy"]["embed"]["subspace"] < 0.1  # no attention has moved the numbers there yet
 
 
 def test_the_artefact_gives_the_same_accuracy_and_says_where_it_belongs(toy):
@@ -50,7 +53,7 @@ def test_the_picture_is_a_picture(toy):
 
 @pytest.fixture(scope="module")
 def language_model(tmp_path_factory):
-    """A folder with a word-level language model that was taught the continents."""
+    """Save a word-level language model that was trained on the continents, and return its folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -93,7 +96,7 @@ def test_a_language_model_from_a_folder(language_model, tmp_path):
     result = run(str(language_model), tmp_path, layers="0,1", features=2, quiet=True)
     assert list(result["accuracy"]) == ["resid.post:0", "resid.post:1"]
     last = result["accuracy"]["resid.post:1"]
-    assert last["full vector"] == 1.0  # the last residual stream is all that the answer depends on
+    assert last["full vector"] == 1.0  # the answer depends on nothing but the last residual stream
     assert last["subspace"] > 0.5 > last["random"]
     assert featurizers.load(tmp_path / "artefact").site.model == language_model.name
 
@@ -111,6 +114,17 @@ def test_wrong_arguments_cost_one_clear_error(language_model, tmp_path):
         run(str(language_model), tmp_path, layers="first", quiet=True)
     with pytest.raises(SiteError, match="2 layers"):
         run(str(language_model), tmp_path, layers="7", quiet=True)
+
+
+def test_layers_without_a_model_are_refused(tmp_path, monkeypatch):
+    def train(*_):
+        raise AssertionError("the tiny transformer is trained")
+
+    monkeypatch.setattr(toy_task, "make_task", train)
+    for layers in ("x", "1"):
+        code, _, err = run_command("demo", "--layers", layers, "--out", tmp_path)
+        assert (code, len(err.splitlines())) == (1, 1)
+        assert "layers" in err
 
 
 def test_the_command_prints_json_and_nothing_else(language_model, tmp_path):

@@ -1,4 +1,4 @@
-"""The confidence interval of an accuracy."""
+"""Confidence interval of an accuracy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from featurizers_training import Accuracy
     [(8, 10, (0.4901625, 0.9433178)), (0, 20, (0.0, 0.1611252)), (50, 50, (0.9286524, 1.0))],
 )
 def test_the_interval_is_that_of_wilson(hits: int, n: int, interval: tuple[float, float]) -> None:
-    """The bounds p solve ``|hits / n - p| = z sqrt(p (1 - p) / n)``; the figures are of two of them written out."""
+    """Each bound p solves ``|hits / n - p| = z sqrt(p (1 - p) / n)``; the expected numbers were computed separately."""
     accuracy = Accuracy(hits, n)
     assert accuracy.interval == pytest.approx(interval, abs=1e-6)
     for bound in accuracy.interval:

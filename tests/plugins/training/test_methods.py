@@ -10,9 +10,20 @@ import pytest
 import torch
 from featurizers import SigmoidGate
 from featurizers.errors import UsageError
-from featurizers_training import DAS, DASDBM, DBM, Answers, BoundaryGate, BoundlessDAS, FullVector, RandomSubspace
-from featurizers_training.methods import METHODS
-from featurizers_training.objectives import cross_entropy, logit_difference, named
+from featurizers_training import (
+    DAS,
+    DASDBM,
+    DBM,
+    METHODS,
+    Answers,
+    BoundaryGate,
+    BoundlessDAS,
+    FullVector,
+    RandomSubspace,
+    cross_entropy,
+    logit_difference,
+)
+from featurizers_training.search.objectives import named_objective
 from torch import Tensor
 
 SEARCHES = [DAS(n_features=3), DBM(), DASDBM(n_features=4), BoundlessDAS()]
@@ -192,19 +203,19 @@ def test_a_mask_through_an_over_complete_dictionary_has_a_gate_for_each_feature(
 @pytest.mark.parametrize(
     ("make", "problem"),
     [
-        (lambda: DBM(temperature=(1.0, 0.0)), "temperatures are positive"),
+        (lambda: DBM(temperature=(1.0, 0.0)), "temperatures of a gate are positive"),
         (lambda: DBM(annealing=0.0), "annealing is the share"),
-        (lambda: BoundlessDAS(temperature=(-1.0, 0.1)), "temperatures are positive"),
+        (lambda: BoundlessDAS(temperature=(-1.0, 0.1)), "temperatures of a gate are positive"),
         (lambda: BoundlessDAS(start=0.0), "start is a share"),
         (lambda: DAS(n_features=9).search(8, 0, None), "do not fit into 8 dimensions"),
         (lambda: DBM().search(8, 0, featurizers.create("identity")), "create 'identity' with d_in"),
         (lambda: DAS(n_features=2).search(8, 0, featurizers.create("identity")), "create the featurizer with d_in"),
-        (lambda: named("cross entropy"), "is one of cross-entropy, logit-difference"),
+        (lambda: named_objective("cross entropy"), "is one of cross-entropy, logit-difference"),
         (lambda: setattr(BoundaryGate(3), "temperature", 0.0), "is positive"),
         (lambda: setattr(SigmoidGate(3), "temperature", -1.0), "is positive"),
     ],
 )
-def test_what_is_no_method_is_refused(make: Any, problem: str) -> None:
+def test_invalid_methods_are_refused(make: Any, problem: str) -> None:
     with pytest.raises((UsageError, featurizers.errors.ConfigError), match=problem):
         make()
 

@@ -1,4 +1,4 @@
-"""Counterfactual pairs: what a record may say, and what is refused."""
+"""Counterfactual pairs: the forms that a record may have, and the errors for all others."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def test_token_ids_are_taken_as_they_are() -> None:
     assert (pair.base_positions, pair.source_positions) == (((2,),), ((3,),))
 
 
-def test_the_model_runs_on_the_label_but_for_its_last_token() -> None:
+def test_the_model_runs_on_the_label_without_its_last_token() -> None:
     assert one(label=[3, 4, 2]).run == (5, 6, 7, 3, 4)
 
 
-def test_texts_are_split_as_the_tokenizer_does_and_a_label_as_it_would_be_after_its_base() -> None:
+def test_texts_are_tokenized_and_a_label_is_tokenized_after_its_base() -> None:
     pair = one(Letters(), base="xy", source="z", label="ab", base_label="q")
     assert (pair.base, pair.sources, pair.label, pair.base_label) == ((1, 120, 121), ((1, 122),), (500,), (113,))
 
 
-def test_an_empty_text_is_no_label() -> None:
+def test_an_empty_text_is_not_a_label() -> None:
     with pytest.raises(PairError, match="'label' is a text or a list of token ids"):
         one(Letters(), label="")
 
 
-def test_a_label_that_changes_the_tokens_of_its_base_is_split_alone() -> None:
+def test_a_label_that_changes_the_tokens_of_its_base_is_tokenized_alone() -> None:
     assert one(Letters(), base="xa", source="z", label="b").label == (ord("b"),)
 
 
@@ -151,25 +151,25 @@ def test_positions_that_are_the_same_from_one_end_are_recorded() -> None:
         ({"base_position": 3}, "token 3 is not in the prompt, which has 3 tokens"),
         ({"base_position": -4}, "token -4 is not in the prompt"),
         ({"base_position": 1.0}, "is a number, or a list of numbers"),
-        ({"base_position": [0, "x"]}, "is a number, or a list of numbers|no number of a token"),
+        ({"base_position": [0, "x"]}, "is a number, or a list of numbers|not the number of a token"),
         ({"base_position": []}, "is a number, or a list of numbers"),
-        ({"base_position": [True]}, "no number of a token"),
+        ({"base_position": [True]}, "not the number of a token"),
         ({"base_position": [0, 1], "source_position": 0}, "2 tokens of the base for 1 of the source"),
     ],
 )
-def test_what_is_no_pair_is_refused_with_its_number(record: dict[str, Any], problem: str) -> None:
+def test_a_record_that_is_not_a_pair_is_refused_with_its_number(record: dict[str, Any], problem: str) -> None:
     good = {"base": [5, 6, 7], "source": [8, 9, 10, 11], "label": 3}
     with pytest.raises(PairError, match=problem) as error:
         Pairs.of([good, {**good, **record}])
     assert error.value.where == "pair 1"
 
 
-def test_a_file_that_is_none_of_pairs_is_refused_with_its_line(tmp_path: Path) -> None:
+def test_a_file_without_pairs_is_refused_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     with pytest.raises(UsageError, match="cannot read pairs"):
         Pairs.read(path)
     path.write_text("\n")
-    with pytest.raises(UsageError, match="holds no pairs"):
+    with pytest.raises(UsageError, match="there are no counterfactual pairs"):
         Pairs.read(path)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="cannot read pairs"):

@@ -1,4 +1,4 @@
-"""Clean runs: a run from the middle is the whole run, with fewer layers and tokens, and the model is as it was."""
+"""Clean runs: a run from the middle equals the whole run, computes fewer layers and tokens, and changes no model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import featurizers_training as training
 import pytest
 import torch
 from featurizers.errors import ShapeError, SiteError, UsageError
-from featurizers_training.runs import CleanRuns, Work
+from featurizers_training.runs.clean_runs import CleanRuns, SiteEdit
 from torch import Tensor, nn
 
 from tests.support.models import ARCHITECTURES, LAYERS, fresh_model, hooked, hooks_of, module_of, tiny_model
@@ -29,7 +29,7 @@ SITES = {
 
 
 def make_pairs(count: int = 9, **positions: Any) -> training.Pairs:
-    """Prompts of different lengths, labels of one and of two tokens, and two positions."""
+    """Make pairs with prompts of different lengths, labels of one and two tokens, and two positions."""
     random_ = random.Random(0)
     positions = positions or {"base_position": [-2, -1], "source_position": [1, 2]}
 
@@ -44,8 +44,8 @@ def blend(base: Tensor, source: Tensor) -> Tensor:
     return 0.3 * base + 0.7 * source
 
 
-def work(runs: CleanRuns) -> list[Work]:
-    return [Work(j, IDENTITY, blend) for j in range(len(runs.sites))]
+def edits(runs: CleanRuns) -> list[SiteEdit]:
+    return [SiteEdit(j, IDENTITY, blend) for j in range(len(runs.sites))]
 
 
 @pytest.mark.parametrize("sites", SITES)
@@ -59,17 +59,17 @@ def test_a_run_from_the_middle_is_the_whole_run(architecture: str, sites: str) -
         runs = CleanRuns(model, pairs, where, batch_size=4)
     plain = CleanRuns(model, pairs, where, batch_size=4, plain=True)
     assert (runs.kept, plain.kept) == (kept, ())
-    torch.testing.assert_close(runs.logits(ROWS, work(runs)), plain.logits(ROWS, work(plain)), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(runs.logits(ROWS, edits(runs)), plain.logits(ROWS, edits(plain)), atol=2e-5, rtol=1e-4)
     assert torch.equal(runs.answers, plain.answers)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "gemma3"])
 def test_a_run_is_that_of_a_plain_hook_one_prompt_at_a_time(architecture: str) -> None:
-    """The oracle has neither padding nor positions: one unpadded prompt, and a slice."""
+    """Compare with an oracle that needs no padding and no positions: one unpadded prompt, and a slice."""
     model, pairs = tiny_model(architecture), make_pairs()
     runs = CleanRuns(model, pairs, ["resid.post:1"], batch_size=4)
-    logits = runs.logits(ROWS, work(runs))
+    logits = runs.logits(ROWS, edits(runs))
     module, side = module_of(model, architecture, "resid.post", 1)
     for row, found in zip(ROWS, logits, strict=True):
         pair = pairs[row]
@@ -118,7 +118,7 @@ def test_each_site_has_its_own_source_and_positions() -> None:
     model, pairs = tiny_model("llama"), training.Pairs.of(records)
     sites = ["resid.post:0", "resid.post:1"]
     runs = CleanRuns(model, pairs, sites)
-    found = runs.logits([1, 0], [Work(j, IDENTITY, lambda base, source: source) for j in range(2)])
+    found = runs.logits([1, 0], [SiteEdit(j, IDENTITY, lambda base, source: source) for j in range(2)])
     for row, logits in zip([1, 0], found, strict=True):
         swaps = {
             site: featurizers.Interchange(
@@ -135,10 +135,10 @@ def test_each_site_has_its_own_source_and_positions() -> None:
 
 
 @torch.no_grad()
-def test_a_run_with_fewer_edits_starts_later_and_is_as_right() -> None:
+def test_a_run_with_fewer_edits_starts_later_and_is_exact() -> None:
     model, pairs = tiny_model("qwen3"), make_pairs()
     runs = CleanRuns(model, pairs, ["resid.post:0", "resid.post:2"])
-    one = [Work(1, IDENTITY, blend)]
+    one = [SiteEdit(1, IDENTITY, blend)]
     called = []
     handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: called.append(None))
     found = runs.logits(ROWS, one)
@@ -156,7 +156,7 @@ def test_blocks_and_tokens_before_the_edit_are_not_computed_again() -> None:
         model.model.layers[i].mlp.register_forward_hook(lambda _, __, out, i=i: seen.update({i: tuple(out.shape)}))
         for i in range(LAYERS)
     ]
-    logits = runs.logits([1], work(runs))  # a label of two tokens: one token of the prompt and one of the label
+    logits = runs.logits([1], edits(runs))  # a label of two tokens: one token of the prompt and one of the label
     for handle in handles:
         handle.remove()
     assert seen == {2: (1, 2, 32)}
@@ -165,11 +165,13 @@ def test_blocks_and_tokens_before_the_edit_are_not_computed_again() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("budget", "kept"), [(0, ()), (200, ()), (12_000, ("layers",)), (2**31, ("tokens", "layers"))])
-def test_little_memory_costs_time_and_nothing_else(budget: int, kept: tuple[str, ...]) -> None:
+def test_with_little_memory_less_is_kept_and_the_result_is_the_same(budget: int, kept: tuple[str, ...]) -> None:
     model, pairs = tiny_model("llama"), make_pairs()
     runs = CleanRuns(model, pairs, ["resid.post:0"], batch_size=4, cache_bytes=budget)
     assert runs.kept == kept
-    torch.testing.assert_close(runs.logits(ROWS, work(runs)), runs.plain_logits(ROWS, work(runs)), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        runs.logits(ROWS, edits(runs)), runs.plain_logits(ROWS, edits(runs)), atol=2e-5, rtol=1e-4
+    )
 
 
 @torch.no_grad()
@@ -180,7 +182,7 @@ def test_prompts_that_repeat_are_run_once() -> None:
     handle = model.model.layers[0].register_forward_hook(lambda _, __, out: rows.append(len(out)))
     CleanRuns(model, pairs, ["resid.post:1"], plain=True)
     handle.remove()
-    assert rows == [1, 1]  # the source, and the base
+    assert rows == [1, 1]  # the source and the base
 
 
 @torch.no_grad()
@@ -190,8 +192,8 @@ def test_special_tokens_are_left_alone() -> None:
     runs = CleanRuns(model, pairs, ["resid.post:1"])
     spared = featurizers.create("identity")
     spared.special_tokens = (2,)
-    one = [Work(0, spared, lambda base, source: source)]
-    without = [Work(0, IDENTITY, lambda base, source: torch.stack([source[:, 0], base[:, 1], source[:, 2]], dim=1))]
+    one = [SiteEdit(0, spared, lambda base, source: source)]
+    without = [SiteEdit(0, IDENTITY, lambda base, source: torch.stack([source[:, 0], base[:, 1], source[:, 2]], dim=1))]
     torch.testing.assert_close(runs.logits([0], one), runs.logits([0], without))
     torch.testing.assert_close(runs.logits([0], one), runs.plain_logits([0], one), atol=2e-5, rtol=1e-4)
 
@@ -202,7 +204,7 @@ def test_gradients_reach_the_edit_and_not_the_model() -> None:
     gradients = []
     for logits in (runs.logits, runs.plain_logits):
         weight = torch.tensor(0.4, requires_grad=True)
-        edit = [Work(0, IDENTITY, lambda base, source, weight=weight: torch.lerp(base, source, weight))]
+        edit = [SiteEdit(0, IDENTITY, lambda base, source, weight=weight: torch.lerp(base, source, weight))]
         logits(ROWS, edit).square().sum().backward()
         gradients.append(weight.grad)
     torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-4)
@@ -210,20 +212,20 @@ def test_gradients_reach_the_edit_and_not_the_model() -> None:
     assert gradients[0].abs() > 0.1
 
 
-def test_the_model_is_as_it_was() -> None:
+def test_runs_do_not_change_the_model() -> None:
     model, pairs = fresh_model("llama"), make_pairs()
     before = hooks_of(model), {name: dict(vars(module)) for name, module in model.named_modules()}
     runs = CleanRuns(model, pairs, ["resid.post:1"])
-    runs.logits(ROWS, work(runs))
+    runs.logits(ROWS, edits(runs))
     with pytest.raises(ZeroDivisionError):
-        runs.logits(ROWS, [Work(0, IDENTITY, lambda base, source: base / (1 // 0))])
+        runs.logits(ROWS, [SiteEdit(0, IDENTITY, lambda base, source: base / (1 // 0))])
     assert hooks_of(model) == before[0]
     for name, module in model.named_modules():
         assert vars(module).keys() == before[1][name].keys(), name
 
 
 class Reversed(nn.Module):
-    """A block that adds to each token what it knows of the first one: runs of the later tokens alone are wrong."""
+    """A block that adds the first token's activations to every token, so that runs of later tokens alone are wrong."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -242,10 +244,10 @@ def test_a_model_that_cannot_be_run_from_the_middle_is_run_whole_with_a_warning(
     with pytest.warns(UserWarning, match="cannot be run from the middle"):
         runs = CleanRuns(model, pairs, ["resid.post:1"])
     assert runs.kept == ()
-    assert torch.equal(runs.logits(ROWS, work(runs)), runs.plain_logits(ROWS, work(runs)))
+    assert torch.equal(runs.logits(ROWS, edits(runs)), runs.plain_logits(ROWS, edits(runs)))
 
 
-def test_what_does_not_fit_is_refused_before_anything_runs() -> None:
+def test_invalid_arguments_are_refused_before_anything_runs() -> None:
     model = tiny_model("llama")
     with pytest.raises(SiteError, match="has 3 layers"):
         CleanRuns(model, make_pairs(), ["resid.post:3"])
@@ -264,4 +266,4 @@ def test_an_edit_that_gives_another_shape_is_refused() -> None:
     runs = CleanRuns(model, make_pairs(), ["resid.post:1"])
     for logits in (runs.logits, runs.plain_logits):
         with pytest.raises(ShapeError, match=r"resid.post:1: the edit of \(4, 2, 32\) gives \(4, 2, 3\)"):
-            logits(ROWS, [Work(0, IDENTITY, lambda base, source: base[..., :3])])
+            logits(ROWS, [SiteEdit(0, IDENTITY, lambda base, source: base[..., :3])])

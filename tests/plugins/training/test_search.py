@@ -1,7 +1,8 @@
-"""`train` from the pairs to the artefact, against a planted subspace and a loop written with nothing of its own."""
+"""`train`, from the pairs to the artefact: against a planted subspace, and against a training loop written by hand."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -22,10 +23,12 @@ from featurizers_training import (
     Pairs,
     RandomSubspace,
     Settings,
+    cross_entropy,
     evaluate,
     train,
 )
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.support.models import WIDTH, fresh_model, hooks_of, tiny_model
@@ -44,7 +47,7 @@ def basis_of(found: Any) -> Tensor:
     return found.featurizer.basis.detach()
 
 
-# ---------------------------------------------------------------------- what is found
+# ---------------------------------------------------------------------- results
 
 
 def test_das_finds_the_planted_subspace() -> None:
@@ -60,7 +63,7 @@ def test_das_finds_the_planted_subspace() -> None:
 
 
 def test_masks_find_which_of_the_given_features_matter() -> None:
-    """Of an orthonormal basis that begins with the planted subspace, the mask selects the beginning."""
+    """Search in an orthonormal basis that begins with the planted subspace: the mask selects the beginning."""
     rest = torch.linalg.qr(torch.cat([PLANTED, torch.eye(WIDTH)], dim=1)).Q[:, SIZE:WIDTH]
     through = type(featurizers.create("subspace", d_in=2, n_features=1)).from_basis(torch.cat([PLANTED, rest], dim=1))
     method = DBM(sparsity=0.02, gate_lr=0.1)
@@ -92,7 +95,7 @@ def test_das_and_dbm_find_fewer_features_the_more_they_cost() -> None:
 
 
 def by_hand(steps: list[list[int]], rates: list[float], start: Tensor, pairs: Pairs) -> tuple[Tensor, list[float]]:
-    """The same search by whole runs and a plain hook on one block, with a QR for the manifold's projection."""
+    """Run the same search with whole runs and a plain hook on one block; an SVD projects back to the manifold."""
     module = model().model.layers[1]
     basis = nn.Parameter(start.clone())
     optimizer = torch.optim.Adam([basis])
@@ -140,20 +143,20 @@ def test_a_search_is_the_loop_written_by_hand() -> None:
     assert [h["loss"] for h in found.history] == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3], rel=1e-4)
 
 
-def test_the_part_of_a_batch_that_a_pass_takes_does_not_matter() -> None:
+def test_the_micro_batch_does_not_change_the_result() -> None:
     torch.testing.assert_close(basis_of(quick(settings={"micro_batch": 3})), basis_of(quick()), atol=1e-5, rtol=1e-4)
 
 
-def test_what_is_kept_of_clean_runs_does_not_matter() -> None:
+def test_the_size_of_the_cache_does_not_change_the_result() -> None:
     torch.testing.assert_close(basis_of(quick(settings={"cache_bytes": 0})), basis_of(quick()), atol=1e-4, rtol=1e-3)
 
 
-def test_seeds_decide() -> None:
+def test_the_seed_decides_the_result() -> None:
     assert torch.equal(basis_of(quick()), basis_of(quick()))
     assert not torch.allclose(basis_of(quick(settings={"seed": 1})), basis_of(quick()), atol=1e-2)
 
 
-def test_an_objective_of_ones_own_is_made_small() -> None:
+def test_a_custom_objective_is_minimised() -> None:
     def certainty(logits: Tensor, answers: Any) -> Tensor:
         return logits[:, 0].softmax(-1).square().sum(-1)
 
@@ -172,7 +175,7 @@ def test_the_logit_difference_is_trained() -> None:
         quick(pairs=without, objective="logit-difference")
 
 
-def test_labels_of_several_tokens_are_right_only_whole() -> None:
+def test_a_label_of_several_tokens_counts_only_as_a_whole() -> None:
     own = tiny_model("llama")
     with torch.no_grad():
         first = int(own(torch.tensor([[7, 8, 9]])).logits[0, -1].argmax())
@@ -185,10 +188,10 @@ def test_labels_of_several_tokens_are_right_only_whole() -> None:
     assert evaluate(own, pairs, f).hits == 1
 
 
-# ---------------------------------------------------------------------- what is left as it was
+# ---------------------------------------------------------------------- nothing else is changed
 
 
-def test_the_model_and_the_featurizer_gone_through_are_left_as_they_were() -> None:
+def test_a_search_changes_neither_the_model_nor_the_featurizer_it_goes_through() -> None:
     own = fresh_model("llama").train()
     through = featurizers.create("subspace", d_in=WIDTH, n_features=6, seed=2)
     before = {name: t.clone() for name, t in (*own.state_dict().items(), *through.state_dict().items())}
@@ -204,7 +207,7 @@ def test_the_model_and_the_featurizer_gone_through_are_left_as_they_were() -> No
         assert torch.equal(tensor, before[name]), name
 
 
-def test_an_error_in_the_middle_leaves_the_model_as_it_was() -> None:
+def test_an_error_in_the_middle_does_not_change_the_model() -> None:
     own = fresh_model("llama").train()
     hooks = hooks_of(own)
     with pytest.raises(ZeroDivisionError):
@@ -264,14 +267,14 @@ def test_two_positions_of_one_site_have_their_own_features(tmp_path: Path) -> No
     assert evaluate(model(), pairs, found.featurizers) == found.accuracy["train"]
 
 
-def test_methods_that_train_nothing_are_measured_in_no_epochs() -> None:
+def test_baselines_are_measured_without_epochs() -> None:
     for method in (FullVector(), RandomSubspace(n_features=2)):
         found = quick(method)
         assert found.history == []
         assert evaluate(model(), found.pairs, found.featurizers) == found.accuracy["train"]
 
 
-# ---------------------------------------------------------------------- stopping, and going on
+# ---------------------------------------------------------------------- stopping and resuming
 
 
 def test_early_stopping_goes_back_to_the_best_epoch() -> None:
@@ -288,11 +291,11 @@ def test_early_stopping_goes_back_to_the_best_epoch() -> None:
 
 
 class Interrupted(Exception):
-    """What ends a search in its middle."""
+    """Raised by an objective to end a search in the middle."""
 
 
 @pytest.mark.parametrize("method", [DAS(n_features=2), DASDBM(sparsity=0.01), BoundlessDAS()], ids=lambda m: m.name)
-def test_a_search_that_was_interrupted_goes_on_to_the_same_bits(method: Any, tmp_path: Path) -> None:
+def test_an_interrupted_search_resumes_to_the_same_bits(method: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {"settings": {"epochs": 4}, "validation": TEST[:20]}
     whole = quick(method, **options)
     calls = []
@@ -302,8 +305,6 @@ def test_a_search_that_was_interrupted_goes_on_to_the_same_bits(method: Any, tmp
         if len(calls) == 8:  # in the third of four epochs of three steps
             raise Interrupted
         return cross_entropy(logits, answers)
-
-    from featurizers_training.objectives import cross_entropy
 
     objective.__name__ = "cross-entropy"
     with pytest.raises(Interrupted):
@@ -318,6 +319,15 @@ def test_a_search_that_was_interrupted_goes_on_to_the_same_bits(method: Any, tmp
     assert finished.history == whole.history
 
 
+def test_a_loss_that_is_not_finite_is_kept_in_a_checkpoint(tmp_path: Path) -> None:
+    def infinite(logits: Tensor, answers: Any) -> Tensor:
+        return logits[:, 0, 0] * 0 + float("inf")
+
+    whole = quick(objective=infinite, checkpoints=tmp_path / "c")
+    assert [h["loss"] for h in whole.history] == [float("inf")] * 2
+    assert quick(objective=infinite, checkpoints=tmp_path / "c").history == whole.history
+
+
 def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path) -> None:
     quick(checkpoints=tmp_path / "c")
     for change, problem in (
@@ -330,10 +340,10 @@ def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path) -> None:
             quick(checkpoints=tmp_path / "c", **change)
 
 
-def test_a_checkpoint_holds_what_is_trained_and_leaves_the_featurizer_gone_through_alone(tmp_path: Path) -> None:
+def test_a_checkpoint_holds_only_what_is_trained(tmp_path: Path) -> None:
     through, other = (featurizers.create("subspace", d_in=WIDTH, n_features=6, seed=seed) for seed in (2, 3))
     quick(checkpoints=tmp_path / "c", through=through)
-    with safe_open(tmp_path / "c" / "checkpoint.safetensors", "pt") as file:
+    with safe_open(tmp_path / "c" / "search.safetensors", "pt") as file:
         names = set(file.keys())
         assert {name for name in names if name.startswith("search.")} == {"search.0"}
         assert file.get_slice("search.0").get_shape() == [6, 2]
@@ -344,7 +354,7 @@ def test_a_checkpoint_holds_what_is_trained_and_leaves_the_featurizer_gone_throu
 
 
 @pytest.mark.parametrize("method", [FullVector(), DBM(), BoundlessDAS(), DAS(n_features=2)], ids=lambda m: m.name)
-def test_what_an_earlier_search_selected_does_not_count(method: Any) -> None:
+def test_the_selection_of_an_earlier_search_is_ignored(method: Any) -> None:
     def found(**sets: Tensor) -> Any:
         through = featurizers.create("subspace", d_in=WIDTH, n_features=6, seed=2)
         through.feature_sets |= sets
@@ -365,8 +375,68 @@ def test_a_tied_mask_keeps_a_logit_for_each_feature() -> None:
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    quick(checkpoints=tmp_path)
+    file = tmp_path / "search.safetensors"
+    state = file.read_bytes()
+    file.write_bytes(state[:-1] + bytes([state[-1] ^ 1]))
+    with pytest.raises(ArtefactError, match="its tensors are not those that were written"):
+        quick(checkpoints=tmp_path)
+    file.write_bytes(state[:-1])
+    with pytest.raises(ArtefactError, match="header promises"):
+        quick(checkpoints=tmp_path)
+    file.write_bytes(state.replace(b"history", b"hystory"))
+    with pytest.raises(ArtefactError, match="history"):
+        quick(checkpoints=tmp_path)
+
+
+def write_as_before(folder: Path) -> None:
+    """Rewrite a checkpoint in its old form, as two files."""
+    path = folder / "search.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is not a mapping
+        about = json.loads(file.metadata()["featurizers"])
+    names, rows = about["history"], tensors.pop("history").tolist()
+    save_file(tensors, folder / "checkpoint.safetensors")
+    state = {
+        "search": about["search"],
+        "history": [{**dict(zip(names, row, strict=True)), "epoch": int(row[0])} for row in rows],
+        "best": about["best"],
+        "optimizer": about["optimizer"],
+        "scaler": about["scaler"],
+        "sha256": hashlib.sha256((folder / "checkpoint.safetensors").read_bytes()).hexdigest(),
+    }
+    (folder / "checkpoint.json").write_text(json.dumps(state, indent=2))
+    path.unlink()
+
+
+def test_an_old_checkpoint_of_two_files_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    calls: list[None] = []
+
+    def objective(logits: Tensor, answers: Any) -> Tensor:
+        calls.append(None)
+        if len(calls) == 8:
+            raise Interrupted
+        return cross_entropy(logits, answers)
+
+    objective.__name__ = "cross-entropy"
+    through = featurizers.create("subspace", d_in=WIDTH, n_features=6, seed=2)
+    options: dict[str, Any] = {"settings": {"epochs": 4}, "validation": TEST[:20], "through": through}
+    whole = quick(DASDBM(sparsity=0.01), **options)
+    with pytest.raises(Interrupted):
+        quick(DASDBM(sparsity=0.01), objective=objective, checkpoints=tmp_path, **options)
+    write_as_before(tmp_path)
+    calls.clear()
+    again = quick(DASDBM(sparsity=0.01), checkpoints=tmp_path, **options)
+    assert again.history == whole.history
+    for one, other in zip(whole.featurizer.state_dict().values(), again.featurizer.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    assert [path.name for path in tmp_path.iterdir()] == ["search.safetensors"]
+
+
+def test_a_damaged_old_checkpoint_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "c"
     quick(checkpoints=folder)
+    write_as_before(folder)
     weights = (folder / "checkpoint.safetensors").read_bytes()
     (folder / "checkpoint.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     with pytest.raises(FeaturizerError, match="is not the one that"):
@@ -453,14 +523,14 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     torch.testing.assert_close(two.basis, one.featurizer.basis, atol=1e-5, rtol=1e-4)
     logits = one.featurizer.feature_sets["gate_logits"]
     torch.testing.assert_close(two.feature_sets["gate_logits"], logits, atol=1e-5, rtol=1e-4)
-    for ours, theirs in zip(two.metadata["training"]["history"], one.history, strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-5)
+    for of_two, of_one in zip(two.metadata["training"]["history"], one.history, strict=True):
+        assert of_two == pytest.approx(of_one, abs=1e-5)
 
 
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"settings": {"epochs": 0}}, "epochs is a number from 1"),
+        ({"settings": {"epochs": 0}}, "epochs is a whole number, at least 1"),
         ({"settings": {"precision": "int8"}}, "precision is one of"),
         ({"settings": {"warmup": 1.0}}, "warmup is a share"),
         ({"objective": "nll"}, "is one of cross-entropy"),
@@ -472,6 +542,6 @@ def test_wrong_arguments_are_refused(options: dict[str, Any], problem: str) -> N
         quick(**options)
 
 
-def test_a_gradient_that_is_not_finite_says_so() -> None:
+def test_a_gradient_that_is_not_finite_is_an_error() -> None:
     with pytest.raises(UsageError, match="the gradient is not finite"):
         quick(objective=lambda logits, answers: logits[:, 0, 0] * float("inf"))

@@ -1,4 +1,4 @@
-"""Sweeps, baselines and controls: against closed forms, plain hooks, torch's own SVD, and searches made one by one."""
+"""Sweeps, baselines and controls: against closed forms, plain hooks, torch's SVD, and single searches."""
 
 import csv
 import json
@@ -9,10 +9,9 @@ import pytest
 import torch
 from featurizers import Site
 from featurizers.errors import MissingDependencyError, SiteError, UsageError
-from featurizers_training import report
-from featurizers_training import sweep as sweep_function
-from featurizers_training.controls import controlled
-from featurizers_training.runs import CleanRuns
+from featurizers_training import CleanRuns
+from featurizers_training.sweeps.controls import controlled
+from featurizers_training.sweeps.report import heat_map
 
 from tests.support.models import LAYERS, WIDTH, fresh_model, hooked, module_of, prompts, read, tiny_model
 
@@ -31,7 +30,7 @@ def answers(model, ids):
 
 
 def pairs_of(model, count, seed, **more):
-    """Pairs whose label is the model's own answer to the source."""
+    """Make pairs whose label is the model's own answer to the source."""
     base, source = prompts(count, 5, seed=seed), prompts(count, 5, seed=seed + 100)
     rows = zip(base.tolist(), source.tolist(), answers(model, source).tolist(), strict=True)
     return training.Pairs.of([{"base": b, "source": s, "label": label, **more} for b, s, label in rows])
@@ -54,10 +53,10 @@ def cell(swept, **wanted):
     return found
 
 
-# ---------------------------------------------------------------------- what is measured
+# ---------------------------------------------------------------------- measurements
 
 
-def test_every_cell_is_there_once(swept):
+def test_every_cell_exists_once(swept):
     keys = [(c.control, c.position, str(c.site), c.method) for c in swept.cells]
     assert len(keys) == len(set(keys)) == 3 * 2 * LAYERS * 4
     assert {c.control for c in swept.cells} == {None, "shuffled-labels", "random-model"}
@@ -103,7 +102,7 @@ def test_a_cell_is_the_search_that_train_makes(swept, model, parts):
     assert training.evaluate(model, parts[1].at(best.position), alone.featurizer) == best.held_out
 
 
-def test_a_gate_is_hard_where_accuracy_is_measured(model, parts, tmp_path):
+def test_a_gate_is_hard_when_accuracy_is_measured(model, parts, tmp_path):
     method = training.DBM(temperature=(3.0, 3.0), gate_lr=0.5, sparsity=0.2)
     settings = training.Settings(epochs=10, batch_size=8)
     result = training.sweep(model, *parts, [LAST], [-1], [method], settings=settings)
@@ -119,7 +118,7 @@ def test_a_gate_is_hard_where_accuracy_is_measured(model, parts, tmp_path):
         assert measured.hits == hits
 
 
-def test_the_prompts_are_run_once_a_position(model, parts, monkeypatch):
+def test_the_prompts_are_run_once_per_position(model, parts, monkeypatch):
     made = []
     real = CleanRuns.__init__
 
@@ -147,7 +146,7 @@ def test_the_best_is_that_of_the_searches(swept):
         swept.best("x")
 
 
-def test_the_model_is_left_as_it_was(swept, model):
+def test_a_sweep_does_not_change_the_model(swept, model):
     assert not model.training
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh_model("llama").parameters(), strict=True))
 
@@ -198,7 +197,7 @@ def test_a_token_of_a_prompt_counts_once(model):
 # ---------------------------------------------------------------------- controls
 
 
-def test_a_random_model_is_what_training_begins_from(model):
+def test_a_random_model_is_what_training_starts_from(model):
     other = training.randomly_initialised(model, seed=1)
     assert type(other) is type(model)
     assert not other.training
@@ -273,7 +272,7 @@ def test_the_table_holds_the_numbers(swept, tmp_path):
 def test_the_heat_map_holds_the_numbers(swept, tmp_path):
     from matplotlib import image
 
-    figure = report.heat_map(swept.rows(), "title")
+    figure = heat_map(swept.rows(), "title")
     panels = [axes for axes in figure.axes if axes.images and axes.texts]
     assert [axes.get_title(loc="left") for axes in panels[:5]] == [
         "das",
@@ -299,7 +298,7 @@ def test_the_heat_map_holds_the_numbers(swept, tmp_path):
 def test_with_one_position_methods_go_down(model, parts):
     methods = {"small": training.RandomSubspace(2), "large": training.RandomSubspace(8)}
     result = training.sweep(model, *parts, ["resid.post:0", LAST], [-1], methods, settings=SETTINGS)
-    (axes,) = [axes for axes in report.heat_map(result.rows(), "t").axes if axes.texts]
+    (axes,) = [axes for axes in heat_map(result.rows(), "t").axes if axes.texts]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["small", "large"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["resid.post:0", LAST]
     assert [row["selected"] for row in result.rows()] == [2, 8, 2, 8]
@@ -310,10 +309,10 @@ def test_without_matplotlib_the_error_says_what_installs_it(swept, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'featurizers-training\[plots\]'"):
-        report.heat_map(swept.rows(), "t")
+        heat_map(swept.rows(), "t")
 
 
-# ---------------------------------------------------------------------- what is refused, before anything is computed
+# ---------------------------------------------------------------------- errors before anything is computed
 
 
 def test_wrong_arguments_are_refused_before_anything_is_computed(model, parts, monkeypatch):
@@ -340,7 +339,7 @@ def test_wrong_arguments_are_refused_before_anything_is_computed(model, parts, m
     ]
     for arguments, options, error, words in cases:
         with pytest.raises(error, match=words):
-            sweep_function(model, *arguments, **options)
+            training.sweep(model, *arguments, **options)
 
 
 def test_clean_runs_of_more_sites_serve_a_search_at_one(model, parts):
