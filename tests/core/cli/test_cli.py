@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import featurizers
-import featurizers.store.records
 import pytest
 import torch
 import typer
@@ -289,7 +288,7 @@ def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys):
     def refuse(*_, **__):
         raise OSError(28, "No space left on device", "x")
 
-    monkeypatch.setattr(featurizers.store.records, "manifest_of", refuse)
+    monkeypatch.setattr("featurizers.store.manifest_of", refuse)
     monkeypatch.setattr(sys, "argv", ["featurizers", "info", "./a"])
     with pytest.raises(SystemExit, match="1"):
         cli.main()

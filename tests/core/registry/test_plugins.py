@@ -763,7 +763,7 @@ def test_the_commands_of_this_project_are_those_of_its_plugins():
 def test_a_command_of_two_plugins_is_neither_ones(install, fresh):
     install("one", COMMAND.format(name="same", top="a"))
     install("two", COMMAND.format(name="same", top="b"))
-    with pytest.raises(PluginError, match=r"'two' adds the command 'fit same', which is there already"):
+    with pytest.raises(PluginError, match=r"'two' adds the command 'fit same', which exists already"):
         call("fit", "same")
     code, output = call("--help")
     assert code == 0
@@ -773,7 +773,7 @@ def test_a_command_of_two_plugins_is_neither_ones(install, fresh):
 def test_a_command_of_the_core_is_not_replaced(install, fresh):
     install("one", COMMAND.format(name="one", top="kinds"))
     assert "did kinds" not in call("kinds")[1]
-    assert "adds the command 'kinds', which is there already" in call("--help")[1]
+    assert "adds the command 'kinds', which exists already" in call("--help")[1]
 
 
 def test_a_plugin_whose_commands_fail_does_not_hinder_the_others(install, fresh):
