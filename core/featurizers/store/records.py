@@ -32,18 +32,10 @@ def list_artefacts(
 ) -> dict[str, Entry]:
     """List the artefacts of a folder or a repository; only the ``config.json`` at its root is read.
 
-    Args:
-        source: as in `load`.
-        revision: as in `load`.
-        token: as in `load`.
-        cache_dir: as in `load`.
-        local_files_only: as in `load`.
+    Arguments and errors are those of `load`.
 
     Returns:
-        Each artefact by its subfolder, ``""`` for one at the root.
-
-    Raises:
-        SourceError, ManifestError, HubError: as `load`.
+        Each artefact by its subfolder, ``""`` for an artefact at the root.
     """
     record = manifest_of(source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     if isinstance(record, Index):
@@ -60,7 +52,7 @@ def manifest_of(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Manifest | Index:
-    """Read the ``config.json`` of a source; arguments and errors as in `load`."""
+    """Read the ``config.json`` of a source; arguments and errors are those of `load`."""
     parsed = parse_source(source, revision)
     if isinstance(parsed, FolderSource):
         root = named_folder(parsed.path)
