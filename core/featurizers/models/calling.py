@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -49,3 +50,57 @@ def is_keys(layer: Any) -> bool:
     """Return whether a layer of a cache holds keys and values of attention, ``(batch, heads, tokens, width)``."""
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     return isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.dim() == values.dim() == 4
+
+
+def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of a module by their names."""
+    if not args:
+        return kwargs
+    parameters = signature(type(module).forward)
+    arguments = parameters.bind_partial(module, *args, **kwargs).arguments
+    for name, parameter in parameters.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            return {**arguments, **arguments.get(name, {})}
+    return arguments
+
+
+def with_position_ids(model: nn.Module, inputs: Mapping[str, Any], *, of_padding: bool = False) -> Mapping[str, Any]:
+    """Return inputs with the position ids that ``generate`` derives from a mask, if the model does not derive its own.
+
+    A model of transformers counts positions by columns, so that a prompt that is padded on the left would begin
+    later than the same prompt alone. ``generate`` counts the tokens of the mask instead.
+
+    Args:
+        model: whose ``forward`` is given the inputs.
+        inputs: keyword arguments of the model.
+        of_padding: whether to derive them even if they differ from the columns at padding only.
+
+    Returns:
+        The same object if there is nothing to add.
+    """
+    mask = inputs.get("attention_mask")
+    tokens = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
+    if (
+        not isinstance(mask, Tensor)
+        or not isinstance(tokens, Tensor)
+        or mask.dim() != 2
+        or mask.shape != tokens.shape[:2]
+        or inputs.get("position_ids") is not None
+        or any(inputs.get(name) is not None for name in ("cache", "past_key_values"))
+    ):
+        return inputs
+    outer: Any = model
+    inner = outer.get_base_model() if hasattr(outer, "get_base_model") else outer  # peft
+    # models with three position ids a token (M-RoPE) derive them from the mask themselves
+    if not takes(inner, "position_ids") or any(hasattr(part, "get_rope_index") for part in (inner, *inner.children())):
+        return inputs
+    is_token: Tensor = mask != 0
+    if bool(is_token.all()):
+        return inputs
+    counted: Tensor = is_token.long().cumsum(-1) - 1
+    position_ids = counted.masked_fill(~is_token, 0)
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    differs: Tensor = position_ids != columns
+    if not of_padding and not bool((differs & is_token).any()):
+        return inputs
+    return {**inputs, "position_ids": position_ids}

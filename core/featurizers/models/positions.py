@@ -26,19 +26,27 @@ class Pass:
 
     Attributes:
         start: number of tokens that are cached already: 0 for a prompt, more while generating.
-        seen_prompt: whether this pass, or an earlier pass in the same context, began at the first token.
+        began: event, as `contexts.counter` numbers them, at which the first tokens of the prompt were computed; 0 if
+            that was before the model was watched.
         attention_mask: ``(batch, total)``, 1 for a token and 0 for padding; None if nothing is padded.
         opaque_mask: whether the model was given a mask in a form that does not show the padding.
         prompt_columns: number of columns of the prompt, while ``generate`` runs; else None.
         tokens: ids ``(batch, sequence)`` that this pass computes; None if the model was given embeddings.
+        has_position_ids: whether the model was given position ids.
+        added_columns: number of columns that the model adds to those of the ids that it was given, as for virtual
+            tokens.
+        in_chunks: whether ``generate`` was asked to compute the prompt in parts.
     """
 
     start: int
-    seen_prompt: bool
+    began: int
     attention_mask: Tensor | None
     opaque_mask: bool = False
     prompt_columns: int | None = None
     tokens: Tensor | None = None
+    has_position_ids: bool = False
+    added_columns: int = 0
+    in_chunks: bool = False
 
 
 def columns(positions: Positions, hidden: Tensor, current: Pass, *, prompt_only: bool = False) -> Tensor | None:
@@ -63,11 +71,22 @@ def columns(positions: Positions, hidden: Tensor, current: Pass, *, prompt_only:
         raise ShapeError(
             f"the site has activations {tuple(hidden.shape)}, not (batch, sequence, width): it has no positions"
         )
+    if current.added_columns:
+        raise PositionError(
+            f"the model computes {current.added_columns:+} columns beside those of the ids that it was given, as "
+            "prompt tuning adds virtual tokens, so that the columns of the prompt are not known; use positions=None, "
+            "and in `generate` no source"
+        )
     length = hidden.shape[1] if current.prompt_columns is None else current.prompt_columns
     if length > hidden.shape[1]:
-        raise PositionError(
-            f"the prompt of {length} tokens is computed {hidden.shape[1]} at a time, so that its end is not known; "
+        way_out = (
             "generate without prefill_chunk_size"
+            if current.in_chunks
+            else "call the model itself, or a `generate` that computes the whole prompt in its first pass"
+        )
+        raise PositionError(
+            f"the prompt has {length} tokens, but `generate` computes {hidden.shape[1]} in this pass, so that the "
+            f"prompt's end is not known; {way_out}"
         )
     batch = hidden.shape[0]
     if positions is None:

@@ -240,7 +240,7 @@ def test_columns_are_those_of_the_tokens_by_a_plain_reference(data):
     size = data.draw(st.integers(1, 2))
     few = st.lists(st.integers(-length - 1, length), min_size=size, max_size=size)
     positions = data.draw(few if shared else st.lists(few, min_size=batch, max_size=batch))
-    current = Pass(0, True, torch.tensor(mask).long())
+    current = Pass(0, 1, torch.tensor(mask).long())
 
     wanted: list[list[int]] | None = []
     for example, real in enumerate(mask):

@@ -1,0 +1,123 @@
+"""Clean runs: activations of a model without edits, for `collect` and for the sources of operations."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from featurizers.errors import PositionError, UsageError
+from featurizers.features.featurizer import Featurizer
+from featurizers.format.sites import Site
+from featurizers.models.anatomy import Anatomy, Place
+from featurizers.models.calling import with_position_ids, without_cache
+from featurizers.models.contexts import is_reading, reading, unedited
+from featurizers.models.hooks import gather, hook
+from featurizers.models.operations import Operation, SourcedOperation
+from featurizers.models.positions import Inputs, Pass, Positions, columns
+from featurizers.models.stopping import stoppable
+from featurizers.models.watching import Watch, watching
+
+SiteT = TypeVar("SiteT", Site, str)
+
+
+def read(
+    anatomy: Anatomy, inputs: Inputs, featurizers: Mapping[SiteT, Featurizer[Any] | None], positions: Positions
+) -> dict[SiteT, Tensor]:
+    """Return activations, or features where a site has a featurizer; the forward pass stops after the last site."""
+    places = {key: anatomy.place(key) for key in featurizers}
+    activations: dict[SiteT, Tensor] = {}
+
+    def keep(key: SiteT, watch: Watch, mark: object, stop: Callable[[], NoReturn], hidden: Tensor) -> Tensor:
+        if not is_reading(mark):
+            return hidden
+        if watch.current.start and positions is not None:
+            raise PositionError(
+                f"{key}: the first tokens of the prompt are in a cache already, so its positions are not known; "
+                "collect from the whole prompt"
+            )
+        chosen = gather(hidden, columns(positions, hidden, watch.current))
+        featurizer = featurizers[key]
+        # cloned: a later layer may write into its input
+        activations[key] = chosen.clone() if featurizer is None else featurizer.collect(chosen)
+        if len(activations) == len(places):
+            stop()
+        return hidden
+
+    with stoppable() as stop, ExitStack() as hooks:
+        watch = hooks.enter_context(watching(anatomy))
+        hooks.enter_context(watch.aside())
+        mark = hooks.enter_context(reading())
+        for key, place in places.items():
+            hooks.callback(hook(place, functools.partial(keep, key, watch, mark, stop)).remove)
+        anatomy.model(**{**without_cache(anatomy.model), **inputs})
+    if missing := [str(key) for key in places if key not in activations]:
+        raise UsageError(f"the model ran without passing through {', '.join(missing)}")
+    return activations
+
+
+@dataclass
+class _Run:
+    """Inputs that several operations read in one pass."""
+
+    inputs: Inputs
+    positions: Positions
+    readers: list[tuple[Any, Operation]]
+
+
+class Sources:
+    """Activations for the operations with a source; those with the same inputs and positions share a pass.
+
+    A padded source is run with the position ids that ``generate`` would derive, so that it is computed as the same
+    prompt alone; if the base itself is padded and run without position ids, so is the source, so that an interchange
+    with itself changes nothing.
+    """
+
+    def __init__(self, anatomy: Anatomy, plan: Sequence[tuple[SiteT, Place, tuple[Operation, ...]]]) -> None:
+        self._anatomy: Anatomy = anatomy
+        self._read: dict[tuple[Any, Operation], Tensor] = {}
+        self._as_given: dict[tuple[Any, Operation], Tensor] = {}
+        self._runs: dict[tuple[Any, Operation], _Run] = {}  # those whose position ids were derived
+        runs: dict[tuple[int, str], _Run] = {}
+        for key, _, operations in plan:
+            for operation in operations:
+                if not isinstance(operation, SourcedOperation):
+                    continue
+                if isinstance(operation.source, Tensor):
+                    self._read[key, operation] = operation.source
+                else:
+                    own = operation.source_positions
+                    positions = operation.positions if own is None else own
+                    name = repr(positions.tolist() if isinstance(positions, Tensor) else positions)
+                    run = runs.setdefault((id(operation.source), name), _Run(operation.source, positions, []))
+                    run.readers.append((key, operation))
+        for run in runs.values():
+            inputs = with_position_ids(anatomy.model, run.inputs, of_padding=True)
+            self._read |= self._activations(run, inputs)
+            if inputs is not run.inputs:
+                self._runs |= dict.fromkeys(run.readers, run)
+
+    def of(self, key: Any, operation: Operation, current: Pass) -> Tensor | None:
+        """Return the activations for an operation at a site in a pass; None if it has no source."""
+        reader = (key, operation)
+        run = self._runs.get(reader)
+        if run is None or current.start or current.has_position_ids or not _is_padded(current):
+            return self._read.get(reader)
+        if reader not in self._as_given:
+            self._as_given |= self._activations(run, run.inputs)
+        return self._as_given[reader]
+
+    @torch.no_grad()
+    def _activations(self, run: _Run, inputs: Inputs) -> dict[tuple[Any, Operation], Tensor]:
+        with unedited():
+            activations = read(self._anatomy, inputs, dict.fromkeys(key for key, _ in run.readers), run.positions)
+        return {(key, operation): activations[key] for key, operation in run.readers}
+
+
+def _is_padded(current: Pass) -> bool:
+    return current.attention_mask is not None and not bool((current.attention_mask != 0).all())
