@@ -34,6 +34,7 @@ from featurizers.features.featurizer import Featurizer
 from featurizers.format.sites import Site
 from featurizers.models.anatomy import Anatomy, Place, first_tensor
 from featurizers.models.calling import signature, without_cache
+from featurizers.models.compilation import eager
 from featurizers.models.operations import Collect, Operation, SourcedOperation
 from featurizers.models.positions import Inputs, Pass, Positions, are_tokens, columns
 from featurizers.models.stopping import stoppable
@@ -83,7 +84,7 @@ def intervene(
     plan = [(key, anatomy.place(key), _as_operations(key, value)) for key, value in operations.items()]
     sources = _read_sources(anatomy, plan)
     collected: dict[SiteT, Tensor] = {}
-    with ExitStack() as hooks:
+    with eager(), ExitStack() as hooks:
         watch = _PassWatch(anatomy)
         hooks.callback(watch.stop)
         for key, place, at_site in plan:
@@ -144,7 +145,7 @@ def _collect(
             stop()
         return hidden
 
-    with stoppable() as stop, ExitStack() as hooks:
+    with eager(), stoppable() as stop, ExitStack() as hooks:
         watch = _PassWatch(anatomy)
         hooks.callback(watch.stop)
         for key, place in places.items():
