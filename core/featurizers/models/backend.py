@@ -34,6 +34,7 @@ from featurizers.features.featurizer import Featurizer
 from featurizers.format.sites import Site
 from featurizers.models.anatomy import Anatomy, Place, first_tensor
 from featurizers.models.calling import signature, without_cache
+from featurizers.models.checkpointing import uncheckpointed
 from featurizers.models.compilation import eager
 from featurizers.models.operations import Collect, Operation, SourcedOperation
 from featurizers.models.positions import Inputs, Pass, Positions, are_tokens, columns
@@ -85,6 +86,7 @@ def intervene(
     sources = _read_sources(anatomy, plan)
     collected: dict[SiteT, Tensor] = {}
     with eager(), ExitStack() as hooks:
+        hooks.enter_context(uncheckpointed(model, (place.path for _, place, _ in plan)))
         watch = _PassWatch(anatomy)
         hooks.callback(watch.stop)
         for key, place, at_site in plan:
@@ -146,6 +148,7 @@ def _collect(
         return hidden
 
     with eager(), stoppable() as stop, ExitStack() as hooks:
+        hooks.enter_context(uncheckpointed(anatomy.model, (place.path for place in places.values())))
         watch = _PassWatch(anatomy)
         hooks.callback(watch.stop)
         for key, place in places.items():

@@ -18,11 +18,6 @@ import torch
 
 from featurizers.errors import UsageError
 
-_lock = threading.Lock()
-_contexts = 0
-_stance: Any = None
-"""Stance that was set for the contexts that are open; None if none was needed so far."""
-
 
 @contextmanager
 def eager() -> Iterator[None]:
@@ -44,34 +39,53 @@ def eager() -> Iterator[None]:
         >>> called
         ['hook']
     """
-    _enter()
+    _stance.enter()
     try:
         yield
     finally:
-        _leave()
+        _stance.leave()
 
 
-def _enter() -> None:
-    global _contexts, _stance
-    with _lock:
-        # torch.compile imports dynamo, and so does transformers; without it nothing is compiled
-        if _stance is None and "torch._dynamo" in sys.modules:
-            try:
-                _stance = torch.compiler.set_stance("force_eager")
-            except RuntimeError as error:
-                raise UsageError(
-                    "the model was to be read or edited inside a function that torch.compile compiles, which may skip "
-                    "its hooks; take torch.compile off that function (the model itself may be compiled)"
-                ) from error
-        _contexts += 1
+class _Stance:
+    """Stance of the process, counted.
+
+    Attributes:
+        contexts: number of contexts that are open.
+        held: stance that was set for them; None if none was needed so far.
+        blind: whether one of them began before dynamo was imported: what is compiled in it may have its hooks inside.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.contexts = 0
+        self.held: Any = None
+        self.blind = False
+
+    def enter(self) -> None:
+        with self.lock:
+            # torch.compile imports dynamo, and so does transformers; without it nothing is compiled
+            if self.held is None and "torch._dynamo" in sys.modules:
+                try:
+                    self.held = torch.compiler.set_stance("force_eager")
+                except RuntimeError as error:
+                    raise UsageError(
+                        "the model was to be read or edited inside a function that torch.compile compiles, which may "
+                        "skip its hooks; take torch.compile off that function (the model itself may be compiled)"
+                    ) from error
+            self.blind |= self.held is None
+            self.contexts += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.contexts -= 1
+            if self.contexts:
+                return
+            if self.blind and "torch._dynamo" in sys.modules:
+                torch.compiler.reset()
+            held, self.held, self.blind = self.held, None, False
+            if held is not None:
+                now = torch.compiler.set_stance("default")
+                (held if now.prev is held.stance else now).__exit__(None, None, None)
 
 
-def _leave() -> None:
-    global _contexts, _stance
-    with _lock:
-        _contexts -= 1
-        if _contexts or _stance is None:
-            return
-        stance, _stance = _stance, None
-        now = torch.compiler.set_stance("default")
-        (stance if now.prev is stance.stance else now).__exit__(None, None, None)
+_stance = _Stance()

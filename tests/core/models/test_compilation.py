@@ -9,7 +9,6 @@ import pytest
 import torch
 from featurizers import Steer, collect, intervene
 from featurizers.errors import UsageError
-from torch import nn
 
 from tests.support.models import WIDTH, fresh_model, hooked, prompts, read
 
@@ -46,7 +45,10 @@ def a_layer(model):
 
 
 def a_function_around_it(model):
-    return compiled(lambda ids: model(ids))
+    def run(ids):
+        return model(ids)
+
+    return compiled(run)
 
 
 def stance():
@@ -180,12 +182,18 @@ assert "torch._dynamo" not in sys.modules
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
 
 
-def test_what_is_compiled_inside_a_context_does_not_outlive_it():
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
-    x = torch.ones(1, 2, WIDTH)
-    clean = model(x)
-    op = Steer(featurizers.create("identity", d_in=WIDTH), delta=3.0)
-    with intervene(model, {"module:0:output": op}):
-        call = compiled(model)
-        assert not torch.allclose(call(x), clean)
-    assert torch.equal(call(x), clean)
+@pytest.mark.parametrize("first", ["import torch._dynamo", ""], ids=["dynamo", "no dynamo yet"])
+def test_what_is_compiled_inside_a_context_does_not_outlive_it(first):
+    program = f"""
+import torch, featurizers
+{first}
+model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+x = torch.ones(1, 2, 2)
+clean = model(x)
+op = featurizers.Steer(featurizers.create("identity", d_in=2), delta=3.0)
+with featurizers.intervene(model, {{"module:0:output": op}}):
+    compiled = torch.compile(model, backend="eager")
+    assert not torch.allclose(compiled(x), clean)
+assert torch.equal(compiled(x), clean)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
