@@ -201,7 +201,7 @@ def test_the_path_of_a_missing_module_is_named(model):
         Anatomy(model).place("module:model.layers.7:output")
 
 
-def test_experts_are_searched_through():
+def test_experts_are_no_single_mlp():
     class Expert(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -213,4 +213,6 @@ def test_experts_are_searched_through():
     model = fresh_model("llama")
     for block in model.model.layers:
         block.mlp = nn.Sequential(nn.ModuleList([Expert(), Expert()]))
-    assert Anatomy(model).blocks.down_projection == "mlp.0.0.w2"
+    assert Anatomy(model).blocks.down_projection is None
+    with pytest.raises(SiteError, match=r"mlp\.act:1: .* its Sequential has '0', and none"):
+        Anatomy(model).place("mlp.act:1")
