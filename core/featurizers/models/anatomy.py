@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from featurizers.errors import PluginError, SiteError
@@ -127,6 +128,7 @@ class Anatomy:
             module = submodule(self.model, path)
         except AttributeError as error:
             raise SiteError(f"{site}: {type(self.model).__name__} has no module {path!r}") from error
+        self._is_called(site, path, module)
         return Place(path, module, side, None if site.head is None else self._head(site, site.head, module))
 
     def pyvene_component(self, site: Site | str) -> str:
@@ -198,6 +200,17 @@ class Anatomy:
             raise SiteError(f"{site}: {type(self.model).__name__} has {heads} heads, 0 to {heads - 1}")
         size = width // heads
         return slice(head * size, (head + 1) * size)
+
+    def _is_called(self, site: Site, path: str, module: nn.Module) -> None:
+        """Raise an error for a module whose hooks never run."""
+        if isinstance(module, torch.jit.ScriptModule):
+            raise SiteError(
+                f"{site}: {path!r} was compiled by torch.jit, which takes no hooks; "
+                "use the model as it was before torch.jit"
+            )
+        if type(module).forward is nn.Module.forward and "forward" not in vars(module):
+            parts = ", ".join(map(repr, module._modules)) or "no modules"
+            raise SiteError(f"{site}: {type(module).__name__} {path!r} is never called; it holds {parts}. {_HELP}")
 
     def _find_blocks(self) -> Blocks:
         try:
