@@ -41,21 +41,21 @@ def test_there_and_back_in_one_commit(hub):
 
 def test_all_is_read_at_one_commit(hub, monkeypatch):
     """Another push arrives after the first file was read."""
-    from featurizers_pyvene import intervenables
+    from featurizers_pyvene import loading
 
     old, new = several(), several()
     for intervention in list(new.interventions.values())[:2]:
         intervention.featurizer.load_state_dict(subspace(9, 32, 6).state_dict())
     list(new.interventions.values())[3].mask.data.neg_()
     first = featurizers.push_intervenable(old, "alice/it")
-    read_record, met = intervenables.read_record, []
+    read_record, met = loading.read_record, []
 
     def meeting(*arguments):
         if not met:
             met.append(featurizers.push_intervenable(new, "alice/it").oid)
         return read_record(*arguments)
 
-    monkeypatch.setattr(intervenables, "read_record", meeting)
+    monkeypatch.setattr(loading, "read_record", meeting)
     assert torch.equal(logits_of_several(load("alice/it")), logits_of_several(old))
     assert met != [first.oid]
     assert torch.equal(logits_of_several(load("alice/it")), logits_of_several(new))
