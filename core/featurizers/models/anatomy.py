@@ -8,11 +8,23 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from featurizers.errors import PluginError, SiteError
 from featurizers.format.sites import Blocks, Side, Site
-from featurizers.models.detection import EMBEDDING, FINAL_NORM, block_lists, blocks_at, first_child, join, submodule
+from featurizers.models.detection import (
+    EMBEDDING,
+    FINAL_NORM,
+    LINEAR_ATTENTION,
+    block_lists,
+    blocks_at,
+    first_child,
+    join,
+    submodule,
+    unwrapped,
+    why_missing,
+)
 from featurizers.models.projections import input_width
 from featurizers.registry.plugin_host import host
 
@@ -55,6 +67,9 @@ class Anatomy:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self._of_plugin = False
+        """True if a plugin says where the parts of all blocks are."""
+        self._parts: dict[int, Blocks] = {}
 
     @functools.cached_property
     def _config(self) -> Any:
@@ -63,12 +78,25 @@ class Anatomy:
 
     @functools.cached_property
     def blocks(self) -> Blocks:
-        """Paths of the blocks and of their parts.
+        """Paths of the blocks and of the parts of the first block; `parts` are those of any block.
 
         Raises:
             SiteError: no blocks were found.
         """
         return self._find_blocks()
+
+    def parts(self, layer: int) -> Blocks:
+        """Return paths of the parts of one block. Blocks of a decoder may differ: some are attention, some are not.
+
+        Raises:
+            SiteError: no blocks were found.
+        """
+        blocks = self.blocks
+        if self._of_plugin or not layer:
+            return blocks
+        if layer not in self._parts:
+            self._parts[layer] = blocks_at(self.model, blocks.layers, layer)
+        return self._parts[layer]
 
     @property
     def layers(self) -> nn.Module:
@@ -100,6 +128,7 @@ class Anatomy:
             module = submodule(self.model, path)
         except AttributeError as error:
             raise SiteError(f"{site}: {type(self.model).__name__} has no module {path!r}") from error
+        self._is_called(site, path, module)
         return Place(path, module, side, None if site.head is None else self._head(site, site.head, module))
 
     def pyvene_component(self, site: Site | str) -> str:
@@ -120,11 +149,13 @@ class Anatomy:
         path = re.sub(r"\[(\d+)\]", r".\1", component.rpartition(".")[0])
         if component not in RESIDUAL:
             try:
-                blocks = self.blocks
+                inside = re.fullmatch(rf"{re.escape(self.blocks.layers)}\.(\d+)(?:\.(.+))?", path)
             except (SiteError, PluginError):
                 return None
-            parts = "".join(rf"|\.{re.escape(part)}" for part in (blocks.attention, blocks.mlp) if part)
-            if not re.fullmatch(rf"{re.escape(blocks.layers)}\.\d+({parts})", path):
+            if inside is None or int(inside[1]) >= self.n_layers:
+                return None
+            parts = self.parts(int(inside[1]))
+            if inside[2] not in (None, parts.attention, parts.mlp):
                 return None
         width = getattr(self._config, "hidden_size", None)
         return width if isinstance(width, int) else None
@@ -139,31 +170,52 @@ class Anatomy:
             return join(self.blocks.decoder, name), "output"
         if site.layer >= self.n_layers:
             raise SiteError(f"{site}: {type(self.model).__name__} has {self.n_layers} layers, 0 to {self.n_layers - 1}")
+        if site.kind.startswith("resid"):
+            path = join(self.blocks.layers, str(site.layer))
+            return path, "input" if site.kind == "resid.pre" else "output"
+        parts = self.parts(site.layer)
         within, side = {
-            "resid.pre": ("", "input"),
-            "resid.post": ("", "output"),
-            "attn.out": (self.blocks.attention, "output"),
-            "attn.z": (self.blocks.out_projection, "input"),
-            "mlp.out": (self.blocks.mlp, "output"),
-            "mlp.act": (self.blocks.down_projection, "input"),
+            "attn.out": (parts.attention, "output"),
+            "attn.z": (parts.out_projection, "input"),
+            "mlp.out": (parts.mlp, "output"),
+            "mlp.act": (parts.down_projection, "input"),
         }[site.kind]
         if within is None:
-            block = type(self.layers[site.layer]).__name__  # type: ignore[index]
-            raise SiteError(f"{site}: no such part was found in {block}. {_HELP}")
-        return join(self.blocks.layers, str(site.layer), within), side  # type: ignore[return-value]
+            block = type(unwrapped(self.layers[site.layer])[0]).__name__  # type: ignore[index]
+            why = why_missing(self.model, parts.layers, site.layer, site.kind)
+            raise SiteError(f"{site}: no such part was found in {block}: {why}. {_HELP}")
+        return join(parts.layers, str(site.layer), within), side  # type: ignore[return-value]
 
     def _head(self, site: Site, head: int, projection: nn.Module) -> slice:
         width, heads = input_width(projection), getattr(self._config, "num_attention_heads", None)
         if width is None or not isinstance(heads, int) or width % heads:
             raise SiteError(f"{site}: the heads of {type(self.model).__name__} cannot be told apart. {_HELP}")
+        attention = self.parts(site.layer).attention  # type: ignore[arg-type]
+        if attention is not None and attention.rpartition(".")[2] in LINEAR_ATTENTION:
+            raise SiteError(
+                f"{site}: block {site.layer} has {attention!r} in the place of attention, and the config does not "
+                f"count its heads; take all of 'attn.z:{site.layer}'"
+            )
         if head >= heads:
             raise SiteError(f"{site}: {type(self.model).__name__} has {heads} heads, 0 to {heads - 1}")
         size = width // heads
         return slice(head * size, (head + 1) * size)
 
+    def _is_called(self, site: Site, path: str, module: nn.Module) -> None:
+        """Raise an error for a module whose hooks never run."""
+        if isinstance(module, torch.jit.ScriptModule):
+            raise SiteError(
+                f"{site}: {path!r} was compiled by torch.jit, which takes no hooks; "
+                "use the model as it was before torch.jit"
+            )
+        if type(module).forward is nn.Module.forward and "forward" not in vars(module):
+            parts = ", ".join(map(repr, module._modules)) or "no modules"
+            raise SiteError(f"{site}: {type(module).__name__} {path!r} is never called; it holds {parts}. {_HELP}")
+
     def _find_blocks(self) -> Blocks:
         try:
             if (blocks := host().anatomy(self.model)) is not None:
+                self._of_plugin = True
                 return blocks
         except PluginError as error:
             if not (lists := self._lists()):
@@ -174,6 +226,7 @@ class Anatomy:
         if not lists:
             host().load_all()
             if (blocks := host().anatomy(self.model)) is not None:
+                self._of_plugin = True
                 return blocks
             self._refuse(f"no list of {getattr(self._config, 'num_hidden_layers', '?')} blocks was found")
         if len(lists) > 1:

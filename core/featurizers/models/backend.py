@@ -31,6 +31,8 @@ from featurizers.features.featurizer import Featurizer
 from featurizers.format.sites import Site
 from featurizers.models.anatomy import Anatomy
 from featurizers.models.calling import with_position_ids
+from featurizers.models.checkpointing import uncheckpointed
+from featurizers.models.compilation import eager
 from featurizers.models.contexts import Context
 from featurizers.models.hooks import gather, hook, scatter
 from featurizers.models.operations import Collect, Operation, SourcedOperation
@@ -83,7 +85,8 @@ def intervene(
     plan = [(key, anatomy.place(key), _as_operations(key, value)) for key, value in operations.items()]
     sources = Sources(anatomy, plan)
     collected: dict[SiteT, Tensor] = {}
-    with ExitStack() as hooks:
+    with eager(), ExitStack() as hooks:
+        hooks.enter_context(uncheckpointed(model, (place.path for _, place, _ in plan)))
         context = Context()
         watch = hooks.enter_context(watching(anatomy))
         edits = _Edits({key: at_site for key, _, at_site in plan}, context, watch, sources, collected)

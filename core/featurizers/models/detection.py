@@ -15,11 +15,19 @@ from featurizers.format.sites import Blocks
 from featurizers.models.projections import input_width
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+LINEAR_ATTENTION = ("linear_attn", "mamba")
+"""What blocks of hybrid decoders have in the place of attention; their heads are not those of the config."""
 MLP = ("mlp", "feed_forward", "ffn", "ff")
 OUT_PROJECTION = ("o_proj", "c_proj", "out_proj", "dense", "wo")
 DOWN_PROJECTION = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo")
 EMBEDDING = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+MIXER = ("mixer",)
+"""Part of a block that may be anything, as in Mamba: it marks a block and is no site."""
+BESIDE_MLP = ("experts", "router", "moe", "block_sparse_moe")
+"""Parts of a block that share the work with its MLP (Gemma 4): neither is the whole."""
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+"""Where torch's own wrappers keep the module: `torch.compile` and ``checkpoint_wrapper``."""
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
@@ -60,18 +68,50 @@ def block_lists(model: nn.Module, n_layers: int | None) -> list[str]:
     return beside_words or lists
 
 
-def blocks_at(model: nn.Module, layers: str) -> Blocks:
-    """Return where a list of blocks is, and the parts of its first block."""
-    block = submodule(model, f"{layers}.0")
-    attention, mlp = first_child(block, ATTENTION), first_child(block, MLP)
+def blocks_at(model: nn.Module, layers: str, layer: int = 0) -> Blocks:
+    """Return where a list of blocks is, and the parts of one of its blocks."""
+    block, wrapped = unwrapped(submodule(model, f"{layers}.{layer}"))
+    attention, mlp = first_child(block, (*ATTENTION, *LINEAR_ATTENTION)), first_child(block, MLP)
+    if first_child(block, BESIDE_MLP) is not None:
+        mlp = None
+    out_projection = _projection_in(block, attention, OUT_PROJECTION)
+    down_projection = _projection_in(block, mlp, DOWN_PROJECTION)
     return Blocks(
         decoder=layers.rpartition(".")[0],
         layers=layers,
-        attention=attention,
-        mlp=mlp,
-        out_projection=_projection_in(block, attention, OUT_PROJECTION),
-        down_projection=_projection_in(block, mlp, DOWN_PROJECTION),
+        attention=attention and join(wrapped, attention),
+        mlp=mlp and join(wrapped, mlp),
+        out_projection=out_projection and join(wrapped, out_projection),
+        down_projection=down_projection and join(wrapped, down_projection),
     )
+
+
+def unwrapped(module: nn.Module) -> tuple[nn.Module, str]:
+    """Return the module inside torch's own wrappers, and its path in the outermost; ``""`` without a wrapper."""
+    path: list[str] = []
+    while (name := first_child(module, WRAPPED)) is not None:
+        module = module._modules[name]  # type: ignore[assignment]
+        path.append(name)
+    return module, ".".join(path)
+
+
+def why_missing(model: nn.Module, layers: str, layer: int, kind: str) -> str:
+    """Return why a block has no module for a kind of site, as the second half of a sentence."""
+    block, _ = unwrapped(submodule(model, f"{layers}.{layer}"))
+    parts = (*ATTENTION, *LINEAR_ATTENTION) if kind.startswith("attn") else MLP
+    part = first_child(block, parts)
+    if kind.startswith("mlp") and part is not None and (beside := first_child(block, BESIDE_MLP)) is not None:
+        return f"it has {part!r} and beside it {beside!r}, and neither is the whole MLP"
+    if part is None or kind.endswith(".out"):
+        return f"it has {_names(block)}"
+    inside, _ = unwrapped(block._modules[part])  # type: ignore[arg-type]
+    wanted = "output projection of attention" if kind.startswith("attn") else "down projection of an MLP"
+    routed = ", so that each token goes through experts" if first_child(inside, ("experts",)) else ""
+    return f"its {type(inside).__name__} has {_names(inside)}{routed}, and none is the one {wanted}"
+
+
+def _names(module: nn.Module) -> str:
+    return ", ".join(map(repr, module._modules)) or "no modules"
 
 
 def join(*parts: str) -> str:
@@ -90,30 +130,30 @@ def _outer_lists(module: nn.Module, path: str) -> Iterator[tuple[str, nn.ModuleL
 
 def _are_blocks(modules: nn.ModuleList, n_layers: int | None) -> bool:
     children = modules._modules.values()
-    if len(children) != n_layers or len(set(map(type, children))) != 1:
-        return False
-    first = next(iter(children))
-    return first is not None and first_child(first, (*ATTENTION, *MLP)) is not None
+    names = (*ATTENTION, *LINEAR_ATTENTION, *MLP, *MIXER)
+    return len(children) == n_layers and all(
+        child is not None and first_child(unwrapped(child)[0], names) is not None for child in children
+    )
 
 
 def _projection_in(block: nn.Module, part: str | None, names: tuple[str, ...]) -> str | None:
-    """Return the path within the block of the first projection inside a part, at any depth, by order of the names."""
+    """Return the path within the block of the first projection of these names that is a direct child of a part.
+
+    Modules with one child, such as wrappers, are looked through. Among several children a projection further down
+    belongs to one of them, such as an expert, and is not the part's.
+    """
     if part is None:
         return None
-    paths: dict[str, str] = {}
-    _find_projections(submodule(block, part), part, names, paths)
-    return next((paths[name] for name in names if name in paths), None)
-
-
-def _find_projections(module: nn.Module, path: str, names: tuple[str, ...], paths: dict[str, str]) -> None:
-    """Add the path of the first projection of each name inside a module; stop at the first of the names."""
-    for name, child in module._modules.items():
+    module, path = submodule(block, part), part
+    while True:
+        children = module._modules
+        for name in names:
+            child = children.get(name)
+            if child is not None and input_width(child) is not None:
+                return f"{path}.{name}"
+        if len(children) != 1:
+            return None
+        (name, child), *_ = children.items()
         if child is None:
-            continue
-        inside = f"{path}.{name}"
-        if name in names and name not in paths and input_width(child) is not None:
-            paths[name] = inside
-        if child._modules:
-            _find_projections(child, inside, names, paths)
-        if names[0] in paths:
-            return
+            return None
+        module, path = child, f"{path}.{name}"

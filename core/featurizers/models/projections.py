@@ -32,7 +32,15 @@ def projection(
 
 
 def input_width(module: nn.Module) -> int | None:
-    """Return the number of inputs of a projection, or None if the module has no weight of two axes."""
+    """Return the number of inputs of a projection, or None if the module does not say it.
+
+    The module's own number comes first: a packed weight of four bits has another shape, and some quantised modules have
+    no ``weight``.
+    """
+    for name in ("in_features", "nx"):  # nn.Linear and what stands in for it; Conv1D of transformers
+        width = getattr(module, name, None)
+        if isinstance(width, int):
+            return width
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         return None

@@ -16,6 +16,8 @@ from featurizers.features.featurizer import Featurizer
 from featurizers.format.sites import Site
 from featurizers.models.anatomy import Anatomy, Place
 from featurizers.models.calling import with_position_ids, without_cache
+from featurizers.models.checkpointing import uncheckpointed
+from featurizers.models.compilation import eager
 from featurizers.models.contexts import is_reading, reading, unedited
 from featurizers.models.hooks import gather, hook
 from featurizers.models.operations import Operation, SourcedOperation
@@ -49,7 +51,8 @@ def read(
             stop()
         return hidden
 
-    with stoppable() as stop, ExitStack() as hooks:
+    with eager(), stoppable() as stop, ExitStack() as hooks:
+        hooks.enter_context(uncheckpointed(anatomy.model, (place.path for place in places.values())))
         watch = hooks.enter_context(watching(anatomy))
         hooks.enter_context(watch.aside())
         mark = hooks.enter_context(reading())

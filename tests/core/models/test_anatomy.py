@@ -201,7 +201,7 @@ def test_the_path_of_a_missing_module_is_named(model):
         Anatomy(model).place("module:model.layers.7:output")
 
 
-def test_experts_are_searched_through():
+def test_experts_are_no_single_mlp():
     class Expert(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -213,4 +213,22 @@ def test_experts_are_searched_through():
     model = fresh_model("llama")
     for block in model.model.layers:
         block.mlp = nn.Sequential(nn.ModuleList([Expert(), Expert()]))
-    assert Anatomy(model).blocks.down_projection == "mlp.0.0.w2"
+    assert Anatomy(model).blocks.down_projection is None
+    with pytest.raises(SiteError, match=r"mlp\.act:1: .* its Sequential has '0', and none"):
+        Anatomy(model).place("mlp.act:1")
+
+
+@pytest.mark.parametrize("path", ["model.layers", "extra"])
+def test_a_module_that_is_never_called_is_refused(model, path):
+    model.extra = nn.ModuleDict({"a": nn.Linear(2, 2)})
+    with pytest.raises(SiteError, match=rf"Module(List|Dict) '{path}' is never called; it holds '[0a]'"):
+        Anatomy(model).place(f"module:{path}:output")
+
+
+@pytest.mark.parametrize("compile_", [torch.jit.script, lambda part: torch.jit.trace(part, torch.ones(1, WIDTH))])
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_of_torchscript_is_refused(compile_):
+    model = nn.Sequential(compile_(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())), nn.Linear(WIDTH, 2))
+    steer = featurizers.Steer(featurizers.create("identity", d_in=WIDTH), delta=1.0)
+    with pytest.raises(SiteError, match=r"'0' was compiled by torch\.jit, which takes no hooks"):
+        intervene(model, {"module:0:output": steer}).__enter__()

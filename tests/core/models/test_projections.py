@@ -3,11 +3,11 @@
 import pytest
 import torch
 from featurizers.errors import SiteError
-from featurizers.models import Anatomy, projection
+from featurizers.models import Anatomy, collect, projection
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tests.support.models import ARCHITECTURES, tiny_model
+from tests.support.models import ARCHITECTURES, HEAD_WIDTH, HEADS, fresh_model, prompts, read, tiny_model
 
 
 @pytest.mark.parametrize("module", [nn.Linear(3, 5), nn.Linear(3, 5, bias=False), Conv1D(5, 3)])
@@ -45,3 +45,34 @@ def test_a_module_without_such_a_weight_is_refused(module):
         projection(module, "Do that.")
     with pytest.raises(SiteError, match=r"in floating point\.$"):
         projection(module)
+
+
+class Packed(nn.Module):
+    """A linear layer whose weight is packed, as bitsandbytes does it, or has another name, as GPTQ does it."""
+
+    def __init__(self, linear: nn.Linear, name: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        packed = linear.weight.detach().reshape(-1, 1).view(torch.uint8)
+        self.register_parameter(name, nn.Parameter(packed, requires_grad=False))
+        self._name = name
+
+    def forward(self, x):
+        weight = self._parameters[self._name].view(torch.float32).view(self.out_features, self.in_features)
+        return nn.functional.linear(x, weight)
+
+
+@pytest.mark.parametrize("name", ["weight", "qweight"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_heads_of_a_packed_projection_are_those_of_the_model_before_it_was_packed(architecture, name):
+    plain, packed = tiny_model(architecture), fresh_model(architecture)
+    for block in packed.model.layers:
+        block.self_attn.o_proj = Packed(block.self_attn.o_proj, name)
+        block.mlp.down_proj = Packed(block.mlp.down_proj, name)
+    inputs, width = {"input_ids": prompts(2, 4)}, HEAD_WIDTH[architecture]
+    known = read(plain, plain.model.layers[1].self_attn.o_proj, "input", **inputs)
+    found = collect(packed, inputs, [f"attn.z:1:{head}" for head in range(HEADS)])
+    for head in range(HEADS):
+        assert torch.equal(found[f"attn.z:1:{head}"], known[..., head * width : (head + 1) * width])
+    neurons = collect(packed, inputs, ["mlp.act:1"])["mlp.act:1"]
+    assert torch.equal(neurons, read(plain, plain.model.layers[1].mlp.down_proj, "input", **inputs))
