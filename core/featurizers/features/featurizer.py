@@ -16,6 +16,7 @@ import featurizers
 from featurizers.errors import ShapeError, UsageError
 from featurizers.features.derivatives import Derivatives, Error
 from featurizers.features.indices import Indices, Selection, select
+from featurizers.features.precision import without_autocast
 from featurizers.format.sites import Site
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Featurizer(Derivatives, Generic[ConfigT]):
     - An operation that changes no feature returns ``base``, equal in every element in fp32, fp16 and bf16, because
       edits are applied as a difference: ``base + decode(edited) - decode(features)``.
     - The error carries all that the inverse needs besides the features; nothing is kept on the module.
+    - Features, and what `inverse_featurize` returns, have the dtype of the featurizer's own tensors, fp32 as a rule,
+      for activations in half precision and under autocast too; operations return the dtype of ``base``.
     - ``indices=None`` means every feature, ``[]`` means no feature.
     - Inputs are never changed in place, returned as the same tensor, or detached; gradients reach the features, the
       parameters and the inputs.
@@ -208,14 +211,15 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         columns = selection.columns
         # masking is faster than gathering where many features are chosen
         mostly_dense = columns is not None and 4 * columns.numel() > self._count(base)
-        if columns is None or mostly_dense:
-            gate = None if selection.is_everything else selection.mask_for(base, self._count(base))
-            return self.blend(base, source, gate).reshape(shape)
-        if columns.numel() == 0:
+        if columns is not None and columns.numel() == 0:
             return base.clone().reshape(shape)
-        features = self.encode(base, columns)
-        target = self.encode(source, columns).to(features.dtype).expand_as(features)
-        return self._applied(base, features, target, columns).reshape(shape)
+        with without_autocast(base):
+            if columns is None or mostly_dense:
+                gate = None if selection.is_everything else selection.mask_for(base, self._count(base))
+                return self.blend(base, source, gate).reshape(shape)
+            features = self.encode(base, columns)
+            target = self.encode(source, columns).to(features.dtype).expand_as(features)
+            return self._applied(base, features, target, columns).reshape(shape)
 
     @final
     def mask(
@@ -234,7 +238,9 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         shape, base, source = base.shape, self.flatten(base), self.flatten(source)
         if gate.shape[-1:] != (self._count(base),):
             raise ShapeError(f"the gate has shape {tuple(gate.shape)}, but there are {self._count(base)} features")
-        return self.blend(base, source, gate if gate.is_floating_point() else gate.to(base.dtype)).reshape(shape)
+        gate = gate if gate.is_floating_point() else gate.to(base.dtype)
+        with without_autocast(base):
+            return self.blend(base, source, gate).reshape(shape)
 
     @final
     def collect(self, x: Float[Tensor, "*batch d_in"], indices: Indices = None) -> Float[Tensor, "*batch k"]:
@@ -249,7 +255,8 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         selection = self.select(indices, x)
         if selection.differs_by_example:
             raise UsageError("collect takes the same indices for every example; collect all and index the result")
-        features = self.encode(x, selection.as_columns())
+        with without_autocast(x):
+            features = self.encode(x, selection.as_columns())
         return features.clone() if features is x else features
 
     @final
@@ -286,11 +293,12 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         columns = selection.as_columns()
         if columns is not None and columns.numel() == 0:
             return base.clone().reshape(shape)
-        features = self.encode(base, columns)
-        edited = change(features)
-        if selection.differs_by_example:
-            edited = torch.where(selection.mask_for(features, self._count(base)), edited, features)
-        return self._applied(base, features, edited, columns).reshape(shape)
+        with without_autocast(base):
+            features = self.encode(base, columns)
+            edited = change(features)
+            if selection.differs_by_example:
+                edited = torch.where(selection.mask_for(features, self._count(base)), edited, features)
+            return self._applied(base, features, edited, columns).reshape(shape)
 
     def _applied(self, base: Tensor, features: Tensor, edited: Tensor, columns: Tensor | None) -> Tensor:
         """Apply an edit, and copy the result if a closed form returned its argument, as the identity's does."""

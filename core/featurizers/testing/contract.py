@@ -203,6 +203,9 @@ class FeaturizerContract:
             scale = exact.abs().amax()
             allowed = self.tolerance if has_weights else torch.finfo(dtype).eps
             assert (featurizer.collect(base).float() - exact).abs().amax() <= allowed * scale
+            features, error = featurizer.featurize(base)
+            again, size = featurizer.inverse_featurize(features, error), base.float().abs().amax()
+            assert (again.float() - base.float()).abs().amax() <= allowed * size
             swapped = featurizer.interchange(base.float(), source.float())
             rounding = torch.finfo(dtype).eps * swapped.abs().amax()
             assert (featurizer.interchange(base, source).float() - swapped).abs().amax() <= rounding

@@ -475,3 +475,20 @@ def test_weights_are_shared_where_they_can_be_and_need_no_gradient():
     assert f.W_enc.data_ptr() == w.data_ptr()
     assert f.W_dec.is_contiguous()
     assert not any(p.requires_grad for p in f.parameters())
+
+
+@pytest.mark.parametrize("how", NORMALIZATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_features_under_autocast_are_those_of_the_formulas_in_single_precision(dtype, how):
+    t = weights("relu")
+    scale = {"input_scale": 2.5} if how == "scale" else {}
+    f = DictionaryFeaturizer.from_tensors(**t, normalize=how, **scale)
+    x = batch(6) * 100_000  # more than float16 holds
+    expected = (normalized_by_hand(how, x)[0] @ t["W_enc"].T + t["b_enc"]).clamp(min=0)
+    with torch.autocast("cpu", dtype):
+        found = [f.encode(x), f.featurize(x)[0], f.collect(x)]
+        assert torch.equal(f.interchange(x, x.clone()), x)
+        assert torch.equal(f.mask(x, x.flip(0), torch.zeros(64)), x)
+        torch.testing.assert_close(f.inverse_featurize(*f.featurize(x)), x, rtol=1e-5, atol=1e-5 * float(x.max()))
+    for features in found:
+        torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5 * float(expected.max()))
