@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from featurizers.errors import UsageError
-from featurizers.features.precision import without_autocast
+from featurizers.features.precision import without_autocast, without_overflow
 
 Error: TypeAlias = "Tensor | tuple[Any, ...] | None"
 """All that `Featurizer.inverse_featurize` needs besides the features. Callers pass it on and do not look inside."""
@@ -117,4 +117,6 @@ class Derivatives(nn.Module, ABC):
         if error_grad == "stop":
             x, features = x.detach(), features.detach()
         with without_autocast(x):
-            return self.apply_edit(x, features, tapped if changed is None else changed).reshape(shape)
+            result = self.apply_edit(x, features, tapped if changed is None else changed)
+            untouched = torch.tensor((changed is None or changed is tapped) and tapped._version == 0, device=x.device)
+            return without_overflow(self, result, x, None, lambda: untouched).reshape(shape)

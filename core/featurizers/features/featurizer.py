@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, final
 
@@ -16,7 +15,7 @@ import featurizers
 from featurizers.errors import ShapeError, UsageError
 from featurizers.features.derivatives import Derivatives, Error
 from featurizers.features.indices import Indices, Selection, select
-from featurizers.features.precision import without_autocast
+from featurizers.features.precision import without_autocast, without_overflow
 from featurizers.format.sites import Site
 
 if TYPE_CHECKING:
@@ -216,10 +215,11 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         with without_autocast(base):
             if columns is None or mostly_dense:
                 gate = None if selection.is_everything else selection.mask_for(base, self._count(base))
-                return self.blend(base, source, gate).reshape(shape)
+                return self._blended(base, source, gate).reshape(shape)
             features = self.encode(base, columns)
             target = self.encode(source, columns).to(features.dtype).expand_as(features)
-            return self._applied(base, features, target, columns).reshape(shape)
+            result = self._applied(base, features, target, columns)
+            return without_overflow(self, result, base, source, lambda: (base == source).all(dim=-1)).reshape(shape)
 
     @final
     def mask(
@@ -240,7 +240,7 @@ class Featurizer(Derivatives, Generic[ConfigT]):
             raise ShapeError(f"the gate has shape {tuple(gate.shape)}, but there are {self._count(base)} features")
         gate = gate if gate.is_floating_point() else gate.to(base.dtype)
         with without_autocast(base):
-            return self.blend(base, source, gate).reshape(shape)
+            return self._blended(base, source, gate).reshape(shape)
 
     @final
     def collect(self, x: Float[Tensor, "*batch d_in"], indices: Indices = None) -> Float[Tensor, "*batch k"]:
@@ -271,7 +271,7 @@ class Featurizer(Derivatives, Generic[ConfigT]):
                 features if the indices are None or differ by example).
             indices: features to change.
         """
-        return self._edit(base, indices, lambda features: features + _values(delta, features))
+        return self._edit(base, indices, delta, add=True)
 
     @final
     def ablate(
@@ -284,10 +284,10 @@ class Featurizer(Derivatives, Generic[ConfigT]):
             indices: features to change.
             value: a number, or a tensor whose last axis follows ``indices`` as in `steer`.
         """
-        return self._edit(base, indices, lambda features: _values(value, features))
+        return self._edit(base, indices, value, add=False)
 
-    def _edit(self, base: Tensor, indices: Indices, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """Apply ``change`` to the chosen features of base."""
+    def _edit(self, base: Tensor, indices: Indices, value: float | Tensor, *, add: bool) -> Tensor:
+        """Set the chosen features of base to ``value``, or add it to them."""
         shape, base = base.shape, self.flatten(base)
         selection = self.select(indices, base)
         columns = selection.as_columns()
@@ -295,10 +295,26 @@ class Featurizer(Derivatives, Generic[ConfigT]):
             return base.clone().reshape(shape)
         with without_autocast(base):
             features = self.encode(base, columns)
-            edited = change(features)
-            if selection.differs_by_example:
-                edited = torch.where(selection.mask_for(features, self._count(base)), edited, features)
-            return self._applied(base, features, edited, columns).reshape(shape)
+            values = _values(value, features)
+            edited = features + values if add else values
+            chosen = selection.mask_for(features, self._count(base)) if selection.differs_by_example else None
+            edited = edited if chosen is None else torch.where(chosen, edited, features)
+            result = self._applied(base, features, edited, columns)
+
+            def kept() -> Tensor:
+                changes = values != 0 if add else torch.ones_like(values, dtype=torch.bool)
+                return ~(changes if chosen is None else changes & chosen).any(dim=-1)
+
+            return without_overflow(self, result, base, None, kept).reshape(shape)
+
+    def _blended(self, base: Tensor, source: Tensor, gate: Tensor | None) -> Tensor:
+        """Blend, and check the range."""
+
+        def kept() -> Tensor:
+            same = (base == source).all(dim=-1)
+            return same if gate is None else same | (gate == 0).all(dim=-1)
+
+        return without_overflow(self, self.blend(base, source, gate), base, source, kept)
 
     def _applied(self, base: Tensor, features: Tensor, edited: Tensor, columns: Tensor | None) -> Tensor:
         """Apply an edit, and copy the result if a closed form returned its argument, as the identity's does."""

@@ -492,3 +492,57 @@ def test_features_under_autocast_are_those_of_the_formulas_in_single_precision(d
         torch.testing.assert_close(f.inverse_featurize(*f.featurize(x)), x, rtol=1e-5, atol=1e-5 * float(x.max()))
     for features in found:
         torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5 * float(expected.max()))
+
+
+def overflowing(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return activations of which one token is beyond float16, and others that are not."""
+    base = batch(4)
+    base[1, 3] = 1e5
+    return base.to(dtype), batch(4, seed=2).to(dtype)
+
+
+HALF = {
+    **{
+        f"{rule}-{how}": (lambda rule=rule, how=how: dictionary(rule, k=4, normalize=how, pre_bias=True).half())
+        for rule in RULES
+        for how in ("none", "layer-norm", "constant-norm")
+    },
+    "subspace": lambda: featurizers.create("subspace", d_in=8, n_features=3).half(),
+    "composition": lambda: (
+        featurizers.create("subspace", d_in=8, n_features=8).half()
+        >> featurizers.create("subspace", d_in=8, n_features=3)
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", HALF)
+def test_a_token_that_overflows_float16_is_given_back_or_refused(kind, dtype):
+    f, (base, source) = HALF[kind](), overflowing(dtype)
+    n = f.n_features
+    for result in (
+        f.interchange(base, base.clone()),
+        f.interchange(base, base.clone(), [0]),
+        f.interchange(base, source, []),
+        f.interchange(base, source, [[0], [], [1, 2], [0]])[1:2],
+        f.mask(base, source, torch.zeros(n)),
+        f.mask(base, base.clone(), torch.full((n,), 0.3)),
+        f.steer(base, 0.0),
+        f.steer(base, torch.tensor([[1.0], [0.0], [1.0], [1.0]]).expand(4, n))[1:2],
+        f.splice(base, lambda _: None),
+    ):
+        assert torch.equal(result, base if len(result) == 4 else base[1:2])
+    fine = f.interchange(base[2:], source[2:])
+    assert fine.isfinite().all()
+    for edit in (
+        lambda: f.interchange(base, source),
+        lambda: f.interchange(source, base),
+        lambda: f.interchange(base, source, [0]),
+        lambda: f.mask(base, source, torch.full((n,), 0.3)),
+        lambda: f.steer(base, 1.0),
+        lambda: f.ablate(base),
+        lambda: f.splice(base, lambda z: torch.zeros_like(z) + 1),
+    ):
+        with pytest.raises(UsageError, match=r"float16, which ends at 65504, and activations of up to .*e\+0[45]"):
+            edit()
+    assert f.float().interchange(base, source).isfinite().all()

@@ -144,7 +144,6 @@ def test_a_release_in_half_precision_is_computed_in_single_precision(tmp_path):
     same(plain.encode(x), pre.clamp(min=0))
 
 
-
 def test_qwen_scope_says_k_in_its_name(tmp_path):
     t = weights()
     state = {**t, "W_enc": t["W_enc"].T, "W_dec": t["W_dec"].T}
