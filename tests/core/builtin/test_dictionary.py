@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import multiprocessing
+import pickle
+
 import featurizers
 import pytest
 import torch
@@ -546,3 +550,34 @@ def test_a_token_that_overflows_float16_is_given_back_or_refused(kind, dtype):
         with pytest.raises(UsageError, match=r"float16, which ends at 65504, and activations of up to .*e\+0[45]"):
             edit()
     assert f.float().interchange(base, source).isfinite().all()
+
+
+# ---------------------------------------------------------------------- other processes
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_dictionary_is_pickled_and_saved_by_torch(rule, tmp_path):
+    f, x = dictionary(rule, k=4), batch(6)
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8), f)
+    torch.save(module, tmp_path / "module.pt")
+    for again in (
+        pickle.loads(pickle.dumps(f)),
+        torch.load(tmp_path / "module.pt", weights_only=False)[1],
+        copy.deepcopy(f),
+        pickle.loads(pickle.dumps(featurizers.create("identity", d_in=8) >> f)),
+    ):
+        assert torch.equal(again.encode(x), f.encode(x))
+        assert torch.equal(again.interchange(x, x.flip(0)), f.interchange(x, x.flip(0)))
+    assert pickle.loads(pickle.dumps(f)).rule is f.rule
+
+
+def test_a_dictionary_works_in_a_spawned_process():
+    fs, x = [dictionary(rule, k=4) for rule in RULES], batch(6)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.starmap_async(encoded, [(f, x.numpy()) for f in fs]).get(timeout=120)
+    for f, features in zip(fs, found, strict=True):
+        torch.testing.assert_close(torch.from_numpy(features), f.encode(x))
+
+
+def encoded(f, x):
+    return f.encode(torch.from_numpy(x)).numpy()
