@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import featurizers
 from featurizers.errors import ShapeError, UsageError
 from featurizers.features.derivatives import Derivatives, Error
-from featurizers.features.indices import Indices, Selection, select
+from featurizers.features.indices import Indices, Selection, select, values_like
 from featurizers.features.precision import without_autocast, without_overflow
 from featurizers.format.sites import Site
 
@@ -67,11 +67,20 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         super().__init__()
         self.config = config
         self.id: str = self.kind
-        self.site: Site | None = None
+        self.site = None
         self.revision: str | None = None
         self.feature_sets: dict[str, Tensor] = {}
         self.metadata: dict[str, Any] = {}
         self.special_tokens: tuple[int, ...] = ()
+
+    @property
+    def site(self) -> Site | None:
+        """Place that it belongs to; a string such as ``resid.post:8`` may be assigned."""
+        return self._site
+
+    @site.setter
+    def site(self, site: Site | str | None) -> None:
+        self._site = None if site is None else Site.parse(site)
 
     # ------------------------------------------------------------------ what a kind implements
     @abstractmethod
@@ -295,7 +304,7 @@ class Featurizer(Derivatives, Generic[ConfigT]):
             return base.clone().reshape(shape)
         with without_autocast(base):
             features = self.encode(base, columns)
-            values = _values(value, features)
+            values = values_like(value, features)
             edited = features + values if add else values
             chosen = selection.mask_for(features, self._count(base)) if selection.differs_by_example else None
             edited = edited if chosen is None else torch.where(chosen, edited, features)
@@ -388,13 +397,3 @@ class Featurizer(Derivatives, Generic[ConfigT]):
     def extra_repr(self) -> str:
         """Return the text that ``print`` shows after the class name."""
         return f"id={self.id!r}, d_in={self.d_in}, n_features={self.n_features}"
-
-
-def _values(value: float | Tensor, features: Tensor) -> Tensor:
-    values = torch.as_tensor(value, device=features.device).to(features.dtype)
-    try:
-        return values.expand_as(features)
-    except RuntimeError as error:
-        raise ShapeError(
-            f"values of shape {tuple(values.shape)} do not fit the selected features {tuple(features.shape)}"
-        ) from error
