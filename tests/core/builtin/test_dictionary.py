@@ -581,3 +581,18 @@ def test_a_dictionary_works_in_a_spawned_process():
 
 def encoded(f, x):
     return f.encode(torch.from_numpy(x)).numpy()
+
+
+def test_a_gate_of_exactly_zero_is_closed():
+    """Rajamanoharan et al. 2024, equation 4: the gate is the indicator of what is above zero."""
+    f = DictionaryFeaturizer.from_tensors(
+        torch.eye(3),
+        torch.eye(3),
+        rule="gated",
+        b_gate=torch.full((3,), -1.0),
+        r_mag=torch.zeros(3),
+        b_mag=torch.ones(3),
+    )
+    x = torch.tensor([[0.5, 1.0, 1.5]])
+    assert f.encode(x).tolist() == [[0.0, 0.0, 2.5]]
+    assert f.encode_sparse(x).indices.tolist() == [[2]]

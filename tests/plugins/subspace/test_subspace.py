@@ -424,3 +424,13 @@ class TestAutocast:
             (inside + error, x.numpy()),
         ):
             torch.testing.assert_close(found.detach(), torch.from_numpy(expected), rtol=1e-5, atol=1e-3)
+
+
+def test_tensors_of_the_caller_stay_the_callers():
+    basis, mean, std = torch.linalg.qr(normal(8, 3))[0].contiguous(), normal(8), torch.ones(8)
+    f, g = SubspaceFeaturizer.from_basis(basis), StandardizeFeaturizer.from_statistics(mean, std)
+    kept = f.basis.detach().clone(), g.mean.clone(), g.std.clone()
+    for tensor in (basis, mean, std):
+        tensor.mul_(3.0)
+    for tensor, before in zip((f.basis, g.mean, g.std), kept, strict=True):
+        assert torch.equal(tensor, before)
