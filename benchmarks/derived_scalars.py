@@ -258,8 +258,8 @@ def identities(settings: Settings) -> dict[str, float]:
         return raw[Place(kind, layer), "forward"]
 
     def written(kind: str, layer: int) -> Tensor:
-        place, bias = Place(kind, layer), circuit.bias_write(Place(kind, layer), raw)
-        write = circuit.write(place, raw[place, "forward"], raw)
+        place, bias = Place(kind, layer), raw.bias_write(Place(kind, layer))
+        write = raw.write(place, raw[place, "forward"])
         return write if bias is None else write + bias
 
     sums = attribution = 0.0
@@ -272,7 +272,7 @@ def identities(settings: Settings) -> dict[str, float]:
             derived = totals[name].derive(raw, [layer])
             ((key, found),) = derived.items()
             place = Place(kind, layer)
-            effect = circuit.write_vjp(place, raw[Place(after, layer), "backward"], raw) * raw[place, "forward"]
+            effect = raw.write_vjp(place, raw[Place(after, layer), "backward"]) * raw[place, "forward"]
             reduced = found.sum(1) if name == "heads" else found
             attribution = max(attribution, _relative(reduced, effect.sum(-1) if name == "heads" else effect))
             assert key[1] == layer

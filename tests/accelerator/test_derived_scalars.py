@@ -11,7 +11,7 @@ import featurizers
 import pytest
 import torch
 from featurizers_derived_scalars import Circuit, capture, scalars
-from featurizers_derived_scalars.places import Need
+from featurizers_derived_scalars.circuit import Need
 
 from tests.support.decoders import WIDTH, shared_decoder, tokens
 from tests.support.dictionaries import dictionary

@@ -154,7 +154,7 @@ def test_the_whole_of_it(example, folder, tmp_path, monkeypatch, capsys):
         hub.stop()
     printed = " ".join(capsys.readouterr().out.split())
     assert "in a new process" in printed
-    assert "with sources of the same value" in printed
+    assert "keep the answer with a source of the same value" in printed
     table = json.loads((out / "table.json").read_text())
     cells = {(cell["site"], cell["position"], cell["method"], cell["control"]) for cell in table["cells"]}
     assert len(cells) == 2 * 2 * 4 * 2, "layers 0 and 2, two positions, four methods, with shuffled labels and without"

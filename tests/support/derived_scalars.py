@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from featurizers import DictionaryFeaturizer
-from featurizers_derived_scalars.activations import RawActivations
-from featurizers_derived_scalars.capturing import capture
-from featurizers_derived_scalars.circuit import Circuit
-from featurizers_derived_scalars.metrics import LogitDifference, logit_difference
-from featurizers_derived_scalars.places import KINDS, Need, Pass, Place
+from featurizers_derived_scalars.capturing import LogitDifference, RawActivations, capture, logit_difference
+from featurizers_derived_scalars.circuit import KINDS, Circuit, Need, Pass, Place
 from torch import Tensor
 
 from tests.support.decoders import shared_decoder, tokens
@@ -28,6 +26,16 @@ def captured(name: str, freeze: tuple[str, ...] = POST_NORMS) -> RawActivations:
     passes: tuple[Pass, ...] = ("forward", "backward")
     needs = [Need(kind, pass_) for kind in KINDS if circuit.places(kind) for pass_ in passes]
     return capture(circuit, tokens(), needs, metric=METRIC, freeze_norms=freeze)[0]
+
+
+def made_by_hand() -> RawActivations:
+    """Neurons of three layers counted through, and one embedding, of two tokens: nothing of a model."""
+    values = {
+        (Place("mlp.neurons", layer), "forward"): 6.0 * layer + torch.arange(6.0).reshape(2, 3) for layer in range(3)
+    }
+    values[Place("resid.embed"), "forward"] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    circuit = SimpleNamespace(n_layers=3, check=lambda place: None, has=lambda place: True)
+    return RawActivations(circuit, torch.tensor([5, 6]), values)
 
 
 def forward(raw: RawActivations, kind: str, layer: int | None = None) -> Tensor:

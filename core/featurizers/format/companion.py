@@ -1,7 +1,7 @@
 """Companion record: `intervenable.json`, which may accompany the index of a collection, with tensors of its own.
 
-`featurizers-pyvene` writes and reads it. The core copies it with the collection and compares checksums, for which it
-needs neither that plugin nor pyvene.
+`featurizers-pyvene` writes and reads it. The core only copies it with the collection and compares checksums, and needs
+neither that plugin nor pyvene for this.
 """
 
 from __future__ import annotations

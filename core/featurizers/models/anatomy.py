@@ -200,6 +200,3 @@ def first_tensor(output: Any) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise SiteError(f"the site carries {type(output).__name__}, not a tensor of activations; choose another module")
     return tensor
-
-
-_first_child = first_child  # until derived-scalars imports nothing private

@@ -1,4 +1,4 @@
-"""The errors of derived scalars that no other part of the library has."""
+"""Errors of derived scalars."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from featurizers.errors import FeaturizerError
 
 @final
 class IncompleteError(FeaturizerError, ArithmeticError):
-    """Derived scalars that do not add up to the total that they should.
+    """Derived scalars that do not sum to the expected total.
 
     Attributes:
-        total: what they should sum to.
-        residual: the total less their sum.
+        total: the expected sum.
+        residual: the total minus their sum.
     """
 
     def __init__(self, total: float, residual: float, names: str) -> None:

@@ -20,7 +20,7 @@ from featurizers.errors import (
     one_line,
 )
 from featurizers.features import check_placement
-from featurizers.files import contained, recover, resolved, stat_signature
+from featurizers.files import contained, recover, resolved
 from featurizers.format import (
     INTERVENABLE_NAME,
     INTERVENABLE_WEIGHTS_NAME,
@@ -34,7 +34,7 @@ from featurizers.format import (
     write_tensors,
 )
 from featurizers.hub import REPO_ID, FolderSource, HubSource, Remote, parse_source
-from featurizers.store import RETRIES, load, manifest_of, plugin_errors, push, writing_collection
+from featurizers.store import load, manifest_of, plugin_errors, push, read_unchanged, writing_collection
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -249,26 +249,19 @@ def _model(model: nn.Module) -> ModelRecord:
 def _of_folder(
     path: Path, where: str, model: nn.Module, device: torch.device | str | None
 ) -> tuple[IntervenableRecord, list[SavedIntervention]]:
-    """What one state of a folder holds: another program may be saving to it."""
+    """Read the record and the interventions of one version of a folder: another program may be saving to it."""
     folder = resolved(path)
 
     def own(_: int) -> Path:
         return contained(folder, folder / INTERVENABLE_WEIGHTS_NAME, where, ArtefactError)
 
-    for _ in range(RETRIES):
-        before = stat_signature(folder, INTERVENABLE_NAME)
-        try:
-            contained(folder, folder / INTERVENABLE_NAME, where, ArtefactError)
-            record, _ = read_record(folder, where)
-            found = record, _interventions(record, where, model, device, {"source": path}, own)
-        except FeaturizerError:  # of one state's record and another one's featurizers, anything may be wrong
-            recover(folder)
-            if before == stat_signature(folder, INTERVENABLE_NAME):
-                raise
-        else:
-            if before == stat_signature(folder, INTERVENABLE_NAME):
-                return found
-    raise ArtefactError(where, "another program keeps writing to it; load it when that one has finished")
+    def read() -> tuple[IntervenableRecord, list[SavedIntervention]]:
+        recover(folder)
+        contained(folder, folder / INTERVENABLE_NAME, where, ArtefactError)
+        record, _ = read_record(folder, where)
+        return record, _interventions(record, where, model, device, {"source": path}, own)
+
+    return read_unchanged(folder, (INTERVENABLE_NAME,), read, where)
 
 
 def _interventions(

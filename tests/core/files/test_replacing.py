@@ -465,7 +465,7 @@ def test_a_saver_that_stopped(folder, held, monkeypatch):
 
 
 def test_two_savers_take_turns(folder, meanwhile):
-    """The second starts in the middle of the first, and must wait for its end."""
+    """A second saver that starts in the middle of the first must wait for its end."""
     (folder / "notes.txt").write_text("mine")
     order, threads = [], []
 

@@ -407,9 +407,9 @@ def test_a_module_site_of_any_length_that_is_saved_is_listed(length, side, tmp_p
     f = featurizers.create("identity", d_in=8)
     f.site = Site("module", module="a" * length, side=side)
     if length > 256:
-        with pytest.raises(ManifestError, match="at most 2|module"):
+        with pytest.raises(ManifestError, match=r"at most 2|module"):
             f.save_pretrained(tmp_path)
-        with pytest.raises(ManifestError, match="at most 2|module"):
+        with pytest.raises(ManifestError, match=r"at most 2|module"):
             featurizers.save_collection({"a": f}, tmp_path / "b")
         return
     f.save_pretrained(tmp_path / "a")

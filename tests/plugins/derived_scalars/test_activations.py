@@ -7,11 +7,8 @@ import json
 import pytest
 import torch
 from featurizers.errors import ArtefactError, SiteError
-from featurizers_derived_scalars.activations import RawActivations
-from featurizers_derived_scalars.capturing import capture
-from featurizers_derived_scalars.circuit import Circuit
-from featurizers_derived_scalars.metrics import logit_difference
-from featurizers_derived_scalars.places import KINDS, Need, Place
+from featurizers_derived_scalars.capturing import RawActivations, capture, logit_difference
+from featurizers_derived_scalars.circuit import KINDS, Circuit, Need, Place
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -39,8 +36,8 @@ def test_a_file_holds_everything(raw, tmp_path):
         place = Place(kind, 1)
         resid = again[raw.circuit.residual_before(place), "forward"]
         for freeze in (True, False):
-            found = again.circuit.recompute(place, resid, again, freeze_norm=freeze)
-            assert torch.equal(found, raw.circuit.recompute(place, resid, raw, freeze_norm=freeze))
+            found = again.recompute(place, resid, freeze_norm=freeze)
+            assert torch.equal(found, raw.recompute(place, resid, freeze_norm=freeze))
 
 
 def test_it_cannot_be_changed(raw):
@@ -81,11 +78,11 @@ def rewritten(path, change):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda tensors, about: about.update(version=2), "format version 2"),
-        (lambda tensors, about: about.update(format="x"), "header does not say so"),
-        (lambda tensors, about: about.update(metric="high"), "metric or frozen"),
-        (lambda tensors, about: about.update(frozen=["all"]), "metric or frozen"),
-        (lambda tensors, about: about.update(frozen=[[]]), "metric or frozen"),
+        (lambda tensors, about: about.update(version=2), "has version 2; this release reads version 1"),
+        (lambda tensors, about: about.update(format="x"), "has the format 'x', not 'featurizers-raw-activations'"),
+        (lambda tensors, about: about.update(metric="high"), "'metric': Input should be a valid number"),
+        (lambda tensors, about: about.update(frozen=["all"]), "'frozen.0': Input should be"),
+        (lambda tensors, about: about.update(frozen=[[]]), "'frozen.0': Input should be"),
         (lambda tensors, about: about["model"].update(heads=5), "'heads': 5"),
         (lambda tensors, about: tensors.pop("tokens"), "no row of token ids"),
         (lambda tensors, about: tensors.update(tokens=torch.zeros(7)), "no row of token ids"),
@@ -111,12 +108,12 @@ def test_what_is_no_such_file_is_refused(tmp_path):
     circuit, path = Circuit(shared_decoder("gpt2")), tmp_path / "raw.safetensors"
     for content in (b"", b"\x80\x04text", b"{}"):
         path.write_bytes(content)
-        with pytest.raises(ArtefactError, match="no captured activations"):
+        with pytest.raises(ArtefactError, match="expected captured activations"):
             RawActivations.load(path, circuit)
     save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(ArtefactError, match="header does not say so"):
+    with pytest.raises(ArtefactError, match="its header has no metadata 'featurizers'"):
         RawActivations.load(path, circuit)
-    with pytest.raises(ArtefactError, match="no captured activations"):
+    with pytest.raises(ArtefactError, match="expected captured activations"):
         RawActivations.load(tmp_path / "nothing", circuit)
     capture(circuit, tokens(), [Need("attn.z")])[0].save(path)
     with pytest.raises(ArtefactError, match="LlamaForCausalLM"):

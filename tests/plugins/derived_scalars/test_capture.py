@@ -8,11 +8,15 @@ import pytest
 import torch
 from featurizers.errors import ShapeError, SiteError, UsageError
 from featurizers.models.anatomy import Anatomy
-from featurizers_derived_scalars.capturing import capture
-from featurizers_derived_scalars.circuit import Circuit
-from featurizers_derived_scalars.metrics import LogitDifference, Metric, log_probability, logit_difference
-from featurizers_derived_scalars.places import KINDS, Need, Place
-from featurizers_derived_scalars.recording import Edit
+from featurizers_derived_scalars.capturing import (
+    Edit,
+    LogitDifference,
+    Metric,
+    capture,
+    log_probability,
+    logit_difference,
+)
+from featurizers_derived_scalars.circuit import KINDS, Circuit, Need, Place
 from torch import Tensor, nn
 
 from tests.support.decoders import DECODERS, LAYERS, PARALLEL, POST_NORM, decoder, shared_decoder, tokens
@@ -72,11 +76,11 @@ def test_the_residual_stream_is_the_embedding_and_everything_written_to_it(captu
         close(forward(raw, "resid.pre", layer), total)
         for half, node in (("attn", "attn.z"), ("mlp", "mlp.neurons")):
             place = Place(node, layer)
-            written = circuit.write(place, raw[place, "forward"], raw) + forward(raw, f"{half}.bias", layer)
+            written = raw.write(place, raw[place, "forward"]) + forward(raw, f"{half}.bias", layer)
             close(written, forward(raw, f"{half}.delta", layer))
             out = Place(f"{half}.out", layer)
-            own = circuit.bias_write(out, raw)
-            projected = circuit.write(out, raw[out, "forward"], raw)
+            own = raw.bias_write(out)
+            projected = raw.write(out, raw[out, "forward"])
             norm = circuit.norm(Place(f"norm.{half}.post.scale", layer))
             rest = 0 if norm is None or norm.bias is None else norm.bias  # the bias of a norm is in no module's output
             close(projected + rest, written)
@@ -95,7 +99,7 @@ def test_biases_are_there_where_the_model_has_them(captured):
             norm = circuit.norm(Place(f"norm.{half}.post.scale", layer))
             has = getattr(circuit.model.get_submodule(path), "bias", None) is not None
             has = has or (norm is not None and norm.bias is not None)
-            assert (circuit.bias_write(Place(f"{half}.delta", layer), raw) is not None) == has
+            assert (raw.bias_write(Place(f"{half}.delta", layer)) is not None) == has
             assert (float(forward(raw, f"{half}.bias", layer).norm()) > 0) == has
 
 
@@ -128,7 +132,7 @@ def test_activation_times_gradient_is_write_times_gradient(captured):
     frozen = not circuit.places("norm.mlp.post.scale")
     for layer in range(LAYERS):
         for node, delta in (("attn.z", "attn.delta"), ("mlp.neurons", "mlp.delta")):
-            seen = circuit.write_vjp(Place(node, layer), backward(raw, delta, layer), raw)
+            seen = raw.write_vjp(Place(node, layer), backward(raw, delta, layer))
             if frozen:  # a norm behind the node that is not frozen has a gradient of its own
                 close(seen, backward(raw, node, layer))
             else:
@@ -137,10 +141,10 @@ def test_activation_times_gradient_is_write_times_gradient(captured):
 
 @pytest.mark.parametrize("name", POST_NORM)
 def test_so_it_is_behind_a_norm_that_is_frozen(name):
-    circuit, raw = everything(name, freeze_norms=("final", "attn.post", "mlp.post"))
+    _, raw = everything(name, freeze_norms=("final", "attn.post", "mlp.post"))
     for layer in range(LAYERS):
         for node, delta in (("attn.z", "attn.delta"), ("mlp.neurons", "mlp.delta")):
-            seen = circuit.write_vjp(Place(node, layer), backward(raw, delta, layer), raw)
+            seen = raw.write_vjp(Place(node, layer), backward(raw, delta, layer))
             close(seen, backward(raw, node, layer))
 
 
@@ -176,7 +180,7 @@ def test_frozen_norm_completeness(captured):
     gradient, total = backward(raw, "resid.final"), torch.zeros((), dtype=torch.float64)
     for kind in ("resid.embed", "attn.z", "attn.bias", "mlp.neurons", "mlp.bias"):
         for place in circuit.places(kind):
-            total = total + (circuit.write(place, raw[place, "forward"], raw) * gradient).sum()
+            total = total + (raw.write(place, raw[place, "forward"]) * gradient).sum()
     close(total, (forward(raw, "resid.final") * gradient).sum())
     if circuit.unembedding.softcap is None:
         norm, head = circuit.norm(Place("norm.final.scale")), circuit.unembedding
@@ -487,7 +491,7 @@ class Neuron(Metric):
 
     def __call__(self, raw):
         resid = raw[Place("resid.mid", self.place.layer), "forward"]
-        return raw.circuit.recompute(self.place, resid, raw, freeze_norm=self.freeze)[4, 7]
+        return raw.recompute(self.place, resid, freeze_norm=self.freeze)[4, 7]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "olmo2", "opt", "granite"])

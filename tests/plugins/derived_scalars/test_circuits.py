@@ -11,12 +11,9 @@ import transformers
 from featurizers import Site, hookimpl
 from featurizers.errors import PluginError, ShapeError, SiteError, UsageError
 from featurizers.registry.plugin_host import host
-from featurizers_derived_scalars.attention import NAME
 from featurizers_derived_scalars.capturing import capture
-from featurizers_derived_scalars.circuit import Circuit
-from featurizers_derived_scalars.layout import find_layout
-from featurizers_derived_scalars.norms import Norm
-from featurizers_derived_scalars.places import KINDS, Need, Place
+from featurizers_derived_scalars.circuit import KINDS, Circuit, Need, Place, find_layout
+from featurizers_derived_scalars.circuit.attention import NAME
 from torch import Tensor, nn
 
 from tests.support.decoders import DECODERS, LAYERS, POST_NORM, VOCABULARY, WIDTH, decoder, shared_decoder, tokens
@@ -25,7 +22,6 @@ RECOMPUTED = (
     *(f"attn.{part}" for part in ("q", "k", "v", "logits", "probs", "z", "out", "delta")),
     *(f"mlp.{part}" for part in ("pre", "neurons", "out", "delta")),
 )
-CPU = torch.device("cpu")
 
 
 def close(first: Tensor, second: Tensor, tolerance: float = 1e-6) -> None:
@@ -58,14 +54,14 @@ def test_what_is_computed_anew_is_what_was_captured(captured):
         for place in circuit.places(kind):
             resid, known = before(circuit, raw, place), raw[place, "forward"]
             for freeze in (False, True):
-                found = circuit.recompute(place, resid, raw, freeze_norm=freeze)
+                found = raw.recompute(place, resid, freeze_norm=freeze)
                 if kind == "attn.logits":
                     assert torch.equal(known.isinf(), found.isinf())
                     known, found = (each.masked_fill(known.isinf(), 0) for each in (known, found))
                 close(found, known)
                 known = raw[place, "forward"]
             for through in ("q", "k", "v") if kind.startswith("attn.") else ():
-                assert torch.allclose(circuit.recompute(place, resid, raw, through=through), known, atol=1e-5)
+                assert torch.allclose(raw.recompute(place, resid, through=through), known, atol=1e-5)
 
 
 def test_derivatives_through_queries_keys_and_values_add_up(captured):
@@ -75,7 +71,7 @@ def test_derivatives_through_queries_keys_and_values_add_up(captured):
     cotangent = noise(*raw[place, "forward"].shape, seed=4)
 
     def compute(through=None):
-        return lambda x: circuit.recompute(place, x, raw, through=through)
+        return lambda x: raw.recompute(place, x, through=through)
 
     whole, *each = (torch.func.jvp(compute(by), (resid,), (tangent,))[1].detach() for by in (None, "q", "k", "v"))
     parts = dict(zip("qkv", each, strict=True))
@@ -85,11 +81,11 @@ def test_derivatives_through_queries_keys_and_values_add_up(captured):
         back = torch.func.vjp(compute(through), resid)[1](cotangent)[0].detach()
         assert float((part * cotangent).sum()) == pytest.approx(float((back * tangent).sum()), rel=1e-5)
     # through values alone, probabilities are those captured
-    values = torch.func.jvp(lambda x: circuit.recompute(Place("attn.v", 1), x, raw), (resid,), (tangent,))[1]
+    values = torch.func.jvp(lambda x: raw.recompute(Place("attn.v", 1), x), (resid,), (tangent,))[1]
     close(parts["v"], torch.einsum("qkh,khd->qhd", raw[Place("attn.probs", 1), "forward"], values))
     logits = Place("attn.logits", 1)
     for part in ("q", "k"):
-        moved = torch.func.jvp(lambda x, p=part: circuit.recompute(logits, x, raw, through=p), (resid,), (tangent,))[1]
+        moved = torch.func.jvp(lambda x, p=part: raw.recompute(logits, x, through=p), (resid,), (tangent,))[1]
         probs = raw[Place("attn.probs", 1), "forward"]
         moved = probs * (moved - (probs * moved).sum(1, keepdim=True))
         close(torch.einsum("qkh,khd->qhd", moved, raw[Place("attn.v", 1), "forward"]), parts[part])
@@ -99,12 +95,12 @@ def test_with_the_norm_frozen_values_are_affine_in_the_stream(captured):
     circuit, raw = captured
     place = Place("attn.v", 1)
     resid, step = before(circuit, raw, place), noise(7, WIDTH)
-    once, twice = (circuit.recompute(place, resid + by * step, raw) for by in (1, 2))
+    once, twice = (raw.recompute(place, resid + by * step) for by in (1, 2))
     once, twice = once.detach(), twice.detach()
-    here = circuit.recompute(place, resid, raw).detach()
+    here = raw.recompute(place, resid).detach()
     close(twice - here, 2 * (once - here))
     if circuit.norm(Place("norm.attn.scale", 1)) is not None:
-        free = [circuit.recompute(place, resid + by * step, raw, freeze_norm=False).detach() for by in (0, 1, 2)]
+        free = [raw.recompute(place, resid + by * step, freeze_norm=False).detach() for by in (0, 1, 2)]
         assert float((free[2] - 2 * free[1] + free[0]).norm()) > 1e-3 * float(free[0].norm())
 
 
@@ -114,7 +110,7 @@ def test_gradients_of_what_is_computed_anew_are_those_of_the_model(captured):
     place = Place("attn.delta", 1)
     resid = before(circuit, raw, place).clone().requires_grad_()
     cotangent = noise(7, WIDTH)
-    [found] = torch.autograd.grad(circuit.recompute(place, resid, raw, freeze_norm=False), resid, cotangent)
+    [found] = torch.autograd.grad(raw.recompute(place, resid, freeze_norm=False), resid, cotangent)
     model, arguments = circuit.model, raw.arguments[1]
     path, norms = circuit.layout.blocks[1].attention, circuit.layout.blocks[1]
     model.set_attn_implementation("eager")
@@ -129,16 +125,16 @@ def test_gradients_of_what_is_computed_anew_are_those_of_the_model(captured):
 
 
 def test_a_direction_seen_from_a_place_is_the_adjoint_of_writing(captured):
-    circuit, raw = captured
+    _, raw = captured
     for kind in ("attn.z", "attn.out", "attn.delta", "mlp.neurons", "mlp.out", "resid.post", "attn.bias"):
         place = Place(kind, 1)
         node = raw[place, "forward"].shape[1:] if (place, "forward") in raw else (WIDTH,)
         x, direction = noise(2, 7, *node), noise(2, 7, WIDTH, seed=5)
-        written, seen = circuit.write(place, x, raw), circuit.write_vjp(place, direction, raw)
+        written, seen = raw.write(place, x), raw.write_vjp(place, direction)
         assert written.shape == direction.shape
         assert seen.shape == x.shape
         assert float((written * direction).sum()) == pytest.approx(float((x * seen).sum()), rel=1e-9)
-        close(circuit.write(place, 3 * x, raw), 3 * written, 1e-9)
+        close(raw.write(place, 3 * x), 3 * written, 1e-9)
 
 
 def test_a_unit_writes_its_row_of_the_matrix(captured):
@@ -147,16 +143,16 @@ def test_a_unit_writes_its_row_of_the_matrix(captured):
         place = Place(kind, 1)
         one = torch.zeros(7, *raw[place, "forward"].shape[1:], dtype=torch.float64)
         one[4][index] = 1
-        row, scale = circuit.write_matrix(place)[index], circuit.write_scale(place, raw)
+        row, scale = circuit.write_matrix(place)[index], raw.write_scale(place)
         assert (scale is not None) == bool(circuit.places(f"norm.{kind[:4].rstrip('.')}.post.scale"))
-        written = circuit.write(place, one, raw)
+        written = raw.write(place, one)
         close(written[4], row if scale is None else row / scale[4])
         assert not written[:4].any()
     head = raw[Place("attn.z", 1), "forward"].clone()
     head[:, 1:] = 0
-    whole = circuit.write(Place("attn.z", 1), raw[Place("attn.z", 1), "forward"], raw)
-    others = circuit.write(Place("attn.z", 1), raw[Place("attn.z", 1), "forward"] - head, raw)
-    close(circuit.write(Place("attn.z", 1), head, raw) + others, whole)
+    whole = raw.write(Place("attn.z", 1), raw[Place("attn.z", 1), "forward"])
+    others = raw.write(Place("attn.z", 1), raw[Place("attn.z", 1), "forward"] - head)
+    close(raw.write(Place("attn.z", 1), head) + others, whole)
 
 
 # ---- tokens and logits
@@ -254,13 +250,13 @@ def test_misuse_is_named(captured):
     circuit, raw = captured
     x = raw[Place("resid.pre", 1), "forward"]
     with pytest.raises(SiteError, match=r"attn.probs:1 does not write.*multiply it with attn.v"):
-        circuit.write(Place("attn.probs", 1), x, raw)
+        raw.write(Place("attn.probs", 1), x)
     with pytest.raises(ShapeError, match=r"mlp\.neurons:1"):
-        circuit.write(Place("mlp.neurons", 1), x, raw)
+        raw.write(Place("mlp.neurons", 1), x)
     with pytest.raises(ShapeError, match="residual stream is"):
-        circuit.recompute(Place("attn.q", 1), x[:3], raw)
+        raw.recompute(Place("attn.q", 1), x[:3])
     with pytest.raises(UsageError, match="through is"):
-        circuit.recompute(Place("mlp.neurons", 1), x, raw, through="q")
+        raw.recompute(Place("mlp.neurons", 1), x, through="q")
     with pytest.raises(SiteError, match="not computed from one"):
         circuit.residual_before(Place("resid.pre", 1))
     with pytest.raises(SiteError, match="3 layers"):
@@ -271,52 +267,10 @@ def test_misuse_is_named(captured):
 
 
 class Absolute(nn.Module):
-    """No norm of ours: it divides by the mean absolute value."""
+    """Divides by the mean absolute value, so that it is no norm."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x / x.abs().mean(-1, keepdim=True)
-
-
-def norms() -> dict[str, tuple[nn.Module, bool]]:
-    llama = shared_decoder("llama").model.norm
-    return {
-        "layer norm": (nn.LayerNorm(WIDTH, eps=1e-3), True),
-        "bare layer norm": (nn.LayerNorm(WIDTH, elementwise_affine=False), True),
-        "rms norm": (nn.RMSNorm(WIDTH, eps=1e-2), False),
-        "no epsilon": (nn.RMSNorm(WIDTH, eps=0.0), False),
-        "llama": (type(llama)(WIDTH, eps=1e-4), False),
-        "gemma": (type(shared_decoder("gemma").model.norm)(WIDTH), False),
-        "cohere": (type(shared_decoder("cohere").model.norm)(WIDTH), True),
-    }
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("name", norms())
-def test_norms_are_found_by_probing(name, dtype):
-    module, centred = norms()[name]
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn(WIDTH, generator=torch.Generator().manual_seed(2)) * 0.5)
-    module = module.to(dtype)
-    norm = Norm.of(module, WIDTH, "here", CPU)
-    assert norm.centred == centred
-    assert norm.gain.dtype == (torch.float64 if dtype == torch.float64 and list(module.parameters()) else torch.float32)
-    exact = module.double()
-    for size in (1e-3, 0.1, 1.0, 50.0):
-        x = size * (noise(5, WIDTH, seed=8) + 0.3)
-        close(norm(x), exact(x), 1e-5)
-        held = norm.frozen(x, norm.scale(x))
-        close(held, exact(x), 1e-5)
-    direction = noise(5, WIDTH, seed=9)
-    scale = norm.scale(x)
-    [back] = torch.autograd.grad(norm.frozen(x.requires_grad_(), scale), x, direction)
-    close(norm.pullback(direction) / scale, back)
-
-
-@pytest.mark.parametrize("module", [Absolute(), nn.GELU(), nn.Softmax(-1), nn.Linear(WIDTH, WIDTH)])
-def test_what_is_no_norm_is_refused(module):
-    with pytest.raises(SiteError, match=r"here .* is not a norm of the form"):
-        Norm.of(module, WIDTH, "here", CPU)
 
 
 def test_a_model_with_such_a_layer_is_refused():
@@ -497,5 +451,5 @@ def test_bfloat16_models_have_circuits():
         close(total, raw[Place("resid.final"), "forward"].float(), 2e-2)
         written = circuit.write_matrix(Place("mlp.neurons", 1))
         assert written.dtype == torch.float32
-        assert (name in POST_NORM) == (circuit.write_scale(Place("mlp.neurons", 1), raw) is not None)
+        assert (name in POST_NORM) == (raw.write_scale(Place("mlp.neurons", 1)) is not None)
     assert circuit.d_vocab == VOCABULARY

@@ -7,18 +7,27 @@ import functools
 import pytest
 import torch
 from featurizers.errors import FeatureIndexError, PositionError, SiteError, UsageError
-from featurizers_derived_scalars.bases import Basis
+from featurizers_derived_scalars.api import direct_total, plan, scalars
 from featurizers_derived_scalars.capturing import capture
-from featurizers_derived_scalars.circuit import Circuit
-from featurizers_derived_scalars.directions import MetricGrad, NodeGrad
-from featurizers_derived_scalars.edges import activation_from, edge_from, edge_to
-from featurizers_derived_scalars.entry import direct_total, plan, scalars
-from featurizers_derived_scalars.node_writes import node_write, node_write_to
-from featurizers_derived_scalars.nodes import Node
-from featurizers_derived_scalars.places import Need
-from featurizers_derived_scalars.quantities import direction, vocab_read, vocab_write, write, write_to
+from featurizers_derived_scalars.circuit import Circuit, Need
+from featurizers_derived_scalars.nodes import Basis, Node
+from featurizers_derived_scalars.quantities import (
+    MetricGrad,
+    NodeGrad,
+    NodeMetric,
+    activation_from,
+    direction,
+    edge_from,
+    edge_to,
+    node_write,
+    node_write_to,
+    residual_of,
+    vocab_read,
+    vocab_write,
+    write,
+    write_to,
+)
 from featurizers_derived_scalars.results import Scalars
-from featurizers_derived_scalars.tracing import NodeMetric, residual_of
 
 from tests.support.decoders import PARALLEL, shared_decoder, tokens
 from tests.support.derived_scalars import METRIC, backward, captured, close, dictionary, forward
@@ -146,7 +155,8 @@ def test_edges_by_vjp_are_edges_by_jvp(name):
             forward_edge = edge_from(source, basis).derive(raw, [2])[f"edge_from:{basis}", 2][index]
             out = edge_to(source.basis, target).derive(raw)[f"edge_to:{source.basis}", source.layer]
             backward_edge = out[source.numbers()]
-            assert float(forward_edge) == pytest.approx(float(backward_edge), rel=1e-5, abs=1e-12), (kind, str(source))
+            # softmax is in float32, and its terms cancel: 1.3e-5 in mistral
+            assert float(forward_edge) == pytest.approx(float(backward_edge), rel=2e-5, abs=1e-12), (kind, str(source))
             seen += float(backward_edge.abs()) > 1e-9
             if kind in ("k", "neuron"):
                 change = activation_from(source, basis).derive(raw, [2])[f"activation_from:{basis}", 2][index]

@@ -5,23 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 from featurizers.errors import SiteError, UsageError
-from featurizers_derived_scalars.bases import Basis
+from featurizers_derived_scalars.api import direct_total, plan, scalars
 from featurizers_derived_scalars.capturing import capture
-from featurizers_derived_scalars.circuit import Circuit
-from featurizers_derived_scalars.directions import Fixed, MetricGrad
-from featurizers_derived_scalars.entry import direct_total, plan, scalars
+from featurizers_derived_scalars.circuit import Circuit, Need, Place
 from featurizers_derived_scalars.errors import IncompleteError
-from featurizers_derived_scalars.places import Need, Place
+from featurizers_derived_scalars.nodes import Basis
 from featurizers_derived_scalars.quantities import (
+    Fixed,
+    MetricGrad,
     act_times_grad,
     norm,
+    sum_channels,
+    sum_heads,
+    sum_keys,
+    sum_nodes,
     vocab_write,
     weighted_value,
     write,
     write_norm,
     write_to,
 )
-from featurizers_derived_scalars.reductions import sum_channels, sum_heads, sum_keys, sum_nodes
 from featurizers_derived_scalars.results import Scalars
 
 from tests.support.decoders import DECODERS, LAYERS, PARALLEL, POST_NORM, WIDTH, shared_decoder, tokens
@@ -271,4 +274,4 @@ def test_writes_of_post_norm_models_go_through_the_norm(name):
 def _projected_bias(raw, block):
     """What the bias of the output projection writes, which attn.out has and the heads have not."""
     bias = block.self_attn.o_proj.bias
-    return raw.circuit.write(Place("attn.out", 1), bias.detach().expand(7, -1), raw)
+    return raw.write(Place("attn.out", 1), bias.detach().expand(7, -1))

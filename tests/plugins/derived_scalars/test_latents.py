@@ -9,28 +9,31 @@ import pytest
 import torch
 from featurizers.errors import ConfigError, ShapeError, SiteError, UsageError
 from featurizers.testing import FeaturizerContract
-from featurizers_derived_scalars.bases import Basis
+from featurizers_derived_scalars.api import direct_total, scalars
 from featurizers_derived_scalars.capturing import capture
-from featurizers_derived_scalars.circuit import Circuit
-from featurizers_derived_scalars.diagonal import DiagonalFeaturizer
-from featurizers_derived_scalars.directions import Fixed, MetricGrad, NodeGrad
-from featurizers_derived_scalars.edges import activation_from, edge_from
-from featurizers_derived_scalars.entry import direct_total, scalars
-from featurizers_derived_scalars.nodes import Node
-from featurizers_derived_scalars.pair_attribution import pair_attribution
-from featurizers_derived_scalars.places import Need, Place
+from featurizers_derived_scalars.circuit import Circuit, Need, Place
+from featurizers_derived_scalars.featurize import DiagonalFeaturizer
+from featurizers_derived_scalars.nodes import Basis, Node
 from featurizers_derived_scalars.quantities import (
+    Fixed,
+    MetricGrad,
+    NodeGrad,
     act_times_grad,
+    activation_from,
     direction,
+    edge_from,
     grad,
     norm,
+    pair_attribution,
+    pre_activations,
+    sum_heads,
+    sum_keys,
+    sum_nodes,
     value,
     write,
     write_norm,
     write_to,
 )
-from featurizers_derived_scalars.reductions import sum_heads, sum_keys, sum_nodes
-from featurizers_derived_scalars.tracing import pre_activations
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
@@ -138,7 +141,7 @@ def test_parts_are_the_activations_and_every_linear_scalar_of_them(name, basis):
         close(sum(part.flatten(1).sum(1) for part in parts), whole.flatten(1).sum(1), 1e-6)
         assert all(part.dim() == len(quantity(each).axes) for part, each in zip(parts, basis.parts, strict=True))
     vectors = [_written(part, raw) for part in basis.parts]
-    close(sum(vectors), raw.circuit.write(plain_place(basis), forward(raw, basis.kind, 1), raw), 1e-6)
+    close(sum(vectors), raw.write(plain_place(basis), forward(raw, basis.kind, 1)), 1e-6)
 
 
 def plain_place(basis):
@@ -330,7 +333,7 @@ def test_a_scalar_that_weighs_nodes_is_a_featurizer(kind):
         assert str(f.site).startswith({"mlp.neurons": "mlp.act:1", "attn.z": "attn.z:1", "mlp.out": "mlp.out:1"}[kind])
     at_last = write_to(Basis(kind)).as_featurizer(raw, 1, token=6)
     close(at_last.encode(x)[6], write_to(Basis(kind)).tensor(raw, 1).reshape(7, -1)[6])
-    with pytest.raises(UsageError, match="another at each token"):
+    with pytest.raises(UsageError, match="differs from token to token; choose a token"):
         write_to(Basis(kind)).as_featurizer(raw, 1)
 
 

@@ -1,14 +1,12 @@
-"""The tokens of a page: what is read and written against the weights, and that no token is markup; a sum of writes."""
+"""The tokens of a page: what is read and written against the weights, and that no token is markup."""
 
 import pytest
-import torch
-from featurizers_derived_scalars import Basis, Circuit, Node, Place, capture, upstream
-from featurizers_derived_scalars.page import Page, write_page
-from featurizers_derived_scalars.quantities import write
-from featurizers_derived_scalars.vocabulary import reads_tokens, tokens_read, tokens_written, writes_tokens
-from featurizers_derived_scalars.watching import Seen
+from featurizers_derived_scalars import Basis, Circuit, Node, Place, capture
+from featurizers_derived_scalars.command.observing import Observation
+from featurizers_derived_scalars.command.page import Page, write_page
+from featurizers_derived_scalars.command.tokens import reads_tokens, tokens_read, tokens_written, writes_tokens
+from featurizers_derived_scalars.quantities import value
 
-from tests.support.decoders import POST_NORM, shared_decoder
 from tests.support.models import prompts, tiny_model
 
 LAYER, TOKEN, NEURON = 1, 3, 17
@@ -17,7 +15,7 @@ LAYER, TOKEN, NEURON = 1, 3, 17
 @pytest.fixture(scope="module")
 def captured():
     circuit = Circuit(tiny_model("gpt2"))
-    scalar = upstream("mlp_post_act")
+    scalar = value(Basis("mlp.neurons"))
     (raw,) = capture(circuit, prompts(5), scalar.needs(circuit))
     return circuit, raw
 
@@ -29,7 +27,7 @@ def test_tokens_written_are_those_of_the_neurons_row(captured):
     activation = raw[Place("mlp.neurons", LAYER), "forward"][TOKEN, NEURON]
     row = activation * model.transformer.h[LAYER].mlp.c_proj.weight[NEURON]
     logits = ((row - row.mean()) * model.transformer.ln_f.weight) @ model.lm_head.weight.T
-    best, least = tokens_written(circuit, raw, node, most=5)
+    best, least = tokens_written(raw, node, most=5)
     assert best == logits.topk(5).indices.tolist()
     assert least == (-logits).topk(5).indices.tolist()
 
@@ -40,7 +38,7 @@ def test_tokens_read_are_those_of_the_neurons_column(captured):
     node = Node(Basis("mlp.neurons"), LAYER, (TOKEN, NEURON), pre_activation=True)
     column = block.ln_2.weight * block.mlp.c_fc.weight[:, NEURON]
     scores = circuit.model.transformer.wte.weight @ (column - column.mean())
-    best, least = tokens_read(circuit, raw, node, most=5)
+    best, least = tokens_read(raw, node, most=5)
     assert best == scores.topk(5).indices.tolist()
     assert least == (-scores).topk(5).indices.tolist()
 
@@ -54,21 +52,12 @@ def test_who_reads_and_who_writes():
 
 
 def test_no_token_is_markup(captured, tmp_path):
-    circuit, raw = captured
+    _, raw = captured
     hostile = "<script>alert('$x$')</script>"
     rows = {"value": [{"value": 1.0, "layer": 1, "node": hostile, "token": hostile, "key": None}]}
-    seen = Seen({("value", 1): [1.0, -2.0]})
-    page = Page(hostile, hostile, [hostile, "b"], hostile, rows, {"value": seen}, {"value": []}, circuit, None, raw)
+    seen = Observation({("value", 1): [1.0, -2.0]})
+    page = Page(hostile, [hostile, "b"], hostile, rows, {"value": seen}, {"value": []}, None, raw)
     write_page(tmp_path / "page.html", page)
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<script" not in text
     assert text.count("&lt;script&gt;") >= 5
-
-
-@pytest.mark.parametrize("name", POST_NORM)
-def test_the_sum_of_heads_writes_goes_through_the_norm_behind_attention(name):
-    circuit = Circuit(shared_decoder(name))
-    total, each = upstream("attn_write_sum_heads"), write(Basis("attn.probs"))
-    (raw,) = capture(circuit, prompts(5) % circuit.d_vocab, total.needs(circuit) | each.needs(circuit))
-    for layer in range(circuit.n_layers):
-        torch.testing.assert_close(total.tensor(raw, layer), each.tensor(raw, layer).sum(2))

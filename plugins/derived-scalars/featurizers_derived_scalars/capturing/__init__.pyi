@@ -1,0 +1,13 @@
+from .activations import RawActivations as RawActivations
+from .metrics import LogitDifference as LogitDifference
+from .metrics import LogitFunction as LogitFunction
+from .metrics import LogitMinusMean as LogitMinusMean
+from .metrics import Metric as Metric
+from .metrics import Probability as Probability
+from .metrics import log_probability as log_probability
+from .metrics import logit_difference as logit_difference
+from .metrics import logit_minus_mean as logit_minus_mean
+from .metrics import probability as probability
+from .prompts import Inputs as Inputs
+from .recording import Edit as Edit
+from .runs import capture as capture

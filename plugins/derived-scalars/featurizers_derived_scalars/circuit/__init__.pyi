@@ -1,0 +1,11 @@
+from .attention import Listener as Listener
+from .circuit import Circuit as Circuit
+from .layout import BlockLayout as BlockLayout
+from .layout import Layout as Layout
+from .layout import find_layout as find_layout
+from .places import KINDS as KINDS
+from .places import Kind as Kind
+from .places import Need as Need
+from .places import Pass as Pass
+from .places import Place as Place
+from .places import PlaceAxis as PlaceAxis

@@ -1,0 +1,3 @@
+from .diagonal import DiagonalConfig as DiagonalConfig
+from .diagonal import DiagonalFeaturizer as DiagonalFeaturizer
+from .reverse import Reverse as Reverse

@@ -1,0 +1,11 @@
+from .axes import NodeAxis as NodeAxis
+from .axes import at_least_float32 as at_least_float32
+from .axes import pair_of as pair_of
+from .bases import HEADS as HEADS
+from .bases import VECTORS as VECTORS
+from .bases import WRITERS as WRITERS
+from .bases import Basis as Basis
+from .bases import Part as Part
+from .bases import Via as Via
+from .node import Node as Node
+from .views import View as View
