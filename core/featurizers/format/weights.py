@@ -279,7 +279,7 @@ def laid_out(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[
 
 def _order(tensor: Tensor) -> list[int]:
     """Return the axes of a tensor from the widest stride to the narrowest."""
-    return sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
+    return sorted(range(tensor.dim()), key=lambda axis: -tensor.stride()[axis])
 
 
 def take_rows(stored: Any, rows: Tensor) -> Tensor:
