@@ -7,7 +7,7 @@ can act on them. Strings from a file or a repository are shown with `repr`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -52,6 +52,17 @@ class FeaturizerError(Exception):
 
     def __init__(self, message: object = "") -> None:
         super().__init__(printable(str(message).replace("\n", " "), 3 * MOST))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what pickle needs: the message and the fields, because most constructors take other arguments."""
+        return _unpickled, (type(self), self.args, self.__dict__)
+
+
+def _unpickled(cls: type[FeaturizerError], args: tuple[Any, ...], fields: dict[str, Any]) -> FeaturizerError:
+    error = cls.__new__(cls)
+    FeaturizerError.__init__(error, *args)
+    error.__dict__.update(fields)
+    return error
 
 
 class CachedCopyWarning(UserWarning):

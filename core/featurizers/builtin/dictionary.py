@@ -333,6 +333,16 @@ class DictionaryFeaturizer(LinearDecoderFeaturizer[DictionaryConfig]):
             if int(numbers.min()) < 0 or int(numbers.max()) >= whole or len(set(numbers.tolist())) != len(numbers):
                 raise ConfigError(f"the numbers of the features must be distinct and below {whole}")
 
+    # ------------------------------------------------------------------ pickling
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the rule, whose name is in the config."""
+        return {name: value for name, value in self.__dict__.items() if name != "rule"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the state, and look up the rule among the installed plugins."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.rule = validate_rule(self.config)
+
     # ------------------------------------------------------------------ helpers
     def _encoder(self) -> Encoder:
         bias = self.get_parameter("b_enc") if self.rule.encoder_bias else None

@@ -14,6 +14,7 @@ from featurizers.builtin.normalization import Normalization, denormalize, normal
 from featurizers.errors import ConfigError, UsageError
 from featurizers.features.derivatives import Error
 from featurizers.features.featurizer import ConfigT, Featurizer
+from featurizers.features.precision import without_autocast
 
 
 class LinearDecoderFeaturizer(Featurizer[ConfigT]):
@@ -93,22 +94,25 @@ class LinearDecoderFeaturizer(Featurizer[ConfigT]):
     def featurize(self, x: Float[Tensor, "..."]) -> tuple[Float[Tensor, "... n_features"], Error]:
         """Return features, and the error with the statistics; x is ``(*batch, d_in)``, or has separate heads."""
         flat = self.flatten(x).to(self.encoder_dtype)
-        normal, statistics = self._normalize(flat)
-        features = self.encode_normalized(normal)
-        error = (flat - self._reconstruct(features, statistics)).reshape(x.shape)
-        return features, (error, *statistics) if statistics else error
+        with without_autocast(flat):
+            normal, statistics = self._normalize(flat)
+            features = self.encode_normalized(normal)
+            error = (flat - self._reconstruct(features, statistics)).reshape(x.shape)
+            return features, (error, *statistics) if statistics else error
 
     def inverse_featurize(self, features: Float[Tensor, "... n_features"], error: Error) -> Float[Tensor, "..."]:
         """Return the reconstruction plus the error."""
         residual, *statistics = error if isinstance(error, tuple) else (error,)
         if not isinstance(residual, Tensor):
             raise UsageError(f"inverse_featurize needs the error that featurize returned, not {type(error).__name__}")
-        return self._reconstruct(features, tuple(statistics)).reshape(residual.shape) + residual
+        with without_autocast(residual):
+            return self._reconstruct(features, tuple(statistics)).reshape(residual.shape) + residual
 
     def encode(self, x: Float[Tensor, "..."], columns: Tensor | None = None) -> Float[Tensor, "... k"]:
         """Return features, all or those in ``columns``, without decoding them."""
-        normal, _ = self._normalize(self.flatten(x).to(self.encoder_dtype))
-        return self.encode_normalized(normal, columns)
+        with without_autocast(x):
+            normal, _ = self._normalize(self.flatten(x).to(self.encoder_dtype))
+            return self.encode_normalized(normal, columns)
 
     def apply_edit(
         self,

@@ -5,5 +5,6 @@ from .indices import Indices as Indices
 from .indices import Selection as Selection
 from .indices import select as select
 from .placement import check_placement as check_placement
+from .precision import without_autocast as without_autocast
 from .rules import Rule as Rule
 from .rules import activation_rule as activation_rule

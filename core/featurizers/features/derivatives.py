@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from featurizers.errors import UsageError
+from featurizers.features.precision import without_autocast, without_overflow
 
 Error: TypeAlias = "Tensor | tuple[Any, ...] | None"
 """All that `Featurizer.inverse_featurize` needs besides the features. Callers pass it on and do not look inside."""
@@ -109,9 +110,13 @@ class Derivatives(nn.Module, ABC):
         if error_grad not in ("live", "stop"):
             raise UsageError(f"error_grad must be 'live' or 'stop', not {error_grad!r}")
         shape, x = x.shape, self.flatten(x)
-        features = self.encode(x)
+        with without_autocast(x):
+            features = self.encode(x)
         tapped = features.clone()
         changed = tap(tapped)
         if error_grad == "stop":
             x, features = x.detach(), features.detach()
-        return self.apply_edit(x, features, tapped if changed is None else changed).reshape(shape)
+        with without_autocast(x):
+            result = self.apply_edit(x, features, tapped if changed is None else changed)
+            untouched = torch.tensor((changed is None or changed is tapped) and tapped._version == 0, device=x.device)
+            return without_overflow(self, result, x, None, lambda: untouched).reshape(shape)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, final
 
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 import featurizers
 from featurizers.errors import ShapeError, UsageError
 from featurizers.features.derivatives import Derivatives, Error
-from featurizers.features.indices import Indices, Selection, select
+from featurizers.features.indices import Indices, Selection, select, values_like
+from featurizers.features.precision import without_autocast, without_overflow
 from featurizers.format.sites import Site
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class Featurizer(Derivatives, Generic[ConfigT]):
     - An operation that changes no feature returns ``base``, equal in every element in fp32, fp16 and bf16, because
       edits are applied as a difference: ``base + decode(edited) - decode(features)``.
     - The error carries all that the inverse needs besides the features; nothing is kept on the module.
+    - Features, and what `inverse_featurize` returns, have the dtype of the featurizer's own tensors, fp32 as a rule,
+      for activations in half precision and under autocast too; operations return the dtype of ``base``.
     - ``indices=None`` means every feature, ``[]`` means no feature.
     - Inputs are never changed in place, returned as the same tensor, or detached; gradients reach the features, the
       parameters and the inputs.
@@ -65,11 +67,20 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         super().__init__()
         self.config = config
         self.id: str = self.kind
-        self.site: Site | None = None
+        self.site = None
         self.revision: str | None = None
         self.feature_sets: dict[str, Tensor] = {}
         self.metadata: dict[str, Any] = {}
         self.special_tokens: tuple[int, ...] = ()
+
+    @property
+    def site(self) -> Site | None:
+        """Place that it belongs to; a string such as ``resid.post:8`` may be assigned."""
+        return self._site
+
+    @site.setter
+    def site(self, site: Site | str | None) -> None:
+        self._site = None if site is None else Site.parse(site)
 
     # ------------------------------------------------------------------ what a kind implements
     @abstractmethod
@@ -208,14 +219,16 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         columns = selection.columns
         # masking is faster than gathering where many features are chosen
         mostly_dense = columns is not None and 4 * columns.numel() > self._count(base)
-        if columns is None or mostly_dense:
-            gate = None if selection.is_everything else selection.mask_for(base, self._count(base))
-            return self.blend(base, source, gate).reshape(shape)
-        if columns.numel() == 0:
+        if columns is not None and columns.numel() == 0:
             return base.clone().reshape(shape)
-        features = self.encode(base, columns)
-        target = self.encode(source, columns).to(features.dtype).expand_as(features)
-        return self._applied(base, features, target, columns).reshape(shape)
+        with without_autocast(base):
+            if columns is None or mostly_dense:
+                gate = None if selection.is_everything else selection.mask_for(base, self._count(base))
+                return self._blended(base, source, gate).reshape(shape)
+            features = self.encode(base, columns)
+            target = self.encode(source, columns).to(features.dtype).expand_as(features)
+            result = self._applied(base, features, target, columns)
+            return without_overflow(self, result, base, source, lambda: (base == source).all(dim=-1)).reshape(shape)
 
     @final
     def mask(
@@ -234,7 +247,9 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         shape, base, source = base.shape, self.flatten(base), self.flatten(source)
         if gate.shape[-1:] != (self._count(base),):
             raise ShapeError(f"the gate has shape {tuple(gate.shape)}, but there are {self._count(base)} features")
-        return self.blend(base, source, gate if gate.is_floating_point() else gate.to(base.dtype)).reshape(shape)
+        gate = gate if gate.is_floating_point() else gate.to(base.dtype)
+        with without_autocast(base):
+            return self._blended(base, source, gate).reshape(shape)
 
     @final
     def collect(self, x: Float[Tensor, "*batch d_in"], indices: Indices = None) -> Float[Tensor, "*batch k"]:
@@ -249,7 +264,8 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         selection = self.select(indices, x)
         if selection.differs_by_example:
             raise UsageError("collect takes the same indices for every example; collect all and index the result")
-        features = self.encode(x, selection.as_columns())
+        with without_autocast(x):
+            features = self.encode(x, selection.as_columns())
         return features.clone() if features is x else features
 
     @final
@@ -264,7 +280,7 @@ class Featurizer(Derivatives, Generic[ConfigT]):
                 features if the indices are None or differ by example).
             indices: features to change.
         """
-        return self._edit(base, indices, lambda features: features + _values(delta, features))
+        return self._edit(base, indices, delta, add=True)
 
     @final
     def ablate(
@@ -277,20 +293,37 @@ class Featurizer(Derivatives, Generic[ConfigT]):
             indices: features to change.
             value: a number, or a tensor whose last axis follows ``indices`` as in `steer`.
         """
-        return self._edit(base, indices, lambda features: _values(value, features))
+        return self._edit(base, indices, value, add=False)
 
-    def _edit(self, base: Tensor, indices: Indices, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """Apply ``change`` to the chosen features of base."""
+    def _edit(self, base: Tensor, indices: Indices, value: float | Tensor, *, add: bool) -> Tensor:
+        """Set the chosen features of base to ``value``, or add it to them."""
         shape, base = base.shape, self.flatten(base)
         selection = self.select(indices, base)
         columns = selection.as_columns()
         if columns is not None and columns.numel() == 0:
             return base.clone().reshape(shape)
-        features = self.encode(base, columns)
-        edited = change(features)
-        if selection.differs_by_example:
-            edited = torch.where(selection.mask_for(features, self._count(base)), edited, features)
-        return self._applied(base, features, edited, columns).reshape(shape)
+        with without_autocast(base):
+            features = self.encode(base, columns)
+            values = values_like(value, features)
+            edited = features + values if add else values
+            chosen = selection.mask_for(features, self._count(base)) if selection.differs_by_example else None
+            edited = edited if chosen is None else torch.where(chosen, edited, features)
+            result = self._applied(base, features, edited, columns)
+
+            def kept() -> Tensor:
+                changes = values != 0 if add else torch.ones_like(values, dtype=torch.bool)
+                return ~(changes if chosen is None else changes & chosen).any(dim=-1)
+
+            return without_overflow(self, result, base, None, kept).reshape(shape)
+
+    def _blended(self, base: Tensor, source: Tensor, gate: Tensor | None) -> Tensor:
+        """Blend, and check the range."""
+
+        def kept() -> Tensor:
+            same = (base == source).all(dim=-1)
+            return same if gate is None else same | (gate == 0).all(dim=-1)
+
+        return without_overflow(self, self.blend(base, source, gate), base, source, kept)
 
     def _applied(self, base: Tensor, features: Tensor, edited: Tensor, columns: Tensor | None) -> Tensor:
         """Apply an edit, and copy the result if a closed form returned its argument, as the identity's does."""
@@ -364,13 +397,3 @@ class Featurizer(Derivatives, Generic[ConfigT]):
     def extra_repr(self) -> str:
         """Return the text that ``print`` shows after the class name."""
         return f"id={self.id!r}, d_in={self.d_in}, n_features={self.n_features}"
-
-
-def _values(value: float | Tensor, features: Tensor) -> Tensor:
-    values = torch.as_tensor(value, device=features.device).to(features.dtype)
-    try:
-        return values.expand_as(features)
-    except RuntimeError as error:
-        raise ShapeError(
-            f"values of shape {tuple(values.shape)} do not fit the selected features {tuple(features.shape)}"
-        ) from error

@@ -9,7 +9,7 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor
 
-from featurizers.errors import FeatureIndexError
+from featurizers.errors import FeatureIndexError, ShapeError
 
 Indices: TypeAlias = "None | slice | Sequence[int] | Sequence[Sequence[int]] | Tensor | Selection"
 """``None``: every feature. Numbers, a slice, an integer or a boolean tensor: those features, no feature if empty.
@@ -79,7 +79,7 @@ def select(indices: Indices, n_features: int, device: torch.device | str | None 
     if indices is None:
         return Selection()
     if isinstance(indices, slice):
-        return Selection(columns=torch.tensor(range(n_features)[indices], dtype=torch.long, device=device))
+        return Selection(columns=torch.tensor(_numbers_of(indices, n_features), dtype=torch.long, device=device))
     if isinstance(indices, Sequence) and any(isinstance(row, Sequence | Tensor) for row in indices):
         return Selection(mask=_rows(cast("Sequence[Sequence[int]]", indices), n_features).to(device))
     tensor = _tensor(indices)  # lists are checked on the CPU, so that a GPU need not synchronise
@@ -107,7 +107,7 @@ def columns_of(indices: Indices, numbers: Tensor, whole: int) -> Indices:
         FeatureIndexError: a feature is not in the slice.
     """
     if isinstance(indices, slice):
-        chosen = range(whole)[indices]
+        chosen = _numbers_of(indices, whole)
         return [column for column, number in enumerate(numbers.tolist()) if number in chosen]
     if indices is None or isinstance(indices, Selection):
         return indices
@@ -124,6 +124,13 @@ def columns_of(indices: Indices, numbers: Tensor, whole: int) -> Indices:
             f"feature {missing[0]} is not among the {len(numbers)} of {whole} that were loaded; load it too"
         )
     return [column_of[number] for number in tensor.tolist()]
+
+
+def _numbers_of(indices: slice, count: int) -> range:
+    try:
+        return range(count)[indices]
+    except (TypeError, ValueError) as error:  # a step of 0, or bounds that are no integers
+        raise FeatureIndexError(f"{indices!r} is not a slice of integers with a step other than 0") from error
 
 
 def _tensor(indices: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> Tensor:
@@ -169,3 +176,18 @@ def _rows(rows: Sequence[Sequence[int]], n_features: int) -> Tensor:
             raise FeatureIndexError(f"the indices of example {i} must be a list of integers, not {row!r}")
         mask[i, _checked(columns, n_features)] = True
     return mask
+
+
+def values_like(value: float | Tensor, features: Tensor) -> Tensor:
+    """Return the value in the shape, dtype and device of the selected features.
+
+    Raises:
+        ShapeError: it does not broadcast to them.
+    """
+    values = torch.as_tensor(value, device=features.device).to(features.dtype)
+    try:
+        return values.expand_as(features)
+    except RuntimeError as error:
+        raise ShapeError(
+            f"values of shape {tuple(values.shape)} do not fit the selected features {tuple(features.shape)}"
+        ) from error

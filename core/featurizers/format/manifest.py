@@ -85,7 +85,9 @@ class Entry(_Record):
 
     kind: Name
     id: Name
-    site: Name | None = None
+    site: (
+        Annotated[str, Field(min_length=1, max_length=256 + len("module::output")), AfterValidator(_printable)] | None
+    ) = None
 
 
 class Manifest(_Record):

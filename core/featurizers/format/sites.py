@@ -47,6 +47,8 @@ class Site:
         True
         >>> str(Site("attn.z", 8, head=3))
         'attn.z:8:3'
+        >>> Site("attn.z:8:3") == Site("attn.z", 8, head=3)
+        True
     """
 
     kind: str
@@ -59,7 +61,14 @@ class Site:
     model_revision: str | None = None
 
     def __post_init__(self) -> None:
-        """Raise a `SiteError` unless the fields identify one place."""
+        """Read a kind that is a whole site, and raise a `SiteError` unless the fields identify one place."""
+        if not isinstance(self.kind, str):
+            raise SiteError(f"the kind of a site is a string such as 'resid.post', not {self.kind!r}")
+        if ":" in self.kind and (self.layer, self.head, self.module, self.side) == (None,) * 4:
+            for name, value in zip(
+                ("kind", "layer", "head", "module", "side"), Site.parse(self.kind)._place, strict=True
+            ):
+                object.__setattr__(self, name, value)
         if self.kind != "module" and (self.module is not None or self.side is not None):
             raise SiteError(f"{self.kind!r} takes no module and no side; only the kind 'module' does")
         if self.kind in BLOCK_KINDS:

@@ -256,6 +256,32 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
+def laid_out(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with the strides that a kind gives them, because matmul kernels round by the layout.
+
+    Args:
+        tensors: contiguous, as a file holds them.
+        like: the state dict of a new featurizer, whose tensors may be on the meta device.
+    """
+    import torch
+
+    result = dict(tensors)
+    for name, tensor in tensors.items():
+        other = like.get(name)
+        if other is None or other.shape != tensor.shape or not tensor.numel() or other.stride() == tensor.stride():
+            continue
+        if sorted(other.stride()) == sorted(tensor.permute(_order(other)).contiguous().stride()):  # a permutation
+            result[name] = torch.empty_permuted(
+                tensor.shape, _order(other), dtype=tensor.dtype, device=tensor.device
+            ).copy_(tensor)
+    return result
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """Return the axes of a tensor from the widest stride to the narrowest."""
+    return sorted(range(tensor.dim()), key=lambda axis: -tensor.stride()[axis])
+
+
 def take_rows(stored: Any, rows: Tensor) -> Tensor:
     """Read some rows of a tensor in a file, adjacent rows at once, and no others.
 

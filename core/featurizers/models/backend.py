@@ -129,6 +129,10 @@ def collect(
     """
     if isinstance(sites, str | Site):
         raise UsageError(f"sites is a list of sites: [{str(sites)!r}]")
+    if not isinstance(inputs, Mapping):
+        raise UsageError(
+            f"inputs are the keyword arguments of the model, such as {{'input_ids': …}}, not {type(inputs).__name__}"
+        )
     featurizers = dict(sites) if isinstance(sites, Mapping) else dict.fromkeys(sites)
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         return read(Anatomy(model), with_position_ids(model, inputs), featurizers, positions)

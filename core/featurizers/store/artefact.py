@@ -166,6 +166,7 @@ def read_folder(
             featurizer = _on_meta(cls, config, where)
         tensors = {**weights.read_tensors(path, device, where, rows, allow_nonfinite=allow_nonfinite), **added}
         sets = {name: tensors.pop(f"{weights.SET_PREFIX}{name}") for name in manifest.features}
+        tensors = weights.laid_out(tensors, featurizer.state_dict())
         featurizer.load_state_dict(tensors, assign=True)
         if any(t.is_meta for t in (*featurizer.parameters(), *featurizer.buffers())):
             featurizer = cls(config)  # the kind computes tensors that it does not store

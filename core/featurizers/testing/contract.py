@@ -203,6 +203,9 @@ class FeaturizerContract:
             scale = exact.abs().amax()
             allowed = self.tolerance if has_weights else torch.finfo(dtype).eps
             assert (featurizer.collect(base).float() - exact).abs().amax() <= allowed * scale
+            features, error = featurizer.featurize(base)
+            again, size = featurizer.inverse_featurize(features, error), base.float().abs().amax()
+            assert (again.float() - base.float()).abs().amax() <= allowed * size
             swapped = featurizer.interchange(base.float(), source.float())
             rounding = torch.finfo(dtype).eps * swapped.abs().amax()
             assert (featurizer.interchange(base, source).float() - swapped).abs().amax() <= rounding
@@ -316,6 +319,13 @@ class FeaturizerContract:
         assert vars(loaded.site) == vars(featurizer.site)
         assert _equal(tuple(loaded.feature_sets.values()), tuple(featurizer.feature_sets.values()))
         assert _same_state(loaded, featurizer)
+        before = featurizer.state_dict()
+        for name, tensor in loaded.state_dict().items():
+            assert _layout(tensor) == _layout(before[name]), (
+                f"the tensor {name!r} has the strides {before[name].stride()}, and {tensor.stride()} after it was "
+                "saved and loaded, and matrix products round by the layout; give it the layout of the constructor, "
+                "for example with .contiguous()"
+            )
         self._behaves_the_same(loaded, featurizer, activations)
 
     def test_a_copy_and_a_state_dict_are_the_same_featurizer(
@@ -441,6 +451,11 @@ def _some(count: int) -> Tensor:
 def _same_state(one: Featurizer[Any], other: Featurizer[Any]) -> bool:
     first, second = one.state_dict(), other.state_dict()
     return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _layout(tensor: Tensor) -> list[int]:
+    """Strides of the axes that have more than one element."""
+    return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 def _map(error: Error, change: Callable[[Tensor], Tensor]) -> Error:

@@ -26,6 +26,13 @@ NORMALIZATIONS = {
     "layer_norm": "layer-norm",
     "constant_norm_rescale": "constant-norm",
 }
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+"""Dtypes by SAELens' names, which may have the prefix ``torch.``."""
 FOLDED = ("expected_average_only_in", "covariance_whitening")
 """Normalisations that SAELens applies only in training, and expects in the weights afterwards."""
 WHOLE = {
@@ -104,6 +111,7 @@ def assemble(
     numbers: Tensor | None = None,
     n_features: int | None = None,
     input_scale: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Featurizer[Any]:
     """Build the featurizer of a configuration and its tensors.
 
@@ -115,6 +123,7 @@ def assemble(
         n_features: number of features of the whole dictionary if this is a slice.
         input_scale: factor that the activations were multiplied by in training; it is folded into the weights, as
             SAELens does.
+        dtype: dtype that SAELens converts the tensors to when it loads them; None for the widest of theirs.
 
     Raises:
         ManifestError: an architecture, a normalisation or a number is not supported.
@@ -132,7 +141,7 @@ def assemble(
     if reshape not in ("none", "hook_z"):
         raise ManifestError(where, f"reshape_activations is {reshape!r}; known are none, hook_z")
     metadata: dict[str, Any] = cfg.get("metadata") or {}
-    tensors = _of_one_dtype(tensors, where)
+    tensors = _of_one_dtype(tensors, dtype, where)
     if input_scale is not None:
         positive({"the factor of the activations": input_scale}, "the factor of the activations", where, (int, float))
         tensors = fold_input_scale(tensors, input_scale)
@@ -175,13 +184,28 @@ def _notes(normalize: str, input_scale: float | None, model_options: Any) -> lis
     return notes
 
 
-def _of_one_dtype(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Return the tensors in the widest of their dtypes, which loses nothing."""
+def dtype_of(cfg: dict[str, Any], where: str) -> torch.dtype | None:
+    """Return the dtype that a configuration names, as SAELens reads it; None if it names no dtype.
+
+    Raises:
+        ManifestError: SAELens does not know the dtype.
+    """
+    name = cfg.get("dtype")
+    if name is None:
+        return None
+    if not isinstance(name, str) or name.removeprefix("torch.") not in DTYPES:
+        raise ManifestError(where, f"dtype is {name!r}; known are {', '.join(DTYPES)}")
+    return DTYPES[name.removeprefix("torch.")]
+
+
+def _of_one_dtype(tensors: dict[str, Tensor], dtype: torch.dtype | None, where: str) -> dict[str, Tensor]:
+    """Return the tensors in one dtype: the given one, or the widest of theirs, which loses nothing."""
     if other := sorted(name for name, tensor in tensors.items() if not tensor.is_floating_point()):
         raise WeightsError(where, f"{other!r} must be floating-point tensors")
     if not tensors:
         return {}
-    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    if dtype is None:
+        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 

@@ -11,7 +11,7 @@ from featurizers.errors import ManifestError, WeightsError
 from featurizers.format import ExternalFiles
 
 from featurizers_sae_lens import scopes, torch_files
-from featurizers_sae_lens.assembly import refuse_other_sites
+from featurizers_sae_lens.assembly import dtype_of, refuse_other_sites
 from featurizers_sae_lens.legacy import modern
 from featurizers_sae_lens.reading import count_features, finish
 
@@ -50,7 +50,8 @@ def folder(
 
     Args:
         source: the files.
-        overrides: keys that a catalogue sets instead of the file.
+        overrides: keys that a catalogue sets instead of the file; None outside the catalogue, where the tensors are
+            converted to the dtype of the file's configuration, as ``SAE.load_from_disk`` does.
         scale: factor that the catalogue gives for ``expected_average_only_in``.
 
     Raises:
@@ -77,4 +78,5 @@ def folder(
     if scaling is not None and not torch.allclose(scaling, torch.ones_like(scaling)):
         raise WeightsError(source.where, "scaling_factor is not 1; neither SAELens nor this plugin applies it")
     folded = scale if cfg.get("normalize_activations") == "expected_average_only_in" else None
-    return finish(source, cfg, tensors, n_features, folded)
+    dtype = dtype_of(cfg, source.where) if overrides is None else torch.float32
+    return finish(source, cfg, tensors, n_features, folded, dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from featurizers import Featurizer
 from featurizers.errors import WeightsError
 from featurizers.features import select
@@ -18,7 +19,12 @@ LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.
 
 
 def finish(
-    source: ExternalFiles, cfg: dict[str, Any], tensors: dict[str, Tensor], n_features: int, scale: float | None = None
+    source: ExternalFiles,
+    cfg: dict[str, Any],
+    tensors: dict[str, Tensor],
+    n_features: int,
+    scale: float | None = None,
+    dtype: torch.dtype | None = torch.float32,
 ) -> Featurizer[Any]:
     """Check sizes against the configuration, and build the featurizer.
 
@@ -28,6 +34,8 @@ def finish(
         tensors: see `assemble`; of the requested features only.
         n_features: number of features of the whole dictionary.
         scale: factor of the activations, to fold into the weights.
+        dtype: see `assemble`; whatever a release holds, ``SAE.from_pretrained`` computes in float32 unless told
+            otherwise.
 
     Raises:
         ManifestError, WeightsError: see `assemble`; or the sizes differ.
@@ -41,6 +49,7 @@ def finish(
         numbers=source.indices,
         n_features=n_features if part else None,
         input_scale=scale,
+        dtype=dtype,
     )
 
 

@@ -177,7 +177,7 @@ def llama_scope_r1(source: ExternalFiles, overrides: dict[str, Any], scale: floa
     file = source.safetensors("sae_weights.safetensors")
     tensors, n_features = _linear(source, file)
     check_sizes(source, raw, {"d_model": tensors["W_dec"].shape[1]})
-    tensors["threshold"] = file.read("log_jumprelu_threshold", rows=source.indices).exp()
+    tensors["threshold"] = file.read("log_jumprelu_threshold", rows=source.indices).float().exp()
     cfg = jumprelu_config(overrides, raw.get("hook_point_in"), "deepseek-ai/DeepSeek-R1-Distill-Llama-8B")
     cfg |= {"normalize_activations": "expected_average_only_in"}
     cfg["metadata"]["llama_scope"] = raw
@@ -187,9 +187,10 @@ def llama_scope_r1(source: ExternalFiles, overrides: dict[str, Any], scale: floa
 def _linear(source: ExternalFiles, file: TensorFile) -> tuple[dict[str, Tensor], int]:
     rows = source.indices
     n_features = count_features(file, LINEAR["W_dec"], source, axis=1)
-    return {
+    tensors = {
         "W_enc": file.read(LINEAR["W_enc"], rows=rows),
         "b_enc": file.read(LINEAR["b_enc"], rows=rows),
         "W_dec": file.read(LINEAR["W_dec"], columns=rows).T,
         "b_dec": file.read(LINEAR["b_dec"]),
-    }, n_features
+    }
+    return {name: tensor.float() for name, tensor in tensors.items()}, n_features

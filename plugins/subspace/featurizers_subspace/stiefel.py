@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from featurizers.features import without_autocast
 from jaxtyping import Float
 from torch import Tensor
 
@@ -12,7 +13,8 @@ from torch import Tensor
 def deviation(w: Float[Tensor, "d k"]) -> float:
     """Return the largest element of ``|WᵀW - I|``. Cost O(d k²)."""
     w = w.detach().to(_working_dtype(w))
-    return _from_identity(w.mT @ w)
+    with without_autocast(w):
+        return _from_identity(w.mT @ w)
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -26,12 +28,13 @@ def retract_(w: Float[Tensor, "d k"]) -> None:
 
     This is the matrix that `polar` returns, but without the gradient and the last Newton-Schulz step. Cost O(d k²).
     """
-    x = w.to(_working_dtype(w))
-    gram = x.mT @ x
-    if _from_identity(gram) > tolerance(w.dtype):
-        values, vectors = torch.linalg.eigh(gram.double())
-        root = (vectors * values.clamp_min(torch.finfo(x.dtype).tiny).rsqrt()) @ vectors.mT
-        w.copy_(x @ root.to(x.dtype))
+    with without_autocast(w):
+        x = w.to(_working_dtype(w))
+        gram = x.mT @ x
+        if _from_identity(gram) > tolerance(w.dtype):
+            values, vectors = torch.linalg.eigh(gram.double())
+            root = (vectors * values.clamp_min(torch.finfo(x.dtype).tiny).rsqrt()) @ vectors.mT
+            w.copy_(x @ root.to(x.dtype))
 
 
 def polar(w: Float[Tensor, "*n d k"]) -> Float[Tensor, "*n d k"]:
@@ -68,13 +71,14 @@ class _Polar(torch.autograd.Function):
     @staticmethod
     def forward(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return Q and the eigenvectors and eigenvalues of P."""
-        x = w.to(_working_dtype(w))
-        values, vectors = torch.linalg.eigh(x.mT @ x)
-        sizes = values.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
-        q = x @ ((vectors / sizes.unsqueeze(-2)) @ vectors.mT)
-        # one Newton-Schulz step squares the deviation that rounding left
-        q = q @ (1.5 * torch.eye(q.shape[-1], dtype=q.dtype, device=q.device) - 0.5 * (q.mT @ q))
-        return q.to(w.dtype), vectors, sizes
+        with without_autocast(w):
+            x = w.to(_working_dtype(w))
+            values, vectors = torch.linalg.eigh(x.mT @ x)
+            sizes = values.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
+            q = x @ ((vectors / sizes.unsqueeze(-2)) @ vectors.mT)
+            # one Newton-Schulz step squares the deviation that rounding left
+            q = q @ (1.5 * torch.eye(q.shape[-1], dtype=q.dtype, device=q.device) - 0.5 * (q.mT @ q))
+            return q.to(w.dtype), vectors, sizes
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -87,20 +91,22 @@ class _Polar(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
         """Return ``(I - QQᵀ) G P⁻¹ + 2 Q Y``, where Y solves ``Y P + P Y = (QᵀG - GᵀQ) / 2``."""
         q, vectors, sizes = ctx.saved_tensors
-        q, g = q.to(vectors.dtype), grad.to(vectors.dtype)
-        along = q.mT @ g
-        y = _sylvester(along - along.mT, vectors, sizes)
-        normal = _times_inverse(g - q @ along, vectors, sizes)
-        return (normal + q @ y).to(grad.dtype)
+        with without_autocast(q):
+            q, g = q.to(vectors.dtype), grad.to(vectors.dtype)
+            along = q.mT @ g
+            y = _sylvester(along - along.mT, vectors, sizes)
+            normal = _times_inverse(g - q @ along, vectors, sizes)
+            return (normal + q @ y).to(grad.dtype)
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor, None, None]:
         """Return ``Q Ω + (I - QQᵀ) dW P⁻¹``, where Ω solves ``Ω P + P Ω = QᵀdW - dWᵀQ``."""
         q, vectors, sizes = ctx.saved_tensors
-        q, dw = q.to(vectors.dtype), tangent.to(vectors.dtype)
-        along = q.mT @ dw
-        omega = _sylvester(along - along.mT, vectors, sizes)
-        return (q @ omega + _times_inverse(dw - q @ along, vectors, sizes)).to(tangent.dtype), None, None
+        with without_autocast(q):
+            q, dw = q.to(vectors.dtype), tangent.to(vectors.dtype)
+            along = q.mT @ dw
+            omega = _sylvester(along - along.mT, vectors, sizes)
+            return (q @ omega + _times_inverse(dw - q @ along, vectors, sizes)).to(tangent.dtype), None, None
 
 
 def _sylvester(a: Tensor, vectors: Tensor, sizes: Tensor) -> Tensor:
@@ -135,6 +141,7 @@ class _Tangent(torch.autograd.Function):
                 "run forward again"
             )
         q = ctx.q.to(_working_dtype(ctx.q))
-        g = grad.to(q.dtype)
-        along = q.mT @ g
-        return torch.addmm(g, q, along + along.mT, alpha=-0.5).to(grad.dtype)
+        with without_autocast(q):
+            g = grad.to(q.dtype)
+            along = q.mT @ g
+            return torch.addmm(g, q, along + along.mT, alpha=-0.5).to(grad.dtype)

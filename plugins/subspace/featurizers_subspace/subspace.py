@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, final
 import torch
 from featurizers import Error, Featurizer, hookimpl
 from featurizers.errors import BasisError, ShapeError
+from featurizers.features import without_autocast
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
@@ -56,8 +57,9 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
     The basis is the only parameter, ``basis (d_in, n_features)``, and stays orthonormal while it is trained with any
     optimizer and any weight decay: its gradient is tangent to the Stiefel manifold, and the first use after an
     optimizer step puts the parameter back onto the manifold by the polar decomposition, in fp32 at least. Features have
-    the dtype of the basis; keep it in fp32 beside a model in bf16 or fp16. To set the basis by hand, change it under
-    ``torch.no_grad()``: torch does not count changes through ``.data``, so they are not made orthonormal.
+    the dtype of the basis, also under autocast; keep it in fp32 beside a model in bf16 or fp16. To set the basis by
+    hand, change it under ``torch.no_grad()``: torch does not count changes through ``.data``, so they are not made
+    orthonormal.
 
     Cost: O(d k) for each activation; O(d k²) time and O(d k) memory for each optimizer step, however often the basis is
     used.
@@ -189,23 +191,26 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
         """Return the coordinates in the subspace, and the part of x outside it as the error."""
         basis = self.orthonormal_basis()
         x = x.to(basis.dtype)
-        features = x @ basis
-        return features, x - features @ basis.mT
+        with without_autocast(x):
+            features = x @ basis
+            return features, x - features @ basis.mT
 
     def inverse_featurize(
         self, features: Float[Tensor, "*batch n_features"], error: Error
     ) -> Float[Tensor, "*batch d_in"]:
         """Return the point with these coordinates, plus the error unless that is None."""
         basis = self.orthonormal_basis()
-        inside = features.to(basis.dtype) @ basis.mT
         if isinstance(error, tuple):
             raise ShapeError("the error of a subspace is a tensor or None, got a tuple")
+        with without_autocast(basis):
+            inside = features.to(basis.dtype) @ basis.mT
         return inside if error is None else inside + error
 
     def encode(self, x: Float[Tensor, "*batch d_in"], columns: Tensor | None = None) -> Float[Tensor, "*batch k"]:
         """Return the coordinates, all or those in ``columns``."""
         basis = self._columns(columns)
-        return x.to(basis.dtype) @ basis
+        with without_autocast(basis):
+            return x.to(basis.dtype) @ basis
 
     def apply_edit(
         self,
@@ -216,7 +221,8 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
     ) -> Float[Tensor, "*batch d_in"]:
         """Return ``base + Q (edited - features)``; the part outside the subspace does not change."""
         basis = self._columns(columns)
-        return (base + (edited - features).to(basis.dtype) @ basis.mT).to(base.dtype)
+        with without_autocast(basis):
+            return (base + (edited - features).to(basis.dtype) @ basis.mT).to(base.dtype)
 
     def check(self) -> None:
         """Raise `BasisError` unless the basis is orthonormal to its dtype's precision."""

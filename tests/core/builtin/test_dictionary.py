@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import multiprocessing
+import pickle
+
 import featurizers
 import pytest
 import torch
@@ -475,3 +479,120 @@ def test_weights_are_shared_where_they_can_be_and_need_no_gradient():
     assert f.W_enc.data_ptr() == w.data_ptr()
     assert f.W_dec.is_contiguous()
     assert not any(p.requires_grad for p in f.parameters())
+
+
+@pytest.mark.parametrize("how", NORMALIZATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_features_under_autocast_are_those_of_the_formulas_in_single_precision(dtype, how):
+    t = weights("relu")
+    scale = {"input_scale": 2.5} if how == "scale" else {}
+    f = DictionaryFeaturizer.from_tensors(**t, normalize=how, **scale)
+    x = batch(6) * 100_000  # more than float16 holds
+    expected = (normalized_by_hand(how, x)[0] @ t["W_enc"].T + t["b_enc"]).clamp(min=0)
+    with torch.autocast("cpu", dtype):
+        found = [f.encode(x), f.featurize(x)[0], f.collect(x)]
+        assert torch.equal(f.interchange(x, x.clone()), x)
+        assert torch.equal(f.mask(x, x.flip(0), torch.zeros(64)), x)
+        torch.testing.assert_close(f.inverse_featurize(*f.featurize(x)), x, rtol=1e-5, atol=1e-5 * float(x.max()))
+    for features in found:
+        torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5 * float(expected.max()))
+
+
+def overflowing(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return activations of which one token is beyond float16, and others that are not."""
+    base = batch(4)
+    base[1, 3] = 1e5
+    return base.to(dtype), batch(4, seed=2).to(dtype)
+
+
+HALF = {
+    **{
+        f"{rule}-{how}": (lambda rule=rule, how=how: dictionary(rule, k=4, normalize=how, pre_bias=True).half())
+        for rule in RULES
+        for how in ("none", "layer-norm", "constant-norm")
+    },
+    "subspace": lambda: featurizers.create("subspace", d_in=8, n_features=3).half(),
+    "composition": lambda: (
+        featurizers.create("subspace", d_in=8, n_features=8).half()
+        >> featurizers.create("subspace", d_in=8, n_features=3)
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", HALF)
+def test_a_token_that_overflows_float16_is_given_back_or_refused(kind, dtype):
+    f, (base, source) = HALF[kind](), overflowing(dtype)
+    n = f.n_features
+    for result in (
+        f.interchange(base, base.clone()),
+        f.interchange(base, base.clone(), [0]),
+        f.interchange(base, source, []),
+        f.interchange(base, source, [[0], [], [1, 2], [0]])[1:2],
+        f.mask(base, source, torch.zeros(n)),
+        f.mask(base, base.clone(), torch.full((n,), 0.3)),
+        f.steer(base, 0.0),
+        f.steer(base, torch.tensor([[1.0], [0.0], [1.0], [1.0]]).expand(4, n))[1:2],
+        f.splice(base, lambda _: None),
+    ):
+        assert torch.equal(result, base if len(result) == 4 else base[1:2])
+    fine = f.interchange(base[2:], source[2:])
+    assert fine.isfinite().all()
+    for edit in (
+        lambda: f.interchange(base, source),
+        lambda: f.interchange(source, base),
+        lambda: f.interchange(base, source, [0]),
+        lambda: f.mask(base, source, torch.full((n,), 0.3)),
+        lambda: f.steer(base, 1.0),
+        lambda: f.ablate(base),
+        lambda: f.splice(base, lambda z: torch.zeros_like(z) + 1),
+    ):
+        with pytest.raises(UsageError, match=r"float16, which ends at 65504, and activations of up to .*e\+0[45]"):
+            edit()
+    assert f.float().interchange(base, source).isfinite().all()
+
+
+# ---------------------------------------------------------------------- other processes
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_dictionary_is_pickled_and_saved_by_torch(rule, tmp_path):
+    f, x = dictionary(rule, k=4), batch(6)
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8), f)
+    torch.save(module, tmp_path / "module.pt")
+    for again in (
+        pickle.loads(pickle.dumps(f)),
+        torch.load(tmp_path / "module.pt", weights_only=False)[1],
+        copy.deepcopy(f),
+        pickle.loads(pickle.dumps(featurizers.create("identity", d_in=8) >> f)),
+    ):
+        assert torch.equal(again.encode(x), f.encode(x))
+        assert torch.equal(again.interchange(x, x.flip(0)), f.interchange(x, x.flip(0)))
+    assert pickle.loads(pickle.dumps(f)).rule is f.rule
+
+
+def test_a_dictionary_works_in_a_spawned_process():
+    fs, x = [dictionary(rule, k=4) for rule in RULES], batch(6)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.starmap_async(encoded, [(f, x.numpy()) for f in fs]).get(timeout=120)
+    for f, features in zip(fs, found, strict=True):
+        torch.testing.assert_close(torch.from_numpy(features), f.encode(x))
+
+
+def encoded(f, x):
+    return f.encode(torch.from_numpy(x)).numpy()
+
+
+def test_a_gate_of_exactly_zero_is_closed():
+    """Rajamanoharan et al. 2024, equation 4: the gate is the indicator of what is above zero."""
+    f = DictionaryFeaturizer.from_tensors(
+        torch.eye(3),
+        torch.eye(3),
+        rule="gated",
+        b_gate=torch.full((3,), -1.0),
+        r_mag=torch.zeros(3),
+        b_mag=torch.ones(3),
+    )
+    x = torch.tensor([[0.5, 1.0, 1.5]])
+    assert f.encode(x).tolist() == [[0.0, 0.0, 2.5]]
+    assert f.encode_sparse(x).indices.tolist() == [[2]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import featurizers
 import pytest
 import torch
 from featurizers.errors import FeatureIndexError
@@ -166,3 +167,12 @@ def test_an_enormous_index_takes_no_memory():
     assert select([2**31 - 1, 5], 2**31).columns.tolist() == [2**31 - 1, 5]
     with pytest.raises(FeatureIndexError, match="repeated"):
         select([2**31 - 1, 5, 2**31 - 1], 2**31)
+
+
+@pytest.mark.parametrize("wrong", [slice(0, 3, 0), slice("a", 3), slice(0.5, 3), slice(None, None, 1.0)], ids=str)
+def test_a_slice_that_is_none_of_a_list_is_refused(wrong):
+    with pytest.raises(FeatureIndexError, match="is not a slice of integers"):
+        select(wrong, 8)
+    part = featurizers.DictionaryFeaturizer.from_tensors(torch.eye(8), torch.eye(8)).take([1, 2])
+    with pytest.raises(FeatureIndexError, match="is not a slice of integers"):
+        part.collect(torch.ones(1, 8), wrong)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from featurizers import Ablate, Anatomy, Site, collect, hookimpl, intervene
-from featurizers.errors import SiteError
+from featurizers.errors import ManifestError, SiteError
 from featurizers.format.sites import BLOCK_KINDS, MODEL_KINDS, Blocks
 from featurizers.registry.plugin_host import host
 from hypothesis import given
@@ -377,3 +377,44 @@ def test_a_vector_is_edited_whole_and_has_no_positions():
     swap = featurizers.Interchange(f, source=torch.ones(2), positions=[0])
     with featurizers.intervene(model, {"module:0:output": swap}), pytest.raises(featurizers.errors.ShapeError):
         model(torch.zeros(2))
+
+
+@pytest.mark.parametrize("text", ["resid.post:8", "attn.z:8:3", "embed", "module:model.layers.8.mlp:output"])
+def test_a_whole_site_may_be_given_where_its_kind_is(text):
+    site = Site(text, model="owner/model")
+    assert vars(site) == vars(Site.parse(text).at(model="owner/model"))
+    f = featurizers.create("identity", d_in=8)
+    f.site = text
+    assert f.site == Site.parse(text)
+    f.site = None
+    assert f.site is None
+
+
+@pytest.mark.parametrize("wrong", ["resid.post", "resid.post:x", "nowhere", 8, ("resid.post", 8)])
+def test_what_names_no_site_is_refused_where_it_is_assigned(wrong):
+    f = featurizers.create("identity", d_in=8)
+    with pytest.raises(SiteError):
+        f.site = wrong
+    with pytest.raises(SiteError):
+        Site(wrong)
+    with pytest.raises(SiteError):
+        Site("resid.post:8", 9)
+
+
+@pytest.mark.parametrize("length", [1, 255, 256, 257])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_a_module_site_of_any_length_that_is_saved_is_listed(length, side, tmp_path):
+    f = featurizers.create("identity", d_in=8)
+    f.site = Site("module", module="a" * length, side=side)
+    if length > 256:
+        with pytest.raises(ManifestError, match=r"at most 2|module"):
+            f.save_pretrained(tmp_path)
+        with pytest.raises(ManifestError, match=r"at most 2|module"):
+            featurizers.save_collection({"a": f}, tmp_path / "b")
+        return
+    f.save_pretrained(tmp_path / "a")
+    featurizers.save_collection({"a": f}, tmp_path / "b")
+    for folder in ("a", "b"):
+        (entry,) = featurizers.list_artefacts(tmp_path / folder).values()
+        assert entry.site == str(f.site)
+    assert featurizers.load(tmp_path / "b", subfolder="a").site == f.site

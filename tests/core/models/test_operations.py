@@ -622,3 +622,9 @@ def test_what_is_no_operation_is_refused(todo):
 def test_positions_of_a_module_whose_output_has_other_axes_are_refused():
     with pytest.raises(FeaturizerError):
         collect(tiny_model("qwen3"), BASE, ["module:model.layers.0.self_attn.q_norm:output"], positions=[-1])
+
+
+@pytest.mark.parametrize("inputs", ["text", None, ["text"], torch.ones(1, 3, dtype=torch.long)], ids=str)
+def test_inputs_that_are_no_arguments_of_the_model_are_refused(inputs):
+    with pytest.raises(UsageError, match=f"keyword arguments of the model, .* not {type(inputs).__name__}"):
+        collect(tiny_model("gpt2"), inputs, ["resid.post:0"])

@@ -5,9 +5,11 @@ import inspect
 import featurizers
 import pytest
 import torch
+from featurizers.registry.plugin_host import PluginHost
 from featurizers.testing import FeaturizerContract
 from featurizers_identity import IdentityFeaturizer
 from featurizers_subspace import StandardizeFeaturizer, SubspaceFeaturizer
+from pydantic import BaseModel, ConfigDict
 
 
 def broken_laws(featurizer, activations, tmp_path):
@@ -241,3 +243,55 @@ def test_a_law_cannot_be_overridden_quietly():
         @pytest.mark.xfail(reason="lossy in half precision")
         def test_inverse_recovers_the_activations(self):
             pass
+
+
+class TransposedConfig(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class Transposed(featurizers.Featurizer[TransposedConfig]):
+    """A kind whose buffer is a transposed matrix in memory."""
+
+    kind = "transposed"
+    Config = TransposedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.d_in = self.n_features = 64
+        rotation = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator("cpu").manual_seed(0), device="cpu"))[
+            0
+        ]
+        rotation = rotation.contiguous().to(torch.empty(0).device)
+        self.register_buffer("rotation", rotation.T.clone())
+
+    def featurize(self, x):
+        return x.to(self.rotation.dtype) @ self.rotation, None
+
+    def inverse_featurize(self, features, error):
+        return features @ self.rotation.T
+
+
+@pytest.fixture
+def transposed(monkeypatch):
+    known = PluginHost.featurizer_class
+    monkeypatch.setattr(
+        PluginHost, "featurizer_class", lambda self, kind: Transposed if kind == "transposed" else known(self, kind)
+    )
+    return Transposed(TransposedConfig())
+
+
+def test_a_buffer_of_any_layout_is_saved_and_loaded_to_the_same_bits(transposed, tmp_path):
+    x = torch.randn(12, 64, generator=torch.Generator().manual_seed(1))
+    expected = x @ transposed.rotation
+    assert not transposed.rotation.is_contiguous()
+    loaded = featurizers.load(transposed.save_pretrained(tmp_path / "it"))
+    assert loaded.rotation.stride() == (1, 64)
+    assert torch.equal(loaded.encode(x), expected)
+    FeaturizerContract().test_a_saved_featurizer_loads_to_the_same_bits(transposed, x, tmp_path / "again")
+
+
+def test_a_layout_that_only_this_featurizer_has_is_named(transposed, tmp_path):
+    transposed.rotation = transposed.rotation.contiguous()
+    x = torch.randn(12, 64, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(AssertionError, match=r"'rotation' has the strides \(64, 1\), and \(1, 64\) after it was saved"):
+        FeaturizerContract().test_a_saved_featurizer_loads_to_the_same_bits(transposed, x, tmp_path / "it")

@@ -129,6 +129,21 @@ def test_llama_scope_that_says_too_little(change, words, tmp_path):
         featurizers.load(tmp_path)
 
 
+def test_a_release_in_half_precision_is_computed_in_single_precision(tmp_path):
+    """As `sae_lens.SAE.from_pretrained` does: activations are not rounded, and thresholds are computed in float32."""
+    t = {name: tensor.bfloat16() for name, tensor in linear().items()}
+    put(tmp_path, "checkpoints/final.safetensors", t)
+    f = featurizers.load(put(tmp_path, "hyperparams.json", LLAMA))
+    factor, x = math.sqrt(D) / 5.0, batch(5)
+    pre = x * factor @ t["encoder.weight"].float().T + t["encoder.bias"].float()
+    same(f.encode(x), torch.where(pre > 0.3 * factor, pre, 0.0))
+    assert float(f.threshold[0]) == float(torch.tensor(0.3 * factor))
+    state = {key: value.bfloat16() for key, value in linear().items()}
+    plain = featurizers.load(put(tmp_path / "plain", "layer_3.pt", state))
+    pre = x @ state["encoder.weight"].float().T + state["encoder.bias"].float()
+    same(plain.encode(x), pre.clamp(min=0))
+
+
 def test_qwen_scope_says_k_in_its_name(tmp_path):
     t = weights()
     state = {**t, "W_enc": t["W_enc"].T, "W_dec": t["W_dec"].T}

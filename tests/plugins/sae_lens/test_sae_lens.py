@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from featurizers.errors import ConfigError, ConversionError, FeatureIndexError, ManifestError, UsageError
 from featurizers.testing import FeaturizerContract
 from featurizers_sae_lens import MatchingPursuitFeaturizer, wrap
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support.dictionaries import dictionary
@@ -344,3 +345,33 @@ def test_a_name_that_is_not_kept_is_said(tmp_path):
     assert featurizers.convert(f, tmp_path / "named", "sae-lens") == ["The name 'mine' is not kept."]
     assert featurizers.convert(f, tmp_path / "kept", "dictionary-learning") == []
     assert featurizers.load(tmp_path / "kept").id == "mine"
+
+
+@pytest.mark.parametrize("architecture", ONE_SITE)
+@pytest.mark.parametrize(
+    ("said", "stored"),
+    [("float32", torch.bfloat16), ("torch.float32", torch.float16), ("bfloat16", torch.float32)],
+    ids=str,
+)
+def test_a_folder_is_computed_in_the_dtype_of_its_configuration(sae_lens, architecture, said, stored, tmp_path):
+    make(architecture).save_model(tmp_path)
+    path = tmp_path / "cfg.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": said}))
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    save_file({k: t.to(stored).contiguous() for k, t in tensors.items()}, tmp_path / "sae_weights.safetensors")
+    sae, f = sae_lens.SAE.load_from_disk(str(tmp_path)), featurizers.load(tmp_path)
+    x = batch(5, 3)
+    features, expected = f.encode(x), sae.encode(x)
+    assert features.dtype == expected.dtype == sae.dtype
+    assert torch.equal(f.W_dec, sae.W_dec)
+    if sae.dtype == torch.float32:
+        same(features, expected)
+        assert torch.equal(features != 0, expected != 0)
+
+
+def test_a_dtype_that_saelens_does_not_know_is_refused(sae_lens, tmp_path):
+    make("standard").save_model(tmp_path)
+    path = tmp_path / "cfg.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float8"}))
+    with pytest.raises(ManifestError, match="dtype is 'float8'; known are float32"):
+        featurizers.load(tmp_path)

@@ -362,3 +362,75 @@ def test_the_shapes_in_signatures_are_checked_while_testing():
     f = featurizers.create("subspace", d_in=8, n_features=3)
     with pytest.raises(jaxtyping.TypeCheckError):
         f.apply_edit(torch.zeros(4, 8), torch.zeros(4, 3), torch.zeros(4, 2))
+
+
+class TestAutocast:
+    """Autocast is on around the model; what a subspace computes is the same as without it."""
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_the_basis_stays_orthonormal_and_is_put_back_once(self, dtype):
+        f = featurizers.create("subspace", d_in=64, n_features=16)
+        optimizer = torch.optim.SGD(f.parameters(), lr=0.5)
+        base, source, target = (normal(8, 64, seed=s) for s in range(3))
+        for _ in range(3):
+            with torch.autocast("cpu", dtype):
+                (f.interchange(base, source) - target).pow(2).sum().backward()
+            optimizer.step()
+            with torch.autocast("cpu", dtype):
+                basis = f.orthonormal_basis().detach().clone()
+                stiefel.retract_(f.basis)
+            assert off_orthonormal(basis.double()) < 1e-5
+            assert torch.equal(f.basis, basis)
+
+    def test_a_step_of_training_is_that_without_autocast(self):
+        found = []
+        for on in (True, False):
+            f = featurizers.create("subspace", d_in=64, n_features=16, seed=3)
+            optimizer = torch.optim.SGD(f.parameters(), lr=0.5)
+            base, source, target = (normal(8, 64, seed=s) for s in range(3))
+            with torch.autocast("cpu", torch.bfloat16, enabled=on):
+                loss = (f.interchange(base, source) - target).pow(2).sum()
+            loss.backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=on):
+                optimizer.step()
+                found.append([f.basis.grad, f.encode(base), f.interchange(base, source), *f.featurize(base)])
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one, other)
+
+    def test_the_polar_factor_is_that_without_autocast(self):
+        w, direction = normal(32, 4), normal(32, 4, seed=1)
+        expected = torch.func.vjp(stiefel.polar, w)[1](direction)[0], torch.func.jvp(stiefel.polar, (w,), (direction,))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = torch.func.vjp(stiefel.polar, w)[1](direction)[0], torch.func.jvp(stiefel.polar, (w,), (direction,))
+            deviation = stiefel.deviation(stiefel.polar(w))
+        assert torch.equal(found[0], expected[0])
+        assert all(map(torch.equal, found[1], expected[1]))
+        assert deviation < 1e-5
+
+    def test_features_are_those_of_the_formula_in_single_precision(self):
+        f = featurizers.create("subspace", d_in=64, n_features=16)
+        x = normal(8, 64) * 100
+        with torch.autocast("cpu", torch.bfloat16):
+            features, error = f.featurize(x)
+            inside, again = f.inverse_featurize(features, None), f.encode(x)
+            seen = []
+            f.splice(x, seen.append)
+        q = f.basis.detach().numpy()
+        for found, expected in (
+            (features, x.numpy() @ q),
+            (again, x.numpy() @ q),
+            (seen[0], x.numpy() @ q),
+            (inside, x.numpy() @ q @ q.T),
+            (inside + error, x.numpy()),
+        ):
+            torch.testing.assert_close(found.detach(), torch.from_numpy(expected), rtol=1e-5, atol=1e-3)
+
+
+def test_tensors_of_the_caller_stay_the_callers():
+    basis, mean, std = torch.linalg.qr(normal(8, 3))[0].contiguous(), normal(8), torch.ones(8)
+    f, g = SubspaceFeaturizer.from_basis(basis), StandardizeFeaturizer.from_statistics(mean, std)
+    kept = f.basis.detach().clone(), g.mean.clone(), g.std.clone()
+    for tensor in (basis, mean, std):
+        tensor.mul_(3.0)
+    for tensor, before in zip((f.basis, g.mean, g.std), kept, strict=True):
+        assert torch.equal(tensor, before)

@@ -246,3 +246,15 @@ def test_the_logit_difference_is_of_the_first_tokens() -> None:
     torch.testing.assert_close(
         found, torch.stack([logits[0, 0, 5] - logits[0, 0, 1], logits[1, 0, 6] - logits[1, 0, 4]])
     )
+
+
+def test_what_a_search_found_does_not_move_when_the_training_goes_on() -> None:
+    searched = DBM().search(4, seed=0, through=None)
+    assert searched.gate is not None
+    with torch.no_grad():
+        searched.gate.logits.copy_(torch.tensor([1.0, -1.0, 2.0, -2.0]))
+    found = searched.found()
+    with torch.no_grad():
+        searched.gate.logits.neg_()
+    assert found.feature_sets["gate_logits"].tolist() == [1.0, -1.0, 2.0, -2.0]
+    assert found.feature_sets["selected"].tolist() == [0, 2]

@@ -535,6 +535,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
         ({"settings": {"warmup": 1.0}}, "warmup is a share"),
         ({"objective": "nll"}, "is one of cross-entropy"),
         ({"through": {SITE: 3}}, "expected a Featurizer"),
+        ({"method": featurizers.create("identity", d_in=8)}, "not IdentityFeaturizer; a featurizer to search in"),
     ],
 )
 def test_wrong_arguments_are_refused(options: dict[str, Any], problem: str) -> None:

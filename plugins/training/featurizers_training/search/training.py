@@ -131,6 +131,11 @@ class _Search:
         self.processes = PartialState(cpu=not torch.accelerator.is_available())
         if self.processes.num_processes > 1:
             model.to(self.processes.device)
+        if not isinstance(method, Method):
+            raise UsageError(
+                f"method is a search such as DAS(n_features=1), not {type(method).__name__}; a featurizer to search in "
+                "is given as through="
+            )
         self.model, self.method, self.settings, self.sites = model, method, settings, sites
         self.objective_name, self.objective = named_objective(objective)
         self.device = next(model.parameters()).device
