@@ -57,6 +57,7 @@ CHECKS = {
     "training": lambda: command("train", "--help"),
     "causal-basis": lambda: command("fit", "causal-basis", "--help"),
     "derived-scalars": lambda: command("scalars", "--list"),
+    "transformer-debugger": lambda: command("scalars", "--list"),
 }
 
 

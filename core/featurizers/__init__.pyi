@@ -24,14 +24,14 @@ from .pyvene import save_intervenable as save_intervenable
 from .registry.hookspecs import hookimpl as hookimpl
 from .registry.loader import PluginInfo as PluginInfo
 from .registry.plugin_host import check_plugins as check_plugins
+from .registry.plugin_host import create as create
 from .registry.plugin_host import kinds as kinds
 from .registry.plugin_host import plugins as plugins
 from .store.artefact import save as save
 from .store.artefact import save_collection as save_collection
 from .store.converting import convert as convert
-from .store.loading import create as create
-from .store.loading import list_artefacts as list_artefacts
 from .store.loading import load as load
 from .store.pushing import push as push
 from .store.pushing import push_featurizer as push_featurizer
+from .store.records import list_artefacts as list_artefacts
 from .version import __version__ as __version__

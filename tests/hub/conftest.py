@@ -1,4 +1,4 @@
-"""A Hub for each test, with alice logged in."""
+"""Fixtures: a local Hub for each test, with the user alice logged in."""
 
 import time
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """The client's pauses between its attempts take no time."""
+    """Let the client retry without pauses."""
     from huggingface_hub import file_download
     from huggingface_hub.utils import _http
 

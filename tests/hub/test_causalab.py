@@ -15,7 +15,7 @@ MCQA = "4_answer_MCQA_Gemma2ForCausalLM_answer_pointer"
 
 @pytest.fixture
 def repo(hub):
-    """``alice/mine`` with a submission and a folder of format 2.0."""
+    """Fill ``alice/mine`` with a submission and a folder of format 2.0."""
     record = hub.create("model", "alice/mine")
     files = dict(record["commits"][hub.head("alice/mine")]["files"])
     for path in FIXTURES.rglob("*/*"):

@@ -52,9 +52,9 @@ def test_a_folder_that_is_not_empty_is_not_pulled_into(hub, tmp_path):
 
 
 def main(monkeypatch, capsys, *arguments):
-    """Exit code, stdout and stderr of the command as a process runs it."""
+    """Return exit code, stdout and stderr of the command, run as in a process of its own."""
     monkeypatch.setattr(sys, "argv", ["featurizers", *map(str, arguments)])
-    # the client reads its variable at import, and logs to the stderr of that time
+    # the client read its environment variable at import, and logs to the stderr of then
     monkeypatch.setattr(logging.getLogger("huggingface_hub"), "disabled", True)
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("huggingface_hub"):
@@ -67,13 +67,13 @@ def main(monkeypatch, capsys, *arguments):
 @pytest.mark.parametrize("case", [name for name, case in DOWNLOADS.items() if case.call is LOAD])
 def test_a_download_that_fails_is_one_line_and_leaves_nothing(filled, monkeypatch, capsys, tmp_path, case):  # noqa: F811
     DOWNLOADS[case].cause(filled)
-    capsys.readouterr()  # what the client printed of the push
+    capsys.readouterr()  # discards the client's output of the push
     code, out, err = main(monkeypatch, capsys, "convert", "alice/x", tmp_path / "out")
     lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
     assert (code, out, len(lines)) == (1, "", 1), err[:3000]
     assert re.search(DOWNLOADS[case].words, lines[0])
     assert err.replace("\n", "").isprintable()
-    if case != "weights of another shape":  # a pull does not look into them
+    if case != "weights of another shape":  # which pull does not check
         assert main(monkeypatch, capsys, "pull", "alice/x", "--out", tmp_path / "out")[0] == 1
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""What the Hub refuses, or a broken connection: one error of this library each, and the branch as it was."""
+"""Failures of the Hub and of the connection: each is one error of this library, and the branch is unchanged."""
 
 from __future__ import annotations
 
@@ -29,15 +29,14 @@ from featurizers.errors import (
     ManifestError,
     WeightsError,
 )
-from featurizers.hub import repository as reading
-from featurizers.hub import transport
+from featurizers.hub import repository, transport
 from featurizers.store import pushing
 
 from tests.support.hub import ALICE_READ, BOB, LoopbackHub, subspace
 
 
 class Failure(NamedTuple):
-    """How to bring it about, what to call then, and what that must raise."""
+    """Failure to cause, call to make, and error that the call must raise."""
 
     cause: Callable[[LoopbackHub], Any]
     call: Callable[[], Any]
@@ -46,7 +45,7 @@ class Failure(NamedTuple):
 
 
 def _none(hub: LoopbackHub) -> None:
-    """The Hub is as it should be."""
+    """Leave the Hub unchanged."""
 
 
 def _load(source: str = "alice/x", **options: Any) -> Callable[[], Any]:
@@ -73,7 +72,7 @@ def _set(**fields: Any) -> Callable[[LoopbackHub], None]:
 
 
 def _says(**headers: Any) -> Callable[[LoopbackHub], None]:
-    """A Hub whose answer about the config has other headers."""
+    """Let the Hub answer the request for the config with other headers."""
 
     def cause(hub: LoopbackHub) -> None:
         sound = {"ETag": f'"{"a" * 40}"', "X-Repo-Commit": hub.head("alice/x"), "X-Linked-Size": 400}
@@ -83,7 +82,7 @@ def _says(**headers: Any) -> Callable[[LoopbackHub], None]:
 
 
 def _foreign_with(name: object) -> Callable[[LoopbackHub], None]:
-    """A repository of another library, whose list of files has a hostile name."""
+    """Make a repository of another library whose list of files has a hostile name."""
 
     def cause(hub: LoopbackHub) -> None:
         hub.put("alice/x", config_json=b'{"model_type": "gpt2"}')
@@ -141,7 +140,7 @@ DOWNLOADS = {
         _fault("/resolve/", "replace", b64=LOGIN_PAGE),
         LOAD,
         HubError,
-        "what answered is not a Hub; look whether",
+        "the answer is not from a Hub; check whether",
     ),
     "a login page for the weights": Failure(
         _fault("GET /cdn", "replace", b64=LOGIN_PAGE), LOAD, FeaturizerError, "alice/x: "
@@ -179,19 +178,19 @@ DOWNLOADS = {
         HubNotFoundError,
         "model.safetensors",
     ),
-    "a checksum that is a path": Failure(_says(ETag='"/tmp/x"'), LOAD, HubError, "what answered is not a Hub"),
-    "a checksum that leads out": Failure(_says(ETag='"../../x"'), LOAD, HubError, "what answered is not a Hub"),
-    "no commit": Failure(_says(**{"X-Repo-Commit": ""}), LOAD, HubError, "what answered is not a Hub"),
+    "a checksum that is a path": Failure(_says(ETag='"/tmp/x"'), LOAD, HubError, "the answer is not from a Hub"),
+    "a checksum that leads out": Failure(_says(ETag='"../../x"'), LOAD, HubError, "the answer is not from a Hub"),
+    "no commit": Failure(_says(**{"X-Repo-Commit": ""}), LOAD, HubError, "the answer is not from a Hub"),
     "a commit that leads out": Failure(
-        _says(**{"X-Repo-Commit": "../x"}), LOAD, HubError, "what answered is not a Hub"
+        _says(**{"X-Repo-Commit": "../x"}), LOAD, HubError, "the answer is not from a Hub"
     ),
-    "an absurd size": Failure(_says(**{"X-Linked-Size": 10**15 * 2}), LOAD, HubError, "which cannot be"),
-    "a listing of numbers": Failure(_foreign_with(5), LOAD, HubError, "its list of files is none"),
+    "an absurd size": Failure(_says(**{"X-Linked-Size": 10**15 * 2}), LOAD, HubError, "which is impossible"),
+    "a listing of numbers": Failure(_foreign_with(5), LOAD, HubError, "its list of files is malformed"),
     "a listing that leads out": Failure(
-        _foreign_with("../../evil.json"), LOAD, HubError, "its list of files has '../../evil.json', which would lie"
+        _foreign_with("../../evil.json"), LOAD, HubError, "its list of files has '../../evil.json', which is outside"
     ),
-    "an absolute listing": Failure(_foreign_with("/etc/passwd"), LOAD, HubError, "has '/etc/passwd', which would"),
-    "a listing for Windows": Failure(_foreign_with(r"..\evil"), LOAD, HubError, "which would lie elsewhere"),
+    "an absolute listing": Failure(_foreign_with("/etc/passwd"), LOAD, HubError, "has '/etc/passwd', which is outside"),
+    "a listing for Windows": Failure(_foreign_with(r"..\evil"), LOAD, HubError, "which is outside the repository"),
     "a listing of controls": Failure(_foreign_with("\x1b[2J\u202e"), LOAD, ManifestError, r"'\\x1b\[2J\\u202e'"),
 }
 
@@ -245,12 +244,12 @@ def _check(hub: LoopbackHub, case: Failure) -> None:
         case.call()
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
-    assert "Signature=" not in str(caught.value)  # of an address in the storage, good for whoever reads it
+    assert "Signature=" not in str(caught.value)  # it would give any reader access to the storage
 
 
 @pytest.fixture(params=["plain", "xet"])
 def filled(hub, hasty, request, monkeypatch):
-    """A Hub where alice/x is an artefact, and an empty cache; with and without the Xet storage."""
+    """Push an artefact to alice/x and empty the cache; with and without the Xet storage."""
     from huggingface_hub import constants
 
     if request.param == "xet":
@@ -270,10 +269,10 @@ def test_a_download_that_fails(filled, case):
 @pytest.mark.parametrize("case", UPLOADS)
 def test_an_upload_that_fails_changes_nothing(filled, case, monkeypatch):
     UPLOADS[case].cause(filled)
-    for fault in filled.faults if filled.xet else ():  # storage is asked for in another way
+    for fault in filled.faults if filled.xet else ():  # Xet has other requests for storage
         if re.search("PUT /cdn|objects/batch", fault["match"]):
             fault.update(match="xet-write-token", after=0)
-            monkeypatch.setattr(transport, "DEADLINE", 3.0)  # its client goes on asking for minutes
+            monkeypatch.setattr(transport, "DEADLINE", 3.0)  # its client retries for minutes
     before = filled.head("alice/x")
     _check(filled, UPLOADS[case]._replace(cause=_none))
     assert filled.head("alice/x") == before
@@ -333,7 +332,7 @@ def test_what_is_cached_loads_without_the_hub(filled, broken):
         again = featurizers.load("alice/x", token=False)
     assert again.revision == loaded.revision
     assert again.basis.equal(loaded.basis)
-    for options in ({"local_files_only": True}, {"revision": loaded.revision}):  # the Hub need not be asked
+    for options in ({"local_files_only": True}, {"revision": loaded.revision}):  # without a request
         with warnings.catch_warnings():
             warnings.simplefilter("error", CachedCopyWarning)
             again = featurizers.load("alice/x", **options)
@@ -377,14 +376,14 @@ def test_offline_mode(filled, monkeypatch):
 
 @pytest.fixture
 def impatient(hub, monkeypatch):
-    """Limits of a second where they are minutes; calls that were given up have ended before the next test."""
+    """Set the time limits to a second; wait at the end for the threads that were abandoned."""
     from huggingface_hub import file_download
     from huggingface_hub.utils import _http
 
     over, before = threading.Event(), set(threading.enumerate())
     for module in (_http, file_download):
         monkeypatch.setattr(module, "time", SimpleNamespace(**{**vars(time), "sleep": over.wait}))
-    for module in (reading, pushing):
+    for module in (repository, pushing):
         monkeypatch.setattr(module, "TIMEOUT", 0.3)
         monkeypatch.setattr(module, "DEADLINE", 1.0)
     monkeypatch.setattr(transport, "DEADLINE", 1.0)
@@ -440,9 +439,9 @@ def test_a_push_that_may_still_arrive_says_so(hub, impatient):
 
 
 def test_a_file_of_this_machine_is_neither_read_nor_pushed(filled, tmp_path, monkeypatch):
-    """Though the client, which asks again, gets another answer and makes a link to it."""
+    """The client asks the Hub a second time, gets another answer, and makes a link as it says."""
     (tmp_path / "secret").write_text("hf_secret")
-    real = reading.Remote._download
+    real = repository.Remote._download
 
     def download(self, name, commit):
         path = Path(real(self, name, commit))
@@ -451,9 +450,9 @@ def test_a_file_of_this_machine_is_neither_read_nor_pushed(filled, tmp_path, mon
             path.symlink_to(tmp_path / "secret")
         return str(path)
 
-    monkeypatch.setattr(reading.Remote, "_download", download)
+    monkeypatch.setattr(repository.Remote, "_download", download)
     before = filled.head("alice/x")
-    for _ in range(2):  # downloaded, and then cached
+    for _ in range(2):  # the second time from the cache
         with pytest.raises(ArtefactError, match=r"README\.md is a link out of this folder"):
             subspace(seed=1).push_to_hub("alice/x")
     assert filled.head("alice/x") == before

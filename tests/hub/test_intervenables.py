@@ -40,22 +40,22 @@ def test_there_and_back_in_one_commit(hub):
 
 
 def test_all_is_read_at_one_commit(hub, monkeypatch):
-    """Someone pushes after the first file was read."""
-    from featurizers_pyvene import intervenables
+    """Another push arrives after the first file was read."""
+    from featurizers_pyvene import loading
 
     old, new = several(), several()
     for intervention in list(new.interventions.values())[:2]:
         intervention.featurizer.load_state_dict(subspace(9, 32, 6).state_dict())
     list(new.interventions.values())[3].mask.data.neg_()
     first = featurizers.push_intervenable(old, "alice/it")
-    read_record, met = intervenables.read_record, []
+    read_record, met = loading.read_record, []
 
     def meeting(*arguments):
         if not met:
             met.append(featurizers.push_intervenable(new, "alice/it").oid)
         return read_record(*arguments)
 
-    monkeypatch.setattr(intervenables, "read_record", meeting)
+    monkeypatch.setattr(loading, "read_record", meeting)
     assert torch.equal(logits_of_several(load("alice/it")), logits_of_several(old))
     assert met != [first.oid]
     assert torch.equal(logits_of_several(load("alice/it")), logits_of_several(new))
@@ -67,7 +67,8 @@ def test_each_file_is_asked_for_once_and_then_not_at_all(hub):
     hub.log.clear()
     load(f"alice/it@{commit.oid}")
     asked = [request for request in hub.requests() if request.startswith("HEAD")]
-    assert len(asked) <= 2 * 8, asked  # two files and two of each featurizer; by us and by the client
+    # 8 files, two of each featurizer and two more: each has a HEAD by this library and another by the client
+    assert len(asked) <= 2 * 8, asked
     hub.log.clear()
     load(f"alice/it@{commit.oid}")
     assert hub.requests() == []
@@ -94,7 +95,9 @@ def test_the_command_pushes_and_pulls_it(hub, tmp_path):
 def test_what_does_not_belong_together_is_not_pushed(hub, tmp_path):
     folder = featurizers.save_intervenable(several(), tmp_path / "it")
     subspace(5, 32, 6).save_pretrained(folder / "featurizer-0")
-    with pytest.raises(WeightsError, match=r"another than was saved with intervenable\.json; nothing was pushed"):
+    with pytest.raises(
+        WeightsError, match=r"not the featurizer that was saved with intervenable\.json; nothing was pushed"
+    ):
         featurizers.push(folder, "alice/it")
     folder = featurizers.save_intervenable(several(), tmp_path / "other")
     tensors = folder / "intervenable.safetensors"

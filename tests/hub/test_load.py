@@ -1,4 +1,4 @@
-"""Loading: everything is read at one commit, asked for once, and the token stays with the Hub."""
+"""Loading from the Hub: all files are of one commit, each is requested once, and only the Hub gets the token."""
 
 import featurizers
 import pytest
@@ -8,8 +8,8 @@ from featurizers.hub.repository import Remote
 from tests.support.hub import ALICE, subspace
 
 
-def kept(hub):
-    """The requests since the last look."""
+def new_requests(hub):
+    """Return the requests since the last call."""
     seen = hub.requests()
     hub.log.clear()
     return seen
@@ -50,25 +50,25 @@ def test_a_push_between_config_and_weights_is_not_mixed_in(hub, monkeypatch):
 
 def test_how_often_the_hub_is_asked(hub):
     commit = subspace().push_to_hub("alice/x").oid
-    kept(hub)
+    new_requests(hub)
     featurizers.load("alice/x")
-    cold = kept(hub)
+    cold = new_requests(hub)
     assert "HEAD /alice/x/resolve/main/config.json" in cold
     assert len(cold) <= 6
     assert [path for path in cold if path.endswith("model.safetensors") and "/resolve/main/" in path] == []
     featurizers.load("alice/x")
-    assert kept(hub) == ["HEAD /alice/x/resolve/main/config.json"]
+    assert new_requests(hub) == ["HEAD /alice/x/resolve/main/config.json"]
     featurizers.load("alice/x", revision=commit)
     featurizers.load("alice/x", local_files_only=True)
-    assert kept(hub) == []
+    assert new_requests(hub) == []
 
 
 def test_listing_reads_the_root_alone(hub):
     for name in ("a", "b"):
         subspace().push_to_hub("alice/x", subfolder=name)
-    kept(hub)
+    new_requests(hub)
     assert list(featurizers.list_artefacts("alice/x", revision="main")) == ["a", "b"]
-    assert {path.partition("/resolve/")[2] for path in kept(hub)} <= {"main/config.json"}
+    assert {path.partition("/resolve/")[2] for path in new_requests(hub)} <= {"main/config.json"}
 
 
 def test_listing_one_artefact(hub):
@@ -80,12 +80,12 @@ def test_weights_of_a_kind_that_cannot_be_read_are_not_fetched(hub):
     subspace().push_to_hub("alice/x")
     config = hub.files("alice/x")["config.json"].replace(b'"kind": "subspace"', b'"kind": "not-installed"')
     hub.put("alice/x", config_json=config)
-    kept(hub)
+    new_requests(hub)
     with pytest.raises(UnknownKindError):
         featurizers.load("alice/x")
     with pytest.raises(UsageError, match="alice/x holds a featurizer of kind 'not-installed', not 'subspace'"):
         featurizers.load("alice/x", kind="subspace")
-    assert not any("safetensors" in path for path in kept(hub))
+    assert not any("safetensors" in path for path in new_requests(hub))
 
 
 def test_a_flipped_bit_is_refused_if_asked_and_mended_by_fetching_again(hub):
@@ -102,9 +102,9 @@ def test_cache_dir(hub, tmp_path):
     subspace().push_to_hub("alice/x")
     featurizers.load("alice/x", cache_dir=tmp_path / "elsewhere")
     assert list((tmp_path / "elsewhere").glob("models--alice--x/snapshots/*/model.safetensors"))
-    kept(hub)
+    new_requests(hub)
     featurizers.load("alice/x", cache_dir=tmp_path / "elsewhere", local_files_only=True)
-    assert kept(hub) == []
+    assert new_requests(hub) == []
 
 
 @pytest.mark.parametrize("token", [None, ALICE, True], ids=["stored", "given", "true"])
@@ -119,7 +119,7 @@ def test_the_token_reaches_the_hub_and_not_the_storage(hub, token):
 
 def test_no_token(hub):
     subspace().push_to_hub("alice/x")
-    kept(hub)
+    new_requests(hub)
     featurizers.load("alice/x", token=False)
     assert not any(record["auth"] for record in hub.log)
 

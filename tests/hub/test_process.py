@@ -1,4 +1,4 @@
-"""A process of its own, with the Hub in its environment: what is read at import, and the Xet storage."""
+"""Round trip in a new process, which gets the Hub from its environment; with and without the Xet storage."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Pushing: one commit each, to the place that was asked for, with everything else in the repository kept."""
+"""Pushing: one commit each, to the right repository and folder, and all other files are kept."""
 
 import json
 

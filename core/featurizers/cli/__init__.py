@@ -1,4 +1,4 @@
-"""The `featurizers` command, and what the commands of plugins share: options, tables and progress bars."""
+"""Command line `featurizers`, and what plugins share for their commands: options, JSON output and progress bars."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The commands of plugins: looked for when a word is not a command of the core, and when all are listed."""
+"""Commands of plugins, which are loaded if a word is not a command of the core, or if all commands are listed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from featurizers.names import COMMANDS, FIRST_PARTY
 from featurizers.registry.plugin_host import host, kinds
 
 
-class Commands(TyperGroup):
-    """The core's commands and those of plugins, whose groups of one name become one.
+class CommandGroup(TyperGroup):
+    """Commands of the core and of plugins; groups that plugins add under one name become one.
 
     No plugin is imported for a command of the core. If one of the first two words is a plugin's name, as in
     ``featurizers fit causal-basis``, or if the command is in `COMMANDS`, that plugin is asked first; if it has no such
@@ -30,7 +30,7 @@ class Commands(TyperGroup):
         self._conflicts: dict[str, str] = {}
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Names of the core's commands, then those of plugins; what is wrong with one is a warning."""
+        """Return the names of the core's commands, then those of plugins; warn of plugins that fail."""
         self._ask(kinds())
         for fault in [*self._faults, *self._conflicts.values()]:
             typer.echo(f"warning: {fault}", err=True)
@@ -60,11 +60,13 @@ class Commands(TyperGroup):
                 command = f"pip install {shlex.quote(requirement)}"
                 raise MissingDependencyError(f"the command {word!r}", FIRST_PARTY[owner], command)
             if word not in self.commands and self._faults:
-                raise PluginError(f"there is no command {shown(word)}, but for these: {'; '.join(self._faults)}")
+                raise PluginError(
+                    f"there is no command {shown(word)}, but some plugins failed: {'; '.join(self._faults)}"
+                )
         return super().resolve_command(ctx, args)
 
     def _ask(self, plugins: Iterable[str]) -> None:
-        """Take up the commands of plugins that were not asked yet; one that fails does not hinder the others."""
+        """Add the commands of plugins that were not asked yet; a plugin that fails does not stop the others."""
         for plugin in plugins:
             if plugin not in self._asked:
                 self._asked.add(plugin)
@@ -74,18 +76,18 @@ class Commands(TyperGroup):
                     self._merge(self.commands, get_group(app).commands, plugin)
                 except PluginError as error:
                     self._faults.append(str(error))
-                except Exception as error:  # typer refuses what was added
+                except Exception as error:  # raised by typer for a command that it does not accept
                     self._faults.append(f"the commands of the plugin {plugin!r} cannot be used: {one_line(error)}")
 
     def _merge(self, known: MutableMapping[str, Any], added: MutableMapping[str, Any], plugin: str, *path: str) -> None:
         for name, command in added.items():
-            here, words = known.setdefault(name, command), (*path, name)
-            if here is command:
+            existing, words = known.setdefault(name, command), (*path, name)
+            if existing is command:
                 continue
-            if isinstance(here, TyperGroup) and isinstance(command, TyperGroup):
-                self._merge(here.commands, command.commands, plugin, *words)
+            if isinstance(existing, TyperGroup) and isinstance(command, TyperGroup):
+                self._merge(existing.commands, command.commands, plugin, *words)
             else:
                 self._conflicts[words[0]] = (
-                    f"the plugin {plugin!r} adds the command {' '.join(words)!r}, which is there already; "
+                    f"the plugin {plugin!r} adds the command {' '.join(words)!r}, which exists already; "
                     "uninstall one of the two"
                 )

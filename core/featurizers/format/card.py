@@ -1,27 +1,32 @@
-"""`README.md`: the model card of an artefact or of a collection, made without disturbing what people wrote."""
+"""`README.md`: the model card of an artefact or a collection, updated without touching the text that people wrote."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
+from typing import Any, Final
 
 from featurizers.errors import ArtefactError
-from featurizers.format.manifest import Index, Manifest
+from featurizers.format.manifest import LIBRARY_NAME, Index, Manifest
 
-START, END = "<!-- featurizers: start -->", "<!-- featurizers: end -->"
-FRONT_MATTER = re.compile(r"\A---\r?\n.*?\r?\n---\r?\n", re.DOTALL)
-UNKNOWN_LICENSE = "unknown"
+START: Final = "<!-- featurizers: start -->"
+END: Final = "<!-- featurizers: end -->"
+MAX_FRONT_MATTER: Final = 2**16
+"""Characters of the longest front matter that is parsed; YAML takes seconds for a megabyte."""
 
 
 def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -> None:
-    """Write the card of one artefact, or renew our part of the one that is there.
+    """Write the card of an artefact, or update the generated part of an existing card.
 
     Args:
-        manifest: what the card tells; the licence is ``metadata["license"]``.
-        path: of the card.
-        source: what its snippet loads.
-        subfolder: which artefact of it.
+        manifest: describes the artefact; its licence is ``metadata["license"]``.
+        path: file to write.
+        source: source that the example on the card loads.
+        subfolder: subfolder that the example on the card loads.
+
+    Raises:
+        ArtefactError: the existing card is not UTF-8 text.
     """
     site = manifest.site
     where = _code(str(site.site())) if site else "not recorded"
@@ -45,26 +50,26 @@ def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -
         "import featurizers",
         "",
         f"f = featurizers.load({arguments})  # reads JSON and safetensors, runs no code",
-        *_use(manifest),
+        *_example(manifest),
         "```",
         END,
     ]
-    license_name = manifest.metadata.get("license", UNKNOWN_LICENSE)
-    _renew(
-        path,
-        _tags(manifest.kind, model=site.model if site else None, license_name=license_name),
-        "\n".join(lines),
-    )
+    license_name = manifest.metadata.get("license", "unknown")
+    metadata = _metadata(manifest.kind, base_model=site.model if site else None, license_name=license_name)
+    _update(path, metadata, "\n".join(lines))
 
 
 def write_collection(index: Index, path: Path, *, source: str, intervenable: bool = False) -> None:
-    """Write the card of a collection, or renew our part of the one that is there.
+    """Write the card of a collection, or update the generated part of an existing card.
 
     Args:
-        index: what the card tells.
-        path: of the card.
-        source: what its snippet loads.
-        intervenable: whether a pyvene model lies beside it.
+        index: describes the collection.
+        path: file to write.
+        source: source that the example on the card loads.
+        intervenable: whether the collection belongs to a pyvene model.
+
+    Raises:
+        ArtefactError: the existing card is not UTF-8 text.
     """
     rows = [
         f"| `{name}` | {_code(entry.kind)} | {_text(entry.id)} | {_code(entry.site) if entry.site else ''} |"
@@ -88,23 +93,23 @@ def write_collection(index: Index, path: Path, *, source: str, intervenable: boo
         END,
     ]
     kinds = sorted({entry.kind for entry in index.artefacts.values()})
-    _renew(path, _tags(*kinds), "\n".join(lines))
+    _update(path, _metadata(*kinds), "\n".join(lines))
 
 
 def _text(words: str) -> str:
-    """Words of an artefact as Markdown shows them: no tag, no link, no end of a table's cell."""
+    """Escape words of an artefact for Markdown: no tag, no link, no end of a table cell."""
     return re.sub(r"([\\`<>|\[\]])", r"\\\1", words)
 
 
 def _code(words: str) -> str:
-    """The same, as code in a table; our own marks are comments, and are not made there."""
+    """Format words of an artefact as code in a table cell, without comments that look like `START` and `END`."""
     for old, new in (("`", "'"), ("|", r"\|"), ("<!--", "<! --")):
         words = words.replace(old, new)
     return f"`{words}`"
 
 
-def _use(manifest: Manifest) -> list[str]:
-    """How to interchange: what was found at some tokens is run there, with the features selected."""
+def _example(manifest: Manifest) -> list[str]:
+    """Return the lines of an interchange; with `attach` if the artefact knows at which tokens it was found."""
     if manifest.site and manifest.site.position:
         return [
             "attached = f.attach(model)  # at f.site, with the tokens and the features that were found",
@@ -118,35 +123,45 @@ def _use(manifest: Manifest) -> list[str]:
     ]
 
 
-def _tags(*kinds: str, model: str | None = None, license_name: object = UNKNOWN_LICENSE) -> str:
-    lines = ["library_name: featurizers", f"license: {_yaml(license_name)}"]
-    if model:
-        lines.append(f"base_model: {_yaml(model)}")
-    lines += [
-        "tags:",
-        "- featurizers",
-        "- mechanistic-interpretability",
-        *(f"- {_yaml(kind)}" for kind in kinds),
-    ]
-    return "\n".join(lines)
+def _metadata(*kinds: str, base_model: str | None = None, license_name: object = "unknown") -> dict[str, Any]:
+    """Return the front matter of a new card."""
+    return {
+        "library_name": LIBRARY_NAME,
+        "license": license_name,
+        **({"base_model": base_model} if base_model else {}),
+        "tags": [LIBRARY_NAME, "mechanistic-interpretability", *kinds],
+    }
 
 
-def _yaml(value: object) -> str:
-    """A value in the front matter, where our own marks are not made."""
-    return json.dumps(value, ensure_ascii=False).replace("<", r"\u003c")
+def _update(path: Path, metadata: dict[str, Any], body: str) -> None:
+    """Put the generated block in place of the old one, and add to the front matter the keys and tags that it lacks."""
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK, metadata_load, metadata_save  # imports for 0.1 seconds
 
-
-def _renew(path: Path, tags: str, body: str) -> None:
-    """Put our block in place of the old one; keep the front matter and the prose that are there."""
     try:
-        old = path.read_text(encoding="utf-8") if path.exists() else ""
+        text = path.read_bytes().decode("utf-8-sig") if path.exists() else ""
     except UnicodeDecodeError as error:
         raise ArtefactError(str(path), "it is not UTF-8 text; convert it or move it away") from error
-    if START in old and END in old.partition(START)[2]:
-        before, _, rest = old.partition(START)
-        text = before + body + rest.partition(END)[2]
+    newline = "\r\n" if "\r\n" in text else "\n"
+    body = body.replace("\n", newline)
+    front_matter = match[0] if (match := REGEX_YAML_BLOCK.match(text)) else ""
+    before, start, rest = text.removeprefix(front_matter).partition(START)
+    _, end, after = rest.partition(END)
+    if start and end:
+        text = front_matter + before + body + after
     else:
-        text = f"{old.rstrip()}\n\n{body}\n".lstrip() if old else f"{body}\n"
-    if not FRONT_MATTER.match(text):
-        text = f"---\n{tags}\n---\n\n{text}"
-    path.write_text(text, encoding="utf-8")
+        text += newline * (2 - text.endswith("\n") if text else 0) + body + newline
+    raw = (text if front_matter else newline + text).encode()
+    path.write_bytes(raw)
+    if len(front_matter) > MAX_FRONT_MATTER or ("&" in front_matter and "*" in front_matter):
+        return  # slow to parse, or with aliases, which can expand to any size
+    try:
+        existing = metadata_load(path) or {}
+        merged = {**existing, **{key: value for key, value in metadata.items() if key not in existing}}
+        if isinstance(tags := existing.get("tags"), list):
+            merged["tags"] = [*tags, *(tag for tag in metadata["tags"] if tag not in tags)]
+        if merged != existing:
+            metadata_save(path, merged)
+    except OSError:
+        raise
+    except Exception:  # not YAML, or no mapping: the Hub cannot read it either
+        path.write_bytes(raw)

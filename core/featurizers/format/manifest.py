@@ -10,9 +10,8 @@ from typing import Annotated, Any, Final, Literal, NoReturn
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from featurizers.errors import ArtefactError, ManifestError, NotOursError, SiteError, explain, one_line, shown
-from featurizers.files.regular import contained, looks_like, read_bytes
-from featurizers.files.replacement import recover
+from featurizers.errors import ManifestError, NotOursError, SiteError, explain, one_line, shown
+from featurizers.files.regular import looks_like, read_bytes
 from featurizers.format.sites import Side, Site
 from featurizers.names import KIND
 
@@ -158,38 +157,12 @@ def read(path: Path, where: str) -> Manifest | Index:
     return parse(read_bytes(path, where, ManifestError, MAX_CONFIG_BYTES), where)
 
 
-def named_folder(folder: Path, subfolder: str | None) -> Path:
-    """Return the path of a folder, or of a subfolder, with ``~`` expanded."""
+def named_folder(folder: Path) -> Path:
+    """Return the path of a folder with ``~`` expanded."""
     try:
-        return folder.expanduser() / (subfolder or "")
+        return folder.expanduser()
     except RuntimeError:  # no such user
-        return folder / (subfolder or "")
-
-
-def read_local(folder: Path, subfolder: str | None) -> tuple[Path, Manifest | Index]:
-    """Read the ``config.json`` of a folder, and return the path of the folder too.
-
-    Raises:
-        ManifestError: there is no ``config.json``, or it is malformed.
-        ArtefactError: a file is a link out of the folder.
-    """
-    root = named_folder(folder, None)
-    folder = named_folder(folder, subfolder)
-    try:
-        if not (folder / CONFIG_NAME).exists():
-            recover(root.resolve())
-        exists = (folder / CONFIG_NAME).exists()
-    except (OSError, RuntimeError, ValueError):  # no folder can have this name
-        exists = False
-    where = str(folder)
-    if not exists:
-        raise ManifestError(
-            where,
-            f"there is no {CONFIG_NAME}; give the folder that save_pretrained wrote, or convert another one",
-        )
-    for name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME):
-        contained(root, folder / name, where, ArtefactError)
-    return folder, read(folder / CONFIG_NAME, where)
+        return folder
 
 
 def parse(raw: bytes, where: str) -> Manifest | Index:

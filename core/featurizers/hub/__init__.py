@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: the grammar of sources, requests with a time limit, and one repository at one commit.
+"""Hugging Face Hub: the grammar of sources, requests with a time limit, and a repository read at one commit.
 
 This room imports `featurizers.format` and the rooms below it.
 """

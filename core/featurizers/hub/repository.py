@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: what a repository holds is read at one commit, by functions of huggingface_hub."""
+"""Repository of the Hugging Face Hub, read at one commit with the functions of huggingface_hub."""
 
 from __future__ import annotations
 
@@ -38,20 +38,23 @@ if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata
 
 MAX_FILES: Final = 50_000
-"""How many files of a repository of another library are looked at."""
+"""Most files that a repository of another library may have."""
 COMMIT: Final = re.compile(r"[0-9a-f]{40,64}")
 ETAG: Final = re.compile(r"[0-9A-Za-z_-]{1,128}")
-"""What a Hub may call a file's contents; the client makes a file of that name."""
+"""Etags that we accept; huggingface_hub uses the etag as a file name in its cache."""
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A repository as one call sees it, and how to read it.
+    """Repository, or a folder of it, with the options that its files are downloaded with.
 
     Attributes:
         source: repository and revision.
-        subfolder: where in it.
-        options: what huggingface_hub's downloads take beside.
+        subfolder: folder of the repository; its root if None.
+        token: token for the Hub; the stored one if None.
+        cache_dir: folder of the Hub's cache; the default one if None.
+        force_download: whether to download files again that are cached.
+        local_files_only: whether to use the cache alone.
     """
 
     source: HubSource
@@ -62,41 +65,41 @@ class Remote:
     local_files_only: bool = False
 
     def __str__(self) -> str:
-        """``owner/name@revision/subfolder``."""
+        """Return ``owner/name@revision/subfolder``."""
         return f"{self.source}/{self.subfolder}" if self.subfolder else str(self.source)
 
     def file(self, name: str, commit: str | None = None, most: int | None = None) -> Path:
-        """The local path of a file, downloaded unless it is cached.
+        """Return the local path of a file; download it unless it is cached.
 
-        The Hub is asked for the file first: it then fails at once where the client would go on asking a dead Hub for
-        23 seconds, and tells the size of a file before it is fetched. A copy in the cache that the Hub no longer
-        vouches for is used with a `CachedCopyWarning`.
+        One HEAD request comes before a download. If the Hub does not answer, it fails at once, where the client would
+        retry for 23 seconds; and it gives the size of the file before the download. If the Hub cannot be asked, the
+        copy in the cache is used with a `CachedCopyWarning`.
 
         Args:
-            name: of the file.
-            commit: to read it at, the source's revision if None.
-            most: how many bytes it may have.
+            name: path of the file from the subfolder.
+            commit: commit to read it at; the revision of the source if None.
+            most: most bytes that it may have.
 
         Raises:
-            HubError: it cannot be had.
-            ManifestError: it is larger.
+            HubError: the Hub refused or did not answer, or has no such file.
+            ManifestError: the file is larger.
         """
         size: int | None = None
         if not self._offline():
-            wanted = commit or self.source.revision
-            cached = None if self.force_download else self._cached(name, wanted)
-            if cached is not None and cached.commit == wanted:
-                return self._inside(cached.path)  # what a commit holds does not change
+            revision = commit or self.source.revision
+            cached = None if self.force_download else self._cached(name, revision)
+            if cached is not None and cached.commit == revision:
+                return self._inside(cached.path)  # the files of a commit never change
             try:
-                asked = self._ask(name, wanted)
+                metadata = self._ask(name, revision)
             except HubError as error:
                 if cached is None or (isinstance(error, HubNotFoundError) and error.what != "repository"):
                     raise
                 warnings.warn(f"{error}. The copy of {cached.commit} in the cache is used", CachedCopyWarning, 2)
                 return self._inside(cached.path)
-            if cached is not None and cached.commit == asked.commit_hash:
+            if cached is not None and cached.commit == metadata.commit_hash:
                 return self._inside(cached.path)
-            size = asked.size
+            size = metadata.size
             if most is not None and size is not None and size > most:
                 raise ManifestError(str(self), f"{name} has {size} bytes, more than the {most} that it may have")
         return self._inside(Path(within(transfer_time(size), str(self), lambda: self._download(name, commit))))
@@ -110,22 +113,22 @@ class Remote:
         return f"{self.subfolder}/{name}" if self.subfolder else name
 
     def _snapshot(self, path: Path, name: str) -> Path:
-        """The folder of the commit that a cached file is of: …/snapshots/COMMIT/[subfolder/]NAME."""
+        """Return the folder of the commit from the path of a cached file: …/snapshots/COMMIT/[subfolder/]NAME."""
         return path.parents[len(Path(self._path(name)).parts) - 1]
 
     def _inside(self, path: Path) -> Path:
-        """The path of a cached file, unless its blob is elsewhere: the client names it as the Hub says."""
+        """Return the path of a cached file; raise if its blob is outside the cache, since the Hub chose its name."""
         return contained(path.parent, path, str(self), ArtefactError)
 
     def _cached(self, name: str, revision: str | None) -> _Cached | None:
         from huggingface_hub import try_to_load_from_cache
 
         with translated(str(self)):
-            found = try_to_load_from_cache(self.source.repo_id, self._path(name), self.cache_dir, revision)
-        return _Cached(Path(found), self._snapshot(Path(found), name).name) if isinstance(found, str) else None
+            path = try_to_load_from_cache(self.source.repo_id, self._path(name), self.cache_dir, revision)
+        return _Cached(Path(path), self._snapshot(Path(path), name).name) if isinstance(path, str) else None
 
     def _ask(self, name: str, revision: str | None) -> HfFileMetadata:
-        """What the Hub says of a file, without any of the client's repetitions."""
+        """Ask the Hub for the commit, etag and size of a file, without the retries of the client."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
         def ask() -> HfFileMetadata:
@@ -137,12 +140,12 @@ class Remote:
                 library_version=__version__,
             )
 
-        asked = within(2 * TIMEOUT, str(self), ask)
-        if not (COMMIT.fullmatch(asked.commit_hash or "") and ETAG.fullmatch(asked.etag or "")):
-            raise HubError(str(self), "what answered is not a Hub; look whether a proxy wants you to log in")
-        if asked.size is not None and not 0 <= asked.size < 2**50:
-            raise HubError(str(self), f"{name} has {asked.size} bytes by the Hub's word, which cannot be")
-        return asked
+        metadata = within(2 * TIMEOUT, str(self), ask)
+        if not (COMMIT.fullmatch(metadata.commit_hash or "") and ETAG.fullmatch(metadata.etag or "")):
+            raise HubError(str(self), "the answer is not from a Hub; check whether a proxy wants you to log in")
+        if metadata.size is not None and not 0 <= metadata.size < 2**50:
+            raise HubError(str(self), f"the Hub gives {name} the size of {metadata.size} bytes, which is impossible")
+        return metadata
 
     def _download(self, name: str, commit: str | None) -> str:
         from huggingface_hub import hf_hub_download
@@ -162,10 +165,13 @@ class Remote:
         )
 
     def names(self) -> tuple[tuple[str, ...], str]:
-        """The files below the subfolder, as they are called from there, and the commit that they are listed at.
+        """List the files below the subfolder.
+
+        Returns:
+            Their paths from the subfolder, and the commit that has them.
 
         Raises:
-            HubError: they cannot be listed; without the network nothing is, whatever is cached.
+            HubError: they cannot be listed; the cache cannot list them either.
         """
         from huggingface_hub import HfApi
 
@@ -182,25 +188,25 @@ class Remote:
         )
         prefix = f"{self.subfolder}/" if self.subfolder else ""
         if not COMMIT.fullmatch(str(info.sha)) or not all(isinstance(s.rfilename, str) for s in info.siblings or ()):
-            raise HubError(str(self), "what answered is not a Hub: its list of files is none")
+            raise HubError(str(self), "the answer is not from a Hub: its list of files is malformed")
         names = [s.rfilename.removeprefix(prefix) for s in info.siblings or () if s.rfilename.startswith(prefix)]
         if len(names) > MAX_FILES:
             raise HubError(str(self), f"it has more than {MAX_FILES} files; name the folder of one with subfolder=")
         if outside := next((name for name in names if not _is_inside(name)), None):
-            raise HubError(str(self), f"its list of files has {shown(outside, 200)}, which would lie elsewhere")
+            raise HubError(str(self), f"its list of files has {shown(outside, 200)}, which is outside the repository")
         return tuple(sorted(names)), str(info.sha)
 
     def config(self) -> tuple[Manifest | Index, str]:
-        """The ``config.json``, and the commit that everything else is then read at."""
+        """Read the ``config.json``; return it with its commit, to read every other file at."""
         path = self.file(CONFIG_NAME, most=MAX_CONFIG_BYTES)
         return read(path, str(self)), self._snapshot(path, CONFIG_NAME).name
 
     def weights(self, commit: str, most: int | None = None) -> Path:
-        """The folder that holds ``model.safetensors``, downloaded at a commit, of so many bytes at most."""
+        """Download ``model.safetensors`` at a commit and return its folder; arguments and errors as in `file`."""
         return self.file(WEIGHTS_NAME, commit, most).parent
 
     def optional(self, name: str, commit: str, most: int) -> Path | None:
-        """As `file`; None if the repository has no such file."""
+        """Return the local path of a file as `file` does, or None if the repository has no such file."""
         try:
             return self.file(name, commit, most)
         except HubNotFoundError as error:
@@ -209,26 +215,30 @@ class Remote:
             raise
 
     def verify(self, path: Path, name: str) -> None:
-        """Compare a downloaded file with the checksum that the Hub gave for it: a sha256, or Git's sha1 of a small one.
+        """Compare a downloaded file with the Hub's checksum: sha256 for a large file, Git's sha1 for a small one.
+
+        Args:
+            path: local path of the file.
+            name: name of the file in errors.
 
         Raises:
             WeightsError: they differ, or the cache does not keep the checksum.
         """
-        expected = Path(os.readlink(path)).name if path.is_symlink() else ""  # the client names blobs by it
+        expected = Path(os.readlink(path)).name if path.is_symlink() else ""  # the client names blobs by their checksum
         with opened(path, str(self), WeightsError, name) as file:
             size = os.fstat(file.fileno()).st_size
             if re.fullmatch("[0-9a-f]{64}", expected):
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+                actual = hashlib.file_digest(file, "sha256").hexdigest()
             elif re.fullmatch("[0-9a-f]{40}", expected):
                 digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
                 while piece := file.read(2**20):
                     digest.update(piece)
-                found = digest.hexdigest()
+                actual = digest.hexdigest()
             else:
                 raise WeightsError(str(self), f"the cache keeps no checksum of {name}; leave out verify")
-        if found != expected:
+        if actual != expected:
             raise WeightsError(
-                str(self), f"{name} has checksum {found}, the Hub says {expected}; load it with force_download=True"
+                str(self), f"{name} has checksum {actual}, the Hub says {expected}; load it with force_download=True"
             )
 
 
@@ -239,5 +249,5 @@ class _Cached:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether the name of a file leads to one below its folder, on any system."""
+    """Return whether a path stays below its folder, on any operating system."""
     return not any(part in ("", ".", "..") or re.search(r"[\\:\0]", part) for part in name.split("/"))

@@ -1,4 +1,4 @@
-"""What a caller may write for the source of a featurizer: a folder, a repository, or a plugin's catalogue entry."""
+"""Sources of featurizers, parsed from strings: a folder, a repository, or an entry of a plugin's catalogue."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ FORMS = (
 
 @dataclass(frozen=True)
 class FolderSource:
-    """A folder on this machine."""
+    """Folder on this machine."""
 
     path: Path
 
     def __str__(self) -> str:
-        """The path."""
+        """Return the path."""
         return str(self.path)
 
 
 @dataclass(frozen=True)
 class HubSource:
-    """A repository of the Hugging Face Hub, at a branch, tag or commit if one is named."""
+    """Repository of the Hugging Face Hub, at a branch, tag or commit; at ``main`` if None."""
 
     repo_id: str
     revision: str | None = None
 
     def __str__(self) -> str:
-        """``owner/name@revision``."""
+        """Return ``owner/name@revision``."""
         return self.repo_id if self.revision is None else f"{self.repo_id}@{self.revision}"
 
 
 @dataclass(frozen=True)
 class CatalogueSource:
-    """An entry of a plugin's own catalogue."""
+    """Entry of a plugin's catalogue."""
 
     plugin: str
     reference: str
 
     def __str__(self) -> str:
-        """``plugin:reference``."""
+        """Return ``plugin:reference``."""
         return f"{self.plugin}:{self.reference}"
 
 
@@ -56,14 +56,14 @@ Source: TypeAlias = FolderSource | HubSource | CatalogueSource
 
 
 def parse_source(source: str | Path, revision: str | None = None) -> Source:
-    """What a source names; nothing is guessed between a folder and a repository.
+    """Parse the source of a featurizer. A string that could be a folder or a repository is refused, not guessed.
 
     Args:
-        source: a path, or a string in one of the forms above.
+        source: a path, or a string in one of the forms that `featurizers.load` describes.
         revision: branch, tag or commit, for a repository.
 
     Raises:
-        SourceError: it is in none of the forms, in two at once, or names two revisions.
+        SourceError: the source has none of the forms, fits two of them, or names two revisions.
 
     Example:
         >>> parse_source("owner/name@v1")
@@ -73,7 +73,7 @@ def parse_source(source: str | Path, revision: str | None = None) -> Source:
     if revision is None:
         return parsed
     if not isinstance(parsed, HubSource):
-        raise SourceError(f"{str(source)!r} is not a repository, so that it has no revision {revision!r}")
+        raise SourceError(f"{str(source)!r} is not a repository, so it has no revision {revision!r}")
     if parsed.revision not in (None, revision):
         raise SourceError(f"{source!r} and revision={revision!r} name two revisions; give one")
     return HubSource(parsed.repo_id, revision)
@@ -103,7 +103,7 @@ def _parse(source: str | Path) -> Source:
 def _is_here(path: str) -> bool:
     try:
         return Path(path).exists()
-    except OSError:  # longer than a name can be
+    except OSError:  # the name is too long
         return False
 
 

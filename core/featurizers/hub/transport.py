@@ -1,4 +1,4 @@
-"""Questions to the Hub: each has an end, and what huggingface_hub raises becomes one of our errors."""
+"""Requests to the Hub with a time limit, and the errors of huggingface_hub as errors of this library."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from featurizers.errors import (
 )
 
 TIMEOUT: Final = 10.0
-"""Seconds that a question to the Hub may take."""
+"""Seconds that a single request to the Hub may take."""
 DEADLINE: Final = 60.0
-"""Seconds that a call may take that asks several, or that the client repeats."""
+"""Seconds that a call may take that makes several requests, or that the client retries."""
 LONGEST: Final = 7 * 86_400.0
-"""Seconds that any transfer may take."""
+"""Seconds that a transfer of any size may take."""
 SLOWEST: Final = 50_000
-"""Bytes a second that a transfer may not stay below."""
+"""Lowest rate of a transfer, in bytes per second."""
 
 Result = TypeVar("Result")
 
 
 def transfer_time(size: int | None) -> float:
-    """Seconds that a transfer of so many bytes may take."""
+    """Return the seconds that a transfer may take, from its size in bytes."""
     return min(DEADLINE + (size or 0) / SLOWEST, LONGEST)
 
 
 def within(seconds: float, where: str, call: Callable[[], Result], late: str = "") -> Result:
-    """What a call gives, if it comes back in time.
+    """Run a call in a daemon thread and return its result; raise if it takes longer than ``seconds``.
 
-    The client has calls without a limit, waits as long as a server bids it to, and takes a byte every nine seconds for
-    progress. The call goes on in a thread that nothing waits for, because nothing can end it.
+    The client itself has no limit: some of its calls have no timeout, it waits as long as a server tells it to, and a
+    byte every nine seconds counts as progress. The thread cannot be cancelled and is abandoned.
 
     Args:
-        seconds: that it may take.
-        where: what to call the repository in an error.
-        call: of huggingface_hub.
-        late: what to do when it does not come back.
+        seconds: time limit.
+        where: name of the repository in errors.
+        call: function to run, which uses huggingface_hub.
+        late: advice for the error when the time is over.
 
     Raises:
-        HubOfflineError: it did not.
+        HubOfflineError: the time is over.
         HubError: as `translated`.
     """
     results: list[Result] = []
@@ -58,7 +58,7 @@ def within(seconds: float, where: str, call: Callable[[], Result], late: str = "
     def run() -> None:
         try:
             results.append(call())
-        except BaseException as error:  # raised again below, where somebody waits for it
+        except BaseException as error:  # raised again below, in the calling thread
             failures.append(error)
 
     context = contextvars.copy_context()
@@ -75,7 +75,7 @@ def within(seconds: float, where: str, call: Callable[[], Result], late: str = "
 
 @contextmanager
 def translated(where: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one of our errors, with the original as its cause."""
+    """Turn an exception of huggingface_hub into a `HubError`, with the original as its cause."""
     try:
         yield
     except FeaturizerError:
@@ -104,31 +104,31 @@ def _translate(error: Exception, where: str) -> FeaturizerError:
         unknown = HubNotFoundError(where, "the repository has no such branch, tag or commit")
         unknown.what = "revision"
         return unknown
-    if any(base.__name__ == "TransportError" for base in type(cause).__mro__):  # of the client's own HTTP library
-        return HubOfflineError(where, f"the Hub cannot be reached: {type(cause).__name__}: {_said(cause)}")
+    if any(base.__name__ == "TransportError" for base in type(cause).__mro__):  # raised by the client's HTTP library
+        return HubOfflineError(where, f"the Hub cannot be reached: {type(cause).__name__}: {_message(cause)}")
     if isinstance(cause, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled):
         return HubOfflineError(
             where,
-            f"the Hub cannot be reached or may not be asked, and the file is not cached: {_said(cause)}",
+            f"the Hub cannot be reached or may not be asked, and the file is not cached: {_message(cause)}",
         )
     if isinstance(cause, hub.EntryNotFoundError):
-        missing = HubNotFoundError(where, f"a file is not in the repository: {_said(cause)}")
+        missing = HubNotFoundError(where, f"a file is not in the repository: {_message(cause)}")
         missing.what = "file"
         return missing
     if status == 412:
         return HubConflictError(where, "someone else pushed meanwhile; nothing was changed, so try again")
     if status in (401, 403):
-        return HubAccessError(where, f"the Hub refused this token ({status}): {_said(cause)}")
+        return HubAccessError(where, f"the Hub refused this token ({status}): {_message(cause)}")
     if status == 429:
-        wait = getattr(cause, "response").headers.get("Retry-After")  # noqa: B009  # of the client's own HTTP library
+        wait = getattr(cause, "response").headers.get("Retry-After")  # noqa: B009  # mypy knows no response
         when = f"in {one_line(wait, 40)} seconds" if wait else "later"
         return HubError(where, f"the Hub is asked too often (429); try again {when}, or log in: hf auth login")
     if isinstance(cause, hub.HFValidationError):
-        return HubError(where, f"not a valid repository or file name: {_said(cause)}")
-    return HubError(where, f"the Hub could not be used: {type(cause).__name__}: {_said(cause)}")
+        return HubError(where, f"not a valid repository or file name: {_message(cause)}")
+    return HubError(where, f"the Hub could not be used: {type(cause).__name__}: {_message(cause)}")
 
 
-def _said(error: Exception) -> str:
-    """What the client says, without the signatures in its addresses and without its advice to read about HTTP."""
+def _message(error: Exception) -> str:
+    """Return the client's message, without signatures in URLs and without its link to a page about HTTP."""
     text = re.sub(r"(https?://[^\s?']+)\?[^\s']*", r"\1", str(error))
     return one_line(re.sub(r"For more information check: \S+", "", text))

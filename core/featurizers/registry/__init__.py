@@ -1,4 +1,4 @@
-"""The plugins: hook specifications, discovery and import, and the table of kinds, rules and interventions.
+"""Plugins: hook specifications, discovery and import, and the tables of kinds and activation rules.
 
 This room imports `featurizers.features` and the rooms below it. Listing plugins imports neither torch nor a plugin.
 """

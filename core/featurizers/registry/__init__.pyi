@@ -1,8 +1,10 @@
 from .hookspecs import hookimpl as hookimpl
 from .loader import PluginInfo as PluginInfo
+from .plugin_host import KIND as KIND
 from .plugin_host import build as build
 from .plugin_host import check_plugins as check_plugins
 from .plugin_host import checked_class as checked_class
+from .plugin_host import create as create
 from .plugin_host import host as host
 from .plugin_host import install_command as install_command
 from .plugin_host import kinds as kinds

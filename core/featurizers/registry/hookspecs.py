@@ -1,4 +1,4 @@
-"""The hooks that a plugin may implement, and the marker that it puts on them.
+"""Hooks that a plugin may implement, and the marker for its implementations.
 
 A plugin is a distribution with an entry point in the group ``featurizers`` whose name is the kind it provides
 (or the part of the kind before the first dot). The entry point names a module; its functions marked with
@@ -27,19 +27,22 @@ PROJECT = "featurizers"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
-"""Marks a plugin's function as the implementation of a hook."""
+"""Mark a function of a plugin as the implementation of a hook."""
 
 
 @hookspec
 def featurizers_register(register: Callable[[type[Featurizer[Any]]], None]) -> None:
-    """Register the kinds of this plugin: ``register(MyFeaturizer)`` for each class."""
+    """Register the kinds of this plugin: ``register(MyFeaturizer)`` for each class.
+
+    Called once, when the plugin is loaded.
+    """
 
 
 @hookspec(firstresult=True)
 def featurizers_anatomy(model: nn.Module) -> Blocks | None:
-    """Where a model keeps its blocks, for a model that generic detection gets wrong; ``None`` for any other.
+    """Return where a model keeps its blocks if generic detection gets that wrong; ``None`` for any other model.
 
-    Asked of the plugins that are loaded already, before the generic detection, and of all others after it has failed.
+    Called in the loaded plugins before the generic detection, and in all other plugins if that fails.
     """
 
 
@@ -47,7 +50,7 @@ def featurizers_anatomy(model: nn.Module) -> Blocks | None:
 def featurizers_rules(register: Callable[[Rule], None]) -> None:
     """Register the activation rules of this plugin: ``register(rule)`` for each; see `featurizers.activation_rule`.
 
-    Called once, when the plugin is loaded. A rule is named as a kind is: the plugin's name, or that, a dot and a word.
+    Called once, when the plugin is loaded. The name of a rule is the plugin's name, alone or with a dot and a word.
     """
 
 
@@ -55,41 +58,42 @@ def featurizers_rules(register: Callable[[Rule], None]) -> None:
 def featurizers_interventions(register: Callable[[type], None]) -> None:
     """Register the pyvene interventions of this plugin: ``register(MyIntervention)`` for each `SavedIntervention`.
 
-    Asked of the plugin that is named, when an intervenable is saved or loaded, so that pyvene is imported then and not
-    before. An intervention is named as a kind is: the plugin's name, or that, a dot and a word.
+    Called in the plugin that an intervenable names when it is saved or loaded, so that pyvene is not imported earlier.
+    The name of an intervention is the plugin's name, alone or with a dot and a word.
     """
 
 
 @hookspec(firstresult=True)
 def featurizers_read(source: ExternalFiles) -> Featurizer[Any] | None:
-    """The featurizer in a folder or a repository that another library wrote; ``None`` if the format is not this one.
+    """Read a featurizer from files of another library; return ``None`` if they have a format that is not this plugin's.
 
-    Asked of every plugin when what is loaded has no ``config.json`` of ours. It reads data and runs none of it.
+    Called in every plugin when a source has no ``config.json`` of featurizers. Read the files as data, and run none.
     """
 
 
 @hookspec(firstresult=True)
 def featurizers_resolve(reference: str, repository: Callable[..., ExternalFiles]) -> Featurizer[Any] | None:
-    """The featurizer of an entry of this plugin's catalogue: of ``reference`` in ``plugin:reference``.
+    """Read the featurizer of an entry of this plugin's catalogue: of ``reference`` in ``plugin:reference``.
 
-    Asked of the plugin that is named. ``repository(repo_id, subfolder=None, revision=None)`` opens one of the Hub.
+    Called in the plugin that the source names. ``repository(repo_id, subfolder=None, revision=None)`` returns the files
+    of a repository on the Hub.
     """
 
 
 @hookspec(firstresult=True)
 def featurizers_write(featurizer: Featurizer[Any], folder: Path) -> list[str] | None:
-    """Write a featurizer into an empty folder in this plugin's own format, and say what could not be kept.
+    """Write a featurizer into an empty folder in this plugin's own format; return a sentence for each thing lost.
 
-    Asked of the plugin that is named, by ``featurizers convert --to``. One sentence for each thing that is lost; it
-    raises `featurizers.errors.ConversionError` if the format cannot hold the map itself.
+    Called by ``featurizers convert --to`` in the plugin that it names. Raise `featurizers.errors.ConversionError` if
+    the format cannot hold the map itself.
     """
 
 
 @hookspec
 def featurizers_commands(app: Typer) -> None:
-    """Add this plugin's commands to the ``featurizers`` command: to an empty `typer.Typer`, as to any other.
+    """Add this plugin's commands to an empty `typer.Typer`; they become commands of ``featurizers``.
 
-    Asked once, when a command is called that is not the core's, or when all are listed. A sub-application added by
-    ``app.add_typer(typer.Typer(), name="fit")`` joins those that other plugins give that name. A function imports
-    what is heavy itself, and its errors are ``FeaturizerError``.
+    Called once, when a command is called that is not the core's, or when all commands are listed. Groups that several
+    plugins add under one name, as by ``app.add_typer(typer.Typer(), name="fit")``, become one. Import heavy packages
+    inside the functions, and raise ``FeaturizerError`` for errors of the user.
     """

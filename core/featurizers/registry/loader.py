@@ -1,7 +1,7 @@
-"""Finds plugins without importing them, and imports the one that owns a kind when it is asked for.
+"""Discovery of plugins without importing them, and import of a plugin when its kind is needed.
 
-Discovery reads `importlib.metadata` only. It is our own and not pluggy's, because pluggy's drops the second of
-two distributions that use one entry-point name without a word. One that is unfit is named, and the others go on.
+Discovery reads `importlib.metadata` alone. pluggy's own discovery is not used, because it silently drops the second of
+two distributions with the same entry-point name. A broken plugin is reported by name; the others still load.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ GROUP = "featurizers"
 
 @dataclass(frozen=True)
 class PluginInfo:
-    """One installed plugin, as `plugins` lists it.
+    """Row of an installed plugin in `plugins`.
 
     Attributes:
         name: entry-point name, which is also the kind it provides; its `repr` if it cannot be a kind's name.
-        distribution: name of the distribution, or of all that claim the name.
+        distribution: name of the distribution, or of all distributions that claim the name.
         version: version of the distribution.
         state: ``available`` (not imported yet), ``loaded``, ``failed`` or ``conflict``.
         error: why it cannot be used, else None.
@@ -51,7 +51,7 @@ class PluginInfo:
 
 
 class PluginLoader:
-    """The installed plugins of one process; `host` gives the only one that programs need."""
+    """Installed plugins of one process; base of `PluginHost`."""
 
     def __init__(self) -> None:
         import pluggy
@@ -63,7 +63,7 @@ class PluginLoader:
         self._entries: dict[str, list[EntryPoint]] = {}
         self._refused: dict[str, list[PluginInfo]] = {}
         self._failures: dict[str, PluginLoadError] = {}
-        # One distribution may be listed twice, once a path; the first on the path is the one imported.
+        # a distribution that is on two entries of sys.path is listed twice; the first one is imported
         entries = {(entry.name, entry.value, _distribution(entry)): entry for entry in reversed(_discovered())}
         for entry in reversed(entries.values()):
             if refused := _refused(entry):
@@ -72,7 +72,7 @@ class PluginLoader:
                 self._entries.setdefault(entry.name, []).append(entry)
 
     def plugins(self) -> list[PluginInfo]:
-        """Every installed plugin, by name; imports none."""
+        """List every installed plugin, by name; import none."""
         rows = [self._info(name, entries) for name, entries in self._entries.items()]
         rows += (row for refused in self._refused.values() for row in refused)
         return sorted(rows, key=lambda info: (info.name, info.distribution))
@@ -87,23 +87,23 @@ class PluginLoader:
         return info
 
     def _failure(self, name: str, entry: EntryPoint) -> PluginLoadError | None:
-        """Why a plugin cannot be imported, as far as is known without importing it."""
+        """Return why a plugin cannot be imported, as far as is known without importing it."""
         if name not in self._failures and (reason := _unmet(entry)):
             self._failures[name] = PluginLoadError(name, _distribution(entry), reason)
         return self._failures.get(name)
 
     def is_loaded(self, name: str) -> bool:
-        """Whether the plugin of that name has been imported and registered."""
+        """Return whether the plugin has been imported and registered."""
         return self._manager.has_plugin(name)
 
     def load(self, name: str) -> None:
-        """Import one plugin and register its kinds; does nothing the second time.
+        """Import one plugin and register its kinds; do nothing if it is loaded already.
 
         Raises:
             UnknownKindError: no distribution has an entry point of that name.
-            PluginConflictError: several do.
-            PluginLoadError: it fails, or it is made for another version of the core.
-            PluginError: the only one that does is refused.
+            PluginConflictError: several distributions have one.
+            PluginLoadError: the plugin fails, or needs another version of the core.
+            PluginError: the plugin is refused, because its name belongs to another distribution.
         """
         if self.is_loaded(name):
             return
@@ -119,7 +119,7 @@ class PluginLoader:
             raise failure
         try:
             module = entries[0].load()
-            self._forget(name)  # it may have asked for itself while it was imported, before all its hooks were there
+            self._forget(name)  # its import may have loaded it recursively, with only some of its hooks defined
             self._register(name, module)
         except BaseException as error:  # a plugin may call sys.exit()
             self._forget(name)
@@ -129,7 +129,7 @@ class PluginLoader:
             raise self._failures[name] from error
 
     def module(self, name: str) -> Any:
-        """Return the module of one plugin, imported as by `load`; for names of a plugin that the core forwards.
+        """Return the module of one plugin, imported as by `load`, for names of a plugin that the core forwards.
 
         Raises:
             PluginError: as `load`.
@@ -142,7 +142,7 @@ class PluginLoader:
             self._manager.unregister(name=name)
 
     def _collect(self, name: str) -> None:
-        """Take what a plugin registers; what is raised here makes the plugin a failed one."""
+        """Collect what a plugin registers; if this raises, the plugin has failed."""
 
     def _register(self, name: str, module: object) -> None:
         if module is None or self._manager.register(module, name) is None:
@@ -154,24 +154,29 @@ class PluginLoader:
         self._collect(name)
 
     def ask(self, hook: str, plugin: str | None = None, **arguments: Any) -> Any:
-        """What a plugin answers to a hook, or the first of all plugins that answers.
+        """Call a hook in one plugin or in all, and return the first result that is not None.
 
-        A plugin that raises an error of ours has recognised what it was given, and refuses it: that is the answer.
+        A `FeaturizerError` that a plugin raises ends the search: the plugin knows its input, and refuses it.
+
+        Args:
+            hook: name of the hook.
+            plugin: the only plugin to ask, None for all.
+            **arguments: arguments of the hook.
 
         Raises:
-            PluginError: the plugin cannot be used, or one raises something else and no other answers.
+            PluginError: the plugin cannot be used; or a plugin raises another error, and no other plugin has a result.
         """
         self.load_all() if plugin is None else self.load(plugin)
         return self._first(hook, plugin, arguments)
 
     def _first(self, name: str, plugin: str | None, arguments: dict[str, Any]) -> Any:
-        """The first answer, of one plugin or of all that are loaded; one that fails does not silence the others."""
+        """Return the first result of one plugin or of all loaded ones; the failure of one does not stop the others."""
         faults: list[str] = []
         cause: BaseException | None = None
         for hook in self._hooks(name, plugin):
             try:
-                if (answer := hook.function(*(arguments[key] for key in hook.argnames))) is not None:
-                    return answer
+                if (result := hook.function(*(arguments[key] for key in hook.argnames))) is not None:
+                    return result
             except FeaturizerError:
                 raise
             except (Exception, SystemExit) as error:
@@ -183,13 +188,13 @@ class PluginLoader:
         return None
 
     def _hooks(self, name: str, plugin: str | None) -> list[HookImpl]:
-        """The implementations of a hook, of one plugin or of all, in the order in which pluggy calls them."""
-        # pluggy's own caller of a subset looks, in some versions, into the modules of all other plugins.
-        found = reversed(getattr(self._manager.hook, name).get_hookimpls())
-        return [hook for hook in found if plugin in (None, hook.plugin_name)]
+        """Return the implementations of a hook in one plugin or in all, in the order in which pluggy calls them."""
+        # pluggy's subset_hook_caller inspects the modules of all other plugins in some versions
+        implementations = reversed(getattr(self._manager.hook, name).get_hookimpls())
+        return [hook for hook in implementations if plugin in (None, hook.plugin_name)]
 
     def load_all(self) -> None:
-        """Import every plugin that can be imported; `plugins` shows those that cannot, and why."""
+        """Import every plugin that can be imported; `plugins` tells why the others cannot."""
         for name in sorted(self._entries):
             with contextlib.suppress(PluginError):
                 self.load(name)
@@ -200,19 +205,19 @@ def _discovered() -> list[EntryPoint]:
 
     try:
         return list(entry_points(group=GROUP))
-    except Exception:  # one unreadable file of any installed package stops the reading of all
-        found: list[EntryPoint] = []
+    except Exception:  # an unreadable file of any installed package makes entry_points fail
+        entries: list[EntryPoint] = []
         for distribution in distributions():
             with contextlib.suppress(Exception):
-                found += distribution.entry_points.select(group=GROUP)
-        return found
+                entries += distribution.entry_points.select(group=GROUP)
+        return entries
 
 
 def _claimant(entry: EntryPoint) -> tuple[str, str]:
-    """Name and version of an entry point's distribution, fit to print; ``?`` for what its metadata lack."""
+    """Return the printable name and version of an entry point's distribution; ``?`` if its metadata lack them."""
     name = version = "?"
     with contextlib.suppress(Exception):  # no metadata, or in another encoding
-        metadata: Any = entry.dist and entry.dist.metadata  # which are parsed anew each time
+        metadata: Any = entry.dist and entry.dist.metadata  # each access parses them again
         name, version = (str((metadata.get_all(field) or ["?"])[0]) for field in ("Name", "Version"))
     return _plain(name), _plain(version)
 
@@ -223,12 +228,12 @@ def _distribution(entry: EntryPoint) -> str:
 
 
 def _plain(text: str) -> str:
-    """A name, a version or a specifier as it is, and anything else that metadata hold as its `repr`."""
+    """Return a name, a version or a specifier unchanged, and anything else from metadata as its `repr`."""
     return text if re.fullmatch(r"\?|[A-Za-z0-9.,<>=!~+*_-]{1,80}", text) else shown(text)
 
 
 def _refused(entry: EntryPoint) -> PluginInfo | None:
-    """The row of an entry point that is never imported, whatever is in it; None if it may be."""
+    """Return the row of an entry point that must never be imported; None if it may be imported."""
     name, claimant, version = entry.name, *_claimant(entry)
     if not NAME.fullmatch(name):
         name = shown(name)
@@ -242,27 +247,28 @@ def _refused(entry: EntryPoint) -> PluginInfo | None:
 
 
 def _unmet(entry: EntryPoint) -> str | None:
-    """Why a distribution's own metadata say that it cannot work with this core; None if they do not."""
+    """Return why a distribution's metadata exclude this version of the core; None if they do not."""
     try:
         for text in (entry.dist.requires if entry.dist else None) or []:
-            # What it needs of other projects is its installer's business, and parsing that would take longer.
+            # pip checks the requirements of other projects, and parsing them takes time
             if not re.match(r"\s*(featurizers(?![\w.-])|[^a-z0-9\s]|$)", text, re.IGNORECASE):
                 continue
             from packaging.requirements import Requirement
 
-            need = Requirement(text)
-            applies = need.marker is None or need.marker.evaluate({"extra": ""})
-            if applies and not need.specifier.contains(__version__, prereleases=True):
-                return f"it needs featurizers {_plain(str(need.specifier))}, this is {__version__}"
+            requirement = Requirement(text)
+            applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            if applies and not requirement.specifier.contains(__version__, prereleases=True):
+                return f"it needs featurizers {_plain(str(requirement.specifier))}, this is {__version__}"
     except Exception as error:
-        return f"what it requires cannot be read: {_reason(error)}"
+        return f"its requirements cannot be read: {_reason(error)}"
     return None
 
 
 def _reason(error: BaseException) -> str:
-    """What a plugin raised, in one line; what we say of it ourselves is left as it is."""
+    """Return the exception of a plugin in one line; the message of a `PluginError` alone, without its type."""
     message = "?"
-    with contextlib.suppress(Exception):  # this is the plugin's code as well
+    with contextlib.suppress(Exception):  # __str__ may be the plugin's code
         message = str(error)
-    ours = isinstance(error, PluginError)
-    return one_line(message, 200) if ours else f"{type(error).__name__}: {shown(message, 200)}"
+    if isinstance(error, PluginError):
+        return one_line(message, 200)
+    return f"{type(error).__name__}: {shown(message, 200)}"

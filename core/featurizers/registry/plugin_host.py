@@ -1,11 +1,11 @@
-"""The plugin host: a loader of plugins that also keeps the kinds and the activation rules that they register."""
+"""`PluginHost`: a loader of plugins that also keeps the kinds and the activation rules that they register."""
 
 from __future__ import annotations
 
 import functools
 from typing import TYPE_CHECKING, Any
 
-from featurizers.errors import ConfigError, PluginError, UnknownKindError, explain, shown
+from featurizers.errors import ConfigError, PluginError, UnknownKindError, UsageError, explain, shown
 from featurizers.names import FIRST_PARTY, KIND, NAME, OWNERS, install_command, install_hint
 from featurizers.registry.loader import PluginInfo, PluginLoader
 
@@ -25,7 +25,7 @@ RULES_OWNER = "dictionary"  # the plugin of the core that registers the activati
 
 
 class PluginHost(PluginLoader):
-    """The installed plugins of one process; `host` gives the only one that programs need."""
+    """Installed plugins of one process with their kinds and rules; `host` returns the only instance of a program."""
 
     def __init__(self) -> None:
         self._classes: dict[str, type[Featurizer[Any]]] = {}
@@ -34,10 +34,10 @@ class PluginHost(PluginLoader):
         super().__init__()
 
     def featurizer_class(self, kind: str) -> type[Featurizer[Any]]:
-        """The class that is registered for a kind; imports the plugin that owns it and no other.
+        """Return the class of a kind; import the plugin that owns it and no other.
 
         Raises:
-            UnknownKindError: it is not registered, or not a kind's name at all.
+            UnknownKindError: no plugin registers the kind, or no kind can have this name.
             PluginError: the plugin that owns it cannot be used.
         """
         if kind not in self._classes:
@@ -46,13 +46,13 @@ class PluginHost(PluginLoader):
                 raise UnknownKindError(kind, self._entries, hint)
             self.load(kind.partition(".")[0])
         if kind not in self._classes:
-            hint = f"The plugin {kind!r} provides no kind of that name; its README says what it does."
+            hint = f"The plugin {kind!r} provides no kind of that name; see its README."
             known = {*self._entries, *self._classes}
             raise UnknownKindError(kind, known, hint if self.is_loaded(kind) else install_hint(kind))
         return self._classes[kind]
 
     def rule(self, name: str) -> Rule:
-        """The activation rule of a name; imports the plugin that owns it and no other.
+        """Return the activation rule of a name; import the plugin that owns it and no other.
 
         Raises:
             ConfigError: no installed plugin registers it.
@@ -67,9 +67,9 @@ class PluginHost(PluginLoader):
         return self._rules[name]
 
     def anatomy(self, model: nn.Module) -> Blocks | None:
-        """What the ``featurizers_anatomy`` hooks of the plugins loaded so far say of a model; faults as in `ask`."""
-        found: Blocks | None = self._first("featurizers_anatomy", None, {"model": model})
-        return found
+        """Ask the loaded plugins where a model keeps its blocks; return None if none knows it. Errors as in `ask`."""
+        blocks: Blocks | None = self._first("featurizers_anatomy", None, {"model": model})
+        return blocks
 
     def _collect(self, name: str) -> None:
         classes: dict[str, type[Featurizer[Any]]] = {}
@@ -89,26 +89,26 @@ class PluginHost(PluginLoader):
     def _forget(self, name: str) -> None:
         super()._forget(name)
         self._classes = {kind: cls for kind, cls in self._classes.items() if kind.partition(".")[0] != name}
-        owned = self._owned_rules.pop(name, set())  # the core's own are named like no plugin, or like any
+        owned = self._owned_rules.pop(name, set())  # the names of the core's rules do not tell their plugin
         self._rules = {title: rule for title, rule in self._rules.items() if title not in owned}
 
 
 @functools.cache
 def host() -> PluginHost:
-    """The plugin host of this process."""
+    """Return the plugin host of this process."""
     return PluginHost()
 
 
 def plugins() -> list[PluginInfo]:
-    """Every installed plugin with its state; imports none of them."""
+    """List every installed plugin with its state; import none of them."""
     return host().plugins()
 
 
 def check_plugins() -> list[PluginInfo]:
-    """Every installed plugin, all imported: for a program's own CI, where a plugin that is left out is a failure.
+    """Import every installed plugin and list them, for the CI of a program that needs them all.
 
     Raises:
-        PluginError: some cannot be used; the message names each of them.
+        PluginError: some plugins cannot be used; the message names each of them.
     """
     host().load_all()
     if errors := [str(info.error) for info in plugins() if info.state != "loaded"]:
@@ -117,12 +117,29 @@ def check_plugins() -> list[PluginInfo]:
 
 
 def kinds() -> list[str]:
-    """Names of the installed kinds, by their entry points; imports none of them."""
+    """Return the names of the installed kinds, from their entry points; import none of them."""
     return sorted(host()._entries)
 
 
+def create(kind: str, **config: Any) -> Featurizer[Any]:
+    """Build a new featurizer of a kind, from the keyword arguments of its config.
+
+    Raises:
+        UnknownKindError: no installed plugin provides the kind.
+        ConfigError: the kind refuses the arguments.
+        UsageError: the kind is not a string.
+
+    Example:
+        >>> create("subspace", d_in=768, n_features=16, seed=0).n_features
+        16
+    """
+    if not isinstance(kind, str):
+        raise UsageError(f"a kind is a string such as 'subspace', not {shown(kind)}")
+    return build(host().featurizer_class(kind), config)
+
+
 def build(cls: type[Featurizer[Any]], config: Mapping[str, Any]) -> Featurizer[Any]:
-    """A new featurizer of a class, from the keyword arguments of its config.
+    """Build a new featurizer of a class, from the keyword arguments of its config.
 
     Raises:
         ConfigError: the kind refuses them.
@@ -130,16 +147,16 @@ def build(cls: type[Featurizer[Any]], config: Mapping[str, Any]) -> Featurizer[A
     from pydantic import ValidationError
 
     try:
-        checked = cls.Config.model_validate(dict(config))
+        validated = cls.Config.model_validate(dict(config))
     except ValidationError as error:
         raise ConfigError(f"{cls.kind}: {explain(error)}") from error
-    return cls(checked)
+    return cls(validated)
 
 
-def _add(found: dict[str, Any], check: Callable[[str, Any], str], plugin: str, given: Any) -> None:
-    if (name := check(plugin, given)) in found:
+def _add(registered: dict[str, Any], check: Callable[[str, Any], str], plugin: str, item: Any) -> None:
+    if (name := check(plugin, item)) in registered:
         raise PluginError(f"it registers {shown(name)} twice")
-    found[name] = given
+    registered[name] = item
 
 
 def _checked_kind(plugin: str, cls: Any) -> str:
@@ -149,10 +166,15 @@ def _checked_kind(plugin: str, cls: Any) -> str:
 
 
 def checked_class(base: type, plugin: str, cls: Any) -> str:
-    """The name under which a plugin registers a class, if both are as ``base`` asks.
+    """Check a class that a plugin registers, and return its kind.
+
+    Args:
+        base: class that it must derive from.
+        plugin: name that its kind must be, or must begin with.
+        cls: the class.
 
     Raises:
-        PluginError: they are not.
+        PluginError: the class, its ``kind`` or its ``Config`` is not as the registry requires.
     """
     from pydantic import BaseModel
 

@@ -1,4 +1,4 @@
-"""Artefacts on disk: a folder of three files, written whole or not at all."""
+"""Artefacts on disk: a folder of three files, written as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -43,36 +43,35 @@ from featurizers.format.manifest import (
 )
 from featurizers.registry.plugin_host import host
 
-MOST_OF_A_SET = 2**16
-"""How many numbers a stored set may have for each feature."""
+MAX_SET_NUMBERS = 2**16
+"""Most numbers for each feature that a stored feature set may have."""
 
 
 def save(featurizer: Featurizer[Any], folder: str | Path) -> Path:
     """Write a featurizer as an artefact and return its folder.
 
-    The files are written to a new folder beside, which then takes the place of an artefact that was there: a save
-    that fails leaves the old one as it was. Other files in the folder stay, and so does what people wrote in the
-    README.
+    The files are written to a new folder, which then replaces the old artefact: a save that fails leaves the old one
+    unchanged. Other files in the folder and the text that people wrote in the README are kept.
 
     Raises:
-        ArtefactError: the folder holds something else than an artefact.
+        ArtefactError: the folder is not empty and not an artefact.
         ManifestError: the metadata is not JSON, or a name is not allowed.
     """
     target = resolved(folder)
-    with _replacing(target) as new:
-        _write(featurizer, new, source=f"./{target.name}")
+    with _replacing(target) as new_folder:
+        _write(featurizer, new_folder, source=f"./{target.name}")
     return Path(folder).expanduser()
 
 
 def save_collection(featurizers: Mapping[str, Featurizer[Any]], folder: str | Path) -> Path:
-    """Write several featurizers as one folder, each in the subfolder of its name, with an index at the root.
+    """Write several featurizers to one folder, each in a subfolder of its own, with an index at the root.
 
     Args:
         featurizers: by subfolder, such as ``"resid.post/layer-3"``.
-        folder: where; a collection that was there is replaced whole.
+        folder: to write to; a collection in it is replaced as a whole.
 
     Raises:
-        UsageError: there are none.
+        UsageError: no featurizer is given.
         ArtefactError, ManifestError: as `save`.
     """
     with writing_collection(featurizers, folder):
@@ -84,15 +83,18 @@ def save_collection(featurizers: Mapping[str, Featurizer[Any]], folder: str | Pa
 def writing_collection(
     featurizers: Mapping[str, Featurizer[Any]], folder: str | Path, beside: Collection[str] = ()
 ) -> Iterator[tuple[Path, dict[str, Manifest]]]:
-    """As `save_collection`; the block may write more files into the new folder, before it takes its place.
+    """Write a collection as `save_collection` does; the block may add files before it replaces the old one.
 
     Args:
         featurizers: by subfolder.
-        folder: where.
-        beside: names of the files at its root that the block writes; old ones are not kept.
+        folder: to write to.
+        beside: names of the files that the block writes at the root; old files of these names are not kept.
 
-    Returns:
-        The new folder, and what the config of each artefact in it says.
+    Yields:
+        The new folder, and the manifest of each artefact by its subfolder.
+
+    Raises:
+        UsageError, ArtefactError, ManifestError: as `save_collection`.
     """
     if not featurizers:
         raise UsageError("a collection holds at least one featurizer")
@@ -101,14 +103,14 @@ def writing_collection(
         index = Index(artefacts={name: _entry(f) for name, f in featurizers.items()})
     except ValidationError as error:
         raise ManifestError(str(target), explain(error)) from error
-    with _replacing(target, featurizers, beside) as new:
+    with _replacing(target, featurizers, beside) as new_folder:
         manifests = {}
         for name, featurizer in featurizers.items():
-            (new / name).mkdir(parents=True, exist_ok=True)
-            manifests[name] = _write(featurizer, new / name, source=f"./{target.name}/{name}")
-        (new / CONFIG_NAME).write_bytes(dump(index))
-        card.write_collection(index, new / CARD_NAME, source=f"./{target.name}", intervenable=bool(beside))
-        yield new, manifests
+            (new_folder / name).mkdir(parents=True, exist_ok=True)
+            manifests[name] = _write(featurizer, new_folder / name, source=f"./{target.name}/{name}")
+        (new_folder / CONFIG_NAME).write_bytes(dump(index))
+        card.write_collection(index, new_folder / CARD_NAME, source=f"./{target.name}", intervenable=bool(beside))
+        yield new_folder, manifests
 
 
 def read_folder(
@@ -122,21 +124,21 @@ def read_folder(
     indices: Indices = None,
     allow_nonfinite: bool = False,
 ) -> Featurizer[Any]:
-    """The featurizer of an artefact whose ``config.json`` was read.
+    """Read the weights of an artefact and build its featurizer.
 
     Args:
         folder: holds ``model.safetensors``.
         manifest: its ``config.json``.
-        where: what to call the artefact in an error.
+        where: name of the artefact in errors.
         device: where to put the tensors.
         dtype: floating-point dtype to convert them to; as stored if None.
-        verify: whether to compare the sha256 of the weights with that in the config.
+        verify: whether to compare the sha256 of the weights with the one in the config.
         indices: which features to read, None for all.
-        allow_nonfinite: take weights that hold NaN or infinity too; such a featurizer is not checked further.
+        allow_nonfinite: accept weights that hold NaN or infinity; such a featurizer is not checked further.
 
     Raises:
-        UsageError: the kind is loaded whole.
-        FeatureIndexError: a feature that the artefact does not have.
+        UsageError: the kind can be loaded only as a whole.
+        FeatureIndexError: an index is out of range.
         PluginError: no installed plugin reads this kind.
         ManifestError: the kind refuses the config.
         WeightsError: the weights are damaged or do not fit the config.
@@ -154,7 +156,7 @@ def read_folder(
         rows: dict[str, Tensor] = {}
         added: dict[str, Tensor] = {}
         if indices is not None:
-            # a kind that is loaded whole says so, whatever the indices are
+            # raises for a kind that cannot load some of its features, whatever the indices are
             cls.sliced(config, torch.zeros(1, dtype=torch.long))
             columns = select(indices, featurizer.n_features or 0).as_columns()
             if columns is None or not columns.numel():
@@ -184,7 +186,7 @@ def read_folder(
 
 
 def most_bytes(manifest: Manifest, where: str) -> int:
-    """How many bytes the weights may have that a ``config.json`` implies; known before they are fetched.
+    """Return the most bytes that the weights of a config may have, to refuse larger files before a download.
 
     Raises:
         PluginError, ManifestError: as `read_folder`.
@@ -193,13 +195,13 @@ def most_bytes(manifest: Manifest, where: str) -> int:
     with plugin_errors(f"kind {manifest.kind!r}", where):
         featurizer = _on_meta(cls, _config(cls, manifest, where), where)
         numbers: int = sum(tensor.numel() for tensor in featurizer.state_dict().values())
-        numbers += len(manifest.features) * MOST_OF_A_SET * max(featurizer.n_features or 0, 1)
+        numbers += len(manifest.features) * MAX_SET_NUMBERS * max(featurizer.n_features or 0, 1)
     return 8 * numbers + weights.MAX_HEADER_BYTES  # float64 is the widest
 
 
 @contextmanager
 def plugin_errors(what: str, where: str) -> Iterator[None]:
-    """What the code of a plugin's class raises that is no error of ours, as one that names the class."""
+    """Re-raise any other exception from plugin code as a `PluginError` that names the class."""
     try:
         yield
     except FeaturizerError:
@@ -212,7 +214,7 @@ def plugin_errors(what: str, where: str) -> Iterator[None]:
 
 
 def _on_meta(cls: type[Featurizer[Any]], config: Any, where: str) -> Featurizer[Any]:
-    """A featurizer without weights, which says what its weights are."""
+    """Build a featurizer without memory for its weights, to know their names and shapes."""
     try:
         with torch.device("meta"):
             return cls(config)
@@ -230,7 +232,7 @@ def _config(cls: type[Featurizer[Any]], manifest: Manifest, where: str) -> Any:
 
 
 def _write(featurizer: Featurizer[Any], folder: Path, source: str) -> Manifest:
-    """Write the three files into a folder that is nobody's yet, and return what the config says."""
+    """Write the three files into a new folder, and return the manifest."""
     sets = {f"{weights.SET_PREFIX}{name}": tensor for name, tensor in featurizer.feature_sets.items()}
     digest = weights.write_tensors({**featurizer.state_dict(), **sets}, folder / WEIGHTS_NAME, source)
     try:
@@ -256,51 +258,52 @@ def _entry(featurizer: Featurizer[Any]) -> Entry:
 
 
 def _distributions(featurizer: Featurizer[Any]) -> dict[str, str]:
-    """Name and version of the core and of each distribution whose class takes part."""
+    """Return the versions of the core and of each distribution that defines a class of the featurizer."""
     roots = {type(module).__module__.partition(".")[0] for module in featurizer.modules()}
     names = {name for root in roots for name in _owners().get(root, []) if root != "torch"}
     versions = {}
     for name in sorted({*names, "featurizers"}):
         try:
             versions[name] = version(name)
-        except PackageNotFoundError:  # a class of the program itself belongs to no distribution
+        except PackageNotFoundError:  # a class that the running program defines
             continue
     return versions
 
 
 @functools.cache
 def _owners() -> Mapping[str, list[str]]:
-    """The distributions that each top-level package comes from; reading them all takes a while."""
+    """Return the distributions of each top-level package; cached, because it reads the metadata of all of them."""
     return packages_distributions()
 
 
 @contextmanager
 def _replacing(target: Path, parts: Iterable[str] = ("",), beside: Collection[str] = ()) -> Iterator[Path]:
-    """A new folder that takes the place of ``target``, with its other files and the READMEs that are to be renewed.
+    """Yield a new folder that replaces ``target`` at the end; it has the target's other files and its READMEs.
 
     Args:
-        target: the folder to write or to replace.
-        parts: subfolders of the artefacts that it will have.
+        target: folder to write or to replace.
+        parts: subfolders of the new artefacts.
         beside: names of other files that are written anew.
     """
-    renewed = {"", *parts}
-    before: set[str] = set()
+    new_parts = {"", *parts}
+    old_parts: set[str] = set()
 
     def check(folder: Path) -> None:
         if any(folder.iterdir()) and not (folder / CONFIG_NAME).exists():
             raise ArtefactError(str(folder), "it is not empty and not an artefact; choose a new or an empty folder")
-        if (folder / CONFIG_NAME).exists():  # refuses a config.json of another library
-            record = read(folder / CONFIG_NAME, str(folder))
-            before.update(["", *record.artefacts] if isinstance(record, Index) else [""])
+        if (folder / CONFIG_NAME).exists():
+            record = read(folder / CONFIG_NAME, str(folder))  # raises for a config.json of another library
+            old_parts.update(["", *record.artefacts] if isinstance(record, Index) else [""])
 
-    def ours(name: str) -> bool:
+    def is_rewritten(name: str) -> bool:
         part, _, file = name.rpartition("/")
-        return name in beside or (part in before and file in RESERVED) or (part in renewed and file == CARD_NAME)
+        return name in beside or (part in old_parts and file in RESERVED) or (part in new_parts and file == CARD_NAME)
 
-    with replacing(target, ours, check) as new:
-        for part in renewed:
-            if (old := target / part / CARD_NAME).is_file():
-                contained(target, old, str(target), ArtefactError)
-                (new / part).mkdir(parents=True, exist_ok=True)
-                (new / part / CARD_NAME).write_bytes(read_bytes(old, str(target), ArtefactError, MAX_CARD_BYTES))
-        yield new
+    with replacing(target, is_rewritten, check) as new_folder:
+        for part in new_parts:
+            if (old_card := target / part / CARD_NAME).is_file():
+                contained(target, old_card, str(target), ArtefactError)
+                (new_folder / part).mkdir(parents=True, exist_ok=True)
+                text = read_bytes(old_card, str(target), ArtefactError, MAX_CARD_BYTES)
+                (new_folder / part / CARD_NAME).write_bytes(text)
+        yield new_folder

@@ -1,4 +1,4 @@
-"""`convert`: from any format that `load` reads to any that an installed plugin writes."""
+"""`convert`: write a featurizer in the format of any installed plugin."""
 
 from __future__ import annotations
 
@@ -8,62 +8,62 @@ from typing import TYPE_CHECKING, Any
 from featurizers.errors import ConversionError, PluginError
 from featurizers.files.replacement import filling, refuse_full, resolved
 from featurizers.registry.plugin_host import host
-from featurizers.store.reading import of_folder
+from featurizers.store.external import of_folder
 
 if TYPE_CHECKING:
     from featurizers.features.featurizer import Featurizer
 
-OURS = "featurizers"
-"""What the format of `featurizers.store.artefact` is called here."""
+ARTEFACT = "featurizers"
+"""Name of the artefact format, beside the names of plugins."""
 
 
-def convert(featurizer: Featurizer[Any], folder: str | Path, to: str = OURS) -> list[str]:
-    """Write a featurizer in the format of a plugin, and say what that format cannot keep.
+def convert(featurizer: Featurizer[Any], folder: str | Path, to: str = ARTEFACT) -> list[str]:
+    """Write a featurizer in the format of a plugin, and tell what that format cannot keep.
 
     Args:
-        featurizer: what `featurizers.load` gave.
-        folder: a new or an empty one; a conversion that fails leaves nothing.
+        featurizer: featurizer to write, such as `featurizers.load` returns.
+        folder: new or empty folder; a conversion that fails leaves it so.
         to: ``featurizers``, or the name of a plugin that writes a format.
 
     Returns:
-        One sentence for each thing that is lost.
+        A sentence for each thing that is lost.
 
     Raises:
         ArtefactError: the folder is not empty.
         ConversionError: the format cannot hold the map itself.
         PluginError: there is no such plugin, or it writes no format.
     """
-    if to == OURS:
+    if to == ARTEFACT:
         refuse_full(resolved(folder))
         featurizer.save_pretrained(folder)
         return []
     host().load(to)
     try:
         with filling(folder) as scratch:
-            new = scratch / resolved(folder).name  # some formats keep the name of the folder
-            new.mkdir()
-            lost = host().ask("featurizers_write", to, featurizer=featurizer, folder=new)
+            new_folder = scratch / resolved(folder).name  # some formats store the name of the folder
+            new_folder.mkdir()
+            lost = host().ask("featurizers_write", to, featurizer=featurizer, folder=new_folder)
             if lost is None:
                 raise PluginError(f"the plugin {to!r} writes no format of its own")
-            back = host().ask("featurizers_read", to, source=of_folder(new, None))
-            lost = [*lost, *_lost(featurizer, back)]
-            del back  # which may hold the files open
-            for path in new.iterdir():
+            reread = host().ask("featurizers_read", to, source=of_folder(new_folder, None))
+            lost = [*lost, *_lost(featurizer, reread)]
+            del reread  # it may hold the files open
+            for path in new_folder.iterdir():
                 path.rename(scratch / path.name)
-            new.rmdir()
+            new_folder.rmdir()
     except ConversionError as error:
         raise ConversionError(str(folder), error.problem) from error
     return lost
 
 
-def _lost(featurizer: Featurizer[Any], back: Featurizer[Any] | None) -> list[str]:
-    """What most formats cannot hold, and was not read back."""
+def _lost(featurizer: Featurizer[Any], reread: Featurizer[Any] | None) -> list[str]:
+    """Name what most formats cannot hold and the new files, read again, do not have."""
     lost = []
-    if featurizer.id != featurizer.kind and (back is None or back.id != featurizer.id):
+    if featurizer.id != featurizer.kind and (reread is None or reread.id != featurizer.id):
         lost.append(f"The name {featurizer.id!r} is not kept.")
-    if gone := sorted(featurizer.feature_sets.keys() - (back.feature_sets.keys() if back else set())):
+    if gone := sorted(featurizer.feature_sets.keys() - (reread.feature_sets.keys() if reread else set())):
         lost.append(f"The feature sets {', '.join(map(repr, gone))} are not kept.")
     positions = None if featurizer.site is None else featurizer.site.position
-    if positions is not None and (back is None or back.site is None or back.site.position != positions):
+    if positions is not None and (reread is None or reread.site is None or reread.site.position != positions):
         lost.append(f"The positions {list(positions)} are not kept.")
     return lost

@@ -1,36 +1,27 @@
-"""`load` and `create`: how a featurizer comes into being."""
+"""`load`: the source is located, its files are read, and the featurizer is placed on a device."""
 
 from __future__ import annotations
 
-import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
-from featurizers.errors import (
-    ArtefactError,
-    FeaturizerError,
-    HubNotFoundError,
-    ManifestError,
-    NotOursError,
-    PluginError,
-    UsageError,
-    one_line,
-    shown,
-)
-from featurizers.format.manifest import Entry, Index, Manifest, named_folder, read_local
-from featurizers.hub.sources import CatalogueSource, FolderSource, HubSource, parse_source
+import torch
+from torch import Tensor
+
+from featurizers.errors import HubNotFoundError, ManifestError, NotOursError, PluginError, UsageError, one_line, shown
+from featurizers.features.featurizer import Featurizer
+from featurizers.features.indices import Indices, select
+from featurizers.features.placement import check_placement
+from featurizers.files.regular import contained
+from featurizers.format.external_files import ExternalFiles
+from featurizers.format.manifest import CONFIG_NAME, WEIGHTS_NAME, Manifest, named_folder
+from featurizers.hub.repository import Remote
+from featurizers.hub.sources import CatalogueSource, FolderSource, HubSource, Source, parse_source
 from featurizers.registry.plugin_host import host
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from featurizers.features.featurizer import Featurizer
-    from featurizers.features.indices import Indices
-    from featurizers.format.external_files import ExternalFiles
-
-RETRIES = 20
-"""How often a folder is read anew that another program replaces meanwhile."""
+from featurizers.store import artefact, external
+from featurizers.store.records import check_kind, local_record, single_artefact
+from featurizers.store.retrying import read_unchanged
 
 
 def load(
@@ -49,37 +40,37 @@ def load(
     verify: bool = False,
     allow_nonfinite: bool = False,
 ) -> Featurizer[Any]:
-    """The featurizer that a folder, a repository or a plugin's catalogue holds, ready to use.
+    """Load a featurizer from a folder, a repository or the catalogue of a plugin.
 
-    Nothing in an artefact is run: its kind is looked up among the installed plugins, its config is validated by
-    that kind, and its weights are safetensors whose shapes are compared with the config before they are read. What
-    another library wrote is read by the plugin that knows its format, as data too.
+    No code in an artefact is run: its kind is looked up among the installed plugins, that kind validates its config,
+    and its weights are safetensors, whose shapes are compared with the config before they are read. Files of another
+    library are read by the plugin that knows their format, as data too.
 
     Args:
         source: ``"owner/name"``, ``"owner/name@revision"`` or ``"hub:owner/name"`` on the Hugging Face Hub;
-            ``"./folder"``, ``"local:folder"`` or a `Path`; ``"plugin:reference"`` in a plugin's own catalogue.
-        kind: refuse any other kind.
+            ``"./folder"``, ``"local:folder"`` or a `Path`; ``"plugin:reference"`` in the catalogue of a plugin.
+        kind: the only kind allowed, None for any.
         subfolder: which artefact of a collection.
-        revision: branch, tag or commit; ``revision`` of the result is the commit it resolved to.
-        token: of the Hub; the stored one if None.
-        cache_dir: where the Hub's files are cached.
-        force_download: download again what is cached.
+        revision: branch, tag or commit; ``revision`` of the result is the commit that was read.
+        token: token for the Hub; the stored one if None.
+        cache_dir: folder of the Hub's cache; the default one if None.
+        force_download: download files again that are cached.
         local_files_only: use the cache alone.
         device: where to put the tensors.
         dtype: floating-point dtype to convert them to; as stored if None.
         indices: read these features alone, of a kind whose features are rows of its tensors, such as a dictionary;
             they keep their numbers.
-        verify: compare the sha256 of the weights with that in the config; of what another library wrote, the files
-            with the Hub's checksums.
+        verify: compare the sha256 of the weights with the one in the config; for files of another library, compare
+            them with the Hub's checksums.
         allow_nonfinite: load weights that hold NaN or infinity too, to look at them.
 
     Raises:
-        FeatureIndexError: a feature that there is not.
-        SourceError: the source is in none of these forms, or could be two things.
-        ManifestError, WeightsError, ArtefactError: the artefact is damaged, inconsistent or of another library.
-        UsageError: an argument is none that can be.
+        FeatureIndexError: an index is out of range.
+        SourceError: the source has none of these forms, or fits two of them.
+        ManifestError, WeightsError, ArtefactError: the files are damaged, do not fit together or have no known format.
+        UsageError: an argument is invalid.
         HubError: the Hub refused or did not answer.
-        PluginError: no installed plugin reads the kind, or it fails.
+        PluginError: no installed plugin reads the kind, or the plugin fails.
 
     Example:
         >>> import tempfile, featurizers
@@ -88,209 +79,211 @@ def load(
         >>> featurizers.load("local:" + folder).n_features
         2
     """
-    from featurizers.features.placement import check_placement
-    from featurizers.files.regular import contained
-    from featurizers.hub.repository import Remote
-    from featurizers.store import artefact
-    from featurizers.store.reading import of_folder, of_repository, read
-
     check_placement(device, dtype)
     parsed = parse_source(source, revision)
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "verify": verify, "allow_nonfinite": allow_nonfinite}
     if isinstance(parsed, FolderSource):
-        if other := _foreign_folder(parsed.path, subfolder):
-            contained(named_folder(parsed.path, None), other, str(other), ManifestError)
-            if verify:
-                raise UsageError(f"{other} was written by another library, and holds no checksum; leave out verify")
-            return _placed(read(of_folder(other, _wanted(indices), allow_nonfinite)), kind, str(other), device, dtype)
-        return _of_folder(parsed.path, subfolder, kind, indices=indices, **options)
-    hub_options = (token, cache_dir, force_download, local_files_only)
-    if isinstance(parsed, CatalogueSource):
-        featurizer = _of_catalogue(parsed, _wanted(indices), allow_nonfinite, verify, hub_options)
-        return _placed(featurizer, kind, str(parsed), device, dtype)
-    remote = Remote(parsed, subfolder, *hub_options)
+        parsed = FolderSource(named_folder(parsed.path))
+    request = Request(
+        source=parsed,
+        kind=kind,
+        subfolder=subfolder,
+        token=token,
+        cache_dir=cache_dir,
+        force_download=force_download,
+        local_files_only=local_files_only,
+        device=device,
+        dtype=dtype,
+        indices=indices,
+        verify=verify,
+        allow_nonfinite=allow_nonfinite,
+    )
+    if isinstance(parsed, FolderSource):
+        featurizer = read_unchanged(
+            parsed.path / (subfolder or ""),
+            (CONFIG_NAME, WEIGHTS_NAME),
+            lambda: read(locate(request), request),
+            str(parsed),
+        )
+    else:
+        featurizer = read(locate(request), request)
+    return place(featurizer, request)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Options of one call of `load`, which describes them.
+
+    Attributes:
+        source: parsed, with its revision; ``~`` in the path of a folder is expanded.
+    """
+
+    source: Source
+    kind: str | None
+    subfolder: str | None
+    token: str | bool | None
+    cache_dir: str | Path | None
+    force_download: bool
+    local_files_only: bool
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+    indices: Indices
+    verify: bool
+    allow_nonfinite: bool
+
+    @property
+    def where(self) -> str:
+        """Name of the source in errors."""
+        if isinstance(self.source, FolderSource):
+            return str(self.source.path / (self.subfolder or ""))
+        return str(self.remote(self.source, self.subfolder) if isinstance(self.source, HubSource) else self.source)
+
+    def remote(self, repository: HubSource, subfolder: str | None) -> Remote:
+        """Return a repository, to be read with the options for the Hub."""
+        return Remote(repository, subfolder, self.token, self.cache_dir, self.force_download, self.local_files_only)
+
+
+@dataclass(frozen=True)
+class LocalArtefact:
+    """Artefact in a folder on this machine, with its ``config.json``."""
+
+    folder: Path
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class RemoteArtefact:
+    """Artefact in a repository of the Hub at one commit, with its ``config.json``."""
+
+    remote: Remote
+    commit: str
+    manifest: Manifest
+
+
+Located: TypeAlias = LocalArtefact | RemoteArtefact | ExternalFiles | CatalogueSource
+
+
+def locate(request: Request) -> Located:
+    """Find out what the source holds: an artefact, or files of another library. Its ``config.json`` is read once.
+
+    An entry of a catalogue is returned as it is, because its plugin knows where its files are.
+
+    Raises:
+        ManifestError: the folder holds neither, or a collection, or its ``config.json`` is malformed.
+        UsageError: the artefact is of another kind, or an option does not go with files of another library.
+        HubError: the Hub refused or did not answer.
+    """
+    if isinstance(request.source, CatalogueSource):
+        return request.source
+    if isinstance(request.source, FolderSource):
+        root = request.source.path
+        folder = root / (request.subfolder or "")
+        try:
+            manifest = single_artefact(local_record(root, folder), str(folder), request.kind)
+        except NotOursError:
+            pass
+        except ManifestError:
+            if not _holds_other_files(folder):
+                raise
+        else:
+            return LocalArtefact(folder, manifest)
+        contained(root, folder, str(folder), ManifestError)
+        if request.verify:
+            raise UsageError(f"{folder} was written by another library, and holds no checksum; leave out verify")
+        return external.of_folder(folder, _columns(request.indices), request.allow_nonfinite)
+    remote = request.remote(request.source, request.subfolder)
     try:
         record, commit = remote.config()
     except (HubNotFoundError, NotOursError) as error:
         if isinstance(error, HubNotFoundError) and error.what != "file":
             raise
-        foreign = of_repository(remote, _wanted(indices), allow_nonfinite, verify)
-        if not foreign.names:
+        files = external.of_repository(remote, _columns(request.indices), request.allow_nonfinite, request.verify)
+        if not files.names:
             raise
-        return _placed(read(foreign), kind, str(remote), device, dtype)
-    manifest = _one(record, str(remote), kind)
-    most = artefact.most_bytes(manifest, str(remote))  # refuses what cannot be read before it is downloaded
-    folder = remote.weights(commit, most)
-    featurizer = artefact.read_folder(folder, manifest, where=str(remote), indices=indices, **options)
-    featurizer.revision = commit
+        return files
+    return RemoteArtefact(remote, commit, single_artefact(record, str(remote), request.kind))
+
+
+def read(located: Located, request: Request) -> Featurizer[Any]:
+    """Read the files and build the featurizer.
+
+    Raises:
+        WeightsError, ManifestError: the files are damaged, or do not fit together.
+        PluginError: no installed plugin reads the kind, or the plugin fails.
+        HubError: the Hub refused or did not answer.
+    """
+    if isinstance(located, ExternalFiles):
+        return external.read(located)
+    if isinstance(located, CatalogueSource):
+        return _read_entry(located, request)
+    revision = None
+    if isinstance(located, LocalArtefact):
+        folder = located.folder
+    else:
+        revision = located.commit
+        # a config that cannot be read is refused before the weights are downloaded
+        folder = located.remote.weights(revision, artefact.most_bytes(located.manifest, request.where))
+    featurizer = artefact.read_folder(
+        folder,
+        located.manifest,
+        where=request.where,
+        device=request.device,
+        dtype=request.dtype,
+        verify=request.verify,
+        indices=request.indices,
+        allow_nonfinite=request.allow_nonfinite,
+    )
+    featurizer.revision = revision
     return featurizer
 
 
-def _of_folder(path: Path, subfolder: str | None, kind: str | None, **options: Any) -> Featurizer[Any]:
-    """The featurizer of one of our folders, of one state of it: another program may be saving to it."""
-    from featurizers.files.regular import stat_signature
-    from featurizers.format.manifest import CONFIG_NAME, WEIGHTS_NAME
-    from featurizers.store.artefact import read_folder
+def place(featurizer: Featurizer[Any], request: Request) -> Featurizer[Any]:
+    """Check the kind of a featurizer, and move it to the device and the dtype.
 
-    files = (CONFIG_NAME, WEIGHTS_NAME)
-    for _ in range(RETRIES):
-        place = named_folder(path, subfolder)
-        before = stat_signature(place, *files)
-        try:
-            folder, record = read_local(path, subfolder)
-            featurizer = read_folder(folder, _one(record, str(folder), kind), where=str(folder), **options)
-        except FeaturizerError:  # of one state's config and another one's weights, anything may be wrong
-            if before == stat_signature(place, *files):
-                raise
-        else:
-            if before == stat_signature(place, *files):
-                return featurizer
-    raise ArtefactError(str(path), "another program keeps writing to it; load it when that one has finished")
-
-
-def _foreign_folder(path: Path, subfolder: str | None) -> Path | None:
-    """The folder, if it is one without a ``config.json`` of ours and with other files."""
-    from featurizers.format.manifest import CONFIG_NAME, read
-
+    Raises:
+        UsageError: it is of another kind, or the device is absent.
+    """
+    check_kind(featurizer.kind, request.where, request.kind)
     try:
-        folder = named_folder(path, subfolder)
-        before = folder.stat()
-        if not folder.is_dir() or not any(folder.iterdir()):
-            return None
-        if (folder / CONFIG_NAME).exists():
-            read(folder / CONFIG_NAME, str(folder))
-            return None
-        if not os.path.samestat(before, folder.stat()):  # another program replaces it; it may be one of ours
-            return None
-    except NotOursError:
-        return folder
-    except (OSError, RuntimeError, ValueError):  # said better where our own artefact is read
-        return None
-    return folder
+        return featurizer.to(device=request.device, dtype=request.dtype)
+    except (AssertionError, RuntimeError, NotImplementedError, ImportError) as error:  # raised by torch
+        raise UsageError(f"{request.where} cannot be put on {shown(request.device)}: {one_line(error)}") from error
 
 
-def _of_catalogue(
-    source: CatalogueSource,
-    indices: Tensor | None,
-    allow_nonfinite: bool,
-    verify: bool,
-    hub_options: tuple[Any, ...],
-) -> Featurizer[Any]:
-    from featurizers.hub.repository import Remote
-    from featurizers.store.reading import checked, of_repository
+def _holds_other_files(folder: Path) -> bool:
+    """Return whether it is a folder with files, but without a ``config.json``."""
+    try:
+        return folder.is_dir() and not (folder / CONFIG_NAME).exists() and any(folder.iterdir())
+    except (OSError, RuntimeError, ValueError):  # it cannot be read, or no folder can have this name
+        return False
 
-    opened = []
+
+def _read_entry(entry: CatalogueSource, request: Request) -> Featurizer[Any]:
+    """Let a plugin read an entry of its catalogue."""
+    opened: list[ExternalFiles] = []
 
     def repository(repo_id: str, subfolder: str | None = None, revision: str | None = None) -> ExternalFiles:
-        remote = Remote(HubSource(repo_id, revision), subfolder, *hub_options)
-        foreign = of_repository(remote, indices, allow_nonfinite, verify)
-        opened.append(foreign)
-        return foreign
+        remote = request.remote(HubSource(repo_id, revision), subfolder)
+        opened.append(external.of_repository(remote, columns, request.allow_nonfinite, request.verify))
+        return opened[-1]
 
-    found = host().ask("featurizers_resolve", source.plugin, reference=source.reference, repository=repository)
-    if found is None:
-        raise PluginError(f"the plugin {source.plugin!r} has no catalogue, so that {str(source)!r} names nothing")
-    return checked(found, opened[-1]) if opened else found
-
-
-def _placed(
-    featurizer: Featurizer[Any],
-    kind: str | None,
-    where: str,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> Featurizer[Any]:
-    if kind not in (None, featurizer.kind):
-        raise UsageError(f"{where} holds a featurizer of kind {featurizer.kind!r}, not {kind!r}")
-    try:
-        return featurizer.to(device=device, dtype=dtype)
-    except (AssertionError, RuntimeError, NotImplementedError, ImportError) as error:  # torch's, of absent devices
-        raise UsageError(f"{where} cannot be put on {shown(device)}: {one_line(error)}") from error
+    columns = _columns(request.indices)
+    featurizer = host().ask("featurizers_resolve", entry.plugin, reference=entry.reference, repository=repository)
+    if featurizer is None:
+        raise PluginError(f"the plugin {entry.plugin!r} has no catalogue, so {str(entry)!r} names nothing")
+    return external.checked(featurizer, opened[-1]) if opened else featurizer
 
 
-def _wanted(indices: Indices) -> Tensor | None:
-    """The features to read of a file whose number of features is not known yet."""
-    import torch
+def _columns(indices: Indices) -> Tensor | None:
+    """Return the features to read, for files whose number of features is not known yet; None for all.
 
-    from featurizers.features.indices import select
-
+    Raises:
+        UsageError: the form of the indices needs the number of features, or there are none.
+    """
     if indices is None:
         return None
-    wrong = UsageError("give the features to load as a list of numbers, the same for every example")
-    if isinstance(indices, slice | str) or getattr(indices, "dtype", None) == torch.bool:
-        raise wrong  # how many features there are is not known yet
-    if isinstance(indices, list | tuple) and any(isinstance(index, list | tuple) for index in indices):
-        raise wrong
-    columns = select(indices, 2**31).as_columns()
+    needs_number = isinstance(indices, slice | str) or getattr(indices, "dtype", None) == torch.bool
+    of_examples = isinstance(indices, list | tuple) and any(isinstance(index, list | tuple) for index in indices)
+    columns = None if needs_number or of_examples else select(indices, 2**31).as_columns()
     if columns is None or not columns.numel():
-        raise wrong
+        raise UsageError("give the features to load as a list of numbers, the same for every example")
     return columns
-
-
-def create(kind: str, **config: Any) -> Featurizer[Any]:
-    """A new featurizer of a kind, from the keyword arguments of its config.
-
-    Raises:
-        UnknownKindError: no installed plugin provides the kind.
-        ConfigError: the kind refuses the arguments.
-        UsageError: the kind is no string.
-
-    Example:
-        >>> create("subspace", d_in=768, n_features=16, seed=0).n_features
-        16
-    """
-    from featurizers.registry.plugin_host import build, host
-
-    if not isinstance(kind, str):
-        raise UsageError(f"a kind is a string such as 'subspace', not {shown(kind)}")
-    return build(host().featurizer_class(kind), config)
-
-
-def list_artefacts(
-    source: str | Path,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> dict[str, Entry]:
-    """The artefacts of a folder or a repository by subfolder, ``""`` for one at the root; reads the root's config only.
-
-    Raises:
-        SourceError, ManifestError, HubError: as `load`.
-    """
-    record = manifest_of(source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    if isinstance(record, Index):
-        return dict(record.artefacts)
-    return {"": record.entry()}
-
-
-def manifest_of(
-    source: str | Path,
-    *,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> Manifest | Index:
-    """The ``config.json`` of a source, without its weights and without its plugin."""
-    parsed = parse_source(source, revision)
-    if isinstance(parsed, FolderSource):
-        return read_local(parsed.path, subfolder)[1]
-    if isinstance(parsed, HubSource):
-        from featurizers.hub.repository import Remote
-
-        return Remote(parsed, subfolder, token, cache_dir, local_files_only=local_files_only).config()[0]
-    host().load(parsed.plugin)
-    raise PluginError(f"{str(parsed)!r} is an entry of a catalogue, which has no config.json of ours; load it")
-
-
-def _one(record: Manifest | Index, where: str, kind: str | None) -> Manifest:
-    if isinstance(record, Index):
-        names = list(record.artefacts)
-        shown = ", ".join(map(repr, names[:10])) + (", …" if len(names) > 10 else "")
-        raise ManifestError(where, f"it holds {len(names)} artefacts; name one with subfolder=, of {shown}")
-    if kind is not None and record.kind != kind:
-        raise UsageError(f"{where} holds a featurizer of kind {record.kind!r}, not {kind!r}")
-    return record

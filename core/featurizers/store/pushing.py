@@ -1,4 +1,4 @@
-"""Pushing: an artefact or a collection goes to the Hugging Face Hub in one commit, on the state that was looked at."""
+"""`push`: upload an artefact or a collection to the Hugging Face Hub, in one commit on the commit that was read."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ from featurizers.format.manifest import (
     Index,
     Manifest,
     dump,
+    named_folder,
     read,
-    read_local,
 )
 from featurizers.hub.repository import Remote
 from featurizers.hub.sources import HubSource
 from featurizers.hub.transport import DEADLINE, TIMEOUT, transfer_time, within
+from featurizers.store.records import local_record
 from featurizers.version import __version__
 
 if TYPE_CHECKING:
@@ -51,31 +52,32 @@ def push(
 ) -> CommitInfo:
     """Upload the artefact, collection or intervenable in a folder, in one commit.
 
-    The repository and the branch are created where they are missing. With a subfolder, the index at the root is
-    brought up to date in the same commit. What people wrote in the repository's README stays.
+    The repository and the branch are created if they are missing. With a subfolder, the same commit updates the index
+    at the root. The text that people wrote in the repository's README is kept.
 
     Args:
-        folder: what `Featurizer.save_pretrained`, `featurizers.save_collection` or `featurizers.save_intervenable`
-            wrote.
+        folder: written by `Featurizer.save_pretrained`, `featurizers.save_collection` or
+            `featurizers.save_intervenable`.
         repo_id: ``owner/name``.
-        subfolder: where in the repository to put an artefact.
+        subfolder: folder of the repository for an artefact; its root if None.
         private: whether a new repository is private; the account's default if None.
-        branch: to commit to, ``main`` if None.
+        branch: branch to commit to, ``main`` if None.
         create_pr: whether to open a pull request instead.
-        commit_message: its title.
-        token: of the Hub; the stored one if None.
+        commit_message: title of the commit.
+        token: token for the Hub; the stored one if None.
 
     Returns:
         huggingface_hub's `CommitInfo`; ``oid`` is the commit.
 
     Raises:
-        ManifestError: the folder is not an artefact, or the repository's root is something else.
+        ManifestError: the folder is not an artefact, or does not go with what the root of the repository holds.
         HubConflictError: someone else pushed meanwhile; nothing was changed.
         HubError: the Hub refused.
     """
-    local, record = read_local(Path(folder), None)
+    local = named_folder(Path(folder))
+    record = local_record(local, local)
     if subfolder and isinstance(record, Manifest):
-        _as_entry(subfolder, record, repo_id)  # refuses a name that no index can hold
+        _index_entry(subfolder, record, repo_id)  # refuses a name that no index can hold
     elif subfolder:
         raise ManifestError(str(local), "a collection is pushed to the root of a repository, not to a subfolder")
     if branch and create_pr:
@@ -102,7 +104,7 @@ def _commit(
     create_pr: bool,
     token: str | bool | None,
 ) -> CommitInfo:
-    """One commit on a known parent; the repository and the branch are created where they are missing."""
+    """Commit on a known parent; create the repository and the branch if they are missing."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -136,7 +138,7 @@ def _commit(
 
 def push_featurizer(featurizer: Featurizer[Any], repo_id: str, **options: Any) -> CommitInfo:
     """Save a featurizer to a temporary folder and `push` that."""
-    from featurizers.store.artefact import save
+    from featurizers.store.artefact import save  # which imports torch
 
     with tempfile.TemporaryDirectory() as folder:
         return push(save(featurizer, Path(folder) / "artefact"), repo_id, **options)
@@ -151,17 +153,17 @@ def _operations(
     subfolder: str | None,
     staging: Path,
 ) -> list[CommitOperationAdd]:
-    """What one commit adds: our files, the cards, and the index of a repository with subfolders."""
+    """List the files of the commit: artefacts with their cards, and the index of a repository with subfolders."""
     from huggingface_hub import CommitOperationAdd
 
-    def theirs(place: str, name: str, most: int) -> Path | None:
-        """A file of the repository as it stands, None if there is none."""
+    def existing(part: str, name: str, most: int) -> Path | None:
+        """Download a file of the parent commit; return None if it has no such file."""
         if parent is None:
             return None
-        return Remote(HubSource(repo_id, None), place or None, token).optional(name, parent, most)
+        return Remote(HubSource(repo_id, None), part or None, token).optional(name, parent, most)
 
-    found = theirs("", CONFIG_NAME, MAX_CONFIG_BYTES)
-    root = None if found is None else read(found, repo_id)
+    root_config = existing("", CONFIG_NAME, MAX_CONFIG_BYTES)
+    root = None if root_config is None else read(root_config, repo_id)
     if root is not None and isinstance(root, Index) != (bool(subfolder) or isinstance(record, Index)):
         raise ManifestError(
             repo_id,
@@ -173,64 +175,61 @@ def _operations(
     parts: dict[str, tuple[Path, Manifest | Index]] = {}
     if isinstance(record, Manifest):
         parts[subfolder or ""] = local, record
-        entries |= _as_entry(subfolder, record, repo_id) if subfolder else {}
+        entries |= _index_entry(subfolder, record, repo_id) if subfolder else {}
     else:
-        parts = {name: read_local(local, name) for name in record.artefacts}
+        parts = {name: (local / name, local_record(local, local / name)) for name in record.artefacts}
         entries |= record.artefacts
     added: list[CommitOperationAdd] = []
     digests = dict[str, str]()
-    for place, (folder, part) in parts.items():
-        if isinstance(part, Index):
+    for part, (folder, manifest) in parts.items():
+        if isinstance(manifest, Index):
             raise ManifestError(str(folder), "it is a collection inside a collection; push it by itself")
-        digests[place] = part.sha256
+        digests[part] = manifest.sha256
+        prefix = f"{part}/" if part else ""
         added += [
-            CommitOperationAdd(_in(place, CONFIG_NAME), dump(part)),
-            _weights(_in(place, WEIGHTS_NAME), folder / WEIGHTS_NAME, part.sha256),
-            CommitOperationAdd(_in(place, CARD_NAME), str(_card(repo_id, theirs, folder, part, place, staging))),
+            CommitOperationAdd(f"{prefix}{CONFIG_NAME}", dump(manifest)),
+            _weights(f"{prefix}{WEIGHTS_NAME}", folder / WEIGHTS_NAME, manifest.sha256),
+            CommitOperationAdd(f"{prefix}{CARD_NAME}", str(_card(repo_id, existing, folder, manifest, part, staging))),
         ]
     intervenable = isinstance(record, Index) and (local / INTERVENABLE_NAME).exists()
     if intervenable:
         added += _intervenable(local, digests)
     if entries:
         index = Index(artefacts=dict(sorted(entries.items())))
-        prose = local if isinstance(record, Index) else None
-        card_path = _card(repo_id, theirs, prose, index, "", staging, intervenable)
+        own_card = local if isinstance(record, Index) else None
+        card_path = _card(repo_id, existing, own_card, index, "", staging, intervenable)
         added += [CommitOperationAdd(CONFIG_NAME, dump(index)), CommitOperationAdd(CARD_NAME, str(card_path))]
     return added
 
 
-def _in(place: str, name: str) -> str:
-    return f"{place}/{name}" if place else name
-
-
-def _weights(place: str, path: Path, sha256: str) -> CommitOperationAdd:
-    """The upload of the weights that a config is of: another program may be saving to the folder.
+def _weights(path_in_repo: str, path: Path, sha256: str) -> CommitOperationAdd:
+    """Prepare the upload of weights, and compare them with their config: another program may be saving to the folder.
 
     Raises:
-        WeightsError: they are other ones, or none.
+        WeightsError: the file is missing, or has another sha256.
     """
     from huggingface_hub import CommitOperationAdd
 
     with opened(path, str(path.parent), WeightsError):
-        added = CommitOperationAdd(place, str(path))
-    if (found := added.upload_info.sha256.hex()) != sha256:
+        added = CommitOperationAdd(path_in_repo, str(path))
+    if (actual := added.upload_info.sha256.hex()) != sha256:
         raise WeightsError(
             str(path.parent),
-            f"{path.name} has sha256 {found}, its config says {sha256}: it is damaged, or another program "
+            f"{path.name} has sha256 {actual}, its config says {sha256}: it is damaged, or another program "
             "is saving to the folder; nothing was pushed",
         )
     return added
 
 
 def _intervenable(folder: Path, digests: Mapping[str, str]) -> list[CommitOperationAdd]:
-    """The upload of an intervenable's own two files.
+    """Prepare the upload of the two files of an intervenable, and compare them with its featurizers.
 
     Args:
-        folder: what holds them.
-        digests: sha256 of each featurizer that goes along.
+        folder: holds the files.
+        digests: sha256 of each featurizer in the commit, by subfolder.
 
     Raises:
-        WeightsError: its featurizers or its tensors are other ones.
+        WeightsError: a featurizer or the tensors have another sha256.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -242,7 +241,7 @@ def _intervenable(folder: Path, digests: Mapping[str, str]) -> list[CommitOperat
         if digests.get(entry.subfolder) != entry.sha256:
             raise WeightsError(
                 where,
-                f"{entry.subfolder} is none of its featurizers, or another than was saved with {INTERVENABLE_NAME}; "
+                f"{entry.subfolder} is missing, or is not the featurizer that was saved with {INTERVENABLE_NAME}; "
                 "nothing was pushed",
             )
     return [
@@ -251,8 +250,12 @@ def _intervenable(folder: Path, digests: Mapping[str, str]) -> list[CommitOperat
     ]
 
 
-def _as_entry(subfolder: str, manifest: Manifest, where: str) -> dict[str, Entry]:
-    """What an index says of one artefact."""
+def _index_entry(subfolder: str, manifest: Manifest, where: str) -> dict[str, Entry]:
+    """Return the entry of an artefact in an index.
+
+    Raises:
+        ManifestError: no index can hold this subfolder.
+    """
     from pydantic import ValidationError
 
     try:
@@ -263,21 +266,21 @@ def _as_entry(subfolder: str, manifest: Manifest, where: str) -> dict[str, Entry
 
 def _card(
     repo_id: str,
-    theirs: Callable[[str, str, int], Path | None],
+    existing: Callable[[str, str, int], Path | None],
     local: Path | None,
     record: Manifest | Index,
-    place: str,
+    part: str,
     staging: Path,
     intervenable: bool = False,
 ) -> Path:
-    """The card to upload: the repository's own, or else the folder's, with our part of it renewed."""
-    target = staging / place / CARD_NAME
+    """Update the card of the repository, or else of the folder, and return the file to upload."""
+    target = staging / part / CARD_NAME
     target.parent.mkdir(parents=True, exist_ok=True)
-    before = theirs(place, CARD_NAME, MAX_CARD_BYTES) or (local and local / CARD_NAME)
-    if before is not None and before.exists():
-        target.write_bytes(read_bytes(before, str(before.parent), ArtefactError, MAX_CARD_BYTES))
+    old_card = existing(part, CARD_NAME, MAX_CARD_BYTES) or (local and local / CARD_NAME)
+    if old_card is not None and old_card.exists():
+        target.write_bytes(read_bytes(old_card, str(old_card.parent), ArtefactError, MAX_CARD_BYTES))
     if isinstance(record, Index):
         card.write_collection(record, target, source=repo_id, intervenable=intervenable)
     else:
-        card.write(record, target, source=repo_id, subfolder=place)
+        card.write(record, target, source=repo_id, subfolder=part)
     return target

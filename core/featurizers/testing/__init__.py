@@ -1,6 +1,6 @@
-"""The conformance suite: every law of `featurizers.Featurizer`, for a plugin's author to subclass.
+"""Conformance suite for plugins: every law of `featurizers.Featurizer` as a test, in a class to subclass.
 
-A plugin's whole test may be::
+The whole test of a plugin may be::
 
     from featurizers.testing import FeaturizerContract
 
@@ -14,6 +14,6 @@ A plugin's whole test may be::
             return torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
 """
 
-from featurizers.testing.contract import FeaturizerContract
+import lazy_loader
 
-__all__ = ["FeaturizerContract"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

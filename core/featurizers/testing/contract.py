@@ -1,4 +1,4 @@
-"""`FeaturizerContract`: the tests that every kind of featurizer passes."""
+"""`FeaturizerContract`: tests that every kind of featurizer must pass."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 class FeaturizerContract:
-    """Subclass it, give the two fixtures, and pytest runs every law against your kind.
+    """Tests of every law of featurizers. Subclass it and define the two fixtures, and pytest runs them on your kind.
 
-    A test may not be overridden, except by one marked ``pytest.mark.xfail(reason=...)`` that says why the law
-    does not hold.
+    A test may be overridden only by a test marked ``pytest.mark.xfail(reason=...)``, which says why the law does not
+    hold.
 
     Attributes:
         tolerance: largest error of a round trip or of a closed form, relative to the largest activation, in fp32.
@@ -33,25 +33,25 @@ class FeaturizerContract:
     tolerance: ClassVar[float] = 1e-5
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Refuse a subclass that quietly weakens a law."""
+        """Raise if a subclass overrides a law without saying why."""
         super().__init_subclass__(**options)
         for name, value in vars(cls).items():
             if name.startswith("test_") and hasattr(FeaturizerContract, name):
                 marks = getattr(value, "pytestmark", [])
                 if not any(mark.name == "xfail" and mark.kwargs.get("reason") for mark in marks):
                     raise TypeError(
-                        f"{cls.__name__}.{name} overrides a law; mark it xfail(reason=...) if it cannot hold"
+                        f"{cls.__name__}.{name} overrides a law; mark it xfail(reason=...) if the law cannot hold"
                     )
 
     @pytest.fixture
     def featurizer(self) -> Featurizer[Any]:
-        """The featurizer to test, new for each test and not trivial: with weights that are not all 0 or 1."""
-        raise NotImplementedError("give a fixture named 'featurizer'")
+        """Return the featurizer to test: a new one for each test, with weights that are not all 0 or 1."""
+        raise NotImplementedError("define a fixture named 'featurizer'")
 
     @pytest.fixture
     def activations(self) -> Tensor:
-        """At least 12 different activations, fp32 ``(n, d_in)``, on which features take different values."""
-        raise NotImplementedError("give a fixture named 'activations'")
+        """Return at least 12 different activations, fp32 ``(n, d_in)``, with different values of the features."""
+        raise NotImplementedError("define a fixture named 'activations'")
 
     # ------------------------------------------------------------------ the map and its inverse
 
@@ -91,8 +91,8 @@ class FeaturizerContract:
         featurizer.featurize(second)
         featurizer.interchange(second, first)
         self._close(featurizer.inverse_featurize(features, error), first)
-        self._close(featurizer.inverse_featurize(features, error), first)  # not consumed by the first call
-        self._close(before.inverse_featurize(features, error), first)  # nor kept on the module
+        self._close(featurizer.inverse_featurize(features, error), first)  # the first call left them unchanged
+        self._close(before.inverse_featurize(features, error), first)  # nothing is stored on the module
         assert _same_state(featurizer, before)
 
     def test_inputs_are_never_changed_or_handed_back(self, featurizer: Featurizer[Any], activations: Tensor) -> None:
@@ -245,17 +245,17 @@ class FeaturizerContract:
             others, _ = featurizer.featurize(source)
             return featurizer.inverse_featurize(features + gate * (others - features), error)
 
-        found, expected = (
+        actual, expected = (
             torch.autograd.grad((result * weight).sum(), [base, source, gate, *parameters], allow_unused=True)
             for result in (featurizer.mask(base, source, gate), plain())
         )
-        for g, e in zip(found, expected, strict=True):
+        for g, e in zip(actual, expected, strict=True):
             assert (g is None) == (e is None)
             if g is not None and e is not None:
                 self._close(g, e)
-        assert found[1] is not None
-        assert found[1].abs().amax() > 0, "no gradient reaches the source"
-        learned = [g for g in found[3:] if g is not None and g.abs().amax() > 0]
+        assert actual[1] is not None
+        assert actual[1].abs().amax() > 0, "no gradient reaches the source"
+        learned = [g for g in actual[3:] if g is not None and g.abs().amax() > 0]
         assert learned or not parameters, "no gradient reaches a parameter; freeze what is not trained"
 
     def test_jvp_and_vjp_are_adjoint(self, featurizer: Featurizer[Any], activations: Tensor) -> None:
@@ -321,7 +321,7 @@ class FeaturizerContract:
     def test_a_copy_and_a_state_dict_are_the_same_featurizer(
         self, featurizer: Featurizer[Any], activations: Tensor
     ) -> None:
-        featurizer.interchange(activations[:4], activations[4:8])  # a graph must not hinder the copy
+        featurizer.interchange(activations[:4], activations[4:8])  # its autograd graph must not prevent the copy
         self._behaves_the_same(copy.deepcopy(featurizer), featurizer, activations)
         again = build(type(featurizer), featurizer.config.model_dump())
         again.load_state_dict(featurizer.state_dict())
@@ -357,9 +357,9 @@ class FeaturizerContract:
         handle.remove()
         swap = featurizers.Interchange(featurizer, source={"input_ids": source}, positions=[2], indices=[0])
         with featurizers.intervene(model, {"resid.post:0": swap}):
-            found = model(base).logits
-        assert torch.equal(found, expected)
-        assert not torch.equal(model(base).logits, found), "the interchange changes no logit"
+            actual = model(base).logits
+        assert torch.equal(actual, expected)
+        assert not torch.equal(model(base).logits, actual), "the interchange changes no logit"
 
     def test_pyvene_does_what_the_native_backend_does(self, featurizer: Featurizer[Any], activations: Tensor) -> None:
         if "pyvene" not in featurizers.kinds():
@@ -401,20 +401,20 @@ class FeaturizerContract:
 
     # ------------------------------------------------------------------ helpers
 
-    def _close(self, found: Tensor, expected: Tensor) -> None:
+    def _close(self, actual: Tensor, expected: Tensor) -> None:
         __tracebackhide__ = True
-        assert found.shape == expected.shape
-        if found.numel():
+        assert actual.shape == expected.shape
+        if actual.numel():
             scale = max(float(expected.detach().abs().amax()), 1.0)
-            worst = float((found - expected).detach().abs().amax())
+            worst = float((actual - expected).detach().abs().amax())
             assert worst <= self.tolerance * scale, f"off by {worst:.3g} at a scale of {scale:.3g}"
 
-    def _same(self, found: Tensor, expected: Tensor, featurizer: Featurizer[Any]) -> None:
-        """Equal in every element; to rounding for a kind whose `blend` sums in another order than its `apply_edit`."""
+    def _same(self, actual: Tensor, expected: Tensor, featurizer: Featurizer[Any]) -> None:
+        """Check that results are equal, or close for a kind with its own `blend`, which may sum in another order."""
         __tracebackhide__ = True
         if type(featurizer).blend is Featurizer.blend:
-            assert torch.equal(found, expected)
-        self._close(found, expected)
+            assert torch.equal(actual, expected)
+        self._close(actual, expected)
 
     def _behaves_the_same(self, one: Featurizer[Any], other: Featurizer[Any], activations: Tensor) -> None:
         base, source = activations[:4], activations[4:8]
@@ -434,7 +434,7 @@ def _shapes(activations: Tensor) -> list[Tensor]:
 
 
 def _some(count: int) -> Tensor:
-    """A few features, and not in order."""
+    """Return the columns of a few features, not in order."""
     return torch.tensor(sorted({0, count // 2, count - 1}, reverse=True))
 
 
@@ -458,7 +458,7 @@ def _equal(one: Error, other: Error) -> bool:
 
 
 def _tiny_gpt2(width: int) -> tuple[Any, Tensor, Tensor]:
-    """A model with random weights whose residual stream has that width, and two batches of prompts."""
+    """Build a model with random weights and a residual stream of a given width, and two batches of prompts."""
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
         n_layer=2, n_embd=width, n_head=1, vocab_size=16, n_positions=8, bos_token_id=None, eos_token_id=None

@@ -25,22 +25,22 @@ def specs() -> Mapping[str, ScalarSpec]:
     Raises:
         PluginError: two quantities have one name, or a name of another plugin has no prefix.
     """
-    found: dict[str, ScalarSpec] = {}
+    by_name: dict[str, ScalarSpec] = {}
 
     def register(one: ScalarSpec) -> None:
         if not isinstance(one, ScalarSpec):
             raise PluginError(f"a plugin registers {shown(one)}, which is no ScalarSpec")
         for name in (one.name, *one.aliases):
-            if name in found:
+            if name in by_name:
                 raise PluginError(f"the scalar {name} is registered twice; uninstall one of the plugins that do")
             if one.name not in OWN and "." not in name:
                 raise PluginError(
                     f"the scalar {name} of another plugin needs the plugin's name before: 'plugin.{name}'"
                 )
-            found[name] = one
+            by_name[name] = one
 
     host().ask("featurizers_scalars", register=register)
-    return MappingProxyType(found)
+    return MappingProxyType(by_name)
 
 
 def spec(name: str) -> ScalarSpec:

@@ -1,4 +1,4 @@
-"""The identity featurizer: activations are their own features."""
+"""Identity featurizer: activations are their own features."""
 
 from __future__ import annotations
 

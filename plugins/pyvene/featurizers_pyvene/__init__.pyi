@@ -1,6 +1,3 @@
-from .intervenables import load_intervenable as load_intervenable
-from .intervenables import push_intervenable as push_intervenable
-from .intervenables import save_intervenable as save_intervenable
 from .interventions import FeatureCollectIntervention as FeatureCollectIntervention
 from .interventions import FeatureInterchangeIntervention as FeatureInterchangeIntervention
 from .interventions import FeatureIntervention as FeatureIntervention
@@ -11,4 +8,7 @@ from .interventions import bind as bind
 from .interventions import bound_class as bound_class
 from .interventions import indices_of_subspaces as indices_of_subspaces
 from .interventions import unbound as unbound
+from .loading import load_intervenable as load_intervenable
 from .saved_intervention import SavedIntervention as SavedIntervention
+from .saving import push_intervenable as push_intervenable
+from .saving import save_intervenable as save_intervenable

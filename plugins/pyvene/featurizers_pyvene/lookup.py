@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from featurizers.errors import PluginError, UnknownKindError, UsageError, shown
-from featurizers.names import KIND, install_command
-from featurizers.registry import checked_class, host, kinds
+from featurizers.registry import KIND, checked_class, host, install_command, kinds
 
 from featurizers_pyvene.interventions import INTERVENTIONS, unbound
 from featurizers_pyvene.saved_intervention import SavedIntervention

@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self
 
+import torch
 from featurizers.features import Featurizer
 from pydantic import BaseModel
-from torch import nn
+from torch import Tensor, nn
 
 
 class SavedIntervention(ABC):
@@ -54,3 +55,19 @@ class SavedIntervention(ABC):
     def of_featurizer(featurizer: Featurizer[Any]) -> nn.Module:
         """Convert a stored featurizer back to the shared submodule; called once for each featurizer."""
         return featurizer
+
+
+def on_meta(cls: type[SavedIntervention], config: BaseModel, part: Any) -> Any:
+    """Build an intervention whose own tensors have names and shapes but no values."""
+    with torch.device("meta"):
+        return cls.from_config(config, part)
+
+
+def own_tensors(cls: type[SavedIntervention], intervention: Any) -> dict[str, Tensor]:
+    """Return the tensors of an intervention that do not belong to its shared submodule, by name."""
+    start = f"{cls.part}."
+    return {
+        name: tensor
+        for name, tensor in intervention.state_dict().items()
+        if isinstance(tensor, Tensor) and not name.startswith(start)
+    }

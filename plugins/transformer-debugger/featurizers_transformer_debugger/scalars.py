@@ -82,14 +82,14 @@ def upstream(
 def _basis(row: Row, featurizers: Mapping[str, Any]) -> Basis:
     if row.featurized:
         kinds = FEATURIZED.get(row.kind, (row.kind,))
-        given = [kind for kind in featurizers if kind in kinds]
-        if len(given) != 1:
+        matching = [kind for kind in featurizers if kind in kinds]
+        if len(matching) != 1:
             raise UsageError(
                 f"{row.name} is of the features of one featurizer at {' or '.join(kinds)}; there is "
-                f"{', '.join(given) or 'none of them'}. Give featurizers={{{kinds[0]!r}: {{layer: featurizer}}}}"
+                f"{', '.join(matching) or 'none of them'}. Give featurizers={{{kinds[0]!r}: {{layer: featurizer}}}}"
             )
         part = "error" if row.option == "error" else "features"
-        return Basis(given[0], featurizers[given[0]], part=part)  # type: ignore[arg-type]
+        return Basis(matching[0], featurizers[matching[0]], part=part)  # type: ignore[arg-type]
     via = row.option if row.option in ("q", "k", "v") else None
     return Basis(row.kind, via=via, whole=row.option == "whole")  # type: ignore[arg-type]
 

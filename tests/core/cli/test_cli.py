@@ -1,4 +1,4 @@
-"""The ``featurizers`` command on local artefacts: output, JSON, exit codes; the Hub is in ``tests/hub``."""
+"""``featurizers`` command on local artefacts: output, JSON, exit codes. ``tests/hub`` has the commands with a Hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import featurizers
-import featurizers.store.loading
 import pytest
 import torch
 import typer
@@ -52,7 +51,7 @@ def _plain_terminal(monkeypatch):
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory):
-    """An artefact, a collection, and a collection of which one bit is flipped."""
+    """Save an artefact, a collection, and a collection with one flipped bit."""
     folder = tmp_path_factory.mktemp("examples")
     f = featurizers.create("subspace", d_in=8, n_features=2, seed=0)
     f.id, f.site = "sentiment", featurizers.Site("resid.post", 8).at(position=(-1,), model="owner/model")
@@ -69,7 +68,7 @@ def examples(tmp_path_factory):
 
 @pytest.fixture
 def here(examples, tmp_path, monkeypatch):
-    """A copy of the examples, which is the current folder."""
+    """Make a copy of the examples the current folder."""
     shutil.copytree(examples, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
 
@@ -289,7 +288,7 @@ def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys):
     def refuse(*_, **__):
         raise OSError(28, "No space left on device", "x")
 
-    monkeypatch.setattr(featurizers.store.loading, "manifest_of", refuse)
+    monkeypatch.setattr("featurizers.store.manifest_of", refuse)
     monkeypatch.setattr(sys, "argv", ["featurizers", "info", "./a"])
     with pytest.raises(SystemExit, match="1"):
         cli.main()
@@ -345,7 +344,7 @@ def test_help_of_a_command_lists_the_options_of_the_page(command):
     assert described
     options = set(re.findall(r"--[a-z-]+", described[1])) - {"--help"}
     group = typer.main.get_command(cli.app)
-    group.list_commands(None)  # those of plugins too
+    group.list_commands(None)  # loads the commands of plugins
     for word in words:
         group = group.commands[word]
     known = group.params

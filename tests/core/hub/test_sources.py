@@ -1,4 +1,4 @@
-"""What a source names: never a guess, never another error than `SourceError`."""
+"""Parsing of sources: nothing is guessed, and every error is a `SourceError`."""
 
 import contextlib
 from pathlib import Path
@@ -162,7 +162,7 @@ def test_a_very_long_name(source):
 
 @pytest.mark.parametrize("function", [featurizers.load, featurizers.list_artefacts])
 def test_catalogues(function):
-    words = "'identity' has no catalogue, so that 'identity:x'" if function is featurizers.load else "is an entry of"
+    words = "'identity' has no catalogue, so 'identity:x'" if function is featurizers.load else "is an entry of"
     with pytest.raises(PluginError, match=words):
         function("identity:x")
     with pytest.raises(UnknownKindError, match="'not-installed'"):

@@ -1,4 +1,4 @@
-"""The plugin host: one faulty plugin never takes the others down, and no name is decided silently."""
+"""Plugin host: a broken plugin does not affect the others, and no conflict of names is resolved silently."""
 
 import importlib.metadata
 import subprocess
@@ -45,7 +45,7 @@ GOOD = """
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """Put a distribution on the path as an installer leaves it: a module and its metadata."""
+    """Install a distribution for one test: its module and metadata on `sys.path`, as pip would leave them."""
 
     def install(name, code, entry=None, distribution=None, version="1.0", requires=(), metadata=None, points=None):
         distribution = distribution or f"dist-{name}"
@@ -67,7 +67,7 @@ def install(tmp_path, monkeypatch):
 
 @pytest.fixture
 def only(tmp_path, monkeypatch):
-    """Hide all distributions but some, and all of this test."""
+    """Hide all installed distributions except some and those of the test."""
     installed = importlib.metadata.entry_points
 
     def only(*names):
@@ -86,7 +86,7 @@ def only(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fresh(only):
-    """The host that the functions of the library use, of few plugins, and with those that a test installs."""
+    """Replace the process-wide host by a new one with few plugins, and those that the test installs."""
     only("featurizers-identity", "featurizers-subspace")
     host.cache_clear()
     yield host
@@ -98,14 +98,14 @@ def info(host, name):
 
 
 def hooks(**bodies):
-    """A plugin's code with these hooks: arguments and a body each."""
+    """Write the code of a plugin with these hooks, each with its arguments and its body."""
     return "\n".join(
         ["import featurizers", *(f"@featurizers.hookimpl\ndef {name}{body}" for name, body in bodies.items())]
     )
 
 
 def imported(code=""):
-    """A plugin's code that counts how often it is imported."""
+    """Write the code of a plugin that counts its imports."""
     return f"import sys\nsys.featurizers_imported = getattr(sys, 'featurizers_imported', 0) + 1\n{code}"
 
 
@@ -276,7 +276,7 @@ def test_a_plugin_may_use_itself_while_it_is_imported(install, fresh):
 
 
 class Model:
-    """What a plugin's anatomy is asked about."""
+    """Build a model that a plugin can recognise."""
 
 
 READS = "(source): return 'read' if source == 'mine' else None"
@@ -338,7 +338,7 @@ def test_an_error_of_ours_is_the_answer_of_the_plugin_that_knows_the_format(inst
 
 
 def test_plugins_are_asked_in_the_order_of_pluggy(install, fresh):
-    """The last one loaded first, whoever says ``tryfirst`` before and whoever says ``trylast`` after the others."""
+    """Plugins are called last loaded first; ``tryfirst`` comes before all others, ``trylast`` after them."""
     for name, option in {"aaa": "tryfirst=True", "bbb": "", "ccc": "", "ddd": "trylast=True"}.items():
         code = f"import featurizers, sys\n@featurizers.hookimpl({option})\ndef featurizers_read(source):"
         install(name, f"{code} source.append('{name}')")
@@ -462,9 +462,9 @@ UNMET = {
     "featurizers[demo]>=9,<10": "it needs featurizers <10,>=9, this is 0.1.0",
     'featurizers>=9; python_version >= "3"': "it needs featurizers >=9",
     "featurizers === \x1b[31m": r"'===\x1b[31m'",
-    "featurizers >>> 1": "what it requires cannot be read: InvalidRequirement",
-    "!": "what it requires cannot be read: InvalidRequirement",
-    "featurizers>=9; nonsense": "what it requires cannot be read: InvalidRequirement",
+    "featurizers >>> 1": "its requirements cannot be read: InvalidRequirement",
+    "!": "its requirements cannot be read: InvalidRequirement",
+    "featurizers>=9; nonsense": "its requirements cannot be read: InvalidRequirement",
 }
 
 
@@ -763,7 +763,7 @@ def test_the_commands_of_this_project_are_those_of_its_plugins():
 def test_a_command_of_two_plugins_is_neither_ones(install, fresh):
     install("one", COMMAND.format(name="same", top="a"))
     install("two", COMMAND.format(name="same", top="b"))
-    with pytest.raises(PluginError, match=r"'two' adds the command 'fit same', which is there already"):
+    with pytest.raises(PluginError, match=r"'two' adds the command 'fit same', which exists already"):
         call("fit", "same")
     code, output = call("--help")
     assert code == 0
@@ -773,7 +773,7 @@ def test_a_command_of_two_plugins_is_neither_ones(install, fresh):
 def test_a_command_of_the_core_is_not_replaced(install, fresh):
     install("one", COMMAND.format(name="one", top="kinds"))
     assert "did kinds" not in call("kinds")[1]
-    assert "adds the command 'kinds', which is there already" in call("--help")[1]
+    assert "adds the command 'kinds', which exists already" in call("--help")[1]
 
 
 def test_a_plugin_whose_commands_fail_does_not_hinder_the_others(install, fresh):

@@ -1,4 +1,4 @@
-"""Artefacts on disk: they come back bit for bit, are written whole or not at all, and keep what is not theirs."""
+"""Artefacts on disk: they load to the same bits, are written as a whole or not at all, and keep other files."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ FEATURIZERS = {
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+    """Read every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def same(a: featurizers.Featurizer, b: featurizers.Featurizer) -> None:
-    """Both have the same configuration, tensors and outputs, bit for bit."""
+    """Check that two featurizers have the same configuration, tensors and outputs, bit for bit."""
     assert type(a) is type(b)
     assert a.config == b.config
     assert a.state_dict().keys() == b.state_dict().keys()
@@ -193,7 +193,7 @@ def test_verify_finds_one_bit(tmp_path):
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[-4] ^= 1  # the lowest bit of the last number
     (folder / "model.safetensors").write_bytes(data)
-    featurizers.load(folder)  # nothing else can find it
+    featurizers.load(folder)  # without verify it is not noticed
     with pytest.raises(WeightsError, match=f"{folder}: model.safetensors has sha256"):
         featurizers.load(folder, verify=True)
 
@@ -258,7 +258,8 @@ def test_a_readme_that_was_there_first_is_kept(tmp_path):
     (tmp_path / "a" / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
     subspace().save_pretrained(tmp_path / "a")
     text = (tmp_path / "a" / "README.md").read_text()
-    assert text.startswith("---\nlicense: mit\n---\n# Mine\n")
+    assert text.startswith("---\nlicense: mit\nlibrary_name: featurizers\n")
+    assert "\n---\n# Mine\n" in text
     assert text.count("featurizers.load(") == 1
 
 
@@ -334,7 +335,7 @@ def _broken(*_: object, **__: object) -> None:
 
 
 def _broken_once(rename, folder: Path):
-    """`Path.rename`, which the first time cannot give a folder its name."""
+    """Return a `Path.rename` that fails the first time that it is called with this target."""
     pending = [folder]
 
     def renamed(self: Path, to: Path) -> Path:
@@ -555,7 +556,7 @@ def test_replacing_a_collection_keeps_other_files_in_its_parts(tmp_path):
 
 @pytest.mark.parametrize("d_in", [31, 33, 64])
 def test_products_round_as_before(tmp_path, d_in):
-    """They depend on where a matrix begins in memory, and on how it lies there."""
+    """Rounding depends on the address and on the memory layout of a matrix."""
     x, source = normal(7, d_in, seed=1), normal(7, d_in, seed=2)
     drawn = subspace(d_in=d_in, n_features=9)
     by_rows = drawn.basis.detach().mT.contiguous()

@@ -1,4 +1,4 @@
-"""Folders that no plugin knows, and features of files whose size is not known yet."""
+"""Folders whose format no plugin knows, and indices for files whose number of features is not known yet."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from featurizers.errors import ManifestError, UsageError
 from featurizers.hub.sources import FolderSource
-from featurizers.store import reading
+from featurizers.store import external
 
 
 def test_what_no_plugin_knows_is_named(tmp_path):
@@ -17,7 +17,7 @@ def test_what_no_plugin_knows_is_named(tmp_path):
 
 
 def test_an_enormous_folder_is_not_walked_through(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "MAX_TREE", 10)
+    monkeypatch.setattr(external, "MAX_TREE", 10)
     for i in range(12):
         (tmp_path / f"{i}").mkdir()
     with pytest.raises(ManifestError, match=r"more than 10 files and folders, .*; name the folder of one featurizer"):
@@ -35,7 +35,7 @@ def test_files_are_listed_from_the_folder(tmp_path):
     (tmp_path / "b").mkdir()
     for name in ("b/two", "a", "b/one"):
         (tmp_path / name).write_bytes(b"x")
-    source = reading.of_folder(FolderSource(tmp_path).path, None)
+    source = external.of_folder(FolderSource(tmp_path).path, None)
     assert source.names == ("a", "b/one", "b/two")
     with pytest.raises(ManifestError, match="there is no file 'c'"):
         source.path("c")

@@ -1,4 +1,4 @@
-"""What earlier releases wrote is read for ever."""
+"""Files that every release so far wrote can still be read."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_what_was_recorded_is_there():
 
 
 SUBSPACES = [[[0]] * 2, None, [[1]] * 2]
-"""What the interventions of the saved pyvene model are called with."""
+"""Argument ``subspaces`` for each intervention of the saved pyvene model."""
 
 
 def small_gpt2():
@@ -51,8 +51,8 @@ def small_gpt2():
     )
 
 
-def given():
-    """Base and source, ``(2, 1, 8)`` each."""
+def base_and_source():
+    """Return base and source, ``(2, 1, 8)`` each."""
     return torch.linspace(-2, 3, 32).sin().reshape(2, 2, 1, 8)
 
 
@@ -70,4 +70,4 @@ def test_an_old_pyvene_model_does_what_it_did():
     lines = (folder / "outputs.txt").read_text().splitlines()
     for intervention, subspaces, line in zip(loaded.interventions.values(), SUBSPACES, lines, strict=True):
         expected = torch.tensor([float(number) for number in line.split()]).reshape(2, 1, 8)
-        torch.testing.assert_close(intervention(*given(), subspaces).detach(), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(intervention(*base_and_source(), subspaces).detach(), expected, rtol=1e-6, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Whatever a file holds, loading it gives a featurizer or one of our errors; `benchmarks/fuzz.py` goes on for hours."""
+"""Loading any file gives a featurizer or a `FeaturizerError`; `benchmarks/fuzz.py` runs the same for hours."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ values = st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(st
 
 
 def places(document: Any) -> list[tuple[Any, Any]]:
-    """Every container of a document, with each of its keys."""
+    """List each container of a JSON document with each of its keys."""
     found, pending = [], [document]
     for container in pending:
         keys = list(container) if isinstance(container, dict) else range(len(container))
@@ -38,7 +38,7 @@ def places(document: Any) -> list[tuple[Any, Any]]:
 
 
 def changed(document: Any, data: st.DataObject) -> bytes:
-    """The document with one to three values replaced, left out or added."""
+    """Return a JSON document with one to three values replaced, removed or added."""
     document = json.loads(json.dumps(document))
     for _ in range(data.draw(st.integers(1, 3))):
         container, key = data.draw(st.sampled_from(places(document)))
@@ -57,7 +57,7 @@ def changed(document: Any, data: st.DataObject) -> bytes:
 
 
 def spoiled(raw: bytes, data: st.DataObject) -> bytes:
-    """The bytes with a few replaced, inserted or left out."""
+    """Return the bytes with a few replaced, inserted or removed."""
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(0, len(raw)))
         length = data.draw(st.integers(0, 3))
@@ -66,7 +66,7 @@ def spoiled(raw: bytes, data: st.DataObject) -> bytes:
 
 
 def load(folder: Path) -> None:
-    """A featurizer comes out, or one error that a terminal can be sent."""
+    """Check that loading gives a featurizer, or an error that is printable."""
     try:
         found: Any = featurizers.load(folder)
     except FeaturizerError as error:
@@ -119,7 +119,7 @@ headers = st.dictionaries(st.text(max_size=3) | st.just("__metadata__"), entries
 
 @st.composite
 def nearly_sound(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
-    """A header whose tensors fill the file, but for a byte here and there."""
+    """Draw a header whose tensors fill the file, except for a few bytes."""
     end, header = 0, {}
     for name in draw(st.lists(st.text(max_size=3), unique=True, max_size=4)):
         dtype, size = draw(st.sampled_from([("F32", 4), ("BOOL", 1), ("BF16", 2), ("I64", 8)]))
@@ -170,7 +170,7 @@ def test_a_header_that_safetensors_writes_is_taken(shapes, dtype):
 
 @pytest.fixture(scope="module", params=[("sae-lens", "relu"), ("sparsify", "topk"), ("dictionary-learning", "relu")])
 def foreign(request, tmp_path_factory):
-    """A folder of another library, its config, and what that held at first."""
+    """Write a folder in the format of another library; return it, the path of its config, and the config."""
     to, rule = request.param
     folder = tmp_path_factory.mktemp("fuzzing") / to
     f = dictionary(rule)
@@ -189,7 +189,7 @@ def test_any_config_of_another_library(foreign, data):
 
 
 def test_records_of_pyvene_models(tmp_path_factory):
-    """Whatever stands in ``intervenable.json``, a model comes out or one error that a terminal can be sent."""
+    """Loading any ``intervenable.json`` gives a model, or an error that is printable."""
     from tests.support.intervenables import several
     from tests.support.models import tiny_model
 

@@ -1,4 +1,4 @@
-"""What a stranger's files may cost, and what the code of a plugin may break: little memory, and one error."""
+"""Limits: untrusted files cost little memory, and a failure in a plugin's code is one error."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_the_opt_out_is_for_nan_alone(tmp_path):
 
 
 def test_a_refusal_of_nan_costs_no_more_than_the_tensor(tmp_path):
-    """Nor does the place of the first, whatever the number of axes."""
+    """Finding the index of the first NaN costs little as well, for any number of axes."""
     tensor = torch.zeros(2, 3, 4)
     tensor[1, 0, 2:] = float("nan")
     with pytest.raises(WeightsError, match=r"2 of its 24 numbers, the first at \[1, 0, 2\]"):
@@ -118,7 +118,7 @@ def test_a_refusal_of_nan_costs_no_more_than_the_tensor(tmp_path):
 
 
 class Faulty(featurizers.Featurizer):
-    """Fails where it is told to."""
+    """Featurizer that fails in the method named by ``fails_in``."""
 
     kind = "faulty"
     Config = IdentityConfig
@@ -166,7 +166,7 @@ def test_a_kind_that_fails_is_named(tmp_path, monkeypatch, where):
 
 
 def test_a_config_that_allocates_does_so_on_no_device(tmp_path, monkeypatch):
-    """A kind that makes a tensor of any size its config names is asked for it without memory for it."""
+    """A kind may allocate a tensor of a size from its config; it is built without memory until the size is checked."""
 
     class Large(Faulty):
         kind = "large"
@@ -231,7 +231,7 @@ def test_a_kind_is_a_string(kind):
 
 @pytest.mark.parametrize(("to", "name"), [("sae-lens", "blocks.{}.hook_resid_post"), ("sparsify", "layers.{}")])
 def test_a_layer_of_many_digits_is_no_layer(tmp_path, to, name):
-    """Python refuses to read a number of more than 4300 digits."""
+    """Python raises for a number of more than 4300 digits."""
     f = dictionary("topk")
     f.site = featurizers.Site("resid.post", 3)
     folder = tmp_path / ("layers.3" if to == "sae-lens" else "layers." + "9" * 200)

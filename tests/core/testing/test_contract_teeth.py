@@ -1,4 +1,4 @@
-"""The conformance suite bites: a featurizer with any of these faults fails it, and a sound one does not."""
+"""Conformance suite: a featurizer with any of these faults fails it, and a correct one passes."""
 
 import inspect
 
@@ -11,7 +11,7 @@ from featurizers_subspace import StandardizeFeaturizer, SubspaceFeaturizer
 
 
 def broken_laws(featurizer, activations, tmp_path):
-    """Names of the laws that a featurizer breaks, as they are found."""
+    """Yield the names of the laws that a featurizer breaks."""
     for name, law in inspect.getmembers(FeaturizerContract, inspect.isfunction):
         if not name.startswith("test_"):
             continue

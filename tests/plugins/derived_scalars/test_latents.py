@@ -333,7 +333,7 @@ def test_a_scalar_that_weighs_nodes_is_a_featurizer(kind):
         assert str(f.site).startswith({"mlp.neurons": "mlp.act:1", "attn.z": "attn.z:1", "mlp.out": "mlp.out:1"}[kind])
     at_last = write_to(Basis(kind)).as_featurizer(raw, 1, token=6)
     close(at_last.encode(x)[6], write_to(Basis(kind)).tensor(raw, 1).reshape(7, -1)[6])
-    with pytest.raises(UsageError, match="another at each token"):
+    with pytest.raises(UsageError, match="differs from token to token; choose a token"):
         write_to(Basis(kind)).as_featurizer(raw, 1)
 
 

@@ -15,7 +15,7 @@ from featurizers.errors import ArtefactError, MissingDependencyError, PluginErro
 from featurizers.models import Anatomy
 from featurizers.pyvene import FeatureIntervention, FeatureInterventionConfig
 from featurizers.registry import host
-from featurizers_pyvene import intervenables, load_intervenable, save_intervenable
+from featurizers_pyvene import load_intervenable, loading, save_intervenable
 from featurizers_pyvene.lookup import intervention_class
 from torch import Tensor, nn
 
@@ -336,7 +336,7 @@ def test_a_load_that_meets_a_saver_reads_again(differ, tmp_path, monkeypatch):
     else:
         old, new = of_identity(None, [0, 1]), of_identity(WIDTH, [2, 3])
     folder, met = save_intervenable(old, tmp_path / "it"), []
-    read_record = intervenables.read_record
+    read_record = loading.read_record
 
     def meeting(*arguments: Any) -> Any:
         record = read_record(*arguments)
@@ -344,7 +344,7 @@ def test_a_load_that_meets_a_saver_reads_again(differ, tmp_path, monkeypatch):
             met.append(save_intervenable(new, folder))
         return record
 
-    monkeypatch.setattr(intervenables, "read_record", meeting)
+    monkeypatch.setattr(loading, "read_record", meeting)
     loaded = load_intervenable(folder, tiny_model("gpt2"))
     assert met
     if differ == "weights":
@@ -398,7 +398,7 @@ def test_what_no_file_may_name_is_refused(tmp_path):
         with pytest.raises(UsageError, match=words):
             save_intervenable(built([{"layer": 1, **intervention}]), tmp_path / "it")
     with_source = subspace().get_interchange_intervention()(source_representation=torch.zeros(WIDTH))
-    with pytest.raises(UsageError, match="such as a source_representation, is not saved"):
+    with pytest.raises(UsageError, match="such as a source_representation, are not saved"):
         save_intervenable(built([{"layer": 1, "intervention": with_source}]), tmp_path / "it")
     strange = several()
     key = next(iter(strange.representations))

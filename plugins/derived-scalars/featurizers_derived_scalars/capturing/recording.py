@@ -78,7 +78,7 @@ class Recorder(Listener):
 
     Args:
         circuit: circuit of the model.
-        wanted: places and passes to keep.
+        to_keep: places and passes to keep.
         read: places that the metric reads, kept with their graph until it was computed.
         frozen: norms whose scale is held constant.
         edits: changes to make.
@@ -88,13 +88,13 @@ class Recorder(Listener):
     def __init__(
         self,
         circuit: Circuit,
-        wanted: frozenset[tuple[Place, Pass]],
+        to_keep: frozenset[tuple[Place, Pass]],
         read: frozenset[tuple[Place, Pass]],
         frozen: frozenset[str],
         edits: tuple[Edit, ...],
         keeper: Keeper,
     ) -> None:
-        self._circuit, self._wanted, self._frozen, self._keeper = circuit, wanted, frozen, keeper
+        self._circuit, self._to_keep, self._frozen, self._keeper = circuit, to_keep, frozen, keeper
         self._read = frozenset(place for place, _ in read)
         self._edits: dict[Place, list[Callable[[Tensor], Tensor]]] = {}
         for edit in edits:
@@ -110,9 +110,9 @@ class Recorder(Listener):
         }
         self._metric: float | None = None
         self._arguments: dict[int, Arguments] = {}
-        self._backward = sorted(place for place, pass_ in wanted if pass_ == "backward")
+        self._backward = sorted(place for place, pass_ in to_keep if pass_ == "backward")
         self._roots = {_source(place) for place in self._backward}
-        self._tapped = {place for place, _ in wanted} | self._read | set(self._edits) | self._roots
+        self._tapped = {place for place, _ in to_keep} | self._read | set(self._edits) | self._roots
 
     @property
     def graph(self) -> bool:
@@ -235,7 +235,7 @@ class Recorder(Listener):
             # the value stays the module's own to the last bit; the derivative is the formula's
             tensor = tensor.detach() + (y - y.detach()).to(tensor.dtype)
         for place in places:
-            if (place, "backward") in self._wanted:
+            if (place, "backward") in self._to_keep:
                 self._norm_outputs[place] = tensor
         return tensor
 
@@ -243,10 +243,10 @@ class Recorder(Listener):
         if place in self._roots and not tensor.requires_grad:
             # the replacement that an edit returned may have no graph, and still has a gradient
             tensor = tensor.detach().requires_grad_()
-        wanted = (place, "forward") in self._wanted
-        if place in self._roots or place in self._read or (wanted and tensor.requires_grad):
+        kept = (place, "forward") in self._to_keep
+        if place in self._roots or place in self._read or (kept and tensor.requires_grad):
             self._held[place] = tensor, tensor._version
-        elif wanted:
+        elif kept:
             self._kept[place, "forward"] = self._keeper.copy(self._in_place(place, tensor))
         return tensor
 
@@ -281,7 +281,7 @@ class Recorder(Listener):
         """Keep the gradients and the wanted activations, and release the graph."""
         self._metric = float(value.detach())
         # tensors that only the metric read may go, such as the logits
-        needed = self._roots | {place for place, pass_ in self._wanted if pass_ == "forward"}
+        needed = self._roots | {place for place, pass_ in self._to_keep if pass_ == "forward"}
         self._held = {place: held for place, held in self._held.items() if place in needed}
         roots = [self._root(place) for place in self._backward]
         gradients = list(torch.autograd.grad(value, roots, allow_unused=True)) if roots else []
@@ -293,7 +293,7 @@ class Recorder(Listener):
         self._norm_outputs.clear()
         for place in list(self._held):
             tensor, version = self._held.pop(place)
-            if (place, "forward") in self._wanted:
+            if (place, "forward") in self._to_keep:
                 if tensor._version != version:
                     raise SiteError(f"{place} cannot be captured with a gradient: the model changes it in place later")
                 store = self._keeper.copy if place in self._edits else self._keeper.keep
@@ -324,7 +324,7 @@ class Recorder(Listener):
         """Return everything that was asked for, with the scale of every norm that was run."""
         scales: dict[tuple[Place, Pass], Tensor] = {(place, "forward"): scale for place, scale in self._scales.items()}
         raw = RawActivations(self._circuit, tokens, scales)
-        for place, pass_ in self._wanted:
+        for place, pass_ in self._to_keep:
             if pass_ == "forward" and place.kind.endswith(".bias"):
                 written = raw.bias_write(place)
                 nothing = torch.zeros(len(tokens), self._circuit.d_model, device=tokens.device)

@@ -113,12 +113,12 @@ class Replay:
 class _Through(Listener):
     """Keeps the parts of one module's attention, and holds two of q, k and v where the third is followed."""
 
-    def __init__(self, through: Through | None, wanted: Part | None) -> None:
+    def __init__(self, through: Through | None, part: Part | None) -> None:
         self.parts: dict[Part, Tensor] = {}
-        self._through, self._wanted = through, wanted
+        self._through, self._part = through, part
 
     def wants_logits(self, module: nn.Module) -> bool:
-        return self._wanted == "logits"
+        return self._part == "logits"
 
     def on_event(self, module: nn.Module, part: Part, tensor: Tensor) -> Tensor:
         if self._through is not None and part in ("q", "k", "v") and part != self._through:

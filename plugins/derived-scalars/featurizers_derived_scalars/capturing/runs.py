@@ -73,8 +73,8 @@ def capture(
     if unknown := frozen - NORMS:
         raise UsageError(f"norms to freeze are {', '.join(sorted(NORMS))}, not {', '.join(map(shown, unknown))}")
     scalar = None if metric is None else as_metric(metric)
-    wanted = _expand(circuit, needs)
-    if scalar is None and (backward := sorted(place for place, pass_ in wanted if pass_ == "backward")):
+    to_keep = _expand(circuit, needs)
+    if scalar is None and (backward := sorted(place for place, pass_ in to_keep if pass_ == "backward")):
         raise UsageError(f"the gradient at {backward[0]} needs a metric; give capture(..., metric=...)")
     edits = tuple(edits)
     for edit in edits:
@@ -83,12 +83,12 @@ def capture(
     prompts = sequences(inputs)
     for tokens in prompts:
         circuit.check_tokens(tokens)
-    return [_capture(circuit, tokens, wanted, scalar, frozen, edits, keeper) for tokens in prompts]
+    return [_capture(circuit, tokens, to_keep, scalar, frozen, edits, keeper) for tokens in prompts]
 
 
 def _expand(circuit: Circuit, needs: Iterable[Need]) -> frozenset[tuple[Place, Pass]]:
     """Return the places of needs in one model, each checked to be there."""
-    wanted: set[tuple[Place, Pass]] = set()
+    expanded: set[tuple[Place, Pass]] = set()
     for need in needs:
         if need.layers is None:
             places = circuit.places(need.kind)
@@ -98,21 +98,21 @@ def _expand(circuit: Circuit, needs: Iterable[Need]) -> frozenset[tuple[Place, P
             places = tuple(Place(need.kind, layer) for layer in sorted(need.layers))
             for place in places:
                 circuit.check(place)
-        wanted |= {(place, need.pass_) for place in places}
-    return frozenset(wanted)
+        expanded |= {(place, need.pass_) for place in places}
+    return frozenset(expanded)
 
 
 def _capture(
     circuit: Circuit,
     tokens: Int[Tensor, " token"],
-    wanted: frozenset[tuple[Place, Pass]],
+    to_keep: frozenset[tuple[Place, Pass]],
     metric: Metric | None,
     frozen: frozenset[str],
     edits: tuple[Edit, ...],
     keeper: Keeper,
 ) -> RawActivations:
     read = frozenset() if metric is None else _expand(circuit, metric.needs)
-    recorder = Recorder(circuit, wanted, read, frozen, edits, keeper)
+    recorder = Recorder(circuit, to_keep, read, frozen, edits, keeper)
     tokens = tokens.to(circuit.token_device)
     with ExitStack() as stack:
         stack.enter_context(evaluating(circuit.model))

@@ -105,12 +105,12 @@ def implementation(model: nn.Module, name: str) -> Iterator[None]:
 
 def _configs(model: nn.Module) -> list[Any]:
     """Return each configuration in the model once."""
-    found: dict[int, Any] = {}
+    by_id: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and "_attn_implementation_internal" in vars(config):
-            found[id(config)] = config
-    return list(found.values())
+            by_id[id(config)] = config
+    return list(by_id.values())
 
 
 def _register() -> None:

@@ -188,13 +188,13 @@ class Circuit(Wiring):
     def arguments(self, tokens: Int[Tensor, " token"]) -> Mapping[int, Arguments]:
         """Run the model on a prompt, and return the arguments of each attention module, by layer."""
         self.check_tokens(tokens)
-        found: dict[int, Arguments] = {}
+        by_layer: dict[int, Arguments] = {}
         blocks = self._layout.blocks
-        receivers = {block.attention: functools.partial(found.__setitem__, n) for n, block in enumerate(blocks)}
+        receivers = {block.attention: functools.partial(by_layer.__setitem__, n) for n, block in enumerate(blocks)}
         tokens, last = tokens.to(self.token_device), blocks[-1].block
         with torch.no_grad(), evaluating(self._model):
             run(self._model, tokens, {}, listener=NullListener(), on_arguments=receivers, stop_after=last)
-        return MappingProxyType(found)
+        return MappingProxyType(by_layer)
 
     @property
     def token_device(self) -> torch.device:

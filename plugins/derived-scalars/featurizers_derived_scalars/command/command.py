@@ -134,12 +134,12 @@ def _plans(
     """
     if not names:
         raise UsageError("--what names no quantity; `featurizers scalars --list` shows all")
-    given = {option: value for option, value in options.items() if value is not None}
-    unused = set(given) - ({"node"} if isinstance(metric, Node) else set())
+    set_options = {option: value for option, value in options.items() if value is not None}
+    unused = set(set_options) - ({"node"} if isinstance(metric, Node) else set())
     plans: dict[str, Plan] = {}
     for name in names:
         fields = spec(name.partition(":")[0]).config.model_fields
-        own = {option: value for option, value in given.items() if option in fields}
+        own = {option: value for option, value in set_options.items() if option in fields}
         unused -= set(own)
         plans[name] = plan(circuit, name, metric=metric, featurizers=by_kind, layers=layers, **own)
     if unused:

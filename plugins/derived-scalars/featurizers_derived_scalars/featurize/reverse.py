@@ -88,7 +88,7 @@ def _at(rows: Tensor, token: int | None, what: str) -> Tensor:
             raise UsageError(f"there is no token {token}; there are {len(rows)}")
         return rows[token].clone()
     if not torch.allclose(rows, rows[:1].expand_as(rows), rtol=1e-5, atol=1e-6 * float(rows.abs().max())):
-        raise UsageError(f"{what} is another at each token; say of which: as_featurizer(raw, layer, token=-1)")
+        raise UsageError(f"{what} differs from token to token; choose a token: as_featurizer(raw, layer, token=-1)")
     return rows[0].clone()
 
 

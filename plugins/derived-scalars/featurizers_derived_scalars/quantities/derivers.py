@@ -95,12 +95,12 @@ class Deriver:
         Raises:
             SiteError: the model lacks a place; the message says which and why.
         """
-        wanted = None if layers is None else frozenset(layers)
-        if wanted is None and self.within is not None:
-            wanted = frozenset(layer for layer in (None, *range(circuit.n_layers)) if self.within(circuit, layer))
+        chosen = None if layers is None else frozenset(layers)
+        if chosen is None and self.within is not None:
+            chosen = frozenset(layer for layer in (None, *range(circuit.n_layers)) if self.within(circuit, layer))
         # Without a layer nothing is needed; the sources are still asked, for their error if the model lacks a place.
-        needs = frozenset[Need]().union(*(source.needs(circuit, wanted or None) for source in self.sources))
-        return frozenset() if wanted == frozenset() else needs
+        needs = frozenset[Need]().union(*(source.needs(circuit, chosen or None) for source in self.sources))
+        return frozenset() if chosen == frozenset() else needs
 
     def available(self, raw: RawActivations) -> Layers | None:
         """Return the layers of the result; None if no source has layers of its own."""

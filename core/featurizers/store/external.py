@@ -1,4 +1,4 @@
-"""What another library wrote, read by the plugin that knows the format, and checked."""
+"""Files of other libraries: a plugin that knows their format reads them, and the result is checked."""
 
 from __future__ import annotations
 
@@ -19,20 +19,29 @@ if TYPE_CHECKING:
     from featurizers.hub.repository import Remote
 
 MAX_TREE = 50_000
-"""How many files and folders below a folder are looked at."""
+"""Most files and folders that a folder may hold, at any depth."""
 
 
 def of_folder(folder: Path, indices: Tensor | None, allow_nonfinite: bool = False) -> ExternalFiles:
-    """A folder of this machine, none of whose files may lie elsewhere."""
+    """List the files of a folder on this machine for the plugins that read them.
+
+    Args:
+        folder: none of its files may be linked out of it.
+        indices: as in `ExternalFiles`.
+        allow_nonfinite: as in `ExternalFiles`.
+
+    Raises:
+        ManifestError: the folder cannot be listed, or holds too many files.
+    """
     where = str(folder)
     names: list[str] = []
     try:
-        pending, seen = [""], 0
+        pending, count = [""], 0
         while pending:
             start = pending.pop()
             for entry in os.scandir(folder / start):
-                name, seen = f"{start}{entry.name}", seen + 1
-                if seen > MAX_TREE or name.count("/") > MAX_LEVELS:
+                name, count = f"{start}{entry.name}", count + 1
+                if count > MAX_TREE or name.count("/") > MAX_LEVELS:
                     raise ManifestError(
                         where,
                         f"it holds more than {MAX_TREE} files and folders, or {MAX_LEVELS} levels of them; name the "
@@ -54,13 +63,16 @@ def of_folder(folder: Path, indices: Tensor | None, allow_nonfinite: bool = Fals
 def of_repository(
     remote: Remote, indices: Tensor | None, allow_nonfinite: bool = False, verify: bool = False
 ) -> ExternalFiles:
-    """A repository, or a folder of it, at the commit that its revision stands at now.
+    """List the files of a repository, or of a folder in it, for the plugins that read them.
 
     Args:
-        remote: the repository.
-        indices: which features are wanted.
+        remote: repository; its revision is resolved to a commit, and every file is read at that.
+        indices: as in `ExternalFiles`.
         allow_nonfinite: as in `ExternalFiles`.
         verify: compare each file with the checksum that the Hub has for it.
+
+    Raises:
+        HubError: the files cannot be listed.
     """
     names, commit = remote.names()
 
@@ -74,14 +86,14 @@ def of_repository(
 
 
 def read(source: ExternalFiles) -> Featurizer[Any]:
-    """The featurizer that the first plugin which knows the format finds.
+    """Ask the installed plugins to read the files, and return the checked featurizer.
 
     Raises:
-        ManifestError: none knows it.
-        FeaturizerError: it is damaged, or not a featurizer of one site.
+        ManifestError: no plugin knows the format.
+        FeaturizerError: the files are damaged, or hold something else than one featurizer.
     """
-    found = host().ask("featurizers_read", source=source)
-    if found is None:
+    featurizer = host().ask("featurizers_read", source=source)
+    if featurizer is None:
         readers = [info.name for info in host().plugins() if info.state == "loaded"]
         raise ManifestError(
             source.where,
@@ -90,26 +102,32 @@ def read(source: ExternalFiles) -> Featurizer[Any]:
             f"{', …' if len(source.names) > 5 else ''}; plugins asked: {', '.join(readers)}. "
             "Name the folder of one featurizer with subfolder=, or install the plugin of the format",
         )
-    return checked(found, source)
+    return checked(featurizer, source)
 
 
-def checked(found: Any, source: ExternalFiles) -> Featurizer[Any]:
-    """What a plugin made of a source, with the commit it came from, once it is known to be sound."""
-    if not isinstance(found, Featurizer):
-        raise PluginError(f"{source.where}: a plugin read a {type(found).__name__}, which is no Featurizer")
-    if source.indices is not None and found.n_features != len(source.indices):
-        raise PluginError(f"{source.where}: the plugin of this format did not take the {len(source.indices)} features")
-    for name, tensor in found.state_dict().items():
+def checked(featurizer: Any, source: ExternalFiles) -> Featurizer[Any]:
+    """Check what a plugin made of external files, set its revision, and return it in evaluation mode.
+
+    Raises:
+        PluginError: it is not a featurizer, or the plugin ignored the indices.
+        WeightsError: a tensor holds NaN or infinity, or the featurizer does not pass its own check.
+    """
+    if not isinstance(featurizer, Featurizer):
+        raise PluginError(f"{source.where}: a plugin read a {type(featurizer).__name__}, which is not a Featurizer")
+    if source.indices is not None and featurizer.n_features != len(source.indices):
+        raise PluginError(f"{source.where}: the plugin of this format did not read the {len(source.indices)} features")
+    for name, tensor in featurizer.state_dict().items():
         if (dtype := str(tensor.dtype).removeprefix("torch.")) not in DTYPES.values():
-            raise WeightsError(source.where, f"tensor {shown(name)} is {dtype}, in which nothing is computed here")
-    found.revision = source.revision
-    found.id = printable(found.id, 256) or found.kind
+            allowed = ", ".join(DTYPES.values())
+            raise WeightsError(source.where, f"tensor {shown(name)} is {dtype}; a featurizer may have {allowed}")
+    featurizer.revision = source.revision
+    featurizer.id = printable(featurizer.id, 256) or featurizer.kind
     if not source.allow_nonfinite:
-        check_finite(found.state_dict(), source.where)
-    elif not all(map(is_finite, found.state_dict().values())):
-        return found.eval()
+        check_finite(featurizer.state_dict(), source.where)
+    elif not all(map(is_finite, featurizer.state_dict().values())):
+        return featurizer.eval()
     try:
-        found.check()
+        featurizer.check()
     except FeaturizerError as error:
         raise WeightsError(source.where, str(error)) from error
-    return found.eval()
+    return featurizer.eval()

@@ -1,0 +1,203 @@
+"""Commands of the core. The rooms import what they need when a command uses it, so that the others start fast."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from featurizers import files, hub, registry, store
+from featurizers.cli.output import print_fields, print_json, print_rows
+from featurizers.errors import FeaturizerError, ManifestError, SourceError
+from featurizers.format.companion import Companion, read_companion
+from featurizers.format.manifest import (
+    CARD_NAME,
+    CONFIG_NAME,
+    INTERVENABLE_NAME,
+    INTERVENABLE_WEIGHTS_NAME,
+    MAX_CARD_BYTES,
+    MAX_CONFIG_BYTES,
+    WEIGHTS_NAME,
+    Entry,
+    Index,
+    Manifest,
+    named_folder,
+    read,
+)
+from featurizers.format.weights import read_header, verify_weights
+
+ENTRY_COLUMNS = ["subfolder", "kind", "id", "site"]
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+SourceArgument = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="owner/name, owner/name@revision, ./folder or hub:owner/name.")
+]
+Subfolder = Annotated[str | None, typer.Option(help="Subfolder of an artefact in a collection.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
+
+
+def plugins(
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Import each, and fail if one cannot be used, as for continuous integration."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List the installed plugins and their state; import them only with --strict."""
+    if strict:
+        registry.host().load_all()
+    rows = [vars(info) for info in registry.plugins()]
+    print_rows(rows, ["name", "distribution", "version", "state", "error"], as_json=as_json)
+    if strict and any(row["state"] != "loaded" for row in rows):
+        raise typer.Exit(1)
+
+
+def kinds(as_json: Json = False) -> None:
+    """List the installed plugins by name: kinds of featurizers, and formats of other libraries."""
+    names = registry.kinds()
+    print_json(names) if as_json else print("\n".join(names))
+
+
+def info(source: SourceArgument, subfolder: Subfolder = None, revision: Revision = None, as_json: Json = False) -> None:
+    """Show the config of an artefact; needs no plugin and, on the Hub, downloads no weights."""
+    record = store.manifest_of(source, subfolder=subfolder, revision=revision)
+    fields = record.model_dump()
+    parsed = hub.parse_source(source, revision)
+    if isinstance(parsed, hub.FolderSource) and isinstance(record, Manifest):
+        folder = named_folder(parsed.path) / (subfolder or "")
+        header = read_header(folder / WEIGHTS_NAME, str(folder))
+        fields["tensors"] = {name: f"{spec.dtype} {list(spec.shape)}" for name, spec in header.items()}
+    if as_json:
+        print_json(fields)
+    elif isinstance(record, Index):
+        print_rows(_rows(record.artefacts), ENTRY_COLUMNS, as_json=False)
+    else:
+        if record.site is not None:
+            known = {name: value for name, value in fields["site"].items() if value is not None}
+            fields["site"] = {"site": str(record.site.site()), **known}
+        print_fields(fields)
+
+
+def list_artefacts(source: SourceArgument, revision: Revision = None, as_json: Json = False) -> None:
+    """List the artefacts of a folder or a repository."""
+    print_rows(_rows(store.list_artefacts(source, revision=revision)), ENTRY_COLUMNS, as_json=as_json)
+
+
+def pull(
+    source: SourceArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to copy the artefact to; the cache alone if not given.")
+    ] = None,
+    subfolder: Subfolder = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Download an artefact or a whole collection, at one commit."""
+    parsed = hub.parse_source(source, revision)
+    if not isinstance(parsed, hub.HubSource):
+        raise SourceError(f"{source!r} is not a repository of the Hub: there is nothing to pull")
+    remote = hub.Remote(parsed, subfolder)
+    record, commit = remote.config()
+    names = list(record.artefacts) if isinstance(record, Index) else [""]
+    root = remote.file(CONFIG_NAME, commit).parent
+    with nullcontext() if out is None else files.filling(out) as new_folder:
+        for name in names:
+            part = hub.Remote(parsed, "/".join(filter(None, (subfolder, name))) or None)
+            config, weights = part.file(CONFIG_NAME, commit, MAX_CONFIG_BYTES), part.file(WEIGHTS_NAME, commit)
+            manifest = read(config, str(part))
+            if isinstance(manifest, Index):
+                raise ManifestError(str(part), "it is a collection inside a collection, which no weights belong to")
+            verify_weights(weights, manifest.sha256, str(part))
+            card = part.optional(CARD_NAME, commit, MAX_CARD_BYTES)
+            _copy(new_folder and new_folder / name, config, weights, card)
+        if isinstance(record, Index):
+            card = remote.optional(CARD_NAME, commit, MAX_CARD_BYTES)
+            companion = remote.optional(INTERVENABLE_NAME, commit, MAX_CONFIG_BYTES)
+            tensors = remote.file(INTERVENABLE_WEIGHTS_NAME, commit) if companion else None
+            if tensors:
+                verify_weights(tensors, read_companion(root, str(remote), Companion)[0].sha256, str(remote))
+            _copy(new_folder, root / CONFIG_NAME, card, companion, tensors)
+    result = {"folder": str(out or root), "revision": commit, "artefacts": len(names)}
+    print_json(result) if as_json else print(f"{result['folder']} (revision {commit}, artefacts: {len(names)})")
+
+
+def push(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder that save_pretrained, save_collection or save_intervenable wrote.")
+    ],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="owner/name.")],
+    subfolder: Annotated[
+        str | None, typer.Option(help="Folder of the repository to put it in; its root if not given.")
+    ] = None,
+    private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
+    branch: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
+    create_pr: Annotated[bool, typer.Option(help="Open a pull request instead.")] = False,
+    message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Upload an artefact, a collection or a pyvene model to the Hub, in one commit."""
+    commit = store.push(
+        folder,
+        repo_id,
+        subfolder=subfolder,
+        private=private,
+        branch=branch,
+        create_pr=create_pr,
+        commit_message=message,
+    )
+    result = {"repo_id": repo_id, "revision": commit.oid, "url": commit.pr_url or commit.commit_url}
+    print_json(result) if as_json else print(f"{result['url']} (revision {commit.oid})")
+
+
+def verify(
+    source: SourceArgument, subfolder: Subfolder = None, revision: Revision = None, as_json: Json = False
+) -> None:
+    """Check an artefact, or each of a collection: config, shapes, checksum, finite and well-formed weights."""
+    record = store.manifest_of(source, subfolder=subfolder, revision=revision)
+    names = list(record.artefacts) if isinstance(record, Index) else [subfolder or ""]
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        try:
+            store.load(source, subfolder=name or None, revision=revision, verify=True)
+            rows.append({"subfolder": name, "result": "ok", "error": None})
+        except FeaturizerError as error:
+            rows.append({"subfolder": name, "result": "failed", "error": str(error)})
+    print_rows(rows, ["subfolder", "result", "error"], as_json=as_json)
+    if any(row["error"] for row in rows):
+        raise typer.Exit(1)
+
+
+def convert(
+    source: SourceArgument,
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    to: Annotated[
+        str, typer.Option(help="featurizers, or the plugin whose format to write, such as sae-lens.")
+    ] = "featurizers",
+    subfolder: Subfolder = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Write a featurizer of any format in another one, and say what cannot be kept."""
+    featurizer = store.load(source, subfolder=subfolder, revision=revision)
+    lost = store.convert(featurizer, out, to)
+    if as_json:
+        print_json({"folder": str(out), "kind": featurizer.kind, "format": to, "lost": lost})
+        return
+    print(f"{out} ({featurizer.kind} with {featurizer.n_features} features, in the format of {to})")
+    print("\n".join(f"not kept: {sentence}" for sentence in lost) or "nothing is lost")
+
+
+def _rows(artefacts: Mapping[str, Entry]) -> list[dict[str, Any]]:
+    return [{"subfolder": subfolder, **entry.model_dump()} for subfolder, entry in artefacts.items()]
+
+
+def _copy(folder: Path | None, *paths: Path | None) -> None:
+    """Copy the files that exist into a folder, if there is one."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in filter(None, paths):
+            shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,1 @@
+from .contract import FeaturizerContract as FeaturizerContract
