@@ -1,10 +1,10 @@
-"""Progress bar of commands: on stderr, and only if that is a terminal."""
+"""Progress of commands on stderr: a bar if that is a terminal, else a line for each note."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, final
+from typing import IO, TYPE_CHECKING, Any, final
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class ProgressBar:
     """Bar that `progress_bar` yields."""
 
-    def __init__(self, bar: Any = None, task: Any = None) -> None:
-        self._bar, self._task = bar, task
+    def __init__(self, bar: Any = None, task: Any = None, lines: IO[str] | None = None) -> None:
+        self._bar, self._task, self._lines = bar, task, lines
 
     def advance(self, steps: int = 1, description: str | None = None) -> None:
         """Add completed steps.
@@ -31,6 +31,11 @@ class ProgressBar:
         """Set the number of completed steps; ``description`` as in `advance`."""
         if self._bar is not None:
             self._bar.update(self._task, completed=completed, description=description)
+
+    def note(self, text: str) -> None:
+        """Write a line, such as one an epoch, if no bar is shown because there is no terminal."""
+        if self._lines is not None:
+            print(f"progress: {text}", file=self._lines, flush=True)
 
 
 @contextmanager
@@ -48,7 +53,7 @@ def progress_bar(
     Args:
         total: number of steps; None if it is not known.
         description: text before the bar.
-        shown: False to show nothing, for ``--json`` and ``quiet``. Without a terminal nothing is shown either.
+        shown: False to show nothing, for ``--json`` and ``quiet``. Without a terminal only notes are written.
         elapsed: True to show the time so far instead of an estimate of the time that remains.
         transient: whether the bar disappears at the end.
         console: to show it on; None for stderr.
@@ -76,7 +81,7 @@ def progress_bar(
 
     console = console or Console(stderr=True)
     if not console.is_terminal:
-        yield ProgressBar()
+        yield ProgressBar(lines=console.file)
         return
     time = TimeElapsedColumn() if elapsed else TimeRemainingColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), time)

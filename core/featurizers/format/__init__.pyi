@@ -15,6 +15,7 @@ from .manifest import parse_json as parse_json
 from .sites import Blocks as Blocks
 from .sites import Side as Side
 from .sites import Site as Site
+from .state_files import is_unfinished as is_unfinished
 from .state_files import read_json as read_json
 from .state_files import read_state as read_state
 from .state_files import write_json as write_json

@@ -192,14 +192,14 @@ def parse(raw: bytes, where: str) -> Manifest | Index:
     return record
 
 
-def parse_json(raw: bytes, where: str, name: str) -> Any:
-    """Parse strict JSON.
+def parse_json(raw: bytes, where: str, name: str, *, most: int = MAX_CONFIG_BYTES) -> Any:
+    """Parse strict JSON of at most ``most`` bytes.
 
     Raises:
         ManifestError: the JSON is malformed, too large or nested too deeply, repeats a key, or holds NaN or infinity.
     """
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise ManifestError(where, f"{name} is larger than {MAX_CONFIG_BYTES} bytes")
+    if len(raw) > most:
+        raise ManifestError(where, f"{name} is larger than {most} bytes")
     try:
         data = json.loads(
             raw.decode("utf-8"),

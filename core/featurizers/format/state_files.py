@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 KEY: Final = "featurizers"
 """Name of the JSON in the metadata of a state file, unless another one is asked for."""
+
+UNFINISHED: Final = re.compile(r"\.[^\n]{1,100}\.[0-9a-f]{32}")
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
 
@@ -172,6 +175,11 @@ def read_json(
     with _expecting(str(path), expected, format):
         raw = read_bytes(path, str(path), ArtefactError, MAX_CONFIG_BYTES)
         return _parsed(raw, path, path.name, format, version, schema)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Return whether a path has the name of a file that `write_state` or `write_json` was killed while writing."""
+    return UNFINISHED.fullmatch(path.name) is not None
 
 
 def _dumped(about: Mapping[str, Any], format: str | None, version: int | None, where: str, indent: int | None) -> str:

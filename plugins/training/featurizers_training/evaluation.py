@@ -13,6 +13,8 @@ from featurizers.models import frozen, interchange, site_of
 from torch import Tensor, nn
 
 from featurizers_training.pairs import Pairs
+from featurizers_training.records import Tokens
+from featurizers_training.runs.activations import padded
 from featurizers_training.runs.clean_runs import CleanRuns, Edit, SiteEdit
 
 Z_95: Final = 1.959963984540054
@@ -103,6 +105,20 @@ def accuracy(runs: CleanRuns, edits: Sequence[SiteEdit], *, batch_size: int = 64
         rows = range(start, min(start + batch_size, len(runs)))
         hits += int(answered(runs.logits(rows, edits), *runs.labels(rows)).sum())
     return Accuracy(hits, len(runs))
+
+
+@torch.no_grad()
+def accuracy_alone(model: nn.Module, prompts: Sequence[tuple[Tokens, Tokens]], *, batch_size: int = 64) -> Accuracy:
+    """Measure the share of prompts that a model answers with their label, given prompts with labels."""
+    device, hits = next(model.parameters()).device, 0
+    with frozen(model):
+        for start in range(0, len(prompts), batch_size):
+            part = prompts[start : start + batch_size]
+            ids, mask = padded([(*prompt, *label[:-1]) for prompt, label in part], device)
+            best = model(input_ids=ids, attention_mask=mask.long()).logits.argmax(-1)
+            for row, (prompt, label) in zip(best.tolist(), part, strict=True):
+                hits += row[len(prompt) - 1 :][: len(label)] == list(label)
+    return Accuracy(hits, len(prompts))
 
 
 def answered(logits: Tensor, label: Tensor, is_token: Tensor) -> Tensor:

@@ -7,12 +7,15 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
-from featurizers.errors import UsageError
+from featurizers.errors import ArtefactError, UsageError
+from featurizers.format import parse_json
 
 from featurizers_training.records import Pair, PairError, Position, Tokens, pair_of, tokenized
+
+MAX_LINE_BYTES: Final = 2**28
 
 
 @dataclass(frozen=True)
@@ -122,15 +125,15 @@ class Pairs(Sequence[Pair]):
         """
         path = Path(path).expanduser()
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would split texts at U+2028 too
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read pairs from {str(path)!r}: {error}") from error
         records = []
         for where, line in ((f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()):
             try:
-                records.append((where, json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                raise PairError(where, f"it is not JSON: {error}") from error
+                records.append((where, parse_json(line.encode(), where, "the line", most=MAX_LINE_BYTES)))
+            except ArtefactError as error:
+                raise PairError(where, error.problem) from error
         return cls._of(records, tokenizer, position)
 
     @classmethod
@@ -152,3 +155,14 @@ def check_fit(pairs: Sequence[Pair], n_sites: int) -> None:
             count, first = (len(each.base_at(site)[1]) for each in (pair, pairs[0]))
             if count != first:
                 raise UsageError(f"pair {i} has {count} positions and pair 0 has {first}; give the same number to all")
+
+
+def check_vocabulary(pairs: Sequence[Pair], size: int | None) -> None:
+    """Raise `UsageError` if a token of the pairs is not in a vocabulary of this size; None checks nothing."""
+    for i, pair in enumerate(pairs):
+        largest = max(map(max, (pair.base, *pair.sources, pair.label, pair.base_label or pair.label)))
+        if size is not None and largest >= size:
+            raise UsageError(
+                f"pair {i} has the token {largest}, and the model's vocabulary has {size}, counted from 0; "
+                "use the model's own tokenizer"
+            )

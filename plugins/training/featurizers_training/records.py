@@ -119,12 +119,12 @@ def pair_of(record: Mapping[str, Any], where: str, positions: Sequence[Position]
 
 
 def _is_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _prompt(value: Any, key: str, where: str, tokenizer: Any) -> Tokens:
     if isinstance(value, str):
-        ids = _encode(value, key, where, tokenizer)
+        ids, _ = _encode(value, key, where, tokenizer)
     else:
         ids = value.tolist() if isinstance(value, torch.Tensor) else value
     if not isinstance(ids, Sequence) or not ids or not all(map(_is_id, ids)):
@@ -132,11 +132,30 @@ def _prompt(value: Any, key: str, where: str, tokenizer: Any) -> Tokens:
     return tuple(ids)
 
 
-def _encode(text: str, key: str, where: str, tokenizer: Any, **options: Any) -> list[int]:
+def _encode(text: str, key: str, where: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the tokens of a text with the special tokens that begin a prompt, and without any.
+
+    Special tokens that a tokenizer appends, such as the end of a sequence, are left out: the answer follows the text,
+    and positions from the end count the text's own tokens.
+    """
+    if not _encodable(text):
+        raise PairError(where, f"{key!r} has half of a surrogate pair, {shown(text)}, which no tokenizer can encode")
     if tokenizer is None:
         raise PairError(where, f"{key!r} is a text, {shown(text)}; give the tokenizer of the model, or token ids")
-    ids: list[int] = list(tokenizer(text, **options)["input_ids"])
-    return ids
+    whole, own = (list(tokenizer(text, add_special_tokens=special)["input_ids"]) for special in (True, False))
+    for start in range(len(whole) - len(own), -1, -1):
+        if own and whole[start : start + len(own)] == own:
+            return whole[: start + len(own)], own
+    return whole, own
+
+
+def _encodable(text: str) -> bool:
+    """Return whether a text can be written as UTF-8; a lone surrogate, which JSON may hold, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _label(base: Any, base_ids: Tokens, value: Any, key: str, where: str, tokenizer: Any) -> Tokens:
@@ -144,11 +163,11 @@ def _label(base: Any, base_ids: Tokens, value: Any, key: str, where: str, tokeni
     if _is_id(value):
         return (value,)
     if isinstance(value, str) and isinstance(base, str) and value:
-        whole = tuple(_encode(base + value, key, where, tokenizer))
+        whole = tuple(_encode(base + value, key, where, tokenizer)[0])
         if whole[: len(base_ids)] == base_ids and len(whole) > len(base_ids):
             return whole[len(base_ids) :]
     if isinstance(value, str):
-        value = _encode(value, key, where, tokenizer, add_special_tokens=False)
+        _, value = _encode(value, key, where, tokenizer)
     return _prompt(value, key, where, tokenizer)
 
 

@@ -117,8 +117,11 @@ def test_it_resumes_an_interrupted_run(tmp_path):
 
 
 def test_it_prints_a_table_and_the_paths(tmp_path):
-    code, out, _ = run(*FIT, "--layers", "0-1", "--tokens", "20", "--out", tmp_path / "out")
+    code, out, err = run(*FIT, "--layers", "0-1", "--tokens", "20", "--out", tmp_path / "out")
     assert code == 0
+    told = [line.partition(":")[2].partition(":")[0] for line in err.splitlines() if line.startswith("progress: ")]
+    assert told[:2] == [" layer 0, vector 1", " layer 0, vector 2"]
+    assert {line.partition(",")[0] for line in told} == {" layer 0", " layer 1"}
     assert "resid.post:0" in out
     assert "all at once" in out
     assert "20 tokens: every token but the first of each prompt" in out

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,10 @@ def found(tmp_path_factory):
         subprocess.Popen([sys.executable, "-c", WORKER, str(rank), "2", str(folder)], cwd=ROOT) for rank in range(2)
     ]
     try:
-        assert [worker.wait(timeout=180) for worker in workers] == [0, 0]
+        # no limit of time, which a busy machine would exceed: if one worker ends badly, the other one is ended too
+        while any(worker.poll() is None for worker in workers) and not any(worker.poll() for worker in workers):
+            time.sleep(0.05)
+        assert [worker.poll() for worker in workers] == [0, 0]
     finally:
         for worker in workers:
             worker.kill()

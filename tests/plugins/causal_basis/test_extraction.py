@@ -453,7 +453,7 @@ def test_a_damaged_layer_is_reported_with_what_to_do(tmp_path):
     with pytest.raises(ArtefactError, match="delete it to search the layer again"):
         extract_causal_bases(run, [h], 1, preset="fast", resume=tmp_path)
     path.write_bytes(save({"vectors": torch.zeros(D, 1)}, metadata=metadata))
-    with pytest.raises(ArtefactError, match="holds the tensors vectors, not"):
+    with pytest.raises(ArtefactError, match="holds the tensors 'vectors', not"):
         extract_causal_bases(run, [h], 1, preset="fast", resume=tmp_path)
     path.unlink()
     assert len(extract_causal_bases(run, [h], 1, preset="fast", resume=tmp_path)) == 1

@@ -62,9 +62,11 @@ def test_the_numbers_of_tokens_and_of_tokens_per_prompt_are_limits(file, tokeniz
 def test_unfit_files_are_refused(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     for content, message in {
-        "{": "a.jsonl:1: the line is not JSON",
+        "{": "a.jsonl:1: the line is not valid JSON",
         '{"text": "w1 w2 w3"}\n[1]': r"a.jsonl:2: expected an object with a text under 'text', not \[1\]",
         '{"words": "w1"}': "under 'text'",
+        '{"text": "w1 w2 w3", "text": "w4"}': "a.jsonl:1: the line is not valid JSON: .*text",
+        '{"text": "w1 \\ud800 w3"}': "a.jsonl:1: the text has half of a surrogate pair",
         '{"text": 3}': "under 'text'",
         '{"text": "w1 w2"}': "has 1 tokens to use",
         "": "has 0 tokens",

@@ -169,6 +169,93 @@ def test_train_says_what_it_found_and_how_to_load_it(tmp_path):
     assert measured["featurizers"] == [{"id": f"das at {LAST}", "site": LAST, "position": [-1]}]
 
 
+def test_off_a_terminal_there_is_a_line_for_each_epoch_and_cell(tmp_path):
+    epochs = ("--site", LAST, "--out", tmp_path / "a", "--epochs", "3")
+    code, _, err = run("train", "das", *COMMON, "--features", "4", *epochs)
+    assert code == 0
+    lines = [line for line in err.splitlines() if line.startswith("progress: ")]
+    assert [line.partition(": loss")[0] for line in lines] == [f"progress: das, epoch {i} of 3" for i in (1, 2, 3)]
+    cells = ("--methods", "full-vector", "--layers", "0-2", "--out", tmp_path / "b")
+    code, _, err = run("sweep", *COMMON, *cells)
+    assert code == 0
+    lines = [line for line in err.splitlines() if line.startswith("progress: ")]
+    assert [line.rpartition(": accuracy")[0] for line in lines] == [
+        f"progress: cell {i + 1} of 3: resid.post:{i}, position -1, full-vector" for i in range(3)
+    ]
+    quiet = run("train", "das", *COMMON, "--features", "4", "--site", LAST, "--out", tmp_path / "c", "--json")
+    assert "progress" not in quiet[2]
+
+
+def test_train_says_what_the_model_does_by_itself_and_what_whole_activations_do(folder, tmp_path):
+    model = fresh_model("llama")
+    records = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    ids = {key: [[int(word[1:]) for word in r[key].split()] for r in records] for key in ("base", "source", "label")}
+    labels = [label for (label,) in ids["label"]]
+    answers = [int(model(torch.tensor([row])).logits[0, -1].argmax()) for row in ids["base"]]
+    edited = []
+    for base, source in zip(ids["base"], ids["source"], strict=True):  # by plain hooks
+        block, kept = model.model.layers[0], []
+        first = block.register_forward_hook(
+            lambda _, __, out, kept=kept: kept.append(out[0] if isinstance(out, tuple) else out)
+        )
+        model(torch.tensor([source]))
+        first.remove()
+
+        def put(_, __, out, whole=kept[0]):
+            hidden = out[0] if isinstance(out, tuple) else out
+            hidden[:, 1] = whole[:, 1]
+
+        second = block.register_forward_hook(put)
+        with torch.no_grad():
+            edited.append(int(model(torch.tensor([base])).logits[0, -1].argmax()))
+        second.remove()
+    labelled = tmp_path / "labelled.jsonl"
+    labelled.write_text(
+        "".join(
+            json.dumps({**r, "base_label": f" w{answer if i % 3 else 1 - min(answer, 1)}"}) + "\n"
+            for i, (r, answer) in enumerate(zip(records, answers, strict=True))
+        )
+    )
+    site = ("--site", "resid.post:0@1")
+    train = ("train", "das", *MODEL, "--pairs", "pairs.jsonl", "--features", "4", "--epochs", "1", "--test", labelled)
+    checks = as_json(*train, *site, "--out", tmp_path / "a")["checks"]
+    hits = {name: round(measured["accuracy"] * 17) for name, measured in checks.items() if name != "part"}
+    assert hits == {
+        "base": 17 - len(range(0, 17, 3)),
+        "source": 17,
+        "unchanged": sum(a == b for a, b in zip(answers, labels, strict=True)),
+        "ceiling": sum(a == b for a, b in zip(edited, labels, strict=True)),
+    }
+    assert hits["ceiling"] < 9
+    code, out, err = run(*train, *site, "--out", tmp_path / "b")
+    assert code == 0
+    assert "The model alone answers source prompts with the label: 100.0%" in out
+    assert "warning: whole activations of resid.post:0 give the label for only" in err
+    assert "itself answers only" not in err
+
+
+def test_train_warns_of_pairs_that_the_model_does_not_answer(folder, tmp_path):
+    records = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    wrong = tmp_path / "wrong.jsonl"
+    labels = [record["label"] for record in records]
+    wrong.write_text(
+        "".join(
+            json.dumps({**record, "label": label, "base_label": label}) + "\n"
+            for record, label in zip(records, labels[1:] + labels[:1], strict=True)
+        )
+    )
+    code, _, err = run(
+        "train", "das", *MODEL, "--pairs", wrong, "--features", "4", "--epochs", "1", "--site", LAST,
+        "--out", tmp_path / "a", "--test", "0", "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert [line.split(" only ")[0] for line in err.splitlines() if line.startswith("warning: ")] == [
+        "warning: the model itself answers",
+        "warning: the model itself answers",
+        f"warning: whole activations of {LAST} give the label for",
+    ]
+
+
 def test_controls_stand_beside_the_search(tmp_path):
     found = as_json("train", "dbm", *COMMON, "--site", LAST, "--out", tmp_path / "a", "--epochs", "1", "--control",
                     "shuffled-labels", "--control", "random-model")  # fmt: skip

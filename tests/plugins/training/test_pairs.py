@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 from featurizers.errors import UsageError
-from featurizers_training import PairError, Pairs
+from featurizers_training import CleanRuns, PairError, Pairs
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from tests.support.models import tiny_model
 
 
 class Letters:
@@ -115,6 +119,41 @@ def test_a_file_of_json_lines_is_read(tmp_path: Path) -> None:
     assert Pairs.read(tmp_path / "pairs.jsonl")[0] == Pairs.of([record])[0]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_texts_with_separators_of_unicode_are_one_line(tmp_path: Path, end: str) -> None:
+    texts = ["a\u2028b", "c\u0085d"]
+    lines = [json.dumps({"base": t, "source": "s", "label": "l"}, ensure_ascii=False) for t in texts]
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes((end.join(lines) + end).encode())
+    assert ["".join(map(chr, pair.base[1:])) for pair in Pairs.read(path, Letters())] == texts
+
+
+def test_a_token_that_the_model_lacks_is_refused_before_the_run() -> None:
+    for record in ({"base": [10**6]}, {"source": [10**6]}, {"label": 10**6}, {"base_label": 10**6}):
+        pairs = Pairs.of([{"base": [1], "source": [2], "label": 3, **record}])
+        with pytest.raises(UsageError, match="pair 0 has the token 1000000, and the model's vocabulary has"):
+            CleanRuns(tiny_model("llama"), pairs, ["resid.post:0"])
+
+
+def appending(kind: str) -> Any:
+    """Return a tokenizer of `tokenizers` that adds special tokens as a template says."""
+    words = Tokenizer(models.WordLevel({"</s>": 0, "<s>": 1, **{f"w{i}": i for i in range(2, 30)}}, unk_token="w2"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(single=kind, special_tokens=[("<s>", 1), ("</s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(("kind", "start"), [("$A </s>", ()), ("<s> $A </s>", (1,)), ("<s> $A </s> </s>", (1,))])
+def test_an_appended_end_of_sequence_is_no_token_of_the_prompt(kind: str, start: tuple[int, ...]) -> None:
+    tokenizer = appending(kind)
+    pair = one(tokenizer, base="w5 w6", source="w7 w8 w9", label=" w4 w3", base_position=-1)
+    assert pair.base == (*start, *tokenizer("w5 w6", add_special_tokens=False)["input_ids"])
+    assert pair.sources == ((*start, 7, 8, 9),)
+    assert pair.label == (4, 3)
+    assert (pair.base[pair.base_positions[0][0]], pair.sources[0][pair.source_positions[0][0]]) == (6, 9)
+    assert one(tokenizer, base="w5 </s>", source="w7", label="w4").base == (*start, 5, 0)  # it is written in the text
+
+
 def test_a_dataset_is_read() -> None:
     datasets = pytest.importorskip("datasets")
     rows = [{"base": [5, 6], "source": [7], "label": 3, "base_label": 9}, {"base": [5], "source": [7], "label": 4}]
@@ -142,6 +181,8 @@ def test_positions_that_are_the_same_from_one_end_are_recorded() -> None:
         ({"base": []}, "'base' is a text or a list of token ids"),
         ({"base": [1, -2]}, "'base' is a text or a list of token ids"),
         ({"base": [1, True]}, "'base' is a text or a list of token ids"),
+        ({"base": [1, 10**30]}, "'base' is a text or a list of token ids"),
+        ({"base": "\ud800 x"}, "'base' has half of a surrogate pair"),
         ({"source": None}, "'source' is missing"),
         ({"source": [[1, 2], []]}, "'source' is a text or a list of token ids"),
         ({"source": [[1], [2]], "base_position": [[0], [1], [2]]}, "for 3 sites"),
@@ -175,7 +216,10 @@ def test_a_file_without_pairs_is_refused_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot read pairs"):
         Pairs.read(path)
     path.write_text('{"base": [1], "source": [1], "label": 1}\n{"base": \n')
-    with pytest.raises(PairError, match=r"pairs.jsonl:2: it is not JSON"):
+    with pytest.raises(PairError, match=r"pairs.jsonl:2: the line is not valid JSON"):
+        Pairs.read(path)
+    path.write_text('{"base": [1], "source": [1], "label": 1, "label": 2}\n')
+    with pytest.raises(PairError, match=r"pairs.jsonl:1: the line is not valid JSON: .*label"):
         Pairs.read(path)
     path.write_text("[1]\n")
     with pytest.raises(PairError, match=r"pairs.jsonl:1: a pair is an object"):

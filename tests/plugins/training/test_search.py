@@ -507,8 +507,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
-        check=False,
+        check=False,  # no limit of time: torch.distributed ends all processes when one ends badly
     )
     assert done.returncode == 0, done.stderr[-3000:]
     two = featurizers.load(tmp_path / "found")

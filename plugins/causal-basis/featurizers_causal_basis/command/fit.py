@@ -71,11 +71,13 @@ def fit_command(
     with progress_bar(len(numbers) * k, shown=not as_json, elapsed=True) as bar:
 
         def tell(progress: Progress) -> None:
-            bar.reach(
-                progress.layers_done * progress.k + progress.vector + progress.found,
+            text = (
                 f"layer {progress.layer}, vector {progress.vector + 1}: {progress.energy:.4g} nats, "
-                f"{progress.evaluations} evaluations",
+                f"{progress.evaluations} evaluations"
             )
+            bar.reach(progress.layers_done * progress.k + progress.vector + progress.found, text)
+            if progress.found:
+                bar.note(text)
 
         bases = extract_causal_bases(
             make_readout(loaded.model),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
-from featurizers.errors import UsageError, one_line, shown
+from featurizers.errors import ArtefactError, UsageError, one_line, shown
+from featurizers.format import parse_json
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+MAX_LINE_BYTES: Final = 2**28
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +89,14 @@ def _text(line: str, where: str, key: str) -> str:
     if not line.strip():
         return ""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: the line is not JSON: {one_line(error)}") from error
+        record = parse_json(line.encode(), where, "the line", most=MAX_LINE_BYTES)
+    except ArtefactError as error:
+        raise UsageError(f"{where}: {error.problem}") from error
     text = record.get(key) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise UsageError(f"{where}: expected an object with a text under {key!r}, not {shown(record)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{where}: the text has half of a surrogate pair, which no tokenizer can encode") from error
     return text

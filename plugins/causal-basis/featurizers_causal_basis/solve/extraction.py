@@ -244,7 +244,11 @@ class _Extraction:
         state, activations, scores = LayerState.empty(d), "", None
         if self._options.resume is not None:
             activations = self._hash_of_tokens(energy)
-            state = self._processes.on_first(lambda: self._run and self._run.read(layer, activations)) or state
+            k, losers = self._options.k, self._preset.losers
+            state = (
+                self._processes.on_first(lambda: self._run and self._run.read(layer, activations, d, k, losers))
+                or state
+            )
         while not state.finished:
             if self._preset.restarts and scores is None:
                 scores = scores_of(energy, self._step_seed(layer, MOST_RESTARTS - 1))

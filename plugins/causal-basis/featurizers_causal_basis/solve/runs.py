@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Annotated, Any, Final, final
 
 import torch
 from featurizers.errors import ArtefactError, UsageError, shown
-from featurizers.format import read_json, read_state, write_json, write_state
-from pydantic import BaseModel, ConfigDict
+from featurizers.files import contained
+from featurizers.format import is_unfinished, read_json, read_state, write_json, write_state
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+
+from featurizers_causal_basis.record import Count, Finite
 
 TENSORS = ("vectors", "energies", "losers")
 """Names of the tensors in a layer's file."""
 KEY = "about"
 """Name of the JSON in the metadata of a layer's file."""
+TOLERANCE: Final = 1e-6
+"""Largest deviation of stored vectors from orthonormality."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +55,12 @@ class LayerState:
 class _About(BaseModel):
     """JSON beside the tensors of a layer."""
 
-    model_config = ConfigDict(strict=True)
-    activations_sha256: str
-    evaluations: int
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    activations_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    evaluations: Count
     finished: bool
-    joint_energy: float
+    joint_energy: Finite
 
 
 @final
@@ -73,14 +80,15 @@ class Run:
         self._folder, path = folder, folder / "run.json"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            is_new, is_empty = not path.exists(), not any(folder.iterdir())
+            present = {each.name for each in folder.iterdir() if not is_unfinished(each)}
         except OSError as error:
             raise ArtefactError(str(folder), f"cannot be used as the folder of a run: {error.strerror}") from error
-        if is_new and not is_empty:
-            raise UsageError(f"{folder} has files that are of no extraction; give an empty folder or a new one")
-        if is_new:
+        if not present:
             write_json(path, identity)
             return
+        if path.name not in present:
+            raise UsageError(f"{folder} has files that are of no extraction; give an empty folder or a new one")
+        contained(folder, path, str(folder), ArtefactError)
         before, now = read_json(path, expected="the options of an extraction"), json.loads(json.dumps(identity))
         if before != now:
             changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
@@ -90,20 +98,33 @@ class Run:
                 "Give another folder, or the same options"
             )
 
-    def read(self, layer: int, activations: str) -> LayerState | None:
-        """Return the state of a layer with activations of this hash, None if it has none.
+    def read(self, layer: int, activations: str, d: int, k: int, losers: int) -> LayerState | None:
+        """Return the state of a layer, None if it has none.
+
+        Args:
+            layer: number of the layer.
+            activations: hash of its activations.
+            d: their width.
+            k: most vectors of a basis.
+            losers: most losers that a search keeps.
 
         Raises:
             UsageError: the state belongs to other activations.
-            ArtefactError: the file is damaged.
+            ArtefactError: the file is damaged, or is not of such a search.
         """
         path = self._file(layer)
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
         try:
+            contained(self._folder, path, str(path), ArtefactError)
             tensors, about = read_state(path, format=None, schema=_About, key=KEY, expected="the state of a layer")
             if tensors.keys() != set(TENSORS):
-                raise ArtefactError(str(path), f"it holds the tensors {', '.join(tensors)}, not {', '.join(TENSORS)}")
+                names = ", ".join(map(shown, list(tensors)[:5]))
+                raise ArtefactError(str(path), f"it holds the tensors {names}, not {', '.join(TENSORS)}")
+            vectors, energies, others = (tensors[name] for name in TENSORS)
+            state = LayerState(vectors, energies, others, about.evaluations, about.finished, about.joint_energy)
+            if about.activations_sha256 == activations and (problem := _problem(state, d, k, losers)):
+                raise ArtefactError(str(path), problem)
         except ArtefactError as error:
             raise ArtefactError(str(path), f"{error.problem}; delete it to search the layer again") from error
         if about.activations_sha256 != activations:
@@ -111,8 +132,7 @@ class Run:
                 f"{self._folder} belongs to another extraction: the activations of layer {layer} have changed. "
                 "Give another folder"
             )
-        vectors, energies, losers = (tensors[name] for name in TENSORS)
-        return LayerState(vectors, energies, losers, about.evaluations, about.finished, about.joint_energy)
+        return state
 
     def write(self, layer: int, activations: str, state: LayerState) -> None:
         """Write the state of a layer. After a crash at any point, the old or the new file is intact."""
@@ -127,3 +147,24 @@ class Run:
 
     def _file(self, layer: int) -> Path:
         return self._folder / f"layer-{layer:03d}.safetensors"
+
+
+def _problem(state: LayerState, d: int, k: int, losers: int) -> str | None:
+    """Return what no search of ``k`` vectors of width ``d`` leaves in a state; None if there is nothing."""
+    vectors, energies, others = state.vectors, state.energies, state.losers
+    found = energies.numel()
+    for name, tensor, shape, most in (
+        ("vectors", vectors, (d, found), k),
+        ("energies", energies, (found,), k),
+        ("losers", others, (d, others.shape[-1] if others.dim() else 0), losers),
+    ):
+        if tensor.dtype != torch.float64 or tensor.shape != shape or shape[-1] > most:
+            wanted = f"float64, {d} wide and at most {most}" if tensor.dim() > 1 else f"float64 and at most {most}"
+            return f"its {name} are {tensor.dtype} {tuple(tensor.shape)}; a search leaves {wanted}"
+        if not tensor.isfinite().all():
+            return f"its {name} hold NaN or infinity"
+    if ((vectors.mT @ vectors - torch.eye(found, dtype=torch.float64)).abs() > TOLERANCE).any():
+        return "its vectors are not orthonormal"
+    if ((others.norm(dim=0) - 1).abs() > TOLERANCE).any():
+        return "its losers are no unit vectors"
+    return "it has all vectors, but says that it is not finished" if found == k and not state.finished else None

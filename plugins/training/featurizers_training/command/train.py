@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.console import Console
 from torch import nn
 
 from featurizers_training.command import options
+from featurizers_training.command.checks import Checks
 from featurizers_training.evaluation import evaluate
 from featurizers_training.methods.base import Method
 from featurizers_training.pairs import Pairs
@@ -99,8 +101,12 @@ def train_command(
         folder = checkpoints and checkpoints.with_name(f"{checkpoints.name}-{name}")
         other, shuffled = controlled(name, loaded.model, parts, seed)
         rows.append(search(f"control: {name}", name, other, shuffled, checkpoints=folder)[1])
+    part = "test" if "test" in parts else "train"
+    checks = Checks.of(loaded.model, parts[part], part, sites, settings)
     if not main:
         return
+    for warning in checks.warnings():
+        print(f"warning: {warning}", file=sys.stderr)
     folder = found.save(out)
     url = None if push is None else featurizers.push(folder, push)
     link = None if url is None else url.pr_url or url.commit_url
@@ -108,10 +114,17 @@ def train_command(
         records = [
             {**row, "accuracy": {name: measured.record() for name, measured in row["accuracy"].items()}} for row in rows
         ]
-        result = {"artefact": str(folder), "sites": list(map(str, sites)), "rows": records}
+        result = {
+            "artefact": str(folder),
+            "sites": list(map(str, sites)),
+            "checks": checks.record(),
+            "rows": records,
+        }
         print_json(result if link is None else {**result, "url": link})
         return
     Console().print(summary(rows))
+    for line in checks.lines():
+        print(line)
     print(f"Artefact: {folder}" + (f", {link}" if link is not None else ""))
     source = str(folder) if folder.is_absolute() else f"./{folder}"
     each = "" if len(sites) == 1 else ", subfolder=…"

@@ -26,7 +26,7 @@ from featurizers.models import (
 )
 from torch import Tensor, nn
 
-from featurizers_training.pairs import Pairs, check_fit
+from featurizers_training.pairs import Pairs, check_fit, check_vocabulary
 from featurizers_training.records import Tokens
 from featurizers_training.runs.activations import chunks, distinct, padded, read_activations
 from featurizers_training.runs.kept_states import KeptStates
@@ -104,6 +104,7 @@ class CleanRuns:
         self.places = [self.anatomy.place(site) for site in self.sites]
         self.device = next(model.parameters()).device
         check_fit(pairs, len(self.sites))
+        check_vocabulary(pairs, getattr(model.get_input_embeddings(), "num_embeddings", None))  # type: ignore[operator]
         self._batch_size, self._head = batch_size, head_of(model)
         self._base_tokens = [[pair.base_at(j) for pair in pairs] for j in range(len(self.sites))]
         self._base_positions = [torch.tensor([positions for _, positions in of_site]) for of_site in self._base_tokens]

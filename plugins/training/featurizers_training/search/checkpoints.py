@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Annotated, Any, Final, TypeAlias
 
 import torch
-from featurizers.errors import ArtefactError, ManifestError, UsageError
-from featurizers.files import os_errors, read_bytes, resolved
-from featurizers.format import fingerprint, parse_json, read_header, read_state, read_tensors, sha256, write_state
-from pydantic import BaseModel, ConfigDict, ValidationError
+from featurizers.errors import ArtefactError, ManifestError, UsageError, shown
+from featurizers.files import contained, os_errors, read_bytes, resolved
+from featurizers.format import (
+    check_finite,
+    fingerprint,
+    is_unfinished,
+    parse_json,
+    read_header,
+    read_state,
+    read_tensors,
+    sha256,
+    write_state,
+)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor, nn
 
 STATE_NAME: Final = "search.safetensors"
@@ -19,9 +30,38 @@ OPTIMIZER: Final = "optimizer."
 FORMAT, VERSION = "featurizers-training checkpoint", 1
 OLD_STATE_NAME, OLD_TENSORS_NAME = "checkpoint.json", "checkpoint.safetensors"
 """Files of a checkpoint before the state was one file."""
+MAX_OLD_BYTES: Final = 2**24
+COLUMNS: Final = ("epoch", "loss", "penalty", "accuracy")
+"""Columns of the history; ``validation`` follows if the search has validation pairs."""
 
 State: TypeAlias = tuple[list[dict[str, Any]], dict[str, Any] | None]
 """History of a search, and its best epoch with the parameters as ``state``."""
+
+
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Number: TypeAlias = bool | int | Finite | None
+
+
+class _Best(BaseModel):
+    """Epoch with the best accuracy on the validation pairs."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    epoch: Annotated[int, Field(ge=1, lt=2**31)]
+    accuracy: Annotated[float, Field(ge=0, le=1)]
+
+
+class _Scaler(BaseModel):
+    """State of a `torch.amp.GradScaler`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    scale: Annotated[Finite, Field(gt=0)]
+    growth_factor: Annotated[Finite, Field(gt=1)]
+    backoff_factor: Annotated[Finite, Field(gt=0, lt=1)]
+    growth_interval: Annotated[Count, Field(gt=0)]
+    growth_tracker: Annotated[Count, Field(alias="_growth_tracker")]
 
 
 class _About(BaseModel):
@@ -31,10 +71,29 @@ class _About(BaseModel):
 
     search: dict[str, Any]
     history: list[str]
-    best: dict[str, Any] | None
-    optimizer: dict[str, Any]
-    scaler: dict[str, Any]
+    best: _Best | None
+    optimizer: dict[str, Number]
+    scaler: _Scaler | None
     fingerprint: str
+
+    @field_validator("scaler", mode="before")
+    @classmethod
+    def _without_state(cls, scaler: Any) -> Any:
+        """Return None for the state of a scaler that is not enabled."""
+        return None if scaler == {} else scaler
+
+
+class _OldAbout(BaseModel):
+    """JSON of a checkpoint before the state was one file; ``history`` has a record for each epoch."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    search: dict[str, Any]
+    history: Annotated[list[dict[str, Finite | int]], Field(min_length=1)]
+    best: _Best | None
+    optimizer: dict[str, Number]
+    scaler: dict[str, Any]
+    sha256: str
 
 
 class Checkpoint:
@@ -74,19 +133,20 @@ class Checkpoint:
             tensors.update({f"best.{i}": tensor for i, tensor in enumerate(best["state"])})
         # a tensor, because JSON has no NaN, and a loss may be that
         tensors["history"] = torch.tensor([list(record.values()) for record in history], dtype=torch.float64)
-        about = _About(
-            search=self.identity,
-            history=list(history[0]),
-            best=best and {name: best[name] for name in ("epoch", "accuracy")},
-            optimizer=numbers,
-            scaler=scaler.state_dict(),
-            fingerprint=_digest(tensors),
-        )
+        about = {
+            "search": self.identity,
+            "history": list(history[0]),
+            "best": best and {name: best[name] for name in ("epoch", "accuracy")},
+            "optimizer": numbers,
+            "scaler": scaler.state_dict(),
+            "fingerprint": _digest(tensors),
+        }
         with os_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        write_state(self.folder / STATE_NAME, tensors, about.model_dump(), format=FORMAT, version=VERSION)
-        for name in (OLD_STATE_NAME, OLD_TENSORS_NAME):
-            (self.folder / name).unlink(missing_ok=True)
+        write_state(self.folder / STATE_NAME, tensors, about, format=FORMAT, version=VERSION)
+        with os_errors(self.folder):
+            for name in (OLD_STATE_NAME, OLD_TENSORS_NAME):
+                (self.folder / name).unlink(missing_ok=True)
 
     def load(
         self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
@@ -97,51 +157,124 @@ class Checkpoint:
             UsageError: the checkpoint is of another search, or the folder holds something else.
             ArtefactError: the checkpoint is damaged.
         """
-        if (self.folder / STATE_NAME).exists():
-            tensors, about, history = self._read()
-        elif (self.folder / OLD_STATE_NAME).exists():
-            tensors, about, history = self._read_old()
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
-            raise UsageError(f"{self.folder} holds something else than a checkpoint; name a new or an empty folder")
-        else:
+        with os_errors(self.folder):
+            present = (
+                {path.name for path in self.folder.iterdir() if not is_unfinished(path)} if self.folder.is_dir() else ()
+            )
+        if not present:
             return None
-        if differ := [key for key in self.identity if self.identity[key] != about.search.get(key)]:
+        if STATE_NAME in present:
+            path = contained(self.folder, self.folder / STATE_NAME, str(self.folder), ArtefactError)
+            tensors, about = read_state(path, format=FORMAT, version=VERSION, schema=_About)
+        elif OLD_STATE_NAME in present:
+            tensors, about = self._read_old()
+        else:
+            raise UsageError(f"{self.folder} holds something else than a checkpoint; name a new or an empty folder")
+        if about.search.keys() != self.identity.keys():
+            raise self._damaged("it does not describe a search as this release does")
+        if differ := [key for key in self.identity if self.identity[key] != about.search[key]]:
             raise UsageError(
                 f"{self.folder} holds a checkpoint of another search: its {', '.join(differ)} differ; "
                 "name another folder"
             )
+        self._check(tensors, about, parameters, optimizer, scaler)
+        rows = [dict(zip(about.history, row, strict=True)) for row in tensors["history"].tolist()]
+        history = [{**row, "epoch": int(row["epoch"])} for row in rows]
         restore(parameters, _numbered(tensors, "search.", parameters))
         states: dict[int, dict[str, Any]] = {}
-        kept = {name.removeprefix(OPTIMIZER): x for name, x in tensors.items() if name.startswith(OPTIMIZER)}
-        for name, value in {**kept, **about.optimizer}.items():
+        for name, value in {**_optimizer_tensors(tensors), **about.optimizer}.items():
             number, _, key = name.partition(".")
             states.setdefault(int(number), {})[key] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
-        scaler.load_state_dict(about.scaler)
-        return history, about.best and {**about.best, "state": _numbered(tensors, "best.", parameters)}
+        if about.scaler is not None:
+            scaler.load_state_dict(about.scaler.model_dump(by_alias=True))
+        if about.best is None:
+            return history, None
+        return history, {**about.best.model_dump(), "state": _numbered(tensors, "best.", parameters)}
 
-    def _read(self) -> tuple[dict[str, Tensor], _About, list[dict[str, Any]]]:
-        path = self.folder / STATE_NAME
-        tensors, about = read_state(path, format=FORMAT, version=VERSION, schema=_About)
-        if _digest(tensors) != about.fingerprint:
-            raise ArtefactError(str(path), "its tensors are not those that were written; remove the folder")
-        rows = [dict(zip(about.history, row, strict=True)) for row in tensors["history"].tolist()]
-        return tensors, about, [{**row, "epoch": int(row["epoch"])} for row in rows]
+    def _damaged(self, problem: str) -> ArtefactError:
+        return ArtefactError(str(self.folder / STATE_NAME), f"{problem}; remove the folder to search from the start")
 
-    def _read_old(self) -> tuple[dict[str, Tensor], _About, list[dict[str, Any]]]:
-        where, path = str(self.folder), self.folder / OLD_TENSORS_NAME
-        record = parse_json(
-            read_bytes(self.folder / OLD_STATE_NAME, where, ManifestError, 2**24), where, OLD_STATE_NAME
+    def _check(
+        self,
+        tensors: dict[str, Tensor],
+        about: _About,
+        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+    ) -> None:
+        """Raise `ArtefactError` unless a checkpoint has the tensors and numbers that `save` writes for this search."""
+        expected = _optimizer_state(optimizer)
+        wanted: dict[str, Any] = {f"{OPTIMIZER}{name}": x for name, x in expected.items() if isinstance(x, Tensor)}
+        for prefix in ("search.", *(["best."] if about.best is not None else [])):
+            wanted |= {f"{prefix}{i}": parameter for i, parameter in enumerate(parameters)}
+        if tensors.keys() != {*wanted, "history"}:
+            names = ", ".join(map(shown, sorted(tensors.keys() ^ {*wanted, "history"})[:5]))
+            raise self._damaged(f"it lacks tensors of this search, or has others: {names}")
+        for name, like in wanted.items():
+            if tensors[name].shape != like.shape or tensors[name].dtype != like.dtype:
+                raise self._damaged(f"its tensor {name!r} has another shape or dtype than that of this search")
+        check_finite({name: tensors[name] for name in wanted}, str(self.folder / STATE_NAME))
+        numbers = {name: x for name, x in expected.items() if not isinstance(x, Tensor)}
+        if about.optimizer.keys() != numbers.keys():
+            raise self._damaged("its optimizer has other numbers than that of this search")
+        if (about.scaler is not None) != scaler.is_enabled():
+            raise self._damaged("its gradient scaler is not that of this search")
+        history = tensors["history"]
+        columns = [*COLUMNS, "validation"] if self.identity["validation"] is not None else [*COLUMNS]
+        if about.history != columns or history.dtype != torch.float64 or history.shape != (len(history), len(columns)):
+            raise self._damaged(f"its history is no table of {', '.join(columns)}")
+        if not torch.equal(history[:, 0], torch.arange(1, len(history) + 1, dtype=torch.float64)):
+            raise self._damaged("its history does not count the epochs from 1")
+        if about.best is not None and about.best.epoch > len(history):
+            raise self._damaged(f"its best epoch is {about.best.epoch} of {len(history)}")
+        if about.fingerprint != _digest(tensors):
+            raise self._damaged("its tensors are not those that were written")
+
+    def _read_old(self) -> tuple[dict[str, Tensor], _About]:
+        """Return tensors and JSON of a checkpoint of two files, in the form of one file."""
+        where = str(self.folder)
+        state, path = (
+            contained(self.folder, self.folder / name, where, ManifestError)
+            for name in (OLD_STATE_NAME, OLD_TENSORS_NAME)
         )
+        raw = read_bytes(state, where, ManifestError, MAX_OLD_BYTES)
+        record = parse_json(raw, where, OLD_STATE_NAME, most=MAX_OLD_BYTES)
         try:
-            history, digest = record.pop("history"), record.pop("sha256")
-            about = _About(**record, history=[], fingerprint=digest)
-        except (AttributeError, KeyError, TypeError, ValidationError) as error:
+            old = _OldAbout.model_validate(record)
+            names = list(old.history[0])
+            rows = [[float(epoch[name]) for name in names] for epoch in old.history]
+            about = _About(
+                search=old.search,
+                history=names,
+                best=old.best,
+                optimizer=old.optimizer,
+                scaler=old.scaler,  # type: ignore[arg-type]  # it is validated
+                fingerprint="",
+            )
+        except (KeyError, OverflowError, ValidationError) as error:
             raise ManifestError(where, f"{OLD_STATE_NAME} is no checkpoint of a search") from error
         read_header(path, where, OLD_TENSORS_NAME)
-        if sha256(path, where) != digest:
+        if sha256(path, where) != old.sha256:
             raise ManifestError(where, f"{OLD_TENSORS_NAME} is not the one that {OLD_STATE_NAME} was written with")
-        return read_tensors(path, None, where), about, history
+        tensors = read_tensors(path, None, where)
+        tensors["history"] = torch.tensor(rows, dtype=torch.float64)
+        return tensors, about.model_copy(update={"fingerprint": _digest(tensors)})
+
+
+def _optimizer_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(OPTIMIZER): x for name, x in tensors.items() if name.startswith(OPTIMIZER)}
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the state that an optimizer has after a step, by the number of the parameter and the name."""
+    trial = copy.deepcopy(optimizer)  # with its parameters
+    for group in trial.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    trial.step()
+    states = trial.state_dict()["state"]
+    return {f"{number}.{name}": value for number, state in states.items() for name, value in state.items()}
 
 
 @torch.no_grad()

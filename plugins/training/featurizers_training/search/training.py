@@ -70,7 +70,7 @@ def train(
         optimizer: makes the optimizer from the parameter groups; Adam if None.
         runs: clean runs of these pairs that were made before (see `Settings.clean_runs`), at these sites, or also at
             others if the pairs have one position for all sites.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar; without a terminal, a line on stderr for each epoch.
 
     Raises:
         UsageError: the pairs do not fit the sites, or the checkpoint is of another search.
@@ -171,6 +171,8 @@ class _Search:
         bar.reach(len(self.history) * self.epoch_steps, self._described(self.history[-1] if self.history else {}))
         while len(self.history) < self.epochs and not self._is_stuck():
             self._epoch(len(self.history), bar)
+            described = self._described(self.history[-1]).removeprefix(self.method.name).strip()
+            bar.note(f"{self.method.name}, epoch {len(self.history)} of {self.epochs}: {described}")
             if checkpoint is not None and self.processes.is_main_process:
                 checkpoint.save(self.parameters, self.optimizer, self.scaler, self.history, self.best)
         if self.best is not None and self.settings.patience is not None:

@@ -148,7 +148,7 @@ def sweep(
         controls: some of `CONTROLS`; the whole sweep is repeated for each.
         objective: as in `train`.
         settings: as in `train`, the same for each cell.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar; without a terminal, a line on stderr for each cell.
 
     Raises:
         PairError: a prompt does not have one of the positions.
@@ -195,6 +195,11 @@ def sweep(
                     )
                     cells.append(cell)
                     bar.advance(1, f"sweep  accuracy {cell.held_out.value:.0%}")
+                    under = "" if control is None else f", {control}"
+                    bar.note(
+                        f"cell {len(cells)} of {total}: {site}, position {position}, {name}{under}: "
+                        f"accuracy {cell.held_out.value:.0%}"
+                    )
                     if control is None and (name not in best or _merit(cell) > _merit(best[name][0])):
                         best[name] = cell, found
     about = {
