@@ -1,4 +1,4 @@
-"""Identity featurizer: activations are their own features."""
+"""`IdentityFeaturizer`: activations are their own features."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class ModelRecord(_Record):
 
 
 class RepresentationRecord(_Record):
-    """One place in the model: the fields of pyvene's ``RepresentationConfig`` that are data.
+    """Place in the model: the fields of pyvene's ``RepresentationConfig`` that are data.
 
     Attributes:
         intervention: index of the intervention in the file; several places may share it.
@@ -65,7 +65,7 @@ class RepresentationRecord(_Record):
 
 
 class InterventionRecord(_Record):
-    """One intervention.
+    """Intervention: its class, arguments and featurizer.
 
     Attributes:
         kind: registered name of its class; looked up among the installed plugins only.
@@ -79,7 +79,7 @@ class InterventionRecord(_Record):
 
 
 class FeaturizerRecord(_Record):
-    """One featurizer, stored as an artefact in the same folder.
+    """Featurizer, stored as an artefact in the same folder.
 
     Attributes:
         subfolder: its subfolder.
