@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from featurizers import files, hub, registry, store
-from featurizers.cli.output import print_fields, print_json, print_rows
-from featurizers.errors import FeaturizerError, ManifestError, SourceError
+from featurizers.cli.output import commit_link, print_fields, print_json, print_rows
+from featurizers.errors import FeaturizerError, ManifestError, SourceError, printable
 from featurizers.format.companion import Companion, read_companion
 from featurizers.format.manifest import (
     CARD_NAME,
@@ -149,8 +149,8 @@ def push(
         create_pr=create_pr,
         commit_message=message,
     )
-    result = {"repo_id": repo_id, "revision": commit.oid, "url": commit.pr_url or commit.commit_url}
-    print_json(result) if as_json else print(f"{result['url']} (revision {commit.oid})")
+    result = {"repo_id": repo_id, "revision": printable(commit.oid, 100), "url": commit_link(commit)}
+    print_json(result) if as_json else print(f"{result['url']} (revision {result['revision']})")
 
 
 def verify(

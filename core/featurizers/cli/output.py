@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from featurizers.errors import printable
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 
 def print_json(data: Any) -> None:
     """Print data as JSON with ASCII characters alone, as ``--json`` asks."""
     print(json.dumps(data, indent=2, ensure_ascii=True))
+
+
+def commit_link(commit: CommitInfo) -> str:
+    """Return the address of a commit, or of its pull request, fit to print: the Hub may send any text."""
+    return printable(str(commit.pr_url or commit.commit_url), 500)
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, as_json: bool) -> None:
@@ -41,4 +51,4 @@ def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, show_
     table = Table(*(Column(column, overflow="fold") for column in columns), show_header=show_header)
     for row in rows:
         table.add_row(*map(escape, row))
-    Console().print(table)
+    Console(emoji=False).print(table)

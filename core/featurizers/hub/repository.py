@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 MAX_FILES: Final = 50_000
 """Most files that a repository of another library may have."""
+MAX_NAME: Final = 1024
+"""Characters that the path of a file may have."""
 COMMIT: Final = re.compile(r"[0-9a-f]{40,64}")
 ETAG: Final = re.compile(r"[0-9A-Za-z_-]{1,128}")
 """Etags that we accept; huggingface_hub uses the etag as a file name in its cache."""
@@ -249,5 +251,7 @@ class _Cached:
 
 
 def _is_inside(name: str) -> bool:
-    """Return whether a path stays below its folder, on any operating system."""
+    """Return whether a path stays below its folder, on any operating system, and is no longer than paths are."""
+    if len(name) > MAX_NAME:
+        return False
     return not any(part in ("", ".", "..") or re.search(r"[\\:\0]", part) for part in name.split("/"))

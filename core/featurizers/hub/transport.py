@@ -28,6 +28,9 @@ LONGEST: Final = 7 * 86_400.0
 SLOWEST: Final = 50_000
 """Lowest rate of a transfer, in bytes per second."""
 
+MOST_SAID: Final = 4000
+"""Characters of an error of huggingface_hub that are looked at; a Hub may send any number."""
+
 Result = TypeVar("Result")
 
 
@@ -130,5 +133,6 @@ def _translate(error: Exception, where: str) -> FeaturizerError:
 
 def _message(error: Exception) -> str:
     """Return the client's message, without signatures in URLs and without its link to a page about HTTP."""
-    text = re.sub(r"(https?://[^\s?']+)\?[^\s']*", r"\1", str(error))
+    text = str(error)[:MOST_SAID]  # cut first: the expressions below take quadratic time
+    text = re.sub(r"(https?://[^\s?']+)\?[^\s']*", r"\1", text)
     return one_line(re.sub(r"For more information check: \S+", "", text))

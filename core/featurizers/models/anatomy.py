@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 import warnings
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -27,9 +26,6 @@ from featurizers.models.detection import (
 )
 from featurizers.models.projections import input_width
 from featurizers.registry.plugin_host import host
-
-RESIDUAL = {"block_input", "block_output", "attention_input", "attention_output", "mlp_input", "mlp_output"}
-"""pyvene's names for places that are as wide as the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -143,22 +139,6 @@ class Anatomy:
         parts = place.path.split(".")
         indexed = "".join(f"[{part}]" if part.isdecimal() else f".{part}" for part in parts).lstrip(".")
         return f"{indexed}.{place.side}"
-
-    def residual_width(self, component: str) -> int | None:
-        """Return the width of the residual stream if a pyvene component is known to be as wide, else None."""
-        path = re.sub(r"\[(\d+)\]", r".\1", component.rpartition(".")[0])
-        if component not in RESIDUAL:
-            try:
-                inside = re.fullmatch(rf"{re.escape(self.blocks.layers)}\.(\d+)(?:\.(.+))?", path)
-            except (SiteError, PluginError):
-                return None
-            if inside is None or int(inside[1]) >= self.n_layers:
-                return None
-            parts = self.parts(int(inside[1]))
-            if inside[2] not in (None, parts.attention, parts.mlp):
-                return None
-        width = getattr(self._config, "hidden_size", None)
-        return width if isinstance(width, int) else None
 
     def _path(self, site: Site) -> tuple[str, Side]:
         if site.module is not None and site.side is not None:

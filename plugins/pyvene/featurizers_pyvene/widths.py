@@ -54,11 +54,13 @@ def residual_width(anatomy: Anatomy, component: str) -> int | None:
 
 
 def _is_block_or_part(anatomy: Anatomy, component: str) -> bool:
-    """Return True for the path of a block, or of its attention or MLP module."""
+    """Return True for the path of a block, or of its attention or MLP module; blocks may differ in their parts."""
+    path = re.sub(r"\[(\d+)\]", r".\1", component.rpartition(".")[0])
     try:
-        blocks = anatomy.blocks
+        inside = re.fullmatch(rf"{re.escape(anatomy.blocks.layers)}\.(\d+)(?:\.(.+))?", path)
+        if inside is None or int(inside[1]) >= anatomy.n_layers:
+            return False
+        parts = anatomy.parts(int(inside[1]))
     except (SiteError, PluginError):
         return False
-    path = re.sub(r"\[(\d+)\]", r".\1", component.rpartition(".")[0])
-    parts = "".join(rf"|\.{re.escape(part)}" for part in (blocks.attention, blocks.mlp) if part)
-    return re.fullmatch(rf"{re.escape(blocks.layers)}\.\d+({parts})", path) is not None
+    return inside[2] in (None, parts.attention, parts.mlp)

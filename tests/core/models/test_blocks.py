@@ -110,17 +110,6 @@ def test_heads_are_those_of_attention_only(name, part):
         Anatomy(model).place("attn.z:0:0")
 
 
-@pytest.mark.parametrize("name", ["Qwen3Next", "Bamba"])
-def test_residual_width_knows_the_parts_of_each_block(name):
-    anatomy = Anatomy(build(name))
-    part = "linear_attn" if name == "Qwen3Next" else "mamba"
-    assert anatomy.residual_width(f"model.layers[0].{part}.output") == WIDTH
-    assert anatomy.residual_width("model.layers[1].self_attn.output") == WIDTH
-    assert anatomy.residual_width("model.layers[1].output") == WIDTH
-    for other in (f"model.layers[1].{part}.output", "model.layers[0].self_attn.output", "model.layers[2].output"):
-        assert anatomy.residual_width(other) is None
-
-
 def test_an_mlp_beside_experts_is_not_the_whole():
     model = fresh_model("llama")
     model.model.layers[1].experts = torch.nn.Linear(WIDTH, WIDTH)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import featurizers
 import typer
 from featurizers import Anatomy
-from featurizers.cli import dtype_named, layer_numbers, progress_bar
+from featurizers.cli import commit_link, dtype_named, layer_numbers, progress_bar
 from featurizers.errors import UsageError
 from featurizers.files import refuse_full
 from featurizers.models import load_model
@@ -120,11 +120,11 @@ def fit_command(
     }
     if push is not None:
         url = featurizers.push(folder, push)
-        result["url"] = url.pr_url or url.commit_url
+        result["url"] = commit_link(url)
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=True))
         return
-    Console().print(_table(bases))
+    Console(emoji=False).print(_table(bases))
     print(f"Energies of single vectors, of {result['n_tokens']} tokens: {result['mask']}.")
     print(f"Artefact: {folder}, picture: {result['picture']}" + (f", {result['url']}" if push is not None else ""))
 

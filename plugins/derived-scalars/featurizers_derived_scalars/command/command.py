@@ -38,7 +38,7 @@ def _list(asked: bool) -> None:
         columns = ("name", "units", "what it is")
         tables.setdefault(title, Table(*columns, title=title, title_justify="left")).add_row(name, one.group, one.text)
     for table in tables.values():
-        Console().print(table)
+        Console(emoji=False).print(table)
     raise typer.Exit
 
 
@@ -110,7 +110,7 @@ def scalars_command(
         result = {"model": model, "tokens": tokens, "metric": about, "value": raw.metric, "scalars": rows}
         print(json.dumps({**result, **({} if page_file is None else {"page": str(page_file)})}, indent=2))
         return
-    console = Console()
+    console = Console(emoji=False)
     console.print(f"{len(ids)} tokens; {about}", highlight=False, markup=False)
     for name, part in rows.items():
         console.print(f"{name}: {spec(name.partition(':')[0]).text}", highlight=False, markup=False)

@@ -87,7 +87,7 @@ def sweep_command(
         print_json({"folder": str(folder), "artefact": str(artefact), "best": best, "cells": result.rows()})
         return
     for table in tables(result.rows(), str(result.about["title"])):
-        Console().print(table)
+        Console(emoji=False).print(table)
     print(f"Tables and picture: {folder}/table.csv, table.json, heatmap.png")
     word = "Best search" if found.history else "Best"
     print(f"{word}: {best['method']} at {best['site']}, position {best['position']}: {cell.held_out}; in {artefact}")

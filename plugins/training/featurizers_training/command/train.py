@@ -13,7 +13,7 @@ import featurizers
 import typer
 from accelerate import PartialState
 from featurizers import Site
-from featurizers.cli import print_json
+from featurizers.cli import commit_link, print_json
 from featurizers.files import refuse_full
 from rich.console import Console
 from torch import nn
@@ -109,7 +109,7 @@ def train_command(
         print(f"warning: {warning}", file=sys.stderr)
     folder = found.save(out)
     url = None if push is None else featurizers.push(folder, push)
-    link = None if url is None else url.pr_url or url.commit_url
+    link = None if url is None else commit_link(url)
     if as_json:
         records = [
             {**row, "accuracy": {name: measured.record() for name, measured in row["accuracy"].items()}} for row in rows
@@ -122,7 +122,7 @@ def train_command(
         }
         print_json(result if link is None else {**result, "url": link})
         return
-    Console().print(summary(rows))
+    Console(emoji=False).print(summary(rows))
     for line in checks.lines():
         print(line)
     print(f"Artefact: {folder}" + (f", {link}" if link is not None else ""))
