@@ -15,6 +15,7 @@ from .calling import is_keys as is_keys
 from .calling import takes as takes
 from .calling import takes_cache as takes_cache
 from .calling import without_cache as without_cache
+from .compilation import eager as eager
 from .hooks import gather as gather
 from .hooks import hook as hook
 from .hooks import scatter as scatter

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from featurizers.errors import SiteError
 from featurizers.format.sites import Site
 from featurizers.models.anatomy import Anatomy
+from featurizers.models.compilation import eager
 
 Wrap: TypeAlias = Callable[[Tensor], Any]
 """Puts activations into the form in which a block returns them: alone, or the first of a tuple."""
@@ -64,7 +65,7 @@ def restarted(
         True
     """
     wraps = [wrap] * (start + 1) if callable(wrap) else wrap
-    with ExitStack() as stack:
+    with eager(), ExitStack() as stack:
         for number in range(start):
             stack.enter_context(_forward_of(blocks[number], _passing_on(wraps[number])))
         if start >= 0:

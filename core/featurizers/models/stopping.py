@@ -8,6 +8,8 @@ from typing import NoReturn, TypeVar
 
 from torch import nn
 
+from featurizers.models.compilation import eager
+
 T = TypeVar("T")
 
 
@@ -56,7 +58,7 @@ def run_until(module: nn.Module, call: Callable[[], T]) -> T | None:
     Returns:
         What ``call`` returns, or None if it was ended.
     """
-    with stoppable() as stop:
+    with eager(), stoppable() as stop:
         handle = module.register_forward_hook(lambda *_: stop())
         try:
             return call()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from featurizers.errors import FeaturizerError, SiteError, one_line
 from featurizers.models.anatomy import Anatomy, Place
 from featurizers.models.calling import without_cache
+from featurizers.models.compilation import eager
 from featurizers.models.hooks import hook
 from featurizers.models.modes import evaluating
 from featurizers.models.projections import projection
@@ -129,7 +130,7 @@ def _run_prompt(model: nn.Module, head: nn.Module, final_norm: nn.Module) -> tup
         "output": Place("", head, "output"),
         "normed": Place("", final_norm, "output"),
     }
-    with torch.no_grad(), evaluating(model), ExitStack() as hooks:
+    with eager(), torch.no_grad(), evaluating(model), ExitStack() as hooks:
         for name, place in points.items():
             hooks.callback(hook(place, functools.partial(keep, name)).remove)
         try:

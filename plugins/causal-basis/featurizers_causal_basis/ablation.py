@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 from featurizers import Anatomy, Site
 from featurizers.errors import BasisError, ShapeError, UsageError
-from featurizers.models import hook
+from featurizers.models import eager, hook
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -106,14 +106,15 @@ def ablate_subspace(
         SiteError: the model does not have the site.
         ShapeError, BasisError, UsageError: as `remove_subspace`; raised while the model runs.
     """
-    handle = hook(
-        Anatomy(model).place(site),
-        lambda hidden: remove_subspace(hidden, A, mode, orthonormal, mask=mask, generator=generator),
-    )
-    try:
-        yield model
-    finally:
-        handle.remove()
+    place = Anatomy(model).place(site)
+    with eager():
+        handle = hook(
+            place, lambda hidden: remove_subspace(hidden, A, mode, orthonormal, mask=mask, generator=generator)
+        )
+        try:
+            yield model
+        finally:
+            handle.remove()
 
 
 def _columns(A: Tensor, u: Tensor) -> Tensor:

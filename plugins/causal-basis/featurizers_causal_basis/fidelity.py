@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from featurizers import Anatomy, Site
 from featurizers.errors import UsageError
-from featurizers.models import Inputs, Place, collect, hook
+from featurizers.models import Inputs, Place, collect, eager, hook
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -167,11 +167,12 @@ def _ablated(place: Place, f: CausalBasisFeaturizer, j: int, value: Tensor, mask
         edited = torch.where(mask.to(hidden.device).unsqueeze(-1), value, features)
         return f.apply_edit(hidden, features, edited, column)
 
-    handle = hook(place, edit)
-    try:
-        yield
-    finally:
-        handle.remove()
+    with eager():
+        handle = hook(place, edit)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def _log_probs(model: nn.Module, inputs: Inputs, mask: Tensor) -> Float[Tensor, "n vocabulary"]:

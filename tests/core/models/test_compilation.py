@@ -9,6 +9,7 @@ import pytest
 import torch
 from featurizers import Steer, collect, intervene
 from featurizers.errors import UsageError
+from featurizers.models import restarted, run_until, wrap_like
 
 from tests.support.models import WIDTH, fresh_model, hooked, prompts, read
 
@@ -197,3 +198,19 @@ with featurizers.intervene(model, {{"module:0:output": op}}):
 assert torch.equal(compiled(x), clean)
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
+def test_runs_up_to_a_module_and_from_the_middle_are_those_of_the_model_that_was_never_compiled():
+    plain = fresh_model("llama")
+    model = whole(fresh_model("llama"))
+    with torch.no_grad():
+        expected = plain(IDS).logits
+        model(IDS)  # compiled now
+        inner = model._orig_mod.model
+        assert run_until(inner.layers[0], lambda: model(IDS)) is None
+        hidden = torch.randn(*IDS.shape, WIDTH)
+        with restarted(inner.layers, 0, hidden, wrap_like(hidden)):
+            again = model(IDS).logits
+        with hooked(plain.model.layers[0], "output", lambda _: hidden):
+            torch.testing.assert_close(again, plain(IDS).logits)
+        torch.testing.assert_close(model(IDS).logits, expected)

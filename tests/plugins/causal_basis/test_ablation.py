@@ -190,3 +190,16 @@ def test_hooks_are_removed_however_the_context_ends():
     with pytest.raises(SiteError, match="3 layers"), ablate_subspace(model, a, "resid.post:3"):
         pass
     assert hooks_of(model) == before
+
+
+def test_a_model_that_has_run_compiled_is_ablated_too():
+    model, ids = tiny_model("llama"), prompts(2, 4)
+    basis = torch.eye(WIDTH)[:, :2]
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        with ablate_subspace(model, basis, "resid.post:0", mode="zero"):
+            expected = model(ids).logits
+        clean = compiled(ids).logits
+        with ablate_subspace(model, basis, "resid.post:0", mode="zero"):
+            torch.testing.assert_close(compiled(ids).logits, expected)
+    assert not torch.allclose(clean, expected)

@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from featurizers import Anatomy
 from featurizers.errors import UsageError
-from featurizers.models import Inputs, Wrap, hook, restarted, wrap_like
+from featurizers.models import Inputs, Wrap, eager, hook, restarted, wrap_like
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -48,7 +48,7 @@ class Remainder:
             seen.append(hidden.detach().clone())
             return hidden
 
-        with torch.no_grad(), ExitStack() as hooks:
+        with eager(), torch.no_grad(), ExitStack() as hooks:
             for block in self._blocks[:depth]:
                 hooks.callback(block.register_forward_hook(keep_form).remove)
             hooks.callback(hook(self._place, keep).remove)
@@ -62,7 +62,7 @@ class Remainder:
 
     def __call__(self, hidden: Float[Tensor, "batch sequence d"]) -> Float[Tensor, "batch sequence vocabulary"]:
         """Return the logits for given hidden states."""
-        with ExitStack() as stack:
+        with eager(), ExitStack() as stack:
             if self.skipping:
                 stack.enter_context(restarted(self._blocks, self._depth - 1, hidden, self._wraps))
             stack.callback(hook(self._place, lambda _: hidden).remove)

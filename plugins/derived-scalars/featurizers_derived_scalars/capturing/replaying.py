@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, final, get_args
 import torch
 from featurizers.errors import SiteError, UsageError, shown
 from featurizers.models import Place as Tap
-from featurizers.models import evaluating, first_tensor, hook
+from featurizers.models import eager, evaluating, first_tensor, hook
 from torch import Tensor, nn
 
 from featurizers_derived_scalars.circuit import Circuit, Listener, Place
@@ -81,7 +81,7 @@ class Replay:
         module, arguments = model.get_submodule(self.circuit.block(place).attention), self.arguments[layer]
         part = PARTS.get(place.kind)
         listener = _Through(self.through, part)
-        with listening(model, listener):
+        with eager(), listening(model, listener):
             normed = self._normed("attn", layer, resid)
             out = first_tensor(module(normed[None], *arguments.positional, **arguments.named))[0]
         return self._added(place, out) if part is None else place_layout(part, listener.parts[part])
@@ -95,7 +95,7 @@ class Replay:
             neurons.append(tensor)
             return tensor
 
-        with ExitStack() as stack:
+        with eager(), ExitStack() as stack:
             if place.kind in ("mlp.pre", "mlp.neurons") and (point := self.circuit.tap_point(place)) is not None:
                 stack.callback(hook(Tap(point[0], model.get_submodule(point[0]), point[1]), keep).remove)
             if block.mlp is not None:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from featurizers.format import Side
 from featurizers.models import Place as Tap
-from featurizers.models import first_tensor, hook, run_until, without_cache
+from featurizers.models import eager, first_tensor, hook, run_until, without_cache
 from jaxtyping import Int
 from torch import Tensor, nn
 
@@ -52,7 +52,7 @@ def run(
         on_arguments: for each attention module, a function that is called with its arguments.
         stop_after: path of the last module to run.
     """
-    with ExitStack() as stack:
+    with eager(), ExitStack() as stack:
         if listener is not None:
             stack.enter_context(listening(model, listener))
         for path, receive in (on_arguments or {}).items():

@@ -16,6 +16,7 @@ from featurizers.errors import ShapeError, UsageError
 from featurizers.models import (
     Anatomy,
     SourcedOperation,
+    eager,
     gather,
     given,
     head_of,
@@ -192,7 +193,8 @@ class CleanRuns:
         rows = list(rows)
         clean = [last_clean_block(self.anatomy, self.sites[each.site]) for each in edits]
         last_clean = min(clean, default=self._states.starts[0])
-        with self._states.resumed(self._run_of[rows], last_clean) as (inputs, prefix), ExitStack() as hooks:
+        resumed = self._states.resumed(self._run_of[rows], last_clean)
+        with eager(), resumed as (inputs, prefix), ExitStack() as hooks:
             for each in edits:
                 columns = (self._base_positions[each.site][rows] - prefix.unsqueeze(-1)).to(self.device)
                 edit = self._hooked(columns, each, rows, inputs["input_ids"])
@@ -250,11 +252,12 @@ class CleanRuns:
         def narrow(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return (gather(args[0], columns), *args[1:])
 
-        handle = self._head.register_forward_pre_hook(narrow)
-        try:
-            logits: Tensor = self.model(**inputs).logits
-        finally:
-            handle.remove()
+        with eager():
+            handle = self._head.register_forward_pre_hook(narrow)
+            try:
+                logits: Tensor = self.model(**inputs).logits
+            finally:
+                handle.remove()
         return logits
 
     # ------------------------------------------------------------------ clean runs

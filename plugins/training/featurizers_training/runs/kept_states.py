@@ -11,6 +11,7 @@ from featurizers.models import (
     Anatomy,
     Wrap,
     cache_argument,
+    eager,
     empty_cache,
     first_tensor,
     is_keys,
@@ -69,7 +70,7 @@ class KeptStates:
         """
         cache = empty_cache() if self._recording and takes_cache(self.model) else None
         outputs: dict[int, Tensor] = {}
-        with ExitStack() as hooks:
+        with eager(), ExitStack() as hooks:
             for start in [start for start in self.starts if start >= 0 and self._recording]:
                 blocks: Any = self.anatomy.layers
                 hooks.callback(blocks[start].register_forward_hook(self._note(start, outputs)).remove)
