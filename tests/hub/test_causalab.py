@@ -51,5 +51,5 @@ def test_what_is_not_there(hub, repo):
         featurizers.load("causalab:alice/mine/x")
     with pytest.raises(SourceError, match="write 'causalab:owner/name/FOLDER/UNIT'"):
         featurizers.load("causalab:alice/mine")
-    with pytest.raises(ManifestError, match=r"holds 6 units.*or one of the Hub as causalab:"):
+    with pytest.raises(ManifestError, match=r"holds 6 units.*or one from the Hub as causalab:"):
         featurizers.load("alice/mine", subfolder="submission")
