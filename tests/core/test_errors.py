@@ -29,7 +29,8 @@ def arguments_of(cls):
     if issubclass(cls, errors.ArtefactError):
         return "./folder", "a problem\nof two lines \x1b[31m"
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    return tuple(f"{p.name} of it" for p in parameters if p.default is p.empty) or ("a message",)
+    required = [p for p in parameters if p.default is p.empty]
+    return tuple(1.5 if p.annotation == "float" else f"{p.name} of it" for p in required) or ("a message",)
 
 
 def classes():

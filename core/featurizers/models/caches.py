@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-CACHE_NAMES = ("past_key_values", "cache", "cache_params")
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """Names of the cache among the arguments and outputs of models; transformers 5.24 uses ``cache``."""
 
 
@@ -51,7 +51,8 @@ def cache_of(values: Any) -> Any:
         return next((value for value in values if hasattr(value, "get_seq_length")), None)
     if not hasattr(values, "get"):
         return None
-    return next((cache for name in CACHE_NAMES if (cache := values.get(name)) is not None), None)
+    names = values.keys()  # asking for a name that is not there makes transformers warn that it is deprecated
+    return next((values[name] for name in CACHE_NAMES if name in names and values[name] is not None), None)
 
 
 def _length(cache: Any) -> int:
