@@ -1,4 +1,4 @@
-"""How many tokens a cache holds, whatever its class, and when its prompt was computed."""
+"""Number of tokens in a cache of any class, and when its prompt was computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which context's hooks act: each context acts in the thread or task that opened it, and in those started from there.
+"""Scope of contexts: the hooks of each act in the thread or task that opened it, and in those started from there.
 
 Hooks are registered on modules, so that every thread that runs the model calls them. A hook acts if its context is open
 in the current `contextvars.Context`, which asyncio tasks and ``asyncio.to_thread`` inherit. A plain thread inherits
@@ -19,7 +19,7 @@ counter = itertools.count(1)
 
 
 class Context:
-    """One open `intervene` context.
+    """Open `intervene` context.
 
     Attributes:
         opened: number of the event, from `counter`.

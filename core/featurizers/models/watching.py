@@ -42,7 +42,7 @@ class Member(Protocol):
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """What matters of a call of ``generate``.
+    """Options of a call of ``generate`` that decide where its passes are.
 
     Attributes:
         columns: number of columns of the prompt; None if it is not known.

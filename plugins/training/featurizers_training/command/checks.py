@@ -21,7 +21,7 @@ LOW: Final = 0.5
 
 @dataclass(frozen=True)
 class Checks:
-    """What a model does with pairs without a search.
+    """Accuracy of a model on pairs without a search.
 
     Attributes:
         part: name of the pairs, ``test`` or ``train``.
