@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
 import io
 import json
+import sys
 import warnings
 from typing import Any
 
 import featurizers
 import pytest
 import torch
-from featurizers.errors import HubNotFoundError, ManifestError, MissingDependencyError, SourceError, WeightsError
+from featurizers.errors import HubNotFoundError, ManifestError, SourceError, WeightsError
 from featurizers_sae_lens import catalogue
+from featurizers_sae_lens.table import Catalogue
 from safetensors.torch import save
 
 from tests.support.sae_lens import D, F, linear, same, weights
@@ -303,6 +305,11 @@ WRONG = {
     "no release": ("gpt2-small-res-jbb/blocks.8.hook_resid_pre", SourceError, "did you mean 'gpt2-small-res-jb'"),
     "no id": ("gpt2-small-res-jb/blocks.99.hook_resid_pre", SourceError, r"has no 'blocks\.99.*'; did you mean"),
     "no id at all": ("gpt2-small-res-jb", SourceError, "write 'sae-lens:gpt2-small-res-jb/"),
+    "a repository": (
+        "jbloom/GPT2-Small-SAEs-Reformatted/blocks.8.hook_resid_pre",
+        SourceError,
+        "releases of the repository 'jbloom/GPT2-Small-SAEs-Reformatted' are 'gpt2-small-res-jb'",
+    ),
     "a transcoder": (
         "gemma-scope-2b-pt-transcoders/layer_0/width_16k/average_l0_76",
         ManifestError,
@@ -321,34 +328,36 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("reference", "error", "words"), WRONG.values(), ids=WRONG)
-def test_what_the_catalogue_does_not_give(sae_lens, hub, reference, error, words):
+def test_what_the_catalogue_does_not_give(hub, reference, error, words):
     with pytest.raises(error, match=words):
         featurizers.load(f"sae-lens:{reference}")
 
 
-def test_a_catalogue_that_says_more_than_is_known(sae_lens, hub, monkeypatch):
-    whole = catalogue._catalogue()
+def test_a_catalogue_that_says_more_than_is_known(hub, monkeypatch):
+    whole = catalogue.catalogue().releases
     for change, words in (
-        ({"config_overrides": {"k": 5}}, r"overrides \['k'\], which is not known here"),
-        ({"config_overrides": {"soft_cap": 5}}, r"overrides \['soft_cap'\]"),
-        ({"conversion_func": "hydra"}, "the loader 'hydra', which is not known here"),
+        ({"overrides": {"k": 5}}, r"overrides \['k'\], which is not known here"),
+        ({"overrides": {"soft_cap": 5}}, r"overrides \['soft_cap'\]"),
+        ({"loader": "hydra"}, "the loader 'hydra', which is not known here"),
     ):
-        entry = {**whole["goodfire-llama-3.1-8b-instruct"], **change}
+        release = dataclasses.replace(whole["goodfire-llama-3.1-8b-instruct"], **change)
         hub.repos.clear()
-        hub.create("model", entry["repo_id"])
-        monkeypatch.setattr(catalogue, "_catalogue", lambda entry=entry: {"r": entry})
+        hub.create("model", release.repo_id)
+        monkeypatch.setattr(catalogue, "catalogue", lambda release=release: Catalogue("6", {"r": release}))
         with pytest.raises(ManifestError, match=words):
             featurizers.load("sae-lens:r/layer_19")
 
 
-def test_without_saelens_there_is_no_catalogue(monkeypatch):
-    catalogue._catalogue.cache_clear()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'featurizers-sae-lens\[catalogue\]'"):
-        featurizers.load("sae-lens:gpt2-small-res-jb/blocks.8.hook_resid_pre")
+def test_the_catalogue_needs_no_saelens(hub, monkeypatch):
+    for name in ("sae_lens", "yaml"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    serve(hub, "jbloom/GPT2-Small-SAEs-Reformatted", "blocks.8.hook_resid_pre", ENTRIES["sae_lens"][1])
+    f = featurizers.load("sae-lens:gpt2-small-res-jb/blocks.8.hook_resid_pre")
+    assert str(f.site) == "resid.pre:8"
+    assert f.metadata["catalogue"]["l0"] == 60.0
 
 
-def test_every_entry_of_the_catalogue_is_decided(sae_lens):
+def test_every_entry_of_the_catalogue_is_decided():
     """Every entry has a known loader and known overrides, or is refused; no file is downloaded."""
 
     class Asked(Exception):
@@ -357,11 +366,11 @@ def test_every_entry_of_the_catalogue_is_decided(sae_lens):
     def repository(*_: Any) -> Any:
         raise Asked
 
-    for release, entry in catalogue._catalogue().items():
-        for sae in entry["saes"]:
+    for release in catalogue.catalogue().releases.values():
+        for name in release.entries:
             with pytest.raises((Asked, ManifestError)) as caught:
-                catalogue.resolve(f"{release}/{sae['id']}", repository)
-            other = any(word in release for word in ("transcoder", "clt", "temporal"))
+                catalogue.resolve(f"{release.name}/{name}", repository)
+            other = any(word in release.name for word in ("transcoder", "clt", "temporal"))
             assert ("is not a featurizer of a single site" in str(caught.value)) == other
 
 
