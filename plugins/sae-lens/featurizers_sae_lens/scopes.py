@@ -15,16 +15,20 @@ from torch import Tensor
 from featurizers_sae_lens.assembly import number, positive, refuse_other_sites
 from featurizers_sae_lens.reading import LINEAR, check_sizes, count_features, finish, jumprelu_config, of_arrays
 
-EMBEDDING = re.compile(r"(?:^|/)embedding/width_[^/]+(?:/[^/]+)?/?$")
+# Paths and configurations come from outside. So these patterns take time in proportion to the text: what repeats is
+# bounded, or possessive, as in [^/]++, which gives nothing back.
+EMBEDDING = re.compile(r"(?:^|/)embedding/width_[^/]++(?:/[^/]++)?/?$")
 """Folders of Gemma Scope with autoencoders of token embeddings."""
-OTHER_FOLDER = re.compile(r"(?:^|/|gemma-scope[^/]*-)(transcoder|crosscoder|clt)s?(?:[_@][^/]*)?(?:/|$)")
-"""Folders of Gemma Scope with architectures that are not of a single site; their files alone do not show it."""
+OTHER_FOLDER = re.compile(r"(?:^|-)(transcoder|crosscoder|clt)s?(?:[_@]|$)")
+"""Names of Gemma Scope's architectures that are not of a single site; their files alone do not show it."""
 
 
 def refuse_other_folders(path: str) -> None:
     """Raise `ManifestError` if Gemma Scope's folder of this name is not a featurizer of a single site."""
-    if match := OTHER_FOLDER.search(path):
-        refuse_other_sites(match[1], path)
+    for folder in path.split("/"):
+        _, known, rest = folder.partition("gemma-scope")  # a repository's name has the architecture after a hyphen
+        if match := OTHER_FOLDER.match(folder) or (known and OTHER_FOLDER.search(rest)):
+            refuse_other_sites(match[1], path)
 
 
 def gemma_scope(source: ExternalFiles, overrides: dict[str, Any]) -> Featurizer[Any]:
@@ -71,7 +75,7 @@ def _gemma_hook(path: str) -> str | None:
 
 
 def _gemma_model(path: str) -> str | None:
-    match = re.search(r"gemma-scope-(\d+b)-(pt|it)", path)
+    match = re.search(r"gemma-scope-(\d{1,5}b)-(pt|it)", path)
     return f"google/gemma-2-{match[1]}{'-it' if match[2] == 'it' else ''}" if match else None
 
 
@@ -118,15 +122,15 @@ def _gemma_2_hook(path: str, raw: dict[str, Any]) -> str | None:
         "self_attn.o_proj.input": "attn.hook_z",
         "post_feedforward_layernorm.output": "hook_mlp_out",
     }
-    kind = modules.get(re.sub(r"^.*layers\.\d+\.", "", point)) or next(
-        (hook for part, hook in folders.items() if re.search(rf"(?:^|/){part}(?:_all)?/", path)), None
+    kind = modules.get(re.sub(r"^.*layers\.\d{1,5}\.", "", point)) or next(
+        (folders[name] for folder in path.split("/")[:-1] if (name := folder.removesuffix("_all")) in folders), None
     )
     return f"blocks.{layer[1]}.{kind}" if layer and kind else None
 
 
 def _gemma_2_model(path: str, name: Any) -> str | None:
     if not isinstance(name, str):
-        repository = re.search(r"(?:^|/)gemma-scope-2-(\w+-(?:pt|it))", path)
+        repository = re.search(r"(?:^|/)gemma-scope-2-(\w++-(?:pt|it))", path)
         if repository is None:
             return None
         name = f"gemma-3-{repository[1]}"

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from featurizers_sae_lens.reading import LINEAR, finish, of_arrays
 
+# Paths come from outside, so whatever repeats in these patterns is bounded: a search takes time in proportion to them.
+
 
 def _state_dict(source: ExternalFiles, name: str) -> dict[str, Any]:
     state = source.torch(name)
@@ -49,23 +51,23 @@ def single_file(
     if "latent_bias" in state:
         return _openai(source, state, name, path, overrides or {})
     if "encoder_linear.weight" in state:
-        match = re.search(r"(Llama-3\.\d-\d+B-Instruct)-SAE-l(\d+)", path)
+        match = re.search(r"(Llama-3\.\d-\d{1,4}B-Instruct)-SAE-l(\d{1,5})(?!\d)", path)
         metadata |= _residual(match and match[2], match and f"meta-llama/{match[1]}")
         names, wide = {key: value.replace(".", "_linear.") for key, value in LINEAR.items()}, ("W_dec",)
     elif state.keys() >= LINEAR.keys():
-        match = re.search(r"SAE-Res-(.+)-W\d+K-L0_(\d+)", path)
+        match = re.search(r"SAE-Res-([^/]{1,100})-W\d{1,6}K-L0_(\d{1,6})(?!\d)", path)
         if not match:
             raise ManifestError(
                 source.where,
                 f"{name} does not say how many features of a token may fire; the name of Qwen Scope's repository does: "
                 "load it from a folder of that name, SAE-Res-…-L0_50, or from SAELens' catalogue",
             )
-        layer = re.search(r"layer(\d+)\.sae\.pt$", name)
+        layer = re.search(r"layer(\d{1,5})\.sae\.pt$", name)
         metadata |= _residual(layer and layer[1], f"Qwen/{match[1]}")
         cfg |= {"architecture": "topk", "k": int(match[2])}
         names, wide = {key: key for key in LINEAR}, ("W_dec",)
     elif state.keys() == set(LINEAR.values()) or (listed and state.keys() >= set(LINEAR.values())):
-        match = re.search(r"(DeepSeek-R1-Distill-[^/]+)-SAE-l(\d+)", path)
+        match = re.search(r"(DeepSeek-R1-Distill-[^/]{1,100})-SAE-l(\d{1,5})(?!\d)", path)
         metadata |= _residual(match and match[2], match and f"deepseek-ai/{match[1]}")
         names, wide = LINEAR, ("W_dec",)
     else:
@@ -103,7 +105,7 @@ def _openai(
         "resid_post_mlp": "hook_resid_post",
         "mlp_post_act": "mlp.hook_post",
     }
-    match = re.search(rf"({'|'.join(hooks)})[^/]*/autoencoders/(\d+)\.pt$", path)
+    match = re.search(rf"({'|'.join(hooks)})[^/]{{0,100}}/autoencoders/(\d{{1,5}})\.pt$", path)
     hook = match and f"blocks.{match[2]}.{hooks[match[1]]}"
     cfg["metadata"] = {"hook_name": hook, "model_name": "gpt2-small", **overrides}
     return finish(source, cfg, tensors, n_features)
