@@ -53,7 +53,7 @@ SEVERAL_LAYERS = "a CrossCoder reads and writes several layers at once: it is no
 
 
 def read(source: ExternalFiles) -> Featurizer[Any] | None:
-    """Read the featurizer in a folder ``{ae.pt, config.json}``, in raw units; None for any other folder.
+    """Read the featurizer in a folder ``{ae.pt, config.json}``, in raw units and float32; None for any other folder.
 
     Raises:
         ManifestError: the class is not known, or is not a featurizer of a single site.
@@ -72,7 +72,7 @@ def read(source: ExternalFiles) -> Featurizer[Any] | None:
     if source.indices is not None:
         columns = select(source.indices, autoencoder.dict_size or 2**31).as_columns()
     try:
-        featurizer = autoencoder.map(columns)
+        featurizer = autoencoder.map(columns).float()  # whatever the file holds, the package computes in float32
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
     if columns is None and not source.allow_nonfinite:  # it may have tensors that the featurizer lacks
@@ -162,6 +162,7 @@ def _autoencoder(
         wrong = not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 < factor < float("inf")
         if wrong or scale is None:
             raise WeightsError(where, f"{WEIGHTS} has the norm_factor {factor!r}, which a {name} cannot undo")
+        autoencoder.float()  # before the biases are multiplied, so that they are not rounded twice
         scale(float(factor))
     return autoencoder, trainer, factor
 

@@ -84,12 +84,14 @@ def featurizers_read(source: ExternalFiles) -> Featurizer[Any] | None:
         raise ManifestError(where, "it has a skip connection, W_skip, so it is not a featurizer of a single site")
     if file.shapes != expected:
         raise WeightsError(where, f"{WEIGHTS} has {file.shapes!r}, but its config implies {expected!r}")
+    weights = {name: file.read(name) for name in expected}
+    dtype = weights["W_dec"].dtype  # sparsify converts all tensors to the dtype of the first, in the order of names
     try:
         featurizer = DictionaryFeaturizer.from_tensors(
-            file.read("encoder.weight"),
-            file.read("W_dec"),
-            file.read("encoder.bias"),
-            file.read("b_dec"),
+            weights["encoder.weight"].to(dtype),
+            weights["W_dec"],
+            weights["encoder.bias"].to(dtype),
+            weights["b_dec"].to(dtype),
             rule="abstopk" if config.signed else config.activation,
             rule_options={"k": config.k},
             pre_bias=True,

@@ -9,10 +9,10 @@ import featurizers_dictionary_learning as dl
 import pytest
 import torch
 from featurizers.errors import ConversionError, FeatureIndexError, ManifestError, UsageError, WeightsError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.support.dictionaries import RULES, dictionary
-from tests.support.dictionary_learning import NAMES, D, F, K, close, golden, saved
+from tests.support.dictionary_learning import GOLDEN, NAMES, D, F, K, close, golden, saved
 
 
 def rewrite(folder, **changes):
@@ -42,6 +42,26 @@ def test_a_folder_is_read(name, tmp_path):
     assert type(autoencoder).__name__ == name
     assert config["buffer"] == {"ctx_len": 128, "io": "out"}
     close(autoencoder.encode(expected["x"]), expected["features"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "JumpAutoEncoder"])  # no release has that class
+def test_weights_in_half_precision_are_computed_in_float32(name, dtype, tmp_path):
+    """As dictionary_learning does, which copies the weights into modules of float32."""
+    state, expected = golden(name)
+    half = load_file(GOLDEN.with_name("half-precision.safetensors"))
+    features, x_hat = (half[f"{name}/{str(dtype).removeprefix('torch.')}/{what}"] for what in ("features", "x_hat"))
+    rounded = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+    folder = saved(tmp_path / "it", name, rounded)
+    f = featurizers.load(folder)
+    assert {tensor.dtype for tensor in f.parameters()} == {torch.float32}
+    found, error = f.featurize(expected["x"])
+    close(found, features)
+    close(expected["x"] - error, x_hat, 1e-5)
+    if name != "AutoEncoderTopK":
+        fires = (features > 0).any(0).nonzero()[:3, 0].tolist()
+        close(featurizers.load(folder, indices=fires).collect(expected["x"]), features[:, fires])
+    assert featurizers.load(folder, dtype=dtype).W_dec.dtype == dtype
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "AutoEncoderTopK"])

@@ -161,6 +161,27 @@ def test_the_dtype_is_the_files_or_the_one_asked_for(dtype, tmp_path):
     assert torch.equal(f.W_dec, tensors["W_dec"].float())
 
 
+HALF = {
+    "bfloat16": dict.fromkeys(WEIGHTS, torch.bfloat16),
+    "float16": dict.fromkeys(WEIGHTS, torch.float16),
+    "encoder in bfloat16": {"encoder.weight": torch.bfloat16, "encoder.bias": torch.bfloat16},
+    "decoder in bfloat16": {"W_dec": torch.bfloat16},
+}
+"""Dtypes of the tensors in the files of ``half-precision.safetensors``, if not float32."""
+
+
+@pytest.mark.parametrize("kind", HALF)
+def test_a_file_is_computed_in_the_dtype_in_which_sparsify_computes(kind, tmp_path):
+    t, expected = golden("topk"), load_file(GOLDEN.with_name("half-precision.safetensors"))
+    f = featurizers.load(write(tmp_path / "it", **{name: t[name].to(dtype) for name, dtype in HALF[kind].items()}))
+    features, x_hat = (expected[f"{kind}/{name}"] for name in ("features", "x_hat"))
+    found = f.encode(t["x"])
+    assert found.dtype == features.dtype
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[features.dtype]
+    torch.testing.assert_close(found, features, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(f.decode(features), x_hat, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("rule", ["topk", "groupmax"])
 @pytest.mark.parametrize("pre_bias", [True, False])
 def test_sparsify_reads_what_is_written(rule, pre_bias, tmp_path):
