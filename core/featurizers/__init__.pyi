@@ -3,9 +3,11 @@ from . import pyvene as pyvene
 from .builtin.composition import compose as compose
 from .builtin.dictionary import DictionaryFeaturizer as DictionaryFeaturizer
 from .features.derivatives import Error as Error
+from .features.feature_space import FeatureSpace as FeatureSpace
 from .features.featurizer import Featurizer as Featurizer
 from .features.gates import SigmoidGate as SigmoidGate
 from .features.rules import activation_rule as activation_rule
+from .features.site_map import SiteMap as SiteMap
 from .format.sites import Site as Site
 from .models.anatomy import Anatomy as Anatomy
 from .models.attached import Attached as Attached
@@ -17,6 +19,7 @@ from .models.operations import Collect as Collect
 from .models.operations import Interchange as Interchange
 from .models.operations import Mask as Mask
 from .models.operations import Steer as Steer
+from .models.replacing import replaced as replaced
 from .pyvene import SavedIntervention as SavedIntervention
 from .pyvene import load_intervenable as load_intervenable
 from .pyvene import push_intervenable as push_intervenable

@@ -21,6 +21,7 @@ FIRST_PARTY = {
     "standardize": "featurizers-subspace",
     "subspace": "featurizers-subspace",
     "training": "featurizers-training",
+    "transcoder": "featurizers-transcoder",
     "transformer-debugger": "featurizers-transformer-debugger",
 }
 # Commands of this project's plugins: the plugin that adds each, and what to install for it.

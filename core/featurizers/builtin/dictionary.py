@@ -270,7 +270,7 @@ class DictionaryFeaturizer(LinearDecoderFeaturizer[DictionaryConfig]):
         part = type(self)(config)
         state = {name: tensor[columns] if name in rows else tensor for name, tensor in self.state_dict().items()}
         part.load_state_dict({**state, **added}, assign=True)
-        return part._described_as(self)
+        return _as_described(part, self)
 
     @classmethod
     def sliced(
@@ -316,13 +316,7 @@ class DictionaryFeaturizer(LinearDecoderFeaturizer[DictionaryConfig]):
         state = convert(self.state_dict(), self.rule, self.config.units, units)
         converted = type(self)(self.config.model_copy(update={"units": units}))
         converted.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
-        return converted._described_as(self)
-
-    def _described_as(self, other: DictionaryFeaturizer) -> Self:
-        """Copy the id, site, revision, metadata and feature sets of ``other``."""
-        self.id, self.site, self.revision, self.metadata = other.id, other.site, other.revision, dict(other.metadata)
-        self.feature_sets = dict(other.feature_sets)  # their numbers and masks refer to the whole, also in a slice
-        return self.eval()
+        return _as_described(converted, self)
 
     def check(self) -> None:
         """Raise `ConfigError` if a norm of the units is not positive, or a number of a slice is invalid."""
@@ -362,6 +356,12 @@ class DictionaryFeaturizer(LinearDecoderFeaturizer[DictionaryConfig]):
         """Return True if zero features need no arithmetic: neither the rule nor the weights need a gradient there."""
         frozen = not (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()))
         return self.rule.sparse and self.rule.separable and frozen and not torch._C._are_functorch_transforms_active()
+
+
+def _as_described(part: DictionaryFeaturizer, whole: DictionaryFeaturizer) -> DictionaryFeaturizer:
+    """Return ``part`` with the description and the site of ``whole``."""
+    part.site = whole.site
+    return part.described_as(whole)
 
 
 @hookimpl

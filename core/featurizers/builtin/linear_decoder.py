@@ -13,7 +13,8 @@ from torch import Tensor
 from featurizers.builtin.normalization import Normalization, denormalize, normalize
 from featurizers.errors import ConfigError, UsageError
 from featurizers.features.derivatives import Error
-from featurizers.features.featurizer import ConfigT, Featurizer
+from featurizers.features.feature_space import ConfigT
+from featurizers.features.featurizer import Featurizer
 from featurizers.features.precision import without_autocast
 
 

@@ -79,6 +79,11 @@ def info(source: SourceArgument, subfolder: Subfolder = None, revision: Revision
         if record.site is not None:
             known = {name: value for name, value in fields["site"].items() if value is not None}
             fields["site"] = {"site": str(record.site.site()), **known}
+        elif record.reads is not None and record.writes is not None:
+            fields |= {
+                what: {name: str(r.site()) for name, r in records.items()}
+                for what, records in (("reads", record.reads), ("writes", record.writes))
+            }
         print_fields(fields)
 
 

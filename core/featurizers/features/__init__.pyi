@@ -1,10 +1,15 @@
 from .derivatives import Error as Error
+from .feature_space import FeatureSpace as FeatureSpace
 from .featurizer import Featurizer as Featurizer
 from .gates import SigmoidGate as SigmoidGate
 from .indices import Indices as Indices
 from .indices import Selection as Selection
+from .indices import columns_of as columns_of
 from .indices import select as select
 from .placement import check_placement as check_placement
 from .precision import without_autocast as without_autocast
 from .rules import Rule as Rule
 from .rules import activation_rule as activation_rule
+from .site_map import Edit as Edit
+from .site_map import Group as Group
+from .site_map import SiteMap as SiteMap

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, final
+from collections.abc import Mapping
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel
-from torch import Tensor, nn
+from torch import Tensor
 
 import featurizers
 from featurizers.errors import ShapeError, UsageError
 from featurizers.features.derivatives import Derivatives, Error
+from featurizers.features.feature_space import ConfigT, FeatureSpace
 from featurizers.features.indices import Indices, Selection, select, values_like
 from featurizers.features.precision import without_autocast, without_overflow
 from featurizers.format.sites import Site
 
-if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
 
-ConfigT = TypeVar("ConfigT", bound=BaseModel)
-
-
-class Featurizer(Derivatives, Generic[ConfigT]):
+class Featurizer(Derivatives, FeatureSpace[ConfigT]):
     """Map of activations into a feature space and back: x → (features, error) → x̂.
 
     A kind implements `featurize` and `inverse_featurize`; everything else follows from them. It may also implement
@@ -41,37 +36,18 @@ class Featurizer(Derivatives, Generic[ConfigT]):
     - Inputs are never changed in place, returned as the same tensor, or detached; gradients reach the features, the
       parameters and the inputs.
 
+    The attributes are those of `FeatureSpace`, and:
+
     Attributes:
-        kind: registered name, stored in artefacts.
-        Config: pydantic model of the kind's configuration; strict, unknown keys forbidden.
-        config: the configuration this featurizer was built from.
         d_in: width of the activations, None if any width will do.
-        n_features: number of features, None if it is the width of the activations.
-        id: human-readable name; the kind unless set.
         site: model and place that it belongs to, if known.
-        revision: commit that it was loaded from, if any.
-        feature_sets: named indices (int64) or masks (any other dtype) that belong to it; saved with it. ``selected``
-            are the features that a search found, which `attach` interchanges.
-        metadata: anything that JSON can hold; saved with it.
-        special_tokens: ids of tokens whose activations `featurizers.intervene` does not change.
     """
 
-    kind: ClassVar[str]
-    Config: ClassVar[type[BaseModel]]
-
-    config: ConfigT
     d_in: int | None
-    n_features: int | None
 
     def __init__(self, config: ConfigT) -> None:
-        super().__init__()
-        self.config = config
-        self.id: str = self.kind
+        super().__init__(config)
         self.site = None
-        self.revision: str | None = None
-        self.feature_sets: dict[str, Tensor] = {}
-        self.metadata: dict[str, Any] = {}
-        self.special_tokens: tuple[int, ...] = ()
 
     @property
     def site(self) -> Site | None:
@@ -81,6 +57,16 @@ class Featurizer(Derivatives, Generic[ConfigT]):
     @site.setter
     def site(self, site: Site | str | None) -> None:
         self._site = None if site is None else Site.parse(site)
+
+    @property
+    def sites(self) -> Mapping[str, Site]:
+        """Its site under the name ``site``; empty if it is not known."""
+        return {} if self.site is None else {"site": self.site}
+
+    @property
+    def sites_text(self) -> str | None:
+        """Its site as a string."""
+        return None if self.site is None else str(self.site)
 
     # ------------------------------------------------------------------ what a kind implements
     @abstractmethod
@@ -187,11 +173,21 @@ class Featurizer(Derivatives, Generic[ConfigT]):
             f"a featurizer of kind {cls.kind!r} is loaded whole; give the indices to the operation instead"
         )
 
-    def check(self) -> None:
-        """Raise a `FeaturizerError` if the tensors lack a property that the kind promises.
+    @classmethod
+    @final
+    def rows_of_slice(cls, config: ConfigT, columns: Any) -> tuple[ConfigT, dict[str, Tensor], dict[str, Tensor]]:
+        """See `FeatureSpace.rows_of_slice`."""
+        # raises for a kind that cannot load some of its features, whatever the columns are
+        part, names, added = cls.sliced(config, columns)
+        return part, dict.fromkeys(names, columns), added
 
-        Called after loading. The default accepts all tensors.
-        """
+    @final
+    def checked_columns(self, indices: Any) -> Tensor:
+        """See `FeatureSpace.checked_columns`."""
+        columns = select(indices, self.n_features or 0).as_columns()
+        if columns is None or not columns.numel():
+            raise UsageError("give the features to load as a list of numbers, the same for every example")
+        return columns
 
     # ------------------------------------------------------------------ operations, final
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Float[Tensor, "*batch n_features"], Error]:
@@ -330,7 +326,7 @@ class Featurizer(Derivatives, Generic[ConfigT]):
         result = self.apply_edit(base, features, edited, columns)
         return result.clone() if result is base or result is edited else result
 
-    # ------------------------------------------------------------------ composition, pyvene, artefacts
+    # ------------------------------------------------------------------ composition, pyvene
     @final
     def __rshift__(self, other: Featurizer[Any]) -> Featurizer[Any]:
         """Return ``a >> b``: the features of a, featurized by b."""
@@ -350,34 +346,6 @@ class Featurizer(Derivatives, Generic[ConfigT]):
     def get_mask_intervention(self) -> type:
         """Return a pyvene intervention class with a trainable gate on each feature; needs pyvene."""
         return featurizers.pyvene.bind(featurizers.pyvene.FeatureMaskIntervention, self)
-
-    @final
-    def attach(self, model: nn.Module, *, any_model: bool = False) -> featurizers.Attached:
-        """Attach this featurizer to its site in a model, ready to intervene with; see `featurizers.attach`."""
-        return featurizers.attach(model, self, any_model=any_model)
-
-    @final
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write this featurizer as an artefact and return its folder; see `featurizers.save`."""
-        return featurizers.save(self, folder)
-
-    @classmethod
-    @final
-    def from_pretrained(cls, source: str | Path, **options: Any) -> Self:
-        """Load a featurizer of this class; see `featurizers.load` for the options.
-
-        Raises:
-            UsageError: the source holds another kind.
-        """
-        loaded = featurizers.load(source, **options)
-        if not isinstance(loaded, cls):
-            raise UsageError(f"{source!s} holds a featurizer of kind {loaded.kind!r}, not a {cls.__name__}")
-        return loaded
-
-    @final
-    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
-        """Save this featurizer to a repository in one commit; see `featurizers.push` for the options."""
-        return featurizers.push_featurizer(self, repo_id, **options)
 
     # ------------------------------------------------------------------ helpers for kinds
     @final

@@ -47,7 +47,7 @@ def without_overflow(
     Raises:
         UsageError: the operation changes features of a token that overflows float16.
     """
-    if not _is_half(featurizer) or torch._C._are_functorch_transforms_active():
+    if not is_half(featurizer) or torch._C._are_functorch_transforms_active():
         return result
     with torch.no_grad():
         beyond = base.abs().amax(dim=-1) > LARGEST
@@ -68,9 +68,9 @@ def without_overflow(
     return torch.where(overflows.unsqueeze(-1), given, result)
 
 
-def _is_half(module: nn.Module) -> bool:
+def is_half(module: nn.Module) -> bool:
     """Return True if a parameter or buffer is float16; faster than a walk over ``parameters()``."""
     tensors = (*module._parameters.values(), *module._buffers.values())
     if any(tensor is not None and tensor.dtype == torch.float16 for tensor in tensors):
         return True
-    return any(part is not None and _is_half(part) for part in module._modules.values())
+    return any(part is not None and is_half(part) for part in module._modules.values())

@@ -28,8 +28,8 @@ def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -
     Raises:
         ArtefactError: the existing card is not UTF-8 text.
     """
-    site = manifest.site
-    where = _code(str(site.site())) if site else "not recorded"
+    site = next(iter(manifest.sites().values()), None)
+    where = _code(manifest.sites_text() or "") if site else "not recorded"
     arguments = json.dumps(source) + (f", subfolder={json.dumps(subfolder)}" if subfolder else "")
     lines = [
         START,
@@ -110,10 +110,17 @@ def _code(words: str) -> str:
 
 def _example(manifest: Manifest) -> list[str]:
     """Return the lines of an interchange; with `attach` if the artefact knows at which tokens it was found."""
-    if manifest.site and manifest.site.position:
+    site_known = next(iter(manifest.sites().values()), None)
+    if site_known and site_known.position:
         return [
-            "attached = f.attach(model)  # at f.site, with the tokens and the features that were found",
+            "attached = f.attach(model)  # at its sites, with the tokens and the features that were found",
             "logits = attached(base_inputs, source_inputs).logits",
+        ]
+    if manifest.reads is not None:
+        return [
+            "swap = featurizers.Interchange(f, source=source_inputs, positions=[-1])",
+            "with featurizers.intervene(model, swap):",
+            "    logits = model(**base_inputs).logits",
         ]
     site = "f.site" if manifest.site else '"resid.post:LAYER"'
     return [

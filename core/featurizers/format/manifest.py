@@ -8,7 +8,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NoReturn
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from featurizers.errors import ManifestError, NotOursError, SiteError, explain, one_line, shown
 from featurizers.files.regular import looks_like, read_bytes
@@ -21,7 +31,8 @@ CARD_NAME: Final = "README.md"
 INTERVENABLE_NAME: Final = "intervenable.json"
 INTERVENABLE_WEIGHTS_NAME: Final = "intervenable.safetensors"
 LIBRARY_NAME: Final = "featurizers"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+"""Newest version. Artefacts of one site are written as version 1, and maps between sites as version 2."""
 MAX_CONFIG_BYTES: Final = 1_000_000
 MAX_CARD_BYTES: Final = 10_000_000
 MAX_DEPTH: Final = 64
@@ -43,7 +54,7 @@ def _printable(text: str) -> str:
 
 
 Name = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_printable)]
-FormatVersion = Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)]
+FormatVersion = Annotated[int, Field(ge=1, le=FORMAT_VERSION)]
 FeatureSetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Subfolder = Annotated[
     str,
@@ -81,23 +92,28 @@ class SiteRecord(_Record):
 
 
 class Entry(_Record):
-    """An artefact in an `Index`."""
+    """An artefact in an `Index`; ``site`` names its site, or its reads and writes in short."""
 
     kind: Name
     id: Name
     site: (
-        Annotated[str, Field(min_length=1, max_length=256 + len("module::output")), AfterValidator(_printable)] | None
+        Annotated[
+            str, Field(min_length=1, max_length=4 * (256 + len("module::output -> "))), AfterValidator(_printable)
+        ]
+        | None
     ) = None
 
 
 class Manifest(_Record):
-    """Contents of the ``config.json`` of an artefact, format version 1.
+    """Contents of the ``config.json`` of an artefact: of one site in version 1, of a map between sites in version 2.
 
     Attributes:
         kind: kind of the featurizer, looked up among the installed plugins and nowhere else.
         id: name for people.
         config: configuration that the kind's ``Config`` validates.
-        site: place, and model, where the featurizer was found.
+        site: place, and model, where the featurizer was found; version 1 only.
+        reads: sites that a map reads, by name; version 2 only.
+        writes: sites that a map writes, by name; version 2 only.
         features: names of the feature sets stored with the weights.
         saved_with: versions of the distributions that wrote it.
         sha256: checksum of ``model.safetensors``.
@@ -105,11 +121,13 @@ class Manifest(_Record):
     """
 
     library_name: Literal["featurizers"] = "featurizers"
-    format_version: FormatVersion = FORMAT_VERSION
+    format_version: FormatVersion = 1
     kind: Annotated[str, Field(max_length=128)]
     id: Name
     config: dict[str, Any]
     site: SiteRecord | None = None
+    reads: Annotated[dict[Name, SiteRecord], Field(max_length=10_000)] | None = None
+    writes: Annotated[dict[Name, SiteRecord], Field(max_length=10_000)] | None = None
     features: list[FeatureSetName] = []
     saved_with: dict[Name, Name] = {}
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -129,9 +147,37 @@ class Manifest(_Record):
             raise ValueError("a kind is lower-case words joined by '-', never an import path")
         return kind
 
+    @model_validator(mode="after")
+    def _sites_of_version(self) -> Manifest:
+        if (self.format_version == 1) != (self.reads is None) or (self.reads is None) != (self.writes is None):
+            raise ValueError("version 1 has a site, and version 2 has reads and writes")
+        if self.reads is not None and self.site is not None:
+            raise ValueError("an artefact with reads and writes has no site")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_sites_of_others(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the keys of the other version, so that each file has its version's keys alone."""
+        fields: dict[str, Any] = write(self)
+        absent = ("site",) if self.format_version > 1 else ("reads", "writes")
+        return {name: value for name, value in fields.items() if name not in absent}
+
+    def sites(self) -> dict[str, Site]:
+        """Return the sites of the record, by name."""
+        records = {"site": self.site} if self.reads is None else {**self.reads, **(self.writes or {})}
+        return {name: record.site() for name, record in records.items() if record is not None}
+
+    def sites_text(self) -> str | None:
+        """Return the site, or the reads and writes in short; None if they are not known."""
+        if self.reads is None:
+            return None if self.site is None else str(self.site.site())
+        if not self.reads or not self.writes:
+            return None
+        return f"{_in_short(self.reads)} -> {_in_short(self.writes)}"
+
     def entry(self) -> Entry:
         """Return the entry for this artefact in an index."""
-        return Entry(kind=self.kind, id=self.id, site=None if self.site is None else str(self.site.site()))
+        return Entry(kind=self.kind, id=self.id, site=self.sites_text())
 
 
 class Index(_Record):
@@ -142,8 +188,14 @@ class Index(_Record):
     """
 
     library_name: Literal["featurizers"] = "featurizers"
-    format_version: FormatVersion = FORMAT_VERSION
+    format_version: FormatVersion = 1
     artefacts: dict[Subfolder, Entry]
+
+
+def _in_short(records: dict[str, SiteRecord]) -> str:
+    """Return a list of sites in short: of many, the first and the last."""
+    first, *others = (str(record.site()) for record in records.values())
+    return f"{first} … {others[-1]}" if others else first
 
 
 def read(path: Path, where: str) -> Manifest | Index:
@@ -183,8 +235,8 @@ def parse(raw: bytes, where: str) -> Manifest | Index:
         )
     try:
         record = (Index if "artefacts" in data else Manifest).model_validate(data)
-        if isinstance(record, Manifest) and record.site is not None:
-            record.site.site()
+        if isinstance(record, Manifest):
+            record.sites()
     except ValidationError as error:
         raise ManifestError(where, f"{CONFIG_NAME}: {explain(error)}") from error
     except SiteError as error:

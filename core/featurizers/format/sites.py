@@ -14,6 +14,7 @@ BLOCK_KINDS: Final = {
     "resid.post": "residual stream leaving a block",
     "attn.out": "output of the attention module",
     "attn.z": "attention-weighted values of all heads, the input of the output projection",
+    "mlp.in": "input of the MLP module",
     "mlp.out": "output of the MLP module",
     "mlp.act": "activations of the neurons, the input of the MLP's down projection",
 }

@@ -6,9 +6,9 @@ from .attached import SELECTED as SELECTED
 from .attached import Attached as Attached
 from .attached import attach as attach
 from .attached import interchange as interchange
-from .attached import site_of as site_of
 from .backend import collect as collect
 from .backend import intervene as intervene
+from .backend import site_of as site_of
 from .calling import cache_argument as cache_argument
 from .calling import empty_cache as empty_cache
 from .calling import is_keys as is_keys

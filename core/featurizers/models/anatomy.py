@@ -157,6 +157,7 @@ class Anatomy:
         within, side = {
             "attn.out": (parts.attention, "output"),
             "attn.z": (parts.out_projection, "input"),
+            "mlp.in": (parts.mlp, "input"),
             "mlp.out": (parts.mlp, "output"),
             "mlp.act": (parts.down_projection, "input"),
         }[site.kind]

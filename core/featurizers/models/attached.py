@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
-from featurizers.errors import ShapeError, UsageError
+from featurizers.errors import ShapeError, UsageError, shown
+from featurizers.features.feature_space import FeatureSpace
 from featurizers.features.featurizer import Featurizer
 from featurizers.features.indices import select
-from featurizers.format.sites import Site
+from featurizers.features.site_map import SiteMap
 from featurizers.models.anatomy import Anatomy
-from featurizers.models.backend import collect, intervene
-from featurizers.models.operations import Interchange, Mask, Operation
+from featurizers.models.backend import collect, intervene, site_of
+from featurizers.models.operations import Collect, Interchange, Mask, Operation
 from featurizers.models.positions import Inputs, Positions
+from featurizers.models.site_maps import places_of
+from featurizers.models.widths import width_of
 
 SELECTED: Final = "selected"
 """Feature set of the features that a search found: their indices, or a gate between 0 and 1 for each feature."""
@@ -33,24 +37,32 @@ class Attached:
     its ``site.position`` (at all if that is None).
     """
 
-    def __init__(self, model: nn.Module, featurizers: Sequence[Featurizer[Any]]) -> None:
+    def __init__(self, model: nn.Module, featurizers: Sequence[FeatureSpace[Any]]) -> None:
         self.model = model
         self.featurizers = tuple(featurizers)
 
     def __repr__(self) -> str:
         """Name the model's class and the sites."""
-        sites = ", ".join(str(featurizer.site) for featurizer in self.featurizers)
+        sites = ", ".join(str(featurizer.sites_text) for featurizer in self.featurizers)
         return f"{type(self).__name__}({type(self.model).__name__}, {sites})"
 
     def interchange(
-        self, source: Source, *, positions: Positions = None, source_positions: Positions = None
-    ) -> AbstractContextManager[dict[Site, Tensor]]:
+        self,
+        source: Source,
+        *,
+        positions: Positions = None,
+        source_positions: Positions = None,
+        later: Literal["recomputed", "frozen"] = "recomputed",
+        writes: Literal["additive", "pinned"] | None = None,
+    ) -> AbstractContextManager[dict[Any, Any]]:
         """Return a context in which the model runs with the selected features of a source.
 
         Args:
             source: inputs of the model, or a sequence of inputs with an item for each featurizer.
             positions: tokens of the base; None for those of each site.
             source_positions: tokens of the source; None for ``positions``.
+            later: for maps between sites; see `Operation`.
+            writes: for maps that write several sites; see `Operation`.
 
         Raises:
             UsageError: there is neither a single source nor a source for each featurizer.
@@ -59,11 +71,20 @@ class Attached:
         sources = [source] * len(self.featurizers) if isinstance(source, Mapping) else list(source)
         if len(sources) != len(self.featurizers):
             raise UsageError(f"give one source, or one for each of the {len(self.featurizers)} sites")
-        operations: dict[Site, list[Operation]] = {}
+        operations: list[Operation] = []
         for featurizer, own in zip(self.featurizers, sources, strict=True):
             of_site = _positions(featurizer) if positions is None else positions
-            operation = interchange(featurizer, own, positions=of_site, source_positions=source_positions)
-            operations.setdefault(site_of(featurizer), []).append(operation)
+            through_map = isinstance(featurizer, SiteMap)
+            operations.append(
+                interchange(
+                    featurizer,
+                    own,
+                    positions=of_site,
+                    source_positions=source_positions,
+                    later=later if through_map else "recomputed",
+                    writes=writes if through_map else None,
+                )
+            )
         return intervene(self.model, operations)
 
     def __call__(
@@ -73,26 +94,33 @@ class Attached:
         with self.interchange(source, positions=positions, source_positions=source_positions):
             return self.model(**base)
 
-    def collect(self, inputs: Inputs, *, positions: Positions = None) -> list[Tensor]:
-        """Return the selected features of inputs, ``(batch, n_positions, k)`` for each featurizer."""
-        collected = []
+    def collect(self, inputs: Inputs, *, positions: Positions = None) -> list[Any]:
+        """Return the selected features of inputs, ``(batch, n_positions, k)`` for each featurizer.
+
+        Those of a map with several groups are a mapping by group.
+        """
+        collected: list[Any] = []
         for featurizer in self.featurizers:
-            site, of_site = site_of(featurizer), _positions(featurizer) if positions is None else positions
-            features = collect(self.model, inputs, {site: featurizer}, positions=of_site)[site]
+            of_site = _positions(featurizer) if positions is None else positions
             chosen = selected(featurizer)
+            if not isinstance(featurizer, Featurizer):
+                collected.append(_collected_of_map(self.model, inputs, featurizer, chosen, of_site))
+                continue
+            site = site_of(featurizer)
+            features = collect(self.model, inputs, {site: featurizer}, positions=of_site)[site]
             by_index = chosen is not None and not chosen.is_floating_point()
             collected.append(features[..., chosen] if by_index else features)
         return collected
 
 
 def attach(
-    model: nn.Module, featurizers: Featurizer[Any] | Iterable[Featurizer[Any]], *, any_model: bool = False
+    model: nn.Module, featurizers: FeatureSpace[Any] | Iterable[FeatureSpace[Any]], *, any_model: bool = False
 ) -> Attached:
     """Bind featurizers to the sites of a model that their artefacts name, ready for interventions.
 
     Args:
         model: a decoder, as in `featurizers.intervene`.
-        featurizers: a featurizer or several, each with a ``site``.
+        featurizers: a featurizer or several, each with a ``site``, or with ``reads`` and ``writes``.
         any_model: accept another model than the one that an artefact names.
 
     Raises:
@@ -111,12 +139,16 @@ def attach(
         >>> featurizers.attach(model, f)(base, source).logits.shape
         torch.Size([1, 3, 20])
     """
-    attached = [featurizers] if isinstance(featurizers, Featurizer) else list(featurizers)
+    attached = [featurizers] if isinstance(featurizers, FeatureSpace) else list(featurizers)
     if not attached:
         raise UsageError("there is no featurizer to attach")
     anatomy = Anatomy(model)
     for featurizer in attached:
-        anatomy.place(site_of(featurizer))
+        if isinstance(featurizer, SiteMap):
+            places_of(anatomy, featurizer)
+            _check_widths(anatomy, featurizer)
+        elif isinstance(featurizer, Featurizer):
+            anatomy.place(site_of(featurizer))
         selected(featurizer)
         if not any_model:
             _check_model(model, featurizer)
@@ -124,11 +156,13 @@ def attach(
 
 
 def interchange(
-    featurizer: Featurizer[Any],
+    featurizer: FeatureSpace[Any],
     source: Tensor | Inputs,
     *,
     positions: Positions = None,
     source_positions: Positions = None,
+    later: Literal["recomputed", "frozen"] = "recomputed",
+    writes: Literal["additive", "pinned"] | None = None,
 ) -> Operation:
     """Return the operation that interchanges the features which a featurizer's artefact selects.
 
@@ -137,6 +171,8 @@ def interchange(
         source: as in `Interchange`.
         positions: as in `Interchange`.
         source_positions: as in `Interchange`.
+        later: as in `Interchange`.
+        writes: as in `Interchange`.
 
     Returns:
         A `Mask` if the artefact holds a gate, else an `Interchange`.
@@ -144,24 +180,36 @@ def interchange(
     Raises:
         ShapeError, FeatureIndexError: the featurizer does not have the selected features.
     """
+    if not isinstance(featurizer, Featurizer | SiteMap):
+        raise UsageError(f"interchange takes a Featurizer or a SiteMap, not {type(featurizer).__name__}")
     chosen = selected(featurizer)
+    options: dict[str, Any] = {
+        "source": source,
+        "positions": positions,
+        "source_positions": source_positions,
+        "later": later,
+        "writes": writes,
+    }
     if chosen is not None and chosen.is_floating_point():
-        return Mask(featurizer, source=source, gate=chosen, positions=positions, source_positions=source_positions)
-    return Interchange(
-        featurizer, source=source, indices=chosen, positions=positions, source_positions=source_positions
-    )
+        return Mask(featurizer, gate=chosen, **options)
+    return Interchange(featurizer, indices=chosen, **options)
 
 
-def selected(featurizer: Featurizer[Any]) -> Tensor | None:
+def selected(featurizer: FeatureSpace[Any]) -> Tensor | None:
     """Return the features that a search found: int64 indices or a floating-point gate; None for all features.
 
     Raises:
         ShapeError: a gate has another number of features.
         FeatureIndexError: an index is out of range or repeated.
+        UsageError: the featurizer is a map with several groups.
     """
     chosen = featurizer.feature_sets.get(SELECTED)
     if chosen is None or featurizer.n_features is None:
         return chosen
+    if isinstance(featurizer, SiteMap) and len(featurizer.groups) > 1:
+        raise UsageError(
+            f"{featurizer.id!r} has several groups, so that the feature set {SELECTED!r} names none of them"
+        )
     if chosen.is_floating_point():
         if chosen.shape != (featurizer.n_features,):
             raise ShapeError(
@@ -172,28 +220,40 @@ def selected(featurizer: Featurizer[Any]) -> Tensor | None:
     return select(chosen, featurizer.n_features, chosen.device).as_columns()
 
 
-def site_of(featurizer: Featurizer[Any]) -> Site:
-    """Return the site of a featurizer.
-
-    Raises:
-        UsageError: the featurizer has none.
-    """
-    if featurizer.site is None:
-        raise UsageError(
-            f"{featurizer.id!r} does not say where it belongs; set its site: f.site = featurizers.Site('resid.post', 8)"
-        )
-    return featurizer.site
-
-
-def _positions(featurizer: Featurizer[Any]) -> Positions:
-    position = site_of(featurizer).position
+def _positions(featurizer: FeatureSpace[Any]) -> Positions:
+    position = next((site.position for site in featurizer.sites.values()), None)
     return None if position is None else list(position)
 
 
-def _check_model(model: nn.Module, featurizer: Featurizer[Any]) -> None:
-    """Raise UsageError if both models are named by Hub ids and the ids differ."""
+def _collected_of_map(
+    model: nn.Module, inputs: Inputs, site_map: FeatureSpace[Any], chosen: Tensor | None, positions: Positions
+) -> Any:
+    """Return the features of a map."""
+    operation = Collect(site_map, indices=chosen, positions=positions)  # type: ignore[arg-type]  # checked there
+    with torch.no_grad(), intervene(model, [operation]) as collected:
+        model(**inputs)
+    return collected[operation]
+
+
+def _check_widths(anatomy: Anatomy, site_map: SiteMap[Any]) -> None:
+    """Raise ShapeError if a site of a map is known to have another width in the model."""
+    for sites, widths in ((site_map.reads, site_map.read_widths), (site_map.writes, site_map.write_widths)):
+        for name, site in sites.items():
+            width = width_of(anatomy, site)
+            if width is not None and width != widths[name]:
+                raise ShapeError(
+                    f"{site_map.id!r} has width {widths[name]} at {site}, where {type(anatomy.model).__name__} has "
+                    f"{width}"
+                )
+
+
+def _check_model(model: nn.Module, featurizer: FeatureSpace[Any]) -> None:
+    """Raise UsageError if the sites name several models, or another model of the Hub than the one given."""
+    named = {site.model for site in featurizer.sites.values() if site.model is not None}
+    if len(named) > 1:
+        raise UsageError(f"{featurizer.id!r} has sites in several models: {', '.join(sorted(map(shown, named)))}")
     loaded_from = getattr(getattr(model, "config", None), "_name_or_path", None)
-    found_in = site_of(featurizer).model
+    found_in = next(iter(named), None)
     if found_in and loaded_from and found_in != loaded_from and all(n.count("/") == 1 for n in (found_in, loaded_from)):
         if Path(loaded_from).exists():  # a folder
             return

@@ -20,33 +20,45 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
-from featurizers.errors import PositionError, ShapeError, UsageError
+from featurizers.errors import UsageError
 from featurizers.features.featurizer import Featurizer
+from featurizers.features.site_map import SiteMap
 from featurizers.format.sites import Site
 from featurizers.models.anatomy import Anatomy
 from featurizers.models.calling import with_position_ids
 from featurizers.models.checkpointing import uncheckpointed
+from featurizers.models.collecting import Collection, acts_on, check_generate
 from featurizers.models.compilation import eager
 from featurizers.models.contexts import Context
 from featurizers.models.hooks import gather, hook, scatter
-from featurizers.models.operations import Collect, Operation, SourcedOperation
+from featurizers.models.operations import Collect, Operation
 from featurizers.models.positions import Inputs, Positions, are_tokens, columns
-from featurizers.models.reading import Sources, read
+from featurizers.models.reading import Sources, fit, read
+from featurizers.models.site_maps import MapEdits, places_of
 from featurizers.models.watching import GenerateOptions, Watch, watching
 
 SiteT = TypeVar("SiteT", Site, str)
+Plan: TypeAlias = "list[tuple[Any, tuple[Operation, ...]]]"
+"""Operations with the site or the map that they act at, in the order in which they act."""
 
 
-@contextmanager
+@overload
 def intervene(
     model: nn.Module, operations: Mapping[SiteT, Operation | Sequence[Operation]]
-) -> Iterator[dict[SiteT, Tensor]]:
+) -> AbstractContextManager[dict[SiteT, Tensor]]: ...
+@overload
+def intervene(
+    model: nn.Module, operations: Operation | Sequence[Operation]
+) -> AbstractContextManager[dict[Operation, Any]]: ...
+def intervene(
+    model: nn.Module, operations: Mapping[SiteT, Operation | Sequence[Operation]] | Operation | Sequence[Operation]
+) -> AbstractContextManager[dict[Any, Any]]:
     """Carry out operations at sites of a model while the context lasts.
 
     Every forward pass of the model inside the context is edited, also those of ``generate``. Operations with positions
@@ -57,12 +69,15 @@ def intervene(
 
     Args:
         model: a decoder of `transformers`, or any module that `Anatomy` understands.
-        operations: an operation, or several, for each site; a site is a `Site` or its string.
+        operations: an operation, or several, for each site; a site is a `Site` or its string. Or one operation or a
+            sequence of operations whose featurizers know their sites, which is how maps between sites are given;
+            operations through one map are composed in feature space in their order.
 
     Yields:
-        Results of the `Collect` operations by site, once the model has run: ``(batch, n_positions, k)``. A new prompt
-        replaces them; tokens generated after it are appended if ``positions`` is None. A site with several `Collect`
-        operations keeps the last result.
+        Results of the `Collect` operations, once the model has run, ``(batch, n_positions, k)``: by site, or by
+        operation if no sites are given; of a map with several groups a mapping by group. A new prompt replaces them;
+        tokens generated after it are appended if ``positions`` is None. A site with several `Collect` operations keeps
+        the last result.
 
     Raises:
         SiteError: the model does not have a site.
@@ -81,18 +96,35 @@ def intervene(
         >>> torch.equal(patched, model(source).logits[:, -1])
         True
     """
+    return _intervening(model, operations)
+
+
+@contextmanager
+def _intervening(model: nn.Module, operations: Any) -> Iterator[dict[Any, Any]]:
     anatomy = Anatomy(model)
-    plan = [(key, anatomy.place(key), _as_operations(key, value)) for key, value in operations.items()]
-    sources = Sources(anatomy, plan)
-    collected: dict[SiteT, Tensor] = {}
+    plan: Plan = _plan(operations)
+    of_sites: Plan = [(key, own) for key, own in plan if not isinstance(key, SiteMap)]
+    of_maps: Plan = [(key, own) for key, own in plan if isinstance(key, SiteMap)]
+    places = {key: anatomy.place(key) for key, _ in of_sites}
+    map_paths = [place.path for key, _ in of_maps for place, *_ in places_of(anatomy, key)]
+    of_reads = [(site, own) for key, own in of_maps for site in set(key.reads.values())]
+    sources = Sources(anatomy, [*of_sites, *of_reads])
+    collection = Collection()
+    collected: dict[Any, Any] = {}
     with eager(), ExitStack() as hooks:
-        hooks.enter_context(uncheckpointed(model, (place.path for _, place, _ in plan)))
+        hooks.enter_context(uncheckpointed(model, [*(place.path for place in places.values()), *map_paths]))
         context = Context()
         watch = hooks.enter_context(watching(anatomy))
-        edits = _Edits({key: at_site for key, _, at_site in plan}, context, watch, sources, collected)
+        edits = _Edits(of_sites, context, watch, sources, collection, collected, isinstance(operations, Mapping))
         hooks.enter_context(watch.telling(context.acts, edits))
-        for key, place, _ in plan:
-            hooks.callback(hook(place, functools.partial(edits.carry_out, key)).remove)
+        for key, own in plan:
+            if isinstance(key, SiteMap):
+                through = MapEdits(key, own, anatomy, context, watch, sources, collection, collected)
+                hooks.enter_context(watch.telling(context.acts, through))
+                through.register(hooks)
+            else:
+                hooks.callback(hook(places[key], functools.partial(edits.carry_out, key, own)).remove)
+        watch.note_opened()
         hooks.enter_context(context.entered())
         yield collected
 
@@ -138,6 +170,31 @@ def collect(
         return read(Anatomy(model), with_position_ids(model, inputs), featurizers, positions)
 
 
+def _plan(
+    operations: Mapping[SiteT, Operation | Sequence[Operation]] | Operation | Sequence[Operation],
+) -> Plan:
+    """Return operations with the site or the map that they act at, in the order in which they act.
+
+    Raises:
+        UsageError: something else than an operation is given, or an operation does not know its site.
+    """
+    if isinstance(operations, Mapping):
+        plan = [(key, _as_operations(key, value)) for key, value in operations.items()]
+        for operation in (each for _, own in plan for each in own):
+            _ = operation.of_site  # raises for one through a map
+        return plan
+    listed: Plan = []
+    for operation in _as_operations("intervene", operations):
+        featurizer = operation.featurizer
+        key: Any = featurizer if isinstance(featurizer, SiteMap) else site_of(featurizer)
+        same: list[int] = [number for number, (other, _) in enumerate(listed) if other is featurizer]
+        if same:  # operations through one map are composed
+            listed[same[0]] = (key, (*listed[same[0]][1], operation))
+        else:
+            listed.append((key, (operation,)))
+    return listed
+
+
 def _as_operations(key: object, value: object) -> tuple[Operation, ...]:
     operations = tuple(value) if isinstance(value, Sequence) else (value,)
     for operation in operations:
@@ -148,112 +205,76 @@ def _as_operations(key: object, value: object) -> tuple[Operation, ...]:
     return operations
 
 
+def site_of(featurizer: Featurizer[Any]) -> Site:
+    """Return the site of a featurizer.
+
+    Raises:
+        UsageError: the featurizer has none.
+    """
+    if featurizer.site is None:
+        raise UsageError(
+            f"{featurizer.id!r} does not say where it belongs; set its site: f.site = featurizers.Site('resid.post', 8)"
+        )
+    return featurizer.site
+
+
 class _Edits:
-    """Operations of one context, as its hooks carry them out.
+    """Operations at sites of one context, as its hooks carry them out.
 
     Args:
-        operations: by site.
+        plan: operations by site.
         context: in which they act.
         watch: of the model.
         sources: of the operations.
-        collected: where results of `Collect` go, by site.
+        collection: where features are collected.
+        collected: mapping that the caller sees.
+        by_site: whether its keys are the sites; else they are the operations.
     """
 
     def __init__(
         self,
-        operations: Mapping[Any, Sequence[Operation]],
+        plan: Sequence[tuple[Any, Sequence[Operation]]],
         context: Context,
         watch: Watch,
         sources: Sources,
-        collected: dict[Any, Tensor],
+        collection: Collection,
+        collected: dict[Any, Any],
+        by_site: bool,
     ) -> None:
-        self._operations, self._context, self._watch, self._sources = operations, context, watch, sources
-        self._collected = collected
-        self._kept: dict[tuple[Any, Operation], tuple[int, Tensor]] = {}  # cached tokens before the first, features
+        self._plan, self._context, self._watch, self._sources = plan, context, watch, sources
+        self._collection, self._collected, self._by_site = collection, collected, by_site
 
-    def carry_out(self, key: Any, hidden: Tensor) -> Tensor:
-        """Return ``hidden`` after all operations of a site in one forward pass."""
+    def carry_out(self, key: Any, operations: Sequence[Operation], hidden: Tensor) -> Tensor:
+        """Return ``hidden`` after the operations at a site in one forward pass."""
         if not self._context.acts():
             return hidden
-        for operation in self._operations[key]:
+        for operation in operations:
             hidden = self._carry_out(key, operation, hidden)
         return hidden
 
     def _carry_out(self, key: Any, operation: Operation, hidden: Tensor) -> Tensor:
         current = self._watch.current
         source = self._sources.of(key, operation, current)
-        if current.start and (operation.positions is not None or source is not None):
-            if current.began < self._context.opened:
-                raise PositionError(
-                    f"{key}: the first tokens of the prompt are in a cache already, so its positions cannot be edited; "
-                    "run the whole prompt inside the context"
-                )
+        if not acts_on(operation, key, current, self._context, has_source=source is not None):
             return hidden
         chosen = columns(operation.positions, hidden, current, prompt_only=source is not None)
         base = gather(hidden, chosen)
         if isinstance(operation, Collect):
-            self._keep(key, operation, operation.apply(base, None), current.start)
+            result_key = key if self._by_site else operation
+            features = operation.apply(base, None)
+            self._collection.keep(self._collected, result_key, (operation, key), features, current.start)
             return hidden
-        edited = operation.apply(base, None if source is None else _fit(source, base, key))
+        edited = operation.apply(base, None if source is None else fit(source, base, key))
         if special := operation.featurizer.special_tokens:
             edited = torch.where(are_tokens(special, hidden, chosen, current), base, edited)
         return edited if chosen is None else scatter(hidden, chosen, edited)
 
-    def _keep(self, key: Any, operation: Collect, features: Tensor, start: int) -> None:
-        """Put features after those of the tokens that are cached, in place of any candidates that were rejected."""
-        first, before = self._kept.get((key, operation), (start, features[:, :0]))
-        if start > first:
-            self._collected[key] = torch.cat([before[:, : start - first], features], dim=1)
-        else:
-            first, self._collected[key] = start, features
-        self._kept[key, operation] = (first, self._collected[key])
-
     def begin_generate(self, options: GenerateOptions) -> None:
         """Raise if the operations cannot be carried out with these options of ``generate``."""
-        for key, operations in self._operations.items():
+        for key, operations in self._plan:
             for operation in operations:
-                if isinstance(operation, Collect) and operation.positions is None:
-                    _check_collect(key, options)
-                of_prompt = operation.positions is not None or isinstance(operation, Collect | SourcedOperation)
-                if of_prompt and (options.get("guidance_scale") or 1) != 1:
-                    raise PositionError(
-                        f"{key}: with guidance_scale a second, unconditional prompt passes through the model; generate "
-                        "without it, or use operations with positions=None and no source"
-                    )
+                check_generate(key, operation, options)
 
     def end_generate(self, tokens: int) -> None:
         """Drop what was collected for candidates that assisted decoding rejected last."""
-        for (key, operation), (first, features) in self._kept.items():
-            if operation.positions is None and features.shape[1] > tokens - first:
-                trimmed = features[:, : tokens - first]
-                if self._collected.get(key) is features:
-                    self._collected[key] = trimmed
-                self._kept[key, operation] = (first, trimmed)
-
-
-def _check_collect(key: Any, options: GenerateOptions) -> None:
-    """Raise UsageError if the tokens of returned sequences cannot be collected as they are generated."""
-    if (options.get("num_beams") or 1) > 1:
-        raise UsageError(
-            f"{key}: beam search computes beams that it does not return; collect from the returned sequences with "
-            "`featurizers.collect`, or give Collect positions of the prompt"
-        )
-    assisted = options.get("assistant_model") is not None or options.get("prompt_lookup_num_tokens") is not None
-    if assisted and not options.trims:
-        raise UsageError(f"{key}: intervene on the model whose `generate` is called, to collect in assisted decoding")
-
-
-def _fit(source: Tensor, base: Tensor, key: object) -> Tensor:
-    """Expand a source to the shape of base: a single position or example is repeated."""
-    if source.dim() == 2 and base.shape[1] == 1:
-        source = source.unsqueeze(1)
-    try:
-        if source.dim() == 2 and source.shape[0] != 1:
-            raise RuntimeError("its rows may be examples or positions")
-        return source.to(base.device).expand_as(base)
-    except RuntimeError as error:
-        raise ShapeError(
-            f"{key}: the source has shape {tuple(source.shape)}, but the activations to edit have shape "
-            f"{tuple(base.shape)} (batch, positions, width); give source_positions, or repeat the source where "
-            "generate repeats the prompts"
-        ) from error
+        self._collection.trim(tokens)

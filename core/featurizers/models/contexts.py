@@ -53,6 +53,15 @@ class Context:
             self._is_open = False
             _contexts.set(frozenset(other for other in _contexts.get() if other._is_open))
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let this context not act in the current thread and task; others act as before."""
+        token = _contexts.set((_contexts.get() | {_ALONE}) - {self})
+        try:
+            yield
+        finally:
+            _contexts.reset(token)
+
 
 _contexts: ContextVar[frozenset[Context]] = ContextVar("featurizers_contexts", default=frozenset())
 _ALONE = Context()

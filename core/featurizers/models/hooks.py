@@ -36,7 +36,7 @@ def gather(hidden: Tensor, chosen: Tensor | None) -> Tensor:
     return hidden.gather(1, chosen.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
-def hook(place: Place, edit: Callable[[Tensor], Tensor]) -> RemovableHandle:
+def hook(place: Place, edit: Callable[[Tensor], Tensor], *, first: bool = False) -> RemovableHandle:
     """Register a hook that passes the activations of a place through ``edit``.
 
     The rest of the module's input or output is unchanged. Other backends are built on this function.
@@ -44,6 +44,7 @@ def hook(place: Place, edit: Callable[[Tensor], Tensor]) -> RemovableHandle:
     Args:
         place: of the activations.
         edit: returns the activations to go on with; its own argument, to change nothing.
+        first: whether to act before the hooks that are on the module already; else the hook acts after them.
 
     Returns:
         The handle; the caller removes the hook with it.
@@ -72,5 +73,5 @@ def hook(place: Place, edit: Callable[[Tensor], Tensor]) -> RemovableHandle:
         return args, {**kwargs, name: part(first_tensor(kwargs.get(name)))}
 
     if place.side == "output":
-        return place.module.register_forward_hook(on_output)
-    return place.module.register_forward_pre_hook(on_input, with_kwargs=True)
+        return place.module.register_forward_hook(on_output, prepend=first)
+    return place.module.register_forward_pre_hook(on_input, with_kwargs=True, prepend=first)

@@ -8,14 +8,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from featurizers.errors import UsageError
+from featurizers.errors import ShapeError, UsageError
 from featurizers.features.featurizer import Featurizer
-from featurizers.features.indices import Indices
+from featurizers.features.indices import Indices, values_like
+from featurizers.features.site_map import SiteMap
 from featurizers.models.positions import Inputs, Positions
+
+GroupIndices: TypeAlias = "Indices | Mapping[str, Indices]"
+"""Indices of features; of a `SiteMap` with several groups, indices by group, none of those that are not named."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,21 +27,63 @@ class Operation(ABC):
     """Base of the operations.
 
     Attributes:
-        featurizer: maps the activations to features and back.
+        featurizer: maps the activations to features and back; a featurizer of one site, or a map between sites.
         positions: tokens to edit; see `Positions`.
+        later: for maps. ``recomputed``: features that are read after an edit at an earlier site are those of the edited
+            run; ``frozen``: all features are those of the run without this operation, which costs a second pass.
+        writes: for maps that write several sites, where it must be chosen. ``additive``: the change of the features is
+            added to what the model computes at each write; since the model itself carries an early change on, it
+            arrives there twice. ``pinned``: a write is what it was in the run without this operation plus the change
+            of the features alone, which costs a second pass.
     """
 
-    featurizer: Featurizer[Any]
+    featurizer: Featurizer[Any] | SiteMap[Any]
     positions: Positions = field(default=None, kw_only=True)
+    later: Literal["recomputed", "frozen"] = field(default="recomputed", kw_only=True)
+    writes: Literal["additive", "pinned"] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Raise UsageError unless the first argument is a featurizer."""
+        """Raise UsageError unless the first argument is a featurizer, and the options are those of its form."""
+        name = type(self).__name__
+        if not isinstance(self.featurizer, Featurizer | SiteMap):
+            raise UsageError(f"{name} needs a Featurizer or a SiteMap first, got {type(self.featurizer).__name__}")
+        if self.later not in ("recomputed", "frozen"):
+            raise UsageError(f"later is 'recomputed' or 'frozen', not {self.later!r}")
+        if self.writes not in (None, "additive", "pinned"):
+            raise UsageError(f"writes is 'additive' or 'pinned', not {self.writes!r}")
+        if isinstance(self.featurizer, Featurizer) and (self.later, self.writes) != ("recomputed", None):
+            raise UsageError(f"{name}: later and writes are options of maps between sites, and this is a featurizer")
+
+    @property
+    def of_site(self) -> Featurizer[Any]:
+        """The featurizer, of an operation at one site.
+
+        Raises:
+            UsageError: the operation is through a map between sites, which `intervene` carries out.
+        """
         if not isinstance(self.featurizer, Featurizer):
-            raise UsageError(f"{type(self).__name__} needs a Featurizer first, got {type(self.featurizer).__name__}")
+            raise UsageError(
+                f"{self.featurizer.id!r} maps between sites and has no single site; give the operation in a list: "
+                "intervene(model, [operation])"
+            )
+        return self.featurizer
 
     @abstractmethod
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Return edited activations, or features to collect, for activations ``(batch, n_positions, d_in)``."""
+
+    def edited(self, features: Tensor, source: Tensor | None, group: str) -> Tensor:
+        """Return new values of features of a map, as `apply` gives them to a featurizer.
+
+        Args:
+            features: those chosen by the operation, ``(batch, n_positions, k)``.
+            source: the same features of the source, if the operation has one.
+            group: name of their group.
+
+        Raises:
+            UsageError: the operation does not act through maps.
+        """
+        raise UsageError(f"{type(self).__name__} does not act through maps between sites")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +109,9 @@ class SourcedOperation(Operation):
             )
         if isinstance(self.source, Tensor) and not self.source.is_floating_point():
             raise UsageError("the source holds integers; give token ids as a mapping: source={'input_ids': ids}")
+        several = isinstance(self.featurizer, SiteMap) and len(self.featurizer.read_widths) > 1
+        if isinstance(self.source, Tensor) and several:
+            raise UsageError(f"{self.featurizer.id!r} reads several sites; give the source as inputs of the model")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +122,15 @@ class Interchange(SourcedOperation):
         indices: features to replace, the same for all examples or for each example its own.
     """
 
-    indices: Indices = field(default=None, kw_only=True)
+    indices: GroupIndices = field(default=None, kw_only=True)
 
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Return base with the source's features."""
-        return self.featurizer.interchange(base, given(source), self.indices)
+        return self.of_site.interchange(base, given(source), _of_site(self.indices))
+
+    def edited(self, features: Tensor, source: Tensor | None, group: str) -> Tensor:
+        """Return the source's features."""
+        return given(source).to(features.dtype).expand_as(features)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,12 +142,21 @@ class Mask(SourcedOperation):
             does.
     """
 
-    gate: Tensor | nn.Module = field(kw_only=True)
+    gate: Tensor | nn.Module | Mapping[str, Tensor | nn.Module] = field(kw_only=True)
 
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Return base with its features moved towards the source's."""
-        gate = self.gate() if isinstance(self.gate, nn.Module) else self.gate
-        return self.featurizer.mask(base, given(source), gate)
+        gate = _of_site(self.gate)
+        gate = gate() if isinstance(gate, nn.Module) else gate
+        return self.of_site.mask(base, given(source), gate)
+
+    def edited(self, features: Tensor, source: Tensor | None, group: str) -> Tensor:
+        """Return the features moved towards the source's."""
+        gate = _of_group(self.gate, group)
+        gate = gate() if isinstance(gate, nn.Module) else gate
+        if gate.shape[-1:] != features.shape[-1:]:
+            raise ShapeError(f"the gate has shape {tuple(gate.shape)}, but {group!r} has {features.shape[-1]} features")
+        return features.lerp(given(source).to(features.dtype).expand_as(features), values_like(gate, features))
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +168,16 @@ class Steer(Operation):
         indices: features to add to.
     """
 
-    delta: float | Tensor = field(kw_only=True)
-    indices: Indices = field(default=None, kw_only=True)
+    delta: float | Tensor | Mapping[str, float | Tensor] = field(kw_only=True)
+    indices: GroupIndices = field(default=None, kw_only=True)
 
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Return base with delta added to its features."""
-        return self.featurizer.steer(base, self.delta, self.indices)
+        return self.of_site.steer(base, _of_site(self.delta), _of_site(self.indices))
+
+    def edited(self, features: Tensor, source: Tensor | None, group: str) -> Tensor:
+        """Return the features with delta added."""
+        return features + values_like(_of_group(self.delta, group), features)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +190,10 @@ class Ablate(Operation):
         indices: features to set.
     """
 
-    value: float | Tensor | Literal["mean"] = field(default=0.0, kw_only=True)
-    indices: Indices = field(default=None, kw_only=True)
+    value: float | Tensor | Literal["mean"] | Mapping[str, float | Tensor | Literal["mean"]] = field(
+        default=0.0, kw_only=True
+    )
+    indices: GroupIndices = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Raise UsageError for a string other than ``"mean"``."""
@@ -135,10 +203,17 @@ class Ablate(Operation):
 
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Return base with its features set."""
-        value = self.value
+        value = _of_site(self.value)
         if isinstance(value, str):
-            value = self.featurizer.collect(base, self.indices).flatten(0, -2).mean(dim=0)
-        return self.featurizer.ablate(base, self.indices, value)
+            value = self.of_site.collect(base, _of_site(self.indices)).flatten(0, -2).mean(dim=0)
+        return self.of_site.ablate(base, _of_site(self.indices), value)
+
+    def edited(self, features: Tensor, source: Tensor | None, group: str) -> Tensor:
+        """Return the value."""
+        value = _of_group(self.value, group)
+        if isinstance(value, str):
+            return features.flatten(0, -2).mean(dim=0).expand_as(features)
+        return values_like(value, features)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,11 +224,11 @@ class Collect(Operation):
         indices: features to collect, in this order.
     """
 
-    indices: Indices = field(default=None, kw_only=True)
+    indices: GroupIndices = field(default=None, kw_only=True)
 
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Return the features, ``(batch, n_positions, k)``."""
-        return self.featurizer.collect(base, self.indices)
+        return self.of_site.collect(base, _of_site(self.indices))
 
 
 def given(source: Tensor | None) -> Tensor:
@@ -165,3 +240,29 @@ def given(source: Tensor | None) -> Tensor:
     if source is None:
         raise UsageError("the operation has a source in the form of inputs, which only `intervene` can run")
     return source
+
+
+def _of_group(value: Any, group: str) -> Any:
+    """Return the value for a group, of a mapping by group or of one value for all.
+
+    Raises:
+        UsageError: a mapping lacks the group.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    if group not in value:
+        raise UsageError(
+            f"there is no value for the group {group!r}; there are values for {', '.join(map(repr, value))}"
+        )
+    return value[group]
+
+
+def _of_site(value: Any) -> Any:
+    """Return a value for an operation at one site.
+
+    Raises:
+        UsageError: it is a mapping by group, which only maps between sites take.
+    """
+    if isinstance(value, Mapping):
+        raise UsageError("values by group are for maps between sites; a featurizer takes them without a group")
+    return value

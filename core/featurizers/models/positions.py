@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from featurizers.errors import PositionError, ShapeError
 
@@ -36,6 +36,7 @@ class Pass:
         added_columns: number of columns that the model adds to those of the ids that it was given, as for virtual
             tokens.
         in_chunks: whether ``generate`` was asked to compute the prompt in parts.
+        call: outermost module that was called, and its arguments by name.
     """
 
     start: int
@@ -47,6 +48,7 @@ class Pass:
     has_position_ids: bool = False
     added_columns: int = 0
     in_chunks: bool = False
+    call: tuple[nn.Module, Mapping[str, Any]] | None = field(default=None, repr=False)
 
 
 def columns(positions: Positions, hidden: Tensor, current: Pass, *, prompt_only: bool = False) -> Tensor | None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from featurizers.errors import PositionError, UsageError
+from featurizers.errors import PositionError, ShapeError, UsageError
 from featurizers.features.featurizer import Featurizer
+from featurizers.features.site_map import SiteMap
 from featurizers.format.sites import Site
-from featurizers.models.anatomy import Anatomy, Place
+from featurizers.models.anatomy import Anatomy
+from featurizers.models.caches import CACHE_NAMES
 from featurizers.models.calling import with_position_ids, without_cache
 from featurizers.models.checkpointing import uncheckpointed
 from featurizers.models.compilation import eager
@@ -29,9 +31,21 @@ SiteT = TypeVar("SiteT", Site, str)
 
 
 def read(
-    anatomy: Anatomy, inputs: Inputs, featurizers: Mapping[SiteT, Featurizer[Any] | None], positions: Positions
+    anatomy: Anatomy,
+    inputs: Inputs,
+    featurizers: Mapping[SiteT, Featurizer[Any] | None],
+    positions: Positions,
+    module: nn.Module | None = None,
 ) -> dict[SiteT, Tensor]:
-    """Return activations, or features where a site has a featurizer; the forward pass stops after the last site."""
+    """Return activations, or features where a site has a featurizer; the forward pass stops after the last site.
+
+    Args:
+        anatomy: of the model.
+        inputs: keyword arguments of the module.
+        featurizers: by site; None for the activations themselves.
+        positions: tokens of each prompt.
+        module: part of the model to call; None for the model.
+    """
     places = {key: anatomy.place(key) for key in featurizers}
     activations: dict[SiteT, Tensor] = {}
 
@@ -58,10 +72,31 @@ def read(
         mark = hooks.enter_context(reading())
         for key, place in places.items():
             hooks.callback(hook(place, functools.partial(keep, key, watch, mark, stop)).remove)
-        anatomy.model(**{**without_cache(anatomy.model), **inputs})
+        called = anatomy.model if module is None else module
+        called(**{**without_cache(called), **inputs})
     if missing := [str(key) for key in places if key not in activations]:
         raise UsageError(f"the model ran without passing through {', '.join(missing)}")
     return activations
+
+
+def read_again(anatomy: Anatomy, current: Pass, sites: Sequence[Site]) -> dict[Site, Tensor]:
+    """Run the inputs of a pass once more, without its cache, and return the activations of all its tokens.
+
+    Call it while the pass that is repeated has not reached the blocks yet.
+
+    Args:
+        anatomy: of the model.
+        current: pass to repeat, which computes the whole prompt.
+        sites: to read.
+
+    Returns:
+        ``(batch, sequence, d)`` for each site, without gradient.
+    """
+    module, arguments = current.call if current.call is not None else (anatomy.model, {})
+    dropped = {*CACHE_NAMES, "use_cache", "labels"}
+    inputs = {name: value for name, value in arguments.items() if name not in dropped}
+    with torch.no_grad():
+        return read(anatomy, inputs, dict.fromkeys(sites), None, module)
 
 
 @dataclass
@@ -81,13 +116,13 @@ class Sources:
     with itself changes nothing.
     """
 
-    def __init__(self, anatomy: Anatomy, plan: Sequence[tuple[SiteT, Place, tuple[Operation, ...]]]) -> None:
+    def __init__(self, anatomy: Anatomy, plan: Iterable[tuple[Any, Sequence[Operation]]]) -> None:
         self._anatomy: Anatomy = anatomy
         self._read: dict[tuple[Any, Operation], Tensor] = {}
         self._as_given: dict[tuple[Any, Operation], Tensor] = {}
         self._runs: dict[tuple[Any, Operation], _Run] = {}  # those whose position ids were derived
         runs: dict[tuple[int, str], _Run] = {}
-        for key, _, operations in plan:
+        for key, operations in plan:
             for operation in operations:
                 if not isinstance(operation, SourcedOperation):
                     continue
@@ -96,6 +131,8 @@ class Sources:
                 else:
                     own = operation.source_positions
                     positions = operation.positions if own is None else own
+                    if isinstance(operation.featurizer, SiteMap) and operation.featurizer.encodes_sequences:
+                        positions = None
                     name = repr(positions.tolist() if isinstance(positions, Tensor) else positions)
                     run = runs.setdefault((id(operation.source), name), _Run(operation.source, positions, []))
                     run.readers.append((key, operation))
@@ -124,3 +161,19 @@ class Sources:
 
 def _is_padded(current: Pass) -> bool:
     return current.attention_mask is not None and not bool((current.attention_mask != 0).all())
+
+
+def fit(source: Tensor, base: Tensor, key: object) -> Tensor:
+    """Expand a source to the shape of base: a single position or example is repeated."""
+    if source.dim() == 2 and base.shape[1] == 1:
+        source = source.unsqueeze(1)
+    try:
+        if source.dim() == 2 and source.shape[0] != 1:
+            raise RuntimeError("its rows may be examples or positions")
+        return source.to(base.device).expand_as(base)
+    except RuntimeError as error:
+        raise ShapeError(
+            f"{key}: the source has shape {tuple(source.shape)}, but the activations to edit have shape "
+            f"{tuple(base.shape)} (batch, positions, width); give source_positions, or repeat the source where "
+            "generate repeats the prompts"
+        ) from error

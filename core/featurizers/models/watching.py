@@ -77,6 +77,7 @@ class _Outer:
 class _State(threading.local):
     current: Pass | None = None
     outer: _Outer | None = None
+    call: tuple[int, nn.Module, dict[str, Any]] | None = None  # depth of the outermost module called, it, its arguments
     generating: GenerateOptions | None = None
     filling: tuple[Any, int, int] = (None, 0, 0)  # cache, its tokens after the pass, event at which they began
 
@@ -88,6 +89,7 @@ class Watch:
         self._model, self._path = anatomy.model, _path(anatomy)
         self._members: list[tuple[Callable[[], bool], Member]] = []
         self._users = 0
+        self._when_opened: list[Callable[[], None]] = []
         self._state = _State()
         self._latest = Pass(0, 0, None)
         self._log = CacheLog()
@@ -122,6 +124,20 @@ class Watch:
             yield
         finally:
             self._members.remove(entry)
+
+    @contextmanager
+    def calling_when_opened(self, function: Callable[[], None]) -> Iterator[None]:
+        """Call a function whenever another context has put its hooks on the model."""
+        self._when_opened.append(function)
+        try:
+            yield
+        finally:
+            self._when_opened.remove(function)
+
+    def note_opened(self) -> None:
+        """Take note that a context has put its hooks on the model."""
+        for function in self._when_opened:
+            function()
 
     def start(self) -> None:
         """Register the hooks and wrap ``generate``."""
@@ -187,20 +203,23 @@ class Watch:
 
     def _note_outer(self, depth: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self._state
+        arguments = bound(module, args, kwargs)
+        if state.call is None or state.call[0] >= depth:
+            state.call = (depth, module, arguments)
         if state.outer is not None and state.outer.depth < depth:
             return
-        arguments = bound(module, args, kwargs)
         if "attention_mask" in arguments or "attention_mask" in signature(type(module).forward).parameters:
             ids, has_ids = arguments.get("input_ids"), arguments.get("position_ids") is not None
             state.outer = _Outer(depth, arguments.get("attention_mask"), ids, has_ids)
 
     def _forget_outer(self, *_: Any) -> None:
-        self._state.outer = None
+        self._state.outer = self._state.call = None
 
     def _note(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self._state
         outer, state.outer = state.outer, None
         arguments = bound(decoder, args, kwargs)
+        call, state.call = state.call, None
         ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
         tokens = ids if ids is not None else embeds
         columns = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.dim() > 1 else None
@@ -227,6 +246,7 @@ class Watch:
             has_position_ids=(outer.has_position_ids if outer else False) or arguments.get("position_ids") is not None,
             added_columns=0 if columns is None or given is None else columns - given,
             in_chunks=generating is not None and generating.get("prefill_chunk_size") is not None,
+            call=(decoder, arguments) if call is None else call[1:],
         )
         state.filling = (cache, start + (columns or 0), began)
 

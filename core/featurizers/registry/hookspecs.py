@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
     from typer import Typer
 
-    from featurizers.features.featurizer import Featurizer
+    from featurizers.features.feature_space import FeatureSpace
     from featurizers.features.rules import Rule
     from featurizers.format.external_files import ExternalFiles
     from featurizers.format.sites import Blocks
@@ -31,7 +31,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 @hookspec
-def featurizers_register(register: Callable[[type[Featurizer[Any]]], None]) -> None:
+def featurizers_register(register: Callable[[type[FeatureSpace[Any]]], None]) -> None:
     """Register the kinds of this plugin: ``register(MyFeaturizer)`` for each class.
 
     Called once, when the plugin is loaded.
@@ -64,7 +64,7 @@ def featurizers_interventions(register: Callable[[type], None]) -> None:
 
 
 @hookspec(firstresult=True)
-def featurizers_read(source: ExternalFiles) -> Featurizer[Any] | None:
+def featurizers_read(source: ExternalFiles) -> FeatureSpace[Any] | None:
     """Read a featurizer from files of another library; return ``None`` if they have a format that is not this plugin's.
 
     Called in every plugin when a source has no ``config.json`` of featurizers. Read the files as data, and run none.
@@ -72,7 +72,7 @@ def featurizers_read(source: ExternalFiles) -> Featurizer[Any] | None:
 
 
 @hookspec(firstresult=True)
-def featurizers_resolve(reference: str, repository: Callable[..., ExternalFiles]) -> Featurizer[Any] | None:
+def featurizers_resolve(reference: str, repository: Callable[..., ExternalFiles]) -> FeatureSpace[Any] | None:
     """Read the featurizer of an entry of this plugin's catalogue: of ``reference`` in ``plugin:reference``.
 
     Called in the plugin that the source names. ``repository(repo_id, subfolder=None, revision=None)`` returns the files
@@ -81,7 +81,7 @@ def featurizers_resolve(reference: str, repository: Callable[..., ExternalFiles]
 
 
 @hookspec(firstresult=True)
-def featurizers_write(featurizer: Featurizer[Any], folder: Path) -> list[str] | None:
+def featurizers_write(featurizer: FeatureSpace[Any], folder: Path) -> list[str] | None:
     """Write a featurizer into an empty folder in this plugin's own format; return a sentence for each thing lost.
 
     Called by ``featurizers convert --to`` in the plugin that it names. Raise `featurizers.errors.ConversionError` if

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # listing the plugins must not import torch
 
     from torch import nn
 
-    from featurizers.features.featurizer import Featurizer
+    from featurizers.features.feature_space import FeatureSpace
     from featurizers.features.rules import Rule
     from featurizers.format.sites import Blocks
 
@@ -28,12 +28,12 @@ class PluginHost(PluginLoader):
     """Installed plugins of one process with their kinds and rules; `host` returns the only instance of a program."""
 
     def __init__(self) -> None:
-        self._classes: dict[str, type[Featurizer[Any]]] = {}
+        self._classes: dict[str, type[FeatureSpace[Any]]] = {}
         self._rules: dict[str, Rule] = {}
         self._owned_rules: dict[str, set[str]] = {}
         super().__init__()
 
-    def featurizer_class(self, kind: str) -> type[Featurizer[Any]]:
+    def featurizer_class(self, kind: str) -> type[FeatureSpace[Any]]:
         """Return the class of a kind; import the plugin that owns it and no other.
 
         Raises:
@@ -72,7 +72,7 @@ class PluginHost(PluginLoader):
         return blocks
 
     def _collect(self, name: str) -> None:
-        classes: dict[str, type[Featurizer[Any]]] = {}
+        classes: dict[str, type[FeatureSpace[Any]]] = {}
         rules: dict[str, Rule] = {}
         for hook in self._hooks("featurizers_register", name):
             hook.function(*(functools.partial(_add, classes, _checked_kind, name) for _ in hook.argnames))
@@ -121,8 +121,8 @@ def kinds() -> list[str]:
     return sorted(host()._entries)
 
 
-def create(kind: str, **config: Any) -> Featurizer[Any]:
-    """Build a new featurizer of a kind, from the keyword arguments of its config.
+def create(kind: str, **config: Any) -> Any:
+    """Build a new featurizer or site map of a kind, from the keyword arguments of its config.
 
     Raises:
         UnknownKindError: no installed plugin provides the kind.
@@ -138,8 +138,8 @@ def create(kind: str, **config: Any) -> Featurizer[Any]:
     return build(host().featurizer_class(kind), config)
 
 
-def build(cls: type[Featurizer[Any]], config: Mapping[str, Any]) -> Featurizer[Any]:
-    """Build a new featurizer of a class, from the keyword arguments of its config.
+def build(cls: type[FeatureSpace[Any]], config: Mapping[str, Any]) -> Any:
+    """Build a new featurizer or site map of a class, from the keyword arguments of its config.
 
     Raises:
         ConfigError: the kind refuses them.
@@ -161,8 +161,10 @@ def _add(registered: dict[str, Any], check: Callable[[str, Any], str], plugin: s
 
 def _checked_kind(plugin: str, cls: Any) -> str:
     from featurizers.features.featurizer import Featurizer
+    from featurizers.features.site_map import SiteMap
 
-    return checked_class(Featurizer, plugin, cls)
+    is_map = isinstance(cls, type) and issubclass(cls, SiteMap)
+    return checked_class(SiteMap if is_map else Featurizer, plugin, cls)
 
 
 def checked_class(base: type, plugin: str, cls: Any) -> str:

@@ -23,8 +23,9 @@ from featurizers.errors import (
     explain,
     one_line,
 )
+from featurizers.features.feature_space import FeatureSpace
 from featurizers.features.featurizer import Featurizer
-from featurizers.features.indices import Indices, select
+from featurizers.features.site_map import SiteMap
 from featurizers.files.regular import contained, read_bytes
 from featurizers.files.replacement import replacing, resolved
 from featurizers.format import card, weights
@@ -47,7 +48,7 @@ MAX_SET_NUMBERS = 2**16
 """Most numbers for each feature that a stored feature set may have."""
 
 
-def save(featurizer: Featurizer[Any], folder: str | Path) -> Path:
+def save(featurizer: FeatureSpace[Any], folder: str | Path) -> Path:
     """Write a featurizer as an artefact and return its folder.
 
     The files are written to a new folder, which then replaces the old artefact: a save that fails leaves the old one
@@ -63,7 +64,7 @@ def save(featurizer: Featurizer[Any], folder: str | Path) -> Path:
     return Path(folder).expanduser()
 
 
-def save_collection(featurizers: Mapping[str, Featurizer[Any]], folder: str | Path) -> Path:
+def save_collection(featurizers: Mapping[str, FeatureSpace[Any]], folder: str | Path) -> Path:
     """Write several featurizers to one folder, each in a subfolder of its own, with an index at the root.
 
     Args:
@@ -81,7 +82,7 @@ def save_collection(featurizers: Mapping[str, Featurizer[Any]], folder: str | Pa
 
 @contextmanager
 def writing_collection(
-    featurizers: Mapping[str, Featurizer[Any]], folder: str | Path, beside: Collection[str] = ()
+    featurizers: Mapping[str, FeatureSpace[Any]], folder: str | Path, beside: Collection[str] = ()
 ) -> Iterator[tuple[Path, dict[str, Manifest]]]:
     """Write a collection as `save_collection` does; the block may add files before it replaces the old one.
 
@@ -121,9 +122,9 @@ def read_folder(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     verify: bool = False,
-    indices: Indices = None,
+    indices: Any = None,
     allow_nonfinite: bool = False,
-) -> Featurizer[Any]:
+) -> FeatureSpace[Any]:
     """Read the weights of an artefact and build its featurizer.
 
     Args:
@@ -156,13 +157,7 @@ def read_folder(
         rows: dict[str, Tensor] = {}
         added: dict[str, Tensor] = {}
         if indices is not None:
-            # raises for a kind that cannot load some of its features, whatever the indices are
-            cls.sliced(config, torch.zeros(1, dtype=torch.long))
-            columns = select(indices, featurizer.n_features or 0).as_columns()
-            if columns is None or not columns.numel():
-                raise UsageError("give the features to load as a list of numbers, the same for every example")
-            config, names, added = cls.sliced(config, columns)
-            rows = dict.fromkeys(names, columns)
+            config, rows, added = cls.rows_of_slice(config, featurizer.checked_columns(indices))
             featurizer = _on_meta(cls, config, where)
         tensors = {**weights.read_tensors(path, device, where, rows, allow_nonfinite=allow_nonfinite), **added}
         sets = {name: tensors.pop(f"{weights.SET_PREFIX}{name}") for name in manifest.features}
@@ -173,7 +168,7 @@ def read_folder(
             featurizer.load_state_dict(tensors, assign=True)
         featurizer.feature_sets = sets
         featurizer.id = manifest.id
-        featurizer.site = manifest.site.site() if manifest.site else None
+        _set_sites(featurizer, manifest, where)
         featurizer.metadata = manifest.metadata
         featurizer.eval()
         featurizer.to(device=device, dtype=dtype)
@@ -214,7 +209,7 @@ def plugin_errors(what: str, where: str) -> Iterator[None]:
         ) from error
 
 
-def _on_meta(cls: type[Featurizer[Any]], config: Any, where: str) -> Featurizer[Any]:
+def _on_meta(cls: type[FeatureSpace[Any]], config: Any, where: str) -> FeatureSpace[Any]:
     """Build a featurizer without memory for its weights, to know their names and shapes."""
     try:
         with torch.device("meta"):
@@ -225,14 +220,14 @@ def _on_meta(cls: type[Featurizer[Any]], config: Any, where: str) -> Featurizer[
         raise ManifestError(where, f"the kind {cls.kind!r} refuses its config: {error}") from error
 
 
-def _config(cls: type[Featurizer[Any]], manifest: Manifest, where: str) -> Any:
+def _config(cls: type[FeatureSpace[Any]], manifest: Manifest, where: str) -> Any:
     try:
         return cls.Config.model_validate(manifest.config)
     except ValidationError as error:
         raise ManifestError(where, f"the kind {manifest.kind!r} refuses its config: {explain(error)}") from error
 
 
-def _write(featurizer: Featurizer[Any], folder: Path, source: str) -> Manifest:
+def _write(featurizer: FeatureSpace[Any], folder: Path, source: str) -> Manifest:
     """Write the three files into a new folder, and return the manifest."""
     sets = {f"{weights.SET_PREFIX}{name}": tensor for name, tensor in featurizer.feature_sets.items()}
     digest = weights.write_tensors({**featurizer.state_dict(), **sets}, folder / WEIGHTS_NAME, source)
@@ -241,7 +236,7 @@ def _write(featurizer: Featurizer[Any], folder: Path, source: str) -> Manifest:
             kind=featurizer.kind,
             id=featurizer.id,
             config=featurizer.config.model_dump(mode="json"),
-            site=None if featurizer.site is None else SiteRecord.of(featurizer.site),
+            **_site_fields(featurizer),
             features=sorted(featurizer.feature_sets),
             saved_with=_distributions(featurizer),
             sha256=digest,
@@ -254,11 +249,45 @@ def _write(featurizer: Featurizer[Any], folder: Path, source: str) -> Manifest:
     return manifest
 
 
-def _entry(featurizer: Featurizer[Any]) -> Entry:
-    return Entry(kind=featurizer.kind, id=featurizer.id, site=None if featurizer.site is None else str(featurizer.site))
+def _entry(featurizer: FeatureSpace[Any]) -> Entry:
+    return Entry(kind=featurizer.kind, id=featurizer.id, site=featurizer.sites_text)
 
 
-def _distributions(featurizer: Featurizer[Any]) -> dict[str, str]:
+def _site_fields(featurizer: FeatureSpace[Any]) -> dict[str, Any]:
+    """Return what a manifest says of the sites."""
+    if isinstance(featurizer, SiteMap):
+        reads, writes = (
+            {n: SiteRecord.of(s) for n, s in sites.items()} for sites in (featurizer.reads, featurizer.writes)
+        )
+        return {"format_version": 2, "reads": reads, "writes": writes}
+    site = featurizer.sites.get("site")
+    return {"site": None if site is None else SiteRecord.of(site)}
+
+
+def _set_sites(featurizer: FeatureSpace[Any], manifest: Manifest, where: str) -> None:
+    """Give a featurizer the sites of its manifest.
+
+    Raises:
+        ManifestError: they are those of another form, or their names are not those of the config.
+    """
+    is_map = isinstance(featurizer, SiteMap)
+    if is_map != (manifest.reads is not None):
+        raise ManifestError(
+            where,
+            f"the kind {manifest.kind!r} has {'reads and writes' if is_map else 'one site'}, and so the format_version "
+            f"{2 if is_map else 1}, not {manifest.format_version}",
+        )
+    if isinstance(featurizer, SiteMap):
+        try:
+            featurizer.reads = {name: record.site() for name, record in (manifest.reads or {}).items()}
+            featurizer.writes = {name: record.site() for name, record in (manifest.writes or {}).items()}
+        except FeaturizerError as error:
+            raise ManifestError(where, str(error)) from error
+    elif isinstance(featurizer, Featurizer):
+        featurizer.site = manifest.site.site() if manifest.site else None
+
+
+def _distributions(featurizer: FeatureSpace[Any]) -> dict[str, str]:
     """Return the versions of the core and of each distribution that defines a class of the featurizer."""
     roots = {type(module).__module__.partition(".")[0] for module in featurizer.modules()}
     names = {name for root in roots for name in _owners().get(root, []) if root != "torch"}

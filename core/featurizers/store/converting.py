@@ -11,13 +11,13 @@ from featurizers.registry.plugin_host import host
 from featurizers.store.external import of_folder
 
 if TYPE_CHECKING:
-    from featurizers.features.featurizer import Featurizer
+    from featurizers.features.feature_space import FeatureSpace
 
 ARTEFACT = "featurizers"
 """Name of the artefact format, beside the names of plugins."""
 
 
-def convert(featurizer: Featurizer[Any], folder: str | Path, to: str = ARTEFACT) -> list[str]:
+def convert(featurizer: FeatureSpace[Any], folder: str | Path, to: str = ARTEFACT) -> list[str]:
     """Write a featurizer in the format of a plugin, and tell what that format cannot keep.
 
     Args:
@@ -56,14 +56,14 @@ def convert(featurizer: Featurizer[Any], folder: str | Path, to: str = ARTEFACT)
     return lost
 
 
-def _lost(featurizer: Featurizer[Any], reread: Featurizer[Any] | None) -> list[str]:
+def _lost(featurizer: FeatureSpace[Any], reread: FeatureSpace[Any] | None) -> list[str]:
     """Name what most formats cannot hold and the new files, read again, do not have."""
     lost = []
     if featurizer.id != featurizer.kind and (reread is None or reread.id != featurizer.id):
         lost.append(f"The name {featurizer.id!r} is not kept.")
     if gone := sorted(featurizer.feature_sets.keys() - (reread.feature_sets.keys() if reread else set())):
         lost.append(f"The feature sets {', '.join(map(repr, gone))} are not kept.")
-    positions = None if featurizer.site is None else featurizer.site.position
-    if positions is not None and (reread is None or reread.site is None or reread.site.position != positions):
+    positions, kept = (next((s.position for s in f.sites.values()), None) if f else None for f in (featurizer, reread))
+    if positions is not None and kept != positions:
         lost.append(f"The positions {list(positions)} are not kept.")
     return lost

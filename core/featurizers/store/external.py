@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from featurizers.errors import FeaturizerError, ManifestError, PluginError, WeightsError, one_line, printable, shown
-from featurizers.features.featurizer import Featurizer
+from featurizers.features.feature_space import FeatureSpace
+from featurizers.features.site_map import SiteMap
 from featurizers.files.regular import MAX_LEVELS, contained
 from featurizers.format.external_files import ExternalFiles
 from featurizers.format.weights import DTYPES, check_finite, is_finite
@@ -18,11 +20,16 @@ if TYPE_CHECKING:
 
     from featurizers.hub.repository import Remote
 
+Columns: TypeAlias = "Tensor | Mapping[str, Tensor] | None"
+"""Numbers of features to load, int64 ``(k,)``, or such numbers by group; None for all features."""
+
+FeatureSpaceT = TypeVar("FeatureSpaceT", bound=FeatureSpace[Any])
+
 MAX_TREE = 50_000
 """Most files and folders that a folder may hold, at any depth."""
 
 
-def of_folder(folder: Path, indices: Tensor | None, allow_nonfinite: bool = False) -> ExternalFiles:
+def of_folder(folder: Path, indices: Columns, allow_nonfinite: bool = False) -> ExternalFiles:
     """List the files of a folder on this machine for the plugins that read them.
 
     Args:
@@ -57,11 +64,11 @@ def of_folder(folder: Path, indices: Tensor | None, allow_nonfinite: bool = Fals
     def fetch(name: str, _most: int | None) -> Path:
         return contained(folder, folder / name, where, ManifestError)
 
-    return ExternalFiles(where, tuple(sorted(names)), fetch, indices, allow_nonfinite=allow_nonfinite)
+    return _external_files(where, tuple(sorted(names)), fetch, indices, None, allow_nonfinite)
 
 
 def of_repository(
-    remote: Remote, indices: Tensor | None, allow_nonfinite: bool = False, verify: bool = False
+    remote: Remote, indices: Columns, allow_nonfinite: bool = False, verify: bool = False
 ) -> ExternalFiles:
     """List the files of a repository, or of a folder in it, for the plugins that read them.
 
@@ -82,10 +89,10 @@ def of_repository(
             remote.verify(path, name)
         return path
 
-    return ExternalFiles(str(remote), names, fetch, indices, commit, allow_nonfinite)
+    return _external_files(str(remote), names, fetch, indices, commit, allow_nonfinite)
 
 
-def read(source: ExternalFiles) -> Featurizer[Any]:
+def read(source: ExternalFiles) -> FeatureSpace[Any]:
     """Ask the installed plugins to read the files, and return the checked featurizer.
 
     Raises:
@@ -105,17 +112,17 @@ def read(source: ExternalFiles) -> Featurizer[Any]:
     return checked(featurizer, source)
 
 
-def checked(featurizer: Any, source: ExternalFiles) -> Featurizer[Any]:
+def checked(featurizer: FeatureSpaceT, source: ExternalFiles) -> FeatureSpaceT:
     """Check what a plugin made of external files, set its revision, and return it in evaluation mode.
 
     Raises:
         PluginError: it is not a featurizer, or the plugin ignored the indices.
         WeightsError: a tensor holds NaN or infinity, or the featurizer does not pass its own check.
     """
-    if not isinstance(featurizer, Featurizer):
+    if not isinstance(featurizer, FeatureSpace):
         raise PluginError(f"{source.where}: a plugin read a {type(featurizer).__name__}, which is not a Featurizer")
-    if source.indices is not None and featurizer.n_features != len(source.indices):
-        raise PluginError(f"{source.where}: the plugin of this format did not read the {len(source.indices)} features")
+    if not _has_read(featurizer, source):
+        raise PluginError(f"{source.where}: the plugin of this format did not read the features that were asked for")
     for name, tensor in featurizer.state_dict().items():
         if (dtype := str(tensor.dtype).removeprefix("torch.")) not in DTYPES.values():
             allowed = ", ".join(DTYPES.values())
@@ -131,3 +138,25 @@ def checked(featurizer: Any, source: ExternalFiles) -> Featurizer[Any]:
     except FeaturizerError as error:
         raise WeightsError(source.where, str(error)) from error
     return featurizer.eval()
+
+
+def _external_files(
+    where: str,
+    names: tuple[str, ...],
+    fetch: Callable[[str, int | None], Path],
+    indices: Columns,
+    revision: str | None,
+    allow_nonfinite: bool,
+) -> ExternalFiles:
+    by_group = indices if isinstance(indices, Mapping) else None
+    of_one = None if isinstance(indices, Mapping) else indices
+    return ExternalFiles(where, names, fetch, of_one, revision, allow_nonfinite, by_group)
+
+
+def _has_read(featurizer: FeatureSpace[Any], source: ExternalFiles) -> bool:
+    """Return whether a featurizer has as many features as were asked for, in each group."""
+    if source.group_indices is not None:
+        groups = featurizer.groups if isinstance(featurizer, SiteMap) else {}
+        asked = {name: len(columns) for name, columns in source.group_indices.items()}
+        return {name: group.n_features for name, group in groups.items()} == asked
+    return source.indices is None or featurizer.n_features == len(source.indices)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 
 from featurizers.errors import HubNotFoundError, ManifestError, NotOursError, PluginError, UsageError, one_line, shown
-from featurizers.features.featurizer import Featurizer
+from featurizers.features.feature_space import FeatureSpace
 from featurizers.features.indices import Indices, select
 from featurizers.features.placement import check_placement
 from featurizers.files.regular import contained
@@ -36,10 +36,10 @@ def load(
     local_files_only: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    indices: Indices = None,
+    indices: Indices | Mapping[str, Indices] = None,
     verify: bool = False,
     allow_nonfinite: bool = False,
-) -> Featurizer[Any]:
+) -> Any:
     """Load a featurizer from a folder, a repository or the catalogue of a plugin.
 
     No code in an artefact is run: its kind is looked up among the installed plugins, that kind validates its config,
@@ -59,10 +59,14 @@ def load(
         device: where to put the tensors.
         dtype: floating-point dtype to convert them to; as stored if None.
         indices: read these features alone, of a kind whose features are rows of its tensors, such as a dictionary;
-            they keep their numbers.
+            they keep their numbers. Of a map with several groups, such features by group.
         verify: compare the sha256 of the weights with the one in the config; for files of another library, compare
             them with the Hub's checksums.
         allow_nonfinite: load weights that hold NaN or infinity too, to look at them.
+
+    Returns:
+        A `Featurizer`, or a `SiteMap` where the features are read and written at different sites; the source decides,
+        so that the type is not declared. ``from_pretrained`` of a class declares it.
 
     Raises:
         FeatureIndexError: an index is out of range.
@@ -126,7 +130,7 @@ class Request:
     local_files_only: bool
     device: torch.device | str | None
     dtype: torch.dtype | None
-    indices: Indices
+    indices: Indices | Mapping[str, Indices]
     verify: bool
     allow_nonfinite: bool
 
@@ -203,7 +207,7 @@ def locate(request: Request) -> Located:
     return RemoteArtefact(remote, commit, single_artefact(record, str(remote), request.kind))
 
 
-def read(located: Located, request: Request) -> Featurizer[Any]:
+def read(located: Located, request: Request) -> FeatureSpace[Any]:
     """Read the files and build the featurizer.
 
     Raises:
@@ -236,7 +240,7 @@ def read(located: Located, request: Request) -> Featurizer[Any]:
     return featurizer
 
 
-def place(featurizer: Featurizer[Any], request: Request) -> Featurizer[Any]:
+def place(featurizer: FeatureSpace[Any], request: Request) -> FeatureSpace[Any]:
     """Check the kind of a featurizer, and move it to the device and the dtype.
 
     Raises:
@@ -257,7 +261,7 @@ def _holds_other_files(folder: Path) -> bool:
         return False
 
 
-def _read_entry(entry: CatalogueSource, request: Request) -> Featurizer[Any]:
+def _read_entry(entry: CatalogueSource, request: Request) -> FeatureSpace[Any]:
     """Let a plugin read an entry of its catalogue."""
     opened: list[ExternalFiles] = []
 
@@ -273,7 +277,7 @@ def _read_entry(entry: CatalogueSource, request: Request) -> Featurizer[Any]:
     return external.checked(featurizer, opened[-1]) if opened else featurizer
 
 
-def _columns(indices: Indices) -> Tensor | None:
+def _columns(indices: Indices | Mapping[str, Indices]) -> external.Columns:
     """Return the features to read, for files whose number of features is not known yet; None for all.
 
     Raises:
@@ -281,6 +285,8 @@ def _columns(indices: Indices) -> Tensor | None:
     """
     if indices is None:
         return None
+    if isinstance(indices, Mapping):
+        return {group: _columns(own) for group, own in indices.items()}  # type: ignore[misc]
     needs_number = isinstance(indices, slice | str) or getattr(indices, "dtype", None) == torch.bool
     of_examples = isinstance(indices, list | tuple) and any(isinstance(index, list | tuple) for index in indices)
     columns = None if needs_number or of_examples else select(indices, 2**31).as_columns()

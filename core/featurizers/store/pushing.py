@@ -36,7 +36,7 @@ from featurizers.version import __version__
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd
 
-    from featurizers.features.featurizer import Featurizer
+    from featurizers.features.feature_space import FeatureSpace
 
 
 def push(
@@ -136,7 +136,7 @@ def _commit(
     )
 
 
-def push_featurizer(featurizer: Featurizer[Any], repo_id: str, **options: Any) -> CommitInfo:
+def push_featurizer(featurizer: FeatureSpace[Any], repo_id: str, **options: Any) -> CommitInfo:
     """Save a featurizer to a temporary folder and `push` that."""
     from featurizers.store.artefact import save  # which imports torch
 

@@ -141,7 +141,8 @@ class IdentityDict(Dictionary):
         """Return the identity featurizer."""
         if columns is not None:
             raise UsageError("an IdentityDict is loaded whole; give the indices to the operation")
-        return featurizers.create("identity", d_in=self.activation_dim)
+        identity: Featurizer[Any] = featurizers.create("identity", d_in=self.activation_dim)
+        return identity
 
 
 class GatedAutoEncoder(Linear, FromFile):

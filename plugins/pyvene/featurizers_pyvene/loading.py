@@ -195,7 +195,8 @@ def _featurizer(entry: FeaturizerRecord, files: _Files, device: torch.device | s
             f"{entry.subfolder} holds another featurizer than was saved with {INTERVENABLE_NAME}; save the pyvene "
             "model again",
         )
-    return load(**files.collection, subfolder=entry.subfolder, device=device, verify=True)
+    featurizer: Featurizer[Any] = load(**files.collection, subfolder=entry.subfolder, device=device, verify=True)
+    return featurizer
 
 
 def _tensors(

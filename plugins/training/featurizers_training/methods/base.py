@@ -135,7 +135,8 @@ def identity_or(through: Through, d_in: int) -> Featurizer[Any]:
     The copy does not have the feature sets that an earlier search selected.
     """
     if through is None:
-        return featurizers.create("identity", d_in=d_in)
+        identity: Featurizer[Any] = featurizers.create("identity", d_in=d_in)
+        return identity
     shared = copy.copy(through)
     sets = through.feature_sets.items()
     shared.feature_sets = {name: numbers for name, numbers in sets if name not in (SELECTED, GATE_LOGITS)}

@@ -1,0 +1,28 @@
+"""Width of the activations at a site, as far as a model's modules and config tell it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from featurizers.format.sites import Site
+from featurizers.models.anatomy import Anatomy
+from featurizers.models.projections import input_width
+
+_STREAM = ("resid.pre", "resid.mid", "resid.post", "attn.out", "mlp.in", "mlp.out", "embed", "norm.out")
+
+
+def width_of(anatomy: Anatomy, site: Site) -> int | None:
+    """Return the width of the activations at a site; None if it is not known without a run of the model.
+
+    Raises:
+        SiteError: the model does not have the site.
+    """
+    place = anatomy.place(site)
+    if place.columns is not None:
+        return int(place.columns.stop - place.columns.start)
+    if site.kind in _STREAM:
+        config: Any = getattr(anatomy.model, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        width = getattr(config, "hidden_size", None)
+        return width if isinstance(width, int) else None
+    return input_width(place.module) if place.side == "input" else None

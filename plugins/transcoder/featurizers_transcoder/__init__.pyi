@@ -1,0 +1,7 @@
+from .config import GroupConfig as GroupConfig
+from .config import LinearMapConfig as LinearMapConfig
+from .config import ReadConfig as ReadConfig
+from .kinds import Crosscoder as Crosscoder
+from .kinds import CrossLayerTranscoder as CrossLayerTranscoder
+from .kinds import Transcoder as Transcoder
+from .linear_map import LinearMap as LinearMap
