@@ -14,6 +14,7 @@ BLOCK_KINDS: Final = {
     "resid.post": "residual stream leaving a block",
     "attn.out": "output of the attention module",
     "attn.z": "attention-weighted values of all heads, the input of the output projection",
+    "resid.mid": "residual stream between attention and MLP",
     "mlp.in": "input of the MLP module",
     "mlp.out": "output of the MLP module",
     "mlp.act": "activations of the neurons, the input of the MLP's down projection",
@@ -155,6 +156,11 @@ class Blocks:
         mlp: path of the MLP module within a block, None if blocks have no MLP.
         out_projection: path of the attention's output projection within a block.
         down_projection: path of the MLP's down projection within a block.
+        stream_reader: path within a block of the module whose input is the stream as it enters the block: the norm
+            before attention, or attention without one; None if it is not known.
+        attention_added: path within a block of the module whose output is what attention adds to the stream.
+        middle_reader: path within a block of the module whose input is the stream after attention: the norm before the
+            MLP, or the MLP without one; None if it is not known, or there is no such place.
     """
 
     decoder: str
@@ -163,6 +169,9 @@ class Blocks:
     mlp: str | None = None
     out_projection: str | None = None
     down_projection: str | None = None
+    stream_reader: str | None = None
+    attention_added: str | None = None
+    middle_reader: str | None = None
 
 
 def _is_count(number: object) -> bool:

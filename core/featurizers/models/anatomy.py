@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -37,12 +37,16 @@ class Place:
         module: the module.
         side: ``input`` for its first input, ``output`` for its (first) output.
         columns: part of the last axis that belongs to the site, for a head; None for the whole axis.
+        stream: for ``resid.mid``, which no module returns: the place whose activations are added to those of this one.
+        sum_reader: for ``resid.mid``, the place that must have the sum.
     """
 
     path: str
     module: nn.Module
     side: Side
     columns: slice | None = None
+    stream: Place | None = None
+    sum_reader: Place | None = None
 
 
 class Anatomy:
@@ -119,6 +123,8 @@ class Anatomy:
             SiteError: the model does not have the site; the message names what is missing.
         """
         site = Site.parse(site)
+        if site.kind == "resid.mid":
+            return self._middle(site)
         path, side = self._path(site)
         try:
             module = submodule(self.model, path)
@@ -127,6 +133,26 @@ class Anatomy:
         self._is_called(site, path, module)
         return Place(path, module, side, None if site.head is None else self._head(site, site.head, module))
 
+    def _middle(self, site: Site) -> Place:
+        """Return the place of the stream between attention and MLP: what attention adds, and what it is added to."""
+        self._path(Site("resid.pre", site.layer))  # raises if there is no such block
+        parts = self.parts(site.layer or 0)
+        if not parts.stream_reader or not parts.attention_added or not parts.middle_reader:
+            raise SiteError(
+                f"{site}: the norms around attention were not found in block {site.layer} of "
+                f"{type(self.model).__name__}, or attention and MLP are parallel. {_HELP}"
+            )
+        block = join(parts.layers, str(site.layer))
+        added, stream, reader = (
+            Site("module", module=join(block, name), side=side)  # type: ignore[arg-type]
+            for name, side in (
+                (parts.attention_added, "output"),
+                (parts.stream_reader, "input"),
+                (parts.middle_reader, "input"),
+            )
+        )
+        return replace(self.place(added), stream=self.place(stream), sum_reader=self.place(reader))
+
     def pyvene_component(self, site: Site | str) -> str:
         """Return a site in the form of a module path of pyvene: ``model.layers[8].output``.
 
@@ -134,6 +160,8 @@ class Anatomy:
             SiteError: the model does not have the site, or the site is a head.
         """
         place = self.place(site)
+        if place.stream is not None:
+            raise SiteError(f"{site}: it is the sum of two places, which pyvene has no component for")
         if place.columns is not None:
             raise SiteError(f"{site}: pyvene selects a head by its unit 'h', not by a module path")
         parts = place.path.split(".")

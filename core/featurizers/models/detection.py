@@ -20,6 +20,17 @@ LINEAR_ATTENTION = ("linear_attn", "mamba")
 MLP = ("mlp", "feed_forward", "ffn", "ff")
 OUT_PROJECTION = ("o_proj", "c_proj", "out_proj", "dense", "wo")
 DOWN_PROJECTION = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo")
+NORM_BEFORE_ATTENTION = (
+    "input_layernorm",
+    "ln_1",
+    "ln1",
+    "norm1",
+    "attention_norm",
+    "attn_norm",
+    "self_attn_layer_norm",
+)
+NORM_BEFORE_MLP = ("post_attention_layernorm", "ln_2", "ln2", "norm2", "ffn_norm", "mlp_norm", "final_layer_norm")
+"""Names of the norm before the MLP in blocks that have no norms after attention and MLP."""
 EMBEDDING = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 MIXER = ("mixer",)
@@ -74,6 +85,7 @@ def blocks_at(model: nn.Module, layers: str, layer: int = 0) -> Blocks:
     attention, mlp = first_child(block, (*ATTENTION, *LINEAR_ATTENTION)), first_child(block, MLP)
     if first_child(block, BESIDE_MLP) is not None:
         mlp = None
+    reader, added, middle = _around_attention(block, attention, mlp)
     out_projection = _projection_in(block, attention, OUT_PROJECTION)
     down_projection = _projection_in(block, mlp, DOWN_PROJECTION)
     return Blocks(
@@ -83,7 +95,26 @@ def blocks_at(model: nn.Module, layers: str, layer: int = 0) -> Blocks:
         mlp=mlp and join(wrapped, mlp),
         out_projection=out_projection and join(wrapped, out_projection),
         down_projection=down_projection and join(wrapped, down_projection),
+        stream_reader=reader and join(wrapped, reader),
+        attention_added=added and join(wrapped, added),
+        middle_reader=middle and join(wrapped, middle),
     )
+
+
+def _around_attention(
+    block: nn.Module, attention: str | None, mlp: str | None
+) -> tuple[str | None, str | None, str | None]:
+    """Return the modules that read the stream before and after attention, and the one that attention's part leaves.
+
+    ``post_attention_layernorm`` is the norm before the MLP in Llama and kin, and one after attention in Gemma 2 and 3
+    and OLMo 2, which also have norms around the MLP.
+    """
+    first = first_child(block, NORM_BEFORE_ATTENTION) or attention
+    before, after = "pre_feedforward_layernorm", "post_feedforward_layernorm"
+    if first_child(block, (before, after)) is None:
+        return first, attention, first_child(block, NORM_BEFORE_MLP)
+    added = first_child(block, ("post_attention_layernorm",)) or attention
+    return first, added, first_child(block, (before,)) or mlp
 
 
 def unwrapped(module: nn.Module) -> tuple[nn.Module, str]:

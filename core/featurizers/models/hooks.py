@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from featurizers.errors import SiteError
 from featurizers.models.anatomy import Place, first_tensor
+
+
+class Handle(Protocol):
+    """Handle of a hook."""
+
+    def remove(self) -> None:
+        """Take the hook off."""
 
 
 def scatter(hidden: Tensor, chosen: Tensor, edited: Tensor) -> Tensor:
@@ -36,7 +45,7 @@ def gather(hidden: Tensor, chosen: Tensor | None) -> Tensor:
     return hidden.gather(1, chosen.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
-def hook(place: Place, edit: Callable[[Tensor], Tensor], *, first: bool = False) -> RemovableHandle:
+def hook(place: Place, edit: Callable[[Tensor], Tensor], *, first: bool = False, only_reads: bool = False) -> Handle:
     """Register a hook that passes the activations of a place through ``edit``.
 
     The rest of the module's input or output is unchanged. Other backends are built on this function.
@@ -45,10 +54,13 @@ def hook(place: Place, edit: Callable[[Tensor], Tensor], *, first: bool = False)
         place: of the activations.
         edit: returns the activations to go on with; its own argument, to change nothing.
         first: whether to act before the hooks that are on the module already; else the hook acts after them.
+        only_reads: whether ``edit`` always returns its argument.
 
     Returns:
         The handle; the caller removes the hook with it.
     """
+    if place.stream is not None and place.sum_reader is not None:
+        return _hook_on_sum(place, place.stream, place.sum_reader, edit, first=first, only_reads=only_reads)
 
     def part(hidden: Tensor) -> Tensor:
         if place.columns is None:
@@ -75,3 +87,74 @@ def hook(place: Place, edit: Callable[[Tensor], Tensor], *, first: bool = False)
     if place.side == "output":
         return place.module.register_forward_hook(on_output, prepend=first)
     return place.module.register_forward_pre_hook(on_input, with_kwargs=True, prepend=first)
+
+
+class _Handles:
+    """Handles of several hooks as one."""
+
+    def __init__(self, handles: list[Handle]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _hook_on_sum(
+    added: Place, stream: Place, reader: Place, edit: Callable[[Tensor], Tensor], *, first: bool, only_reads: bool
+) -> Handle:
+    """Register hooks that pass a sum of two places through ``edit``: the change is added to the second summand.
+
+    The model computes the sum itself. That it is this sum is checked in the first pass, at the module that reads it.
+
+    Args:
+        added: place whose activations are added to the stream.
+        stream: place of the stream before.
+        reader: place that must have the sum.
+        edit: as in `hook`.
+        first: as in `hook`.
+        only_reads: whether ``edit`` changes nothing, so that it may be called where the sum is read.
+
+    Raises:
+        SiteError: in the pass, if the module reads something else, as in parallel blocks.
+    """
+    local = threading.local()
+    is_checked = False
+
+    def note(hidden: Tensor) -> Tensor:
+        local.stream = hidden
+        return hidden
+
+    def on_added(hidden: Tensor) -> Tensor:
+        if only_reads:
+            local.expected = None if is_checked else local.stream + hidden
+            return hidden
+        total = local.stream + hidden
+        edited = edit(total)
+        result = hidden if edited is total else hidden + (edited - total)
+        local.expected = None if is_checked else local.stream + result
+        return result
+
+    def on_reader(hidden: Tensor) -> Tensor:
+        nonlocal is_checked
+        if not is_checked:
+            is_checked = torch.equal(hidden, local.expected)
+            # hooks of other contexts may come between, which check for themselves
+            alone = _is_last(handles[1], added.module._forward_hooks) and _is_last(
+                handles[2], dict(reversed(reader.module._forward_pre_hooks.items()))
+            )
+            if not is_checked and alone:
+                raise SiteError(
+                    f"resid.mid: the input of {reader.path!r} is not the sum of {stream.path!r} and {added.path!r}, so "
+                    "that this block has no stream between attention and MLP, or scales it; choose another site"
+                )
+        return edit(hidden) if only_reads else hidden
+
+    places = [(stream, note), (replace(added, stream=None, sum_reader=None), on_added), (reader, on_reader)]
+    handles = [hook(place, function, first=first and place is places[1][0]) for place, function in places]
+    return _Handles(handles)
+
+
+def _is_last(handle: Any, hooks: Mapping[int, Any]) -> bool:
+    return next(reversed(list(hooks)), None) == handle.id

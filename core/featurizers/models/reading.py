@@ -71,7 +71,7 @@ def read(
         hooks.enter_context(watch.aside())
         mark = hooks.enter_context(reading())
         for key, place in places.items():
-            hooks.callback(hook(place, functools.partial(keep, key, watch, mark, stop)).remove)
+            hooks.callback(hook(place, functools.partial(keep, key, watch, mark, stop), only_reads=True).remove)
         called = anatomy.model if module is None else module
         called(**{**without_cache(called), **inputs})
     if missing := [str(key) for key in places if key not in activations]:
