@@ -157,4 +157,4 @@ def _hook_on_sum(
 
 
 def _is_last(handle: Any, hooks: Mapping[int, Any]) -> bool:
-    return next(reversed(list(hooks)), None) == handle.id
+    return bool(next(reversed(list(hooks)), None) == handle.id)
