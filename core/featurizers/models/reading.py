@@ -93,7 +93,7 @@ def read_again(anatomy: Anatomy, current: Pass, sites: Sequence[Site]) -> dict[S
         ``(batch, sequence, d)`` for each site, without gradient.
     """
     module, arguments = current.call if current.call is not None else (anatomy.model, {})
-    dropped = {*CACHE_NAMES, "use_cache", "labels"}
+    dropped = {*CACHE_NAMES, "self", "use_cache", "labels"}
     inputs = {name: value for name, value in arguments.items() if name not in dropped}
     with torch.no_grad():
         return read(anatomy, inputs, dict.fromkeys(sites), None, module)

@@ -586,7 +586,7 @@ def test_the_gradient_in_a_source_given_as_activations_reaches_it():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: Steer("identity", delta=1.0), UsageError, "Steer needs a Featurizer first, got str"),
+        (lambda: Steer("identity", delta=1.0), UsageError, "Steer needs a Featurizer or a SiteMap first, got str"),
         (lambda: Interchange(identity(), source=3), UsageError, "not int"),
         (lambda: Interchange(identity(), source=torch.tensor([[1]])), UsageError, "source={'input_ids': ids}"),
         (lambda: Ablate(identity(), value="median"), UsageError, "'median'"),
