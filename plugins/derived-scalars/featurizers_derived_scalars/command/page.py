@@ -200,7 +200,8 @@ def _heat_maps(
         image = axes.imshow(cells, aspect="auto", cmap=colours, vmin=-limit if signed else 0.0, vmax=limit)
         layers = ["" if layer is None else str(layer) for layer in lines]
         step = max(1, len(layers) // 10)
-        axes.set_yticks(range(0, len(layers), step), layers[::step], fontsize=7)
+        numbered = [row for row in range(0, len(layers), step) if layers[row]]
+        axes.set_yticks(numbered, [layers[row] for row in numbered], fontsize=7)
         axes.set_title(basis_label(name, page.scalars.get(name)), fontsize=10, loc="left")
         axes.set_xticks([])
         if len(layers) > 1:
