@@ -15,6 +15,7 @@ from featurizers.features.indices import select
 from featurizers.format.sites import Site
 from featurizers.models.anatomy import Anatomy
 from featurizers.models.backend import collect, intervene
+from featurizers.models.calling import as_named
 from featurizers.models.operations import Interchange, Mask, Operation
 from featurizers.models.positions import Inputs, Positions
 
@@ -71,7 +72,7 @@ class Attached:
     ) -> Any:
         """Run the model on the base with the selected features of the source; arguments as in `interchange`."""
         with self.interchange(source, positions=positions, source_positions=source_positions):
-            return self.model(**base)
+            return self.model(**as_named(self.model, base))
 
     def collect(self, inputs: Inputs, *, positions: Positions = None) -> list[Tensor]:
         """Return the selected features of inputs, ``(batch, n_positions, k)`` for each featurizer."""

@@ -15,7 +15,7 @@ from featurizers.errors import PositionError, UsageError
 from featurizers.features.featurizer import Featurizer
 from featurizers.format.sites import Site
 from featurizers.models.anatomy import Anatomy, Place
-from featurizers.models.calling import with_position_ids, without_cache
+from featurizers.models.calling import as_named, with_position_ids, without_cache
 from featurizers.models.checkpointing import uncheckpointed
 from featurizers.models.compilation import eager
 from featurizers.models.contexts import is_reading, reading, unedited
@@ -58,7 +58,7 @@ def read(
         mark = hooks.enter_context(reading())
         for key, place in places.items():
             hooks.callback(hook(place, functools.partial(keep, key, watch, mark, stop)).remove)
-        anatomy.model(**{**without_cache(anatomy.model), **inputs})
+        anatomy.model(**{**without_cache(anatomy.model), **as_named(anatomy.model, inputs)})
     if missing := [str(key) for key in places if key not in activations]:
         raise UsageError(f"the model ran without passing through {', '.join(missing)}")
     return activations
