@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import torch
 
-from featurizers.errors import UsageError, shown
+from featurizers.errors import UsageError, one_line, shown
 
 
 def check_placement(device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-    """Raise `UsageError` unless ``device`` names a device and ``dtype`` is a floating-point dtype; None is fine."""
+    """Raise `UsageError` unless ``device`` names a device of this machine and ``dtype`` is a floating-point dtype.
+
+    None is fine for both.
+    """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UsageError(f"dtype must be a floating-point torch.dtype such as torch.float16, not {shown(dtype)}")
     try:
-        torch.device("cpu" if device is None else device)
+        named = torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError) as error:
         raise UsageError(f"device must be a device such as 'cpu' or 'cuda:0', not {shown(device)}") from error
+    if named.type == "meta":
+        raise UsageError("tensors on the device 'meta' have no values; choose a device such as 'cpu' or 'cuda:0'")
+    try:
+        torch.empty(0, device=named)
+    except (AssertionError, RuntimeError, NotImplementedError, ImportError) as error:  # raised by torch
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"the device {shown(str(device))} cannot be used here: {one_line(reason)}") from error
