@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
+from torch import Tensor, nn
 
 from featurizers.errors import UsageError, one_line, shown
 
@@ -25,3 +28,23 @@ def check_placement(device: torch.device | str | None, dtype: torch.dtype | None
     except (AssertionError, RuntimeError, NotImplementedError, ImportError) as error:  # raised by torch
         reason = str(error).partition("\n")[0]
         raise UsageError(f"the device {shown(str(device))} cannot be used here: {one_line(reason)}") from error
+
+
+def check_device(module: nn.Module, x: Tensor, name: str) -> None:
+    """Raise `UsageError` unless the tensors of a module, of which the first is looked at, are on the device of x.
+
+    Args:
+        module: a featurizer; one without tensors works anywhere.
+        x: activations or features.
+        name: of the featurizer.
+    """
+    own = next(itertools.chain(module.parameters(), module.buffers()), None)
+    if own is None or own.device == x.device:
+        return
+    if own.is_meta:
+        raise UsageError(
+            f"{name} is on the device 'meta', so its tensors have no values; load it, or build it, elsewhere"
+        )
+    raise UsageError(
+        f"{name} is on {own.device}, and what it is given on {x.device}; move one of them with .to(device)"
+    )

@@ -8,11 +8,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from featurizers.errors import UsageError
+from featurizers.errors import UsageError, shown
 from featurizers.features.featurizer import Featurizer
 from featurizers.features.indices import Indices
 from featurizers.models.positions import Inputs, Positions
@@ -91,6 +92,12 @@ class Mask(SourcedOperation):
 
     gate: Tensor | nn.Module = field(kw_only=True)
 
+    def __post_init__(self) -> None:
+        """Raise UsageError unless the gate is a tensor or a module."""
+        super().__post_init__()
+        if not isinstance(self.gate, Tensor | nn.Module):
+            raise UsageError(f"the gate of Mask is a tensor or a module that returns one, not {shown(self.gate)}")
+
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Return base with its features moved towards the source's."""
         gate = self.gate() if isinstance(self.gate, nn.Module) else self.gate
@@ -108,6 +115,12 @@ class Steer(Operation):
 
     delta: float | Tensor = field(kw_only=True)
     indices: Indices = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Raise UsageError unless delta is a number or a tensor."""
+        super().__post_init__()
+        if not _is_value(self.delta):
+            raise UsageError(f"the delta of Steer is a number or a tensor, not {shown(self.delta)}")
 
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Return base with delta added to its features."""
@@ -128,10 +141,10 @@ class Ablate(Operation):
     indices: Indices = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Raise UsageError for a string other than ``"mean"``."""
+        """Raise UsageError unless the value is a number, a tensor or ``"mean"``."""
         super().__post_init__()
-        if isinstance(self.value, str) and self.value != "mean":
-            raise UsageError(f"Ablate takes a number, a tensor or 'mean', not {self.value!r}")
+        if not (_is_value(self.value) or (isinstance(self.value, str) and self.value == "mean")):
+            raise UsageError(f"Ablate takes a number, a tensor or 'mean', not {shown(self.value)}")
 
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Return base with its features set."""
@@ -154,6 +167,10 @@ class Collect(Operation):
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Return the features, ``(batch, n_positions, k)``."""
         return self.featurizer.collect(base, self.indices)
+
+
+def _is_value(value: object) -> bool:
+    return isinstance(value, Tensor | Real)
 
 
 def given(source: Tensor | None) -> Tensor:
