@@ -14,7 +14,8 @@ import featurizers
 from featurizers.errors import ShapeError, UsageError
 from featurizers.features.derivatives import Derivatives, Error
 from featurizers.features.feature_space import ConfigT, FeatureSpace
-from featurizers.features.indices import Indices, Selection, select, values_like
+from featurizers.features.indices import Indices, Selection, check_broadcast, select, values_like
+from featurizers.features.placement import check_device
 from featurizers.features.precision import without_autocast, without_overflow
 from featurizers.format.sites import Site
 
@@ -211,6 +212,7 @@ class Featurizer(Derivatives, FeatureSpace[ConfigT]):
             FeatureIndexError: indices that this featurizer does not have.
         """
         shape, base, source = base.shape, self.flatten(base), self.flatten(source)
+        check_broadcast("source", source, base.shape)
         selection = self.select(indices, base)
         columns = selection.columns
         # masking is faster than gathering where many features are chosen
@@ -238,11 +240,16 @@ class Featurizer(Derivatives, FeatureSpace[ConfigT]):
         Differential binary masking, De Cao et al. 2020 (arXiv:2004.14992).
 
         Raises:
-            ShapeError: base, source or gate has another width.
+            ShapeError: base, source or gate has another width, or they do not broadcast.
+            UsageError: the gate is no tensor.
         """
         shape, base, source = base.shape, self.flatten(base), self.flatten(source)
+        if not isinstance(gate, Tensor):
+            raise UsageError(f"a gate is a tensor with a number for each feature, not {type(gate).__name__}")
         if gate.shape[-1:] != (self._count(base),):
             raise ShapeError(f"the gate has shape {tuple(gate.shape)}, but there are {self._count(base)} features")
+        check_broadcast("source", source, base.shape)
+        check_broadcast("gate", gate, (*base.shape[:-1], self._count(base)))
         gate = gate if gate.is_floating_point() else gate.to(base.dtype)
         with without_autocast(base):
             return self._blended(base, source, gate).reshape(shape)
@@ -350,14 +357,24 @@ class Featurizer(Derivatives, FeatureSpace[ConfigT]):
     # ------------------------------------------------------------------ helpers for kinds
     @final
     def check_width(self, x: Tensor) -> None:
-        """Raise `ShapeError` unless the last axis of x has ``d_in`` elements and x is floating point."""
-        width = x.shape[-1] if x.dim() else None
-        if width is None or (self.d_in is not None and width != self.d_in):
-            raise ShapeError(
-                f"{self.id!r} ({self.kind}) takes activations of width {self.d_in}, got shape {tuple(x.shape)}"
-            )
+        """Raise `ShapeError` unless the last axis of x has ``d_in`` elements and x is floating point.
+
+        Raises:
+            UsageError: x is on another device.
+        """
+        self._check_last(x, self.d_in, "activations")
+
+    @final
+    def check_features(self, features: Tensor) -> None:
+        """Raise as `check_width` does, for features."""
+        self._check_last(features, self.n_features, "features")
+
+    def _check_last(self, x: Tensor, width: int | None, what: str) -> None:
+        if not x.dim() or (width is not None and x.shape[-1] != width):
+            raise ShapeError(f"{self.id!r} ({self.kind}) takes {what} of width {width}, got shape {tuple(x.shape)}")
         if not x.is_floating_point():
-            raise ShapeError(f"{self.id!r} ({self.kind}) takes floating-point activations, got {x.dtype}")
+            raise ShapeError(f"{self.id!r} ({self.kind}) takes floating-point {what}, got {x.dtype}")
+        check_device(self, x, f"{self.id!r} ({self.kind})")
 
     def _count(self, x: Tensor) -> int:
         return x.shape[-1] if self.n_features is None else self.n_features

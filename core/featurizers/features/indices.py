@@ -9,7 +9,7 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor
 
-from featurizers.errors import FeatureIndexError, ShapeError
+from featurizers.errors import FeatureIndexError, ShapeError, UsageError, shown
 
 Indices: TypeAlias = "None | slice | Sequence[int] | Sequence[Sequence[int]] | Tensor | Selection"
 """``None``: every feature. Numbers, a slice, an integer or a boolean tensor: those features, no feature if empty.
@@ -182,12 +182,32 @@ def values_like(value: float | Tensor, features: Tensor) -> Tensor:
     """Return the value in the shape, dtype and device of the selected features.
 
     Raises:
+        UsageError: it is neither a number nor a tensor of real numbers.
         ShapeError: it does not broadcast to them.
     """
-    values = torch.as_tensor(value, device=features.device).to(features.dtype)
+    try:
+        values = torch.as_tensor(value, device=features.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"give a number, or a tensor with one for each feature, not {shown(value)}") from error
+    if values.is_complex():
+        raise UsageError(f"give real numbers, not {values.dtype}")
+    values = values.to(features.dtype)
     try:
         return values.expand_as(features)
     except RuntimeError as error:
         raise ShapeError(
             f"values of shape {tuple(values.shape)} do not fit the selected features {tuple(features.shape)}"
         ) from error
+
+
+def check_broadcast(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    """Raise `ShapeError` unless a tensor broadcasts to a shape.
+
+    Args:
+        name: of the tensor, in the error.
+        tensor: to check.
+        shape: of the activations to edit, or of their features.
+    """
+    axes = zip(reversed(tensor.shape), reversed(shape), strict=False)
+    if tensor.dim() > len(shape) or any(own not in (1, wanted) for own, wanted in axes):
+        raise ShapeError(f"the {name} of shape {tuple(tensor.shape)} does not broadcast to {tuple(shape)}")

@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
-import torch
+import itertools
 
-from featurizers.errors import UsageError, shown
+import torch
+from torch import Tensor, nn
+
+from featurizers.errors import UsageError, one_line, shown
 
 
 def check_placement(device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-    """Raise `UsageError` unless ``device`` names a device and ``dtype`` is a floating-point dtype; None is fine."""
+    """Raise `UsageError` unless ``device`` names a device of this machine and ``dtype`` is a floating-point dtype.
+
+    None is fine for both.
+    """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UsageError(f"dtype must be a floating-point torch.dtype such as torch.float16, not {shown(dtype)}")
     try:
-        torch.device("cpu" if device is None else device)
+        named = torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError) as error:
         raise UsageError(f"device must be a device such as 'cpu' or 'cuda:0', not {shown(device)}") from error
+    if named.type == "meta":
+        raise UsageError("tensors on the device 'meta' have no values; choose a device such as 'cpu' or 'cuda:0'")
+    try:
+        torch.empty(0, device=named)
+    except (AssertionError, RuntimeError, NotImplementedError, ImportError) as error:  # raised by torch
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"the device {shown(str(device))} cannot be used here: {one_line(reason)}") from error
+
+
+def check_device(module: nn.Module, x: Tensor, name: str) -> None:
+    """Raise `UsageError` unless the tensors of a module, of which the first is looked at, are on the device of x.
+
+    Args:
+        module: a featurizer; one without tensors works anywhere.
+        x: activations or features.
+        name: of the featurizer.
+    """
+    own = next(itertools.chain(module.parameters(), module.buffers()), None)
+    if own is None or own.device == x.device:
+        return
+    if own.is_meta:
+        raise UsageError(
+            f"{name} is on the device 'meta', so its tensors have no values; load it, or build it, elsewhere"
+        )
+    raise UsageError(
+        f"{name} is on {own.device}, and what it is given on {x.device}; move one of them with .to(device)"
+    )

@@ -24,6 +24,7 @@ from featurizers.models.detection import (
     unwrapped,
     why_missing,
 )
+from featurizers.models.holders import check_coordinates, check_module
 from featurizers.models.projections import input_width
 from featurizers.registry.plugin_host import host
 
@@ -59,6 +60,9 @@ class Anatomy:
         model: a decoder of `transformers`, with or without its language-model head, or a module that a plugin's
             ``featurizers_anatomy`` hook knows.
 
+    Raises:
+        UsageError: the model is no torch module.
+
     Example:
         >>> from transformers import GPT2Config, GPT2Model
         >>> Anatomy(GPT2Model(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=5))).place("attn.z:1:0").path
@@ -66,6 +70,7 @@ class Anatomy:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        check_module(model)
         self.model = model
         self._of_plugin = False
         """True if a plugin says where the parts of all blocks are."""
@@ -222,6 +227,7 @@ class Anatomy:
             raise SiteError(f"{site}: {type(module).__name__} {path!r} is never called; it holds {parts}. {_HELP}")
 
     def _find_blocks(self) -> Blocks:
+        check_coordinates(self.model)
         try:
             if (blocks := host().anatomy(self.model)) is not None:
                 self._of_plugin = True
@@ -240,6 +246,7 @@ class Anatomy:
             self._refuse(f"no list of {getattr(self._config, 'num_hidden_layers', '?')} blocks was found")
         if len(lists) > 1:
             self._refuse(f"several lists look like its blocks: {', '.join(lists)}")
+        check_coordinates(self.model, submodule(self.model, f"{lists[0]}.0"))
         return blocks_at(self.model, lists[0])
 
     def _lists(self) -> list[str]:

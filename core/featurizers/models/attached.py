@@ -17,6 +17,7 @@ from featurizers.features.indices import select
 from featurizers.features.site_map import SiteMap
 from featurizers.models.anatomy import Anatomy
 from featurizers.models.backend import collect, intervene, site_of
+from featurizers.models.calling import as_named
 from featurizers.models.operations import Collect, Interchange, Mask, Operation
 from featurizers.models.positions import Inputs, Positions
 from featurizers.models.site_maps import places_of
@@ -92,7 +93,7 @@ class Attached:
     ) -> Any:
         """Run the model on the base with the selected features of the source; arguments as in `interchange`."""
         with self.interchange(source, positions=positions, source_positions=source_positions):
-            return self.model(**base)
+            return self.model(**as_named(self.model, base))
 
     def collect(self, inputs: Inputs, *, positions: Positions = None) -> list[Any]:
         """Return the selected features of inputs, ``(batch, n_positions, k)`` for each featurizer.
@@ -231,7 +232,7 @@ def _collected_of_map(
     """Return the features of a map."""
     operation = Collect(site_map, indices=chosen, positions=positions)  # type: ignore[arg-type]  # checked there
     with torch.no_grad(), intervene(model, [operation]) as collected:
-        model(**inputs)
+        model(**as_named(model, inputs))
     return collected[operation]
 
 

@@ -90,6 +90,11 @@ def check_generate(key: object, operation: Operation, options: GenerateOptions) 
                 f"{key}: intervene on the model whose `generate` is called, to collect in assisted decoding"
             )
     of_prompt = operation.positions is not None or isinstance(operation, Collect | SourcedOperation)
+    if of_prompt and options.texts:
+        raise PositionError(
+            f"{key}: `generate` was given texts, so that the columns of the prompt are not known; turn them into token "
+            "ids first, or use operations with positions=None and no source"
+        )
     if of_prompt and (options.get("guidance_scale") or 1) != 1:
         raise PositionError(
             f"{key}: with guidance_scale a second, unconditional prompt passes through the model; generate "

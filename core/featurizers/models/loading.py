@@ -61,3 +61,20 @@ def load_model(
         model.config._name_or_path = str(path)
     revision = getattr(model.config, "_commit_hash", None)
     return LanguageModel(model.eval().requires_grad_(False), tokenizer, revision)
+
+
+def text_ids(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """Return the token ids of a text with the special tokens that begin a prompt, and without any.
+
+    Special tokens that a tokenizer appends, such as the end of a sequence, are left out, because the model is to go on
+    after the text; those that the text itself spells out are kept.
+
+    Args:
+        tokenizer: of the model.
+        text: not cut to the model's length.
+    """
+    whole, own = (list(tokenizer(text, add_special_tokens=special)["input_ids"]) for special in (True, False))
+    for start in range(len(whole) - len(own), -1, -1):
+        if own and whole[start : start + len(own)] == own:
+            return whole[: start + len(own)], own
+    return whole, own

@@ -6,13 +6,14 @@ Each operation is a frozen description; `featurizers.intervene` carries it out w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from featurizers.errors import ShapeError, UsageError
+from featurizers.errors import ShapeError, UsageError, shown
 from featurizers.features.featurizer import Featurizer
 from featurizers.features.indices import Indices, values_like
 from featurizers.features.site_map import SiteMap
@@ -144,6 +145,12 @@ class Mask(SourcedOperation):
 
     gate: Tensor | nn.Module | Mapping[str, Tensor | nn.Module] = field(kw_only=True)
 
+    def __post_init__(self) -> None:
+        """Raise UsageError unless the gate is a tensor or a module."""
+        super().__post_init__()
+        if not all(isinstance(gate, Tensor | nn.Module) for gate in _each(self.gate)):
+            raise UsageError(f"the gate of Mask is a tensor or a module that returns one, not {shown(self.gate)}")
+
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Return base with its features moved towards the source's."""
         gate = _of_site(self.gate)
@@ -171,6 +178,12 @@ class Steer(Operation):
     delta: float | Tensor | Mapping[str, float | Tensor] = field(kw_only=True)
     indices: GroupIndices = field(default=None, kw_only=True)
 
+    def __post_init__(self) -> None:
+        """Raise UsageError unless delta is a number or a tensor."""
+        super().__post_init__()
+        if not all(map(_is_value, _each(self.delta))):
+            raise UsageError(f"the delta of Steer is a number or a tensor, not {shown(self.delta)}")
+
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Return base with delta added to its features."""
         return self.of_site.steer(base, _of_site(self.delta), _of_site(self.indices))
@@ -196,10 +209,10 @@ class Ablate(Operation):
     indices: GroupIndices = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Raise UsageError for a string other than ``"mean"``."""
+        """Raise UsageError unless the value is a number, a tensor or ``"mean"``."""
         super().__post_init__()
-        if isinstance(self.value, str) and self.value != "mean":
-            raise UsageError(f"Ablate takes a number, a tensor or 'mean', not {self.value!r}")
+        if not all(_is_value(value) or (isinstance(value, str) and value == "mean") for value in _each(self.value)):
+            raise UsageError(f"Ablate takes a number, a tensor or 'mean', not {shown(self.value)}")
 
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Return base with its features set."""
@@ -229,6 +242,15 @@ class Collect(Operation):
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Return the features, ``(batch, n_positions, k)``."""
         return self.of_site.collect(base, _of_site(self.indices))
+
+
+def _each(value: Any) -> Iterable[Any]:
+    """Return the values of a mapping by group, or the one value for all."""
+    return value.values() if isinstance(value, Mapping) else (value,)
+
+
+def _is_value(value: object) -> bool:
+    return isinstance(value, Tensor | Real)
 
 
 def given(source: Tensor | None) -> Tensor:

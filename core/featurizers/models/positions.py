@@ -29,7 +29,7 @@ class Pass:
         began: event, as `contexts.counter` numbers them, at which the first tokens of the prompt were computed; 0 if
             that was before the model was watched.
         attention_mask: ``(batch, total)``, 1 for a token and 0 for padding; None if nothing is padded.
-        opaque_mask: whether the model was given a mask in a form that does not show the padding.
+        opaque_mask: whether the model was given texts, or a mask in a form that does not show the padding.
         prompt_columns: number of columns of the prompt, while ``generate`` runs; else None.
         tokens: ids ``(batch, sequence)`` that this pass computes; None if the model was given embeddings.
         has_position_ids: whether the model was given position ids.
@@ -106,8 +106,8 @@ def columns(positions: Positions, hidden: Tensor, current: Pass, *, prompt_only:
     indices = indices.expand(batch, -1)
     if current.opaque_mask:
         raise PositionError(
-            "the attention mask is not of shape (batch, sequence), so padding cannot be told from tokens; "
-            "pass a two-dimensional mask or use positions=None"
+            "the model was given texts, or an attention mask that is not of shape (batch, sequence), so padding cannot "
+            "be told from tokens; pass token ids and a two-dimensional mask, or use positions=None"
         )
     mask = current.attention_mask
     if mask is None:

@@ -17,7 +17,7 @@ from featurizers.features.site_map import SiteMap
 from featurizers.format.sites import Site
 from featurizers.models.anatomy import Anatomy
 from featurizers.models.caches import CACHE_NAMES
-from featurizers.models.calling import with_position_ids, without_cache
+from featurizers.models.calling import as_named, with_position_ids, without_cache
 from featurizers.models.checkpointing import uncheckpointed
 from featurizers.models.compilation import eager
 from featurizers.models.contexts import is_reading, reading, unedited
@@ -73,7 +73,7 @@ def read(
         for key, place in places.items():
             hooks.callback(hook(place, functools.partial(keep, key, watch, mark, stop), only_reads=True).remove)
         called = anatomy.model if module is None else module
-        called(**{**without_cache(called), **inputs})
+        called(**{**without_cache(called), **as_named(called, inputs)})
     if missing := [str(key) for key in places if key not in activations]:
         raise UsageError(f"the model ran without passing through {', '.join(missing)}")
     return activations

@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -27,6 +27,7 @@ from featurizers.models.caches import CacheLog, cache_of
 from featurizers.models.calling import bound, signature
 from featurizers.models.contexts import counter
 from featurizers.models.detection import submodule
+from featurizers.models.holders import inside_bridge
 from featurizers.models.positions import Pass
 
 
@@ -50,6 +51,7 @@ class GenerateOptions:
         arguments: keyword arguments of the call.
         defaults: generation configs to look into for an option that is not among them.
         trims: whether `Member.end_generate` will be called.
+        texts: whether the prompt was given as texts.
     """
 
     columns: int | None
@@ -57,6 +59,7 @@ class GenerateOptions:
     arguments: dict[str, Any]
     defaults: tuple[Any, ...]
     trims: bool = True
+    texts: bool = False
 
     def get(self, name: str) -> Any:
         """Return an option; None if it is not set."""
@@ -161,7 +164,7 @@ class Watch:
         names = ("inputs", "input_ids", "inputs_embeds", "input")
         prompt = args[0] if args else next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
         columns = prompt.shape[1] if isinstance(prompt, Tensor) and prompt.dim() > 1 else None
-        options = self._options(columns, kwargs)
+        options = replace(self._options(columns, kwargs), texts=are_texts(prompt))
         before, self._state.generating = self._state.generating, options
         members = [member for acts, member in self._members if acts()]
         try:
@@ -191,7 +194,7 @@ class Watch:
         if (
             not isinstance(prompt, Tensor)
             or not isinstance(outer, nn.Module)
-            or self._model not in set(outer.modules())
+            or set(outer.modules()).isdisjoint(self._path)
         ):
             return None
         arguments = {**frame, **(arguments or {})}
@@ -209,7 +212,8 @@ class Watch:
         if state.outer is not None and state.outer.depth < depth:
             return
         if "attention_mask" in arguments or "attention_mask" in signature(type(module).forward).parameters:
-            ids, has_ids = arguments.get("input_ids"), arguments.get("position_ids") is not None
+            ids = arguments.get("input_ids", arguments.get("input"))  # the latter in bridges of TransformerLens
+            has_ids = arguments.get("position_ids") is not None
             state.outer = _Outer(depth, arguments.get("attention_mask"), ids, has_ids)
 
     def _forget_outer(self, *_: Any) -> None:
@@ -234,13 +238,14 @@ class Watch:
         hidden_by_generate = mask is None and generating is not None and generating.mask is not None and not start
         if hidden_by_generate:
             mask = _repeated(generating.mask, tokens)  # type: ignore[union-attr, arg-type]
+        texts = outer is not None and are_texts(outer.ids)
         outer_ids = outer.ids if outer is not None and isinstance(outer.ids, Tensor) else None
         given = outer_ids.shape[1] if outer_ids is not None and outer_ids.dim() == 2 else columns
         state.current = self._latest = Pass(
             start,
             began,
             mask,
-            opaque_mask=mask is None and own_mask is not None and (outer is None or outer.mask is not None),
+            opaque_mask=texts or (mask is None and own_mask is not None and (outer is None or outer.mask is not None)),
             prompt_columns=None if generating is None else generating.columns,
             tokens=ids if ids is not None else outer_ids,
             has_position_ids=(outer.has_position_ids if outer else False) or arguments.get("position_ids") is not None,
@@ -284,6 +289,8 @@ def watching(anatomy: Anatomy) -> Iterator[Watch]:
 
 def _path(anatomy: Anatomy) -> list[nn.Module]:
     """Return the modules from the model down to its decoder, both included."""
+    if (inside := inside_bridge(anatomy.model)) is not None:
+        return [anatomy.model, inside]
     try:
         names = anatomy.blocks.decoder.split(".") if anatomy.blocks.decoder else []
     except SiteError:  # module sites need no blocks
@@ -299,6 +306,11 @@ def _restore(model: nn.Module, wrapper: object, before: object) -> None:
         del vars(model)["generate"]
     else:
         vars(model)["generate"] = before
+
+
+def are_texts(inputs: Any) -> bool:
+    """Return whether a model was given texts, which it turns into tokens itself."""
+    return isinstance(inputs, str) or (isinstance(inputs, list | tuple) and isinstance(next(iter(inputs), None), str))
 
 
 def _repeated(mask: Tensor, tokens: Any) -> Tensor | None:

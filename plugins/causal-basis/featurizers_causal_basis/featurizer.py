@@ -204,6 +204,7 @@ class CausalBasisFeaturizer(Featurizer[CausalBasisConfig]):
 
     def featurize(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Float[Tensor, "*batch n_features"], Error]:
         """Return the coordinates in the basis, and the part of x outside it."""
+        self.check_width(x)
         x = x.to(self.directions.dtype)
         features = x @ self.vectors
         return features, x - features @ self.directions
@@ -212,6 +213,7 @@ class CausalBasisFeaturizer(Featurizer[CausalBasisConfig]):
         self, features: Float[Tensor, "*batch n_features"], error: Error
     ) -> Float[Tensor, "*batch d_in"]:
         """Return the point with these coordinates, plus the error if given."""
+        self.check_features(features)
         if isinstance(error, tuple):
             raise ShapeError("the error of a causal basis is one tensor, got a tuple")
         inside = features.to(self.directions.dtype) @ self.directions
@@ -219,6 +221,7 @@ class CausalBasisFeaturizer(Featurizer[CausalBasisConfig]):
 
     def encode(self, x: Float[Tensor, "*batch d_in"], columns: Tensor | None = None) -> Float[Tensor, "*batch k"]:
         """Return the coordinates alone, all or some."""
+        self.check_width(x)
         return x.to(self.directions.dtype) @ self._rows(columns).mT
 
     def apply_edit(

@@ -89,14 +89,17 @@ class StandardizeFeaturizer(Featurizer[StandardizeConfig]):
 
     def featurize(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Float[Tensor, "*batch d_in"], Error]:
         """Return standardized coordinates and no error."""
+        self.check_width(x)
         return (x - self.mean) / self.std, None
 
     def inverse_featurize(self, features: Float[Tensor, "*batch d_in"], error: Error) -> Float[Tensor, "*batch d_in"]:
         """Return the coordinates in the units of the activations."""
+        self.check_features(features)
         return features * self.std + self.mean
 
     def encode(self, x: Float[Tensor, "*batch d_in"], columns: Tensor | None = None) -> Float[Tensor, "*batch k"]:
         """Return standardized coordinates, all or those in ``columns``."""
+        self.check_width(x)
         if columns is None:
             return (x - self.mean) / self.std
         return (x[..., columns] - self.mean[columns]) / self.std[columns]

@@ -189,6 +189,7 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
 
     def featurize(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Float[Tensor, "*batch n_features"], Error]:
         """Return the coordinates in the subspace, and the part of x outside it as the error."""
+        self.check_width(x)
         basis = self.orthonormal_basis()
         x = x.to(basis.dtype)
         with without_autocast(x):
@@ -199,6 +200,7 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
         self, features: Float[Tensor, "*batch n_features"], error: Error
     ) -> Float[Tensor, "*batch d_in"]:
         """Return the point with these coordinates, plus the error unless that is None."""
+        self.check_features(features)
         basis = self.orthonormal_basis()
         if isinstance(error, tuple):
             raise ShapeError("the error of a subspace is a tensor or None, got a tuple")
@@ -208,6 +210,7 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
 
     def encode(self, x: Float[Tensor, "*batch d_in"], columns: Tensor | None = None) -> Float[Tensor, "*batch k"]:
         """Return the coordinates, all or those in ``columns``."""
+        self.check_width(x)
         basis = self._columns(columns)
         with without_autocast(basis):
             return x.to(basis.dtype) @ basis

@@ -8,6 +8,7 @@ from typing import Any, Final, TypeAlias
 
 import torch
 from featurizers.errors import FeaturizerError, shown
+from featurizers.models import text_ids
 
 Tokens: TypeAlias = tuple[int, ...]
 """Token ids, or the positions of tokens in a prompt."""
@@ -142,11 +143,7 @@ def _encode(text: str, key: str, where: str, tokenizer: Any) -> tuple[list[int],
         raise PairError(where, f"{key!r} has half of a surrogate pair, {shown(text)}, which no tokenizer can encode")
     if tokenizer is None:
         raise PairError(where, f"{key!r} is a text, {shown(text)}; give the tokenizer of the model, or token ids")
-    whole, own = (list(tokenizer(text, add_special_tokens=special)["input_ids"]) for special in (True, False))
-    for start in range(len(whole) - len(own), -1, -1):
-        if own and whole[start : start + len(own)] == own:
-            return whole[: start + len(own)], own
-    return whole, own
+    return text_ids(tokenizer, text)
 
 
 def _encodable(text: str) -> bool:

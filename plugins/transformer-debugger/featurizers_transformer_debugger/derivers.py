@@ -1,152 +1,31 @@
-"""transformer-debugger's scalar sources and scalar derivers, over those of `featurizers_derived_scalars`."""
+"""transformer-debugger's scalar derivers, over those of `featurizers_derived_scalars`."""
 
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
+import torch
 from featurizers.errors import UsageError
-from featurizers_derived_scalars import Deriver, MetricGrad, quantities
+from featurizers_derived_scalars import Deriver, quantities
 from featurizers_derived_scalars.nodes import NodeAxis
-from featurizers_derived_scalars.quantities import Context, DerivedSource, RawSource
+from featurizers_derived_scalars.quantities import Context, DerivedSource
 from torch import Tensor
 
-from featurizers_transformer_debugger.indexers import (
-    DEFAULT_LAYER_INDEXER,
-    LayerIndex,
-    LayerIndexer,
-    NoLayersLayerIndexer,
-    StaticLayerIndexer,
-)
-from featurizers_transformer_debugger.names import (
-    ActivationLocationType,
-    LocationWithinLayer,
-    NamedLocation,
-    NamedScalar,
-    PassType,
-    location_of,
-)
-from featurizers_transformer_debugger.scalars import upstream
-from featurizers_transformer_debugger.stores import (
+from featurizers_transformer_debugger.activations import (
     ActivationLocationTypeAndPassType,
     ActivationsAndMetadata,
     DerivedScalarTypeAndPassType,
-    DstConfig,
-    RawActivationStore,
-    derived,
-    raw_source,
 )
+from featurizers_transformer_debugger.config import DstConfig
+from featurizers_transformer_debugger.indexers import DEFAULT_LAYER_INDEXER, LayerIndex, LayerIndexer
+from featurizers_transformer_debugger.names import LocationWithinLayer, NamedScalar, PassType
+from featurizers_transformer_debugger.sources import ScalarSource
+from featurizers_transformer_debugger.stores import RawActivationStore, derived
 
 TensorFunction = Callable[[tuple[Tensor, ...], LayerIndex, PassType], Tensor]
-
-
-class ScalarSource(ABC):
-    """A tensor at each of some layers: a raw location or a deriver, in one pass.
-
-    Attributes:
-        pass_type: the pass.
-        layer_indexer: from the layer of the result to the layer of the source.
-    """
-
-    pass_type: PassType
-    layer_indexer: LayerIndexer
-
-    @property
-    @abstractmethod
-    def exists_by_default(self) -> bool:
-        """True if a run of the model computes it."""
-
-    @property
-    @abstractmethod
-    def dst(self) -> NamedScalar:
-        """Name."""
-
-    @property
-    @abstractmethod
-    def location_within_layer(self) -> LocationWithinLayer | None:
-        """Location in a block; None for what the model has once."""
-
-    @property
-    @abstractmethod
-    def sub_activation_location_type_and_pass_types(self) -> tuple[ActivationLocationTypeAndPassType, ...]:
-        """Raw locations that it comes from, without those that transformer-debugger has no name for."""
-
-    @property
-    @abstractmethod
-    def source(self) -> quantities.ScalarSource:
-        """Equivalent source of `featurizers_derived_scalars`."""
-
-    @property
-    def dst_and_pass_type(self) -> DerivedScalarTypeAndPassType:
-        """Name and pass."""
-        return DerivedScalarTypeAndPassType(self.dst, self.pass_type)
-
-    @property
-    def layer_index(self) -> LayerIndex:
-        """Layer of a static indexer.
-
-        Raises:
-            UsageError: the indexer is not static.
-        """
-        if not isinstance(self.layer_indexer, StaticLayerIndexer):
-            raise UsageError(f"{self.layer_indexer} gives no single layer; At(layer) and Unlayered() do")
-        return self.layer_indexer.source(None)
-
-    def derive_from_raw(
-        self, raw_activation_store: RawActivationStore, desired_layer_indices: Sequence[LayerIndex] | None
-    ) -> ActivationsAndMetadata:
-        """Return its tensors at some layers; at all if None. Give ``[None]`` for what the model has once."""
-        return derived(self.dst, self.source, raw_activation_store, self.pass_type, desired_layer_indices)
-
-
-@final
-@dataclass(frozen=True)
-class RawScalarSource(ScalarSource):
-    """A raw location in one pass.
-
-    Raises:
-        UsageError: the location has no layers, and the indexer gives layers.
-    """
-
-    activation_location_type: NamedLocation
-    pass_type: PassType
-    layer_indexer: LayerIndexer = DEFAULT_LAYER_INDEXER
-
-    def __post_init__(self) -> None:
-        """Check the indexer."""
-        if self.activation_location_type.has_no_layers and not isinstance(self.layer_indexer, NoLayersLayerIndexer):
-            raise UsageError(
-                f"{self.activation_location_type.name} has no layers: give it NoLayersLayerIndexer(), "
-                f"not {self.layer_indexer}"
-            )
-
-    @property
-    def exists_by_default(self) -> bool:
-        """True if a run of the model computes the location."""
-        return self.activation_location_type.exists_by_default
-
-    @property
-    def dst(self) -> NamedScalar:
-        """Name of its value."""
-        return self.activation_location_type.dst
-
-    @property
-    def location_within_layer(self) -> LocationWithinLayer | None:
-        """Location in a block."""
-        return self.activation_location_type.location_within_layer
-
-    @property
-    def sub_activation_location_type_and_pass_types(self) -> tuple[ActivationLocationTypeAndPassType, ...]:
-        """Location itself."""
-        return (ActivationLocationTypeAndPassType(self.activation_location_type, self.pass_type),)
-
-    @property
-    def source(self) -> quantities.ScalarSource:
-        """Raw source."""
-        return raw_source(self.activation_location_type, self.pass_type, self.layer_indexer)
 
 
 @final
@@ -182,49 +61,6 @@ class DerivedScalarSource(ScalarSource):
 
 @final
 @dataclass(frozen=True)
-class _Upstream(ScalarSource):
-    """A scalar as `upstream` derives it, forward."""
-
-    name: NamedScalar
-    inner: Deriver
-    pass_type: PassType = PassType.FORWARD
-    layer_indexer: LayerIndexer = DEFAULT_LAYER_INDEXER
-    exists_by_default: ClassVar[bool] = False
-
-    @property
-    def dst(self) -> NamedScalar:
-        return self.name
-
-    @property
-    def location_within_layer(self) -> LocationWithinLayer | None:
-        return None if self.inner.basis is None else location_of(self.inner.basis.kind)
-
-    @property
-    def sub_activation_location_type_and_pass_types(self) -> tuple[ActivationLocationTypeAndPassType, ...]:
-        by_kind = {location.kind: location for location in ActivationLocationType}
-        pairs = [(by_kind[kind], pass_) for kind, pass_ in _captured(self.inner) if kind in by_kind]
-        return tuple(
-            ActivationLocationTypeAndPassType(location, PassType(pass_)) for location, pass_ in dict.fromkeys(pairs)
-        )
-
-    @property
-    def source(self) -> quantities.ScalarSource:
-        return DerivedSource(self.inner)
-
-
-def _captured(deriver: Deriver) -> Iterator[tuple[str, str]]:
-    """Yield kinds and passes of the raw sources below a deriver; the final gradient is that after the last block."""
-    for source in deriver.sources:
-        if isinstance(source, RawSource):
-            yield source.kind, source.pass_
-        elif isinstance(source, DerivedSource):
-            yield from _captured(source.deriver)
-        elif isinstance(source, MetricGrad):
-            yield "resid.post", "backward"
-
-
-@final
-@dataclass(frozen=True)
 class ScalarDeriver:
     """A scalar as a function of some sources, layer by layer.
 
@@ -235,7 +71,7 @@ class ScalarDeriver:
         dst_config: options of its name; ``layer_indices`` says which layers are derived.
         sub_scalar_sources: sources of the function's tensors.
         tensor_calculate_derived_scalar_fn: from the sources' tensors, the layer and the pass to the tensor.
-        location: location in a block; None for that of the first source.
+        _specified_location_within_layer: location in a block; None for that of its name or of its first source.
         passes: passes that it can be derived in; None for those that ``derive_gradients`` gives.
     """
 
@@ -243,7 +79,7 @@ class ScalarDeriver:
     dst_config: DstConfig
     sub_scalar_sources: tuple[ScalarSource, ...]
     tensor_calculate_derived_scalar_fn: TensorFunction
-    location: LocationWithinLayer | None = None
+    _specified_location_within_layer: LocationWithinLayer | None = None
     passes: tuple[PassType, ...] | None = None
 
     @property
@@ -253,8 +89,21 @@ class ScalarDeriver:
 
     @property
     def location_within_layer(self) -> LocationWithinLayer | None:
-        """Location in a block."""
-        return self.sub_scalar_sources[0].location_within_layer if self.location is None else self.location
+        """Location in a block.
+
+        Raises:
+            UsageError: the specified one is not that of the name.
+        """
+        specified, own = self._specified_location_within_layer, self.dst.location_within_layer
+        if specified is not None and own is not None and specified is not own:
+            raise UsageError(f"{self.dst.value} is at {own.name}, and {specified.name} was specified; leave it out")
+        known = own if specified is None else specified
+        return self.sub_scalar_sources[0].location_within_layer if known is None else known
+
+    @property
+    def device_for_raw_activations(self) -> torch.device:
+        """Device that its configuration reads raw activations onto."""
+        return self.dst_config.get_device()
 
     @property
     def derivable_pass_types(self) -> tuple[PassType, ...]:
@@ -289,15 +138,18 @@ class ScalarDeriver:
             for location in source.sub_activation_location_type_and_pass_types
         )
 
+    def _check_pass(self, pass_type: PassType) -> None:
+        if pass_type not in self.derivable_pass_types:
+            able = " and ".join(self.derivable_pass_types)
+            raise UsageError(f"{self.dst.value} is derived {able}, not {pass_type.value}")
+
     def deriver(self, pass_type: PassType) -> Deriver:
         """Return the equivalent deriver of `featurizers_derived_scalars` in one pass; its ``needs`` are for `capture`.
 
         Raises:
             UsageError: it cannot be derived in that pass.
         """
-        if pass_type not in self.derivable_pass_types:
-            able = " and ".join(self.derivable_pass_types)
-            raise UsageError(f"{self.dst.value} is derived {able}, not {pass_type.value}")
+        self._check_pass(pass_type)
 
         def fn(context: Context, *tensors: Tensor) -> Tensor:
             return self.tensor_calculate_derived_scalar_fn(tensors, context.layer, pass_type)
@@ -306,14 +158,45 @@ class ScalarDeriver:
         return Deriver(self.dst.value, sources, self.dst.shape_spec_per_token_sequence, fn)
 
     def derive_from_raw(self, raw_activation_store: RawActivationStore, pass_type: PassType) -> ActivationsAndMetadata:
-        """Return its tensors, at the layers of its configuration that are there.
+        """Return its tensors at the layers of its configuration; what the model has once, whatever these are.
 
         Raises:
-            UsageError: it cannot be derived in that pass.
+            UsageError: it cannot be derived in that pass, or its configuration is of another model or device.
             SiteError: what it needs was not captured.
         """
+        self.dst_config.check(raw_activation_store.raw)
         source = DerivedSource(self.deriver(pass_type))
-        return derived(self.dst, source, raw_activation_store, pass_type, self.dst_config.layer_indices)
+        there = source.layers(raw_activation_store.raw)
+        layers = None if there is None or there == {None} else self.dst_config.layer_indices
+        return derived(self.dst, source, raw_activation_store, pass_type, layers)
+
+    def activations_and_metadata_calculate_derived_scalar_fn(
+        self, activation_data_tuple: tuple[ActivationsAndMetadata, ...], pass_type: PassType
+    ) -> ActivationsAndMetadata:
+        """Return its tensors from those of its sources, at the layers of its configuration.
+
+        A deriver of `make_scalar_deriver` that is of no raw location has itself as its only source.
+
+        Args:
+            activation_data_tuple: tensors of each source, in order.
+            pass_type: the pass.
+
+        Raises:
+            UsageError: the tensors are not those of the sources, or of different layers, or it cannot be derived in
+                that pass.
+        """
+        self._check_pass(pass_type)
+        wanted = [(one.dst.value, one.pass_type.value) for one in self.get_sub_dst_and_pass_types()]
+        found = [(one.dst.value, one.pass_type.value) for one in activation_data_tuple]
+        if found != wanted:
+            raise UsageError(f"{self.dst.value} is computed from {_listed(wanted)}, not from {_listed(found)}")
+        first, *others = (one.filter_layers(self.dst_config.layer_indices) for one in activation_data_tuple)
+        return first.apply_layerwise_transform_fn_to_multiple_activations(
+            lambda *tensors, layer_index: self.tensor_calculate_derived_scalar_fn(tensors, layer_index, pass_type),
+            tuple(others),
+            self.dst,
+            pass_type,
+        )
 
     def to_serializable_dict(self) -> dict[str, Any]:
         """Return name and configuration."""
@@ -366,26 +249,10 @@ class ScalarDeriver:
             dst=output_dst,
             sub_scalar_sources=(DerivedScalarSource(self, pass_type), *others),
             tensor_calculate_derived_scalar_fn=fn,
-            location=self.location_within_layer,
+            _specified_location_within_layer=self.location_within_layer,
             passes=(pass_type,),
         )
 
 
-def make_scalar_deriver(dst: NamedScalar, dst_config: DstConfig | None = None) -> ScalarDeriver:
-    """Return the deriver of one of the 106 names: for raw locations in both passes, for the others forward.
-
-    Raises:
-        UsageError: the configuration lacks an option that the name needs.
-    """
-    config = DstConfig() if dst_config is None else dst_config
-    if dst.value in set(ActivationLocationType):
-        location = ActivationLocationType(dst.value)
-        at = NoLayersLayerIndexer() if location.has_no_layers else DEFAULT_LAYER_INDEXER
-        both = tuple(PassType) if config.derive_gradients else (PassType.FORWARD,)
-        sources = tuple(RawScalarSource(location, pass_type, at) for pass_type in both)
-        return ScalarDeriver(
-            dst, config, sources, lambda tensors, _, pass_type: tensors[both.index(pass_type)], passes=both
-        )
-    inner = upstream(dst.value, featurizers=config.featurizers, node=config.node, latent=config.latent)
-    passes = (PassType.FORWARD,)
-    return ScalarDeriver(dst, config, (_Upstream(dst, inner),), lambda tensors, _, __: tensors[0], passes=passes)
+def _listed(pairs: Sequence[tuple[str, str]]) -> str:
+    return " and ".join(f"{name} ({pass_})" for name, pass_ in pairs) or "nothing"

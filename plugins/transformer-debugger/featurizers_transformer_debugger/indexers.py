@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Final, TypeAlias, final
+from typing import ClassVar, Final, TypeAlias, final
 
 from featurizers.errors import SiteError
 from featurizers_derived_scalars.quantities import SAME, At, LayerMap, Same, Unlayered
@@ -12,11 +13,78 @@ from featurizers_derived_scalars.quantities import SAME, At, LayerMap, Same, Unl
 LayerIndex: TypeAlias = int | None
 LayerIndexer: TypeAlias = LayerMap
 IdentityLayerIndexer = Same
-ConstantLayerIndexer = At
-NoLayersLayerIndexer = Unlayered
-StaticLayerIndexer = (At, Unlayered)
-"""Indexers that always give one layer."""
 DEFAULT_LAYER_INDEXER: Final = SAME
+
+
+class StaticLayerIndexer(LayerMap):
+    """Base of indexers that always give one layer."""
+
+    constant: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def layer_index(self) -> LayerIndex:
+        """The layer."""
+
+    @property
+    @abstractmethod
+    def _plain(self) -> LayerMap:
+        """Equivalent layer map of `featurizers_derived_scalars`."""
+
+    def source(self, layer: int | None) -> int | None:
+        """Return the one layer."""
+        return self._plain.source(layer)
+
+    def results(self, available: Collection[int | None]) -> frozenset[int | None] | None:
+        """Return None, for all layers, if the one layer is available; else no layer."""
+        return self._plain.results(available)
+
+    def sources(self, layers: frozenset[int | None] | None) -> frozenset[int | None] | None:
+        """Return the one layer."""
+        return self._plain.sources(layers)
+
+
+@final
+@dataclass(frozen=True)
+class ConstantLayerIndexer(StaticLayerIndexer):
+    """A fixed layer.
+
+    Attributes:
+        constant_layer_index: number of the layer.
+
+    Raises:
+        UsageError: it is not a number from 0.
+    """
+
+    constant_layer_index: int
+
+    def __post_init__(self) -> None:
+        """Check the layer."""
+        At(self.constant_layer_index)
+
+    @property
+    def layer_index(self) -> LayerIndex:
+        """The layer."""
+        return self.constant_layer_index
+
+    @property
+    def _plain(self) -> LayerMap:
+        return At(self.constant_layer_index)
+
+
+@final
+@dataclass(frozen=True)
+class NoLayersLayerIndexer(StaticLayerIndexer):
+    """No layer, for what the model has once."""
+
+    @property
+    def layer_index(self) -> LayerIndex:
+        """None."""
+        return None
+
+    @property
+    def _plain(self) -> LayerMap:
+        return Unlayered()
 
 
 @final
@@ -25,14 +93,14 @@ class OffsetLayerIndexer(LayerMap):
     """A layer a number of blocks later, or earlier if negative. Where that is no layer, there is no result.
 
     Attributes:
-        offset: number of blocks.
+        layer_index_offset: number of blocks.
 
     Example:
         >>> OffsetLayerIndexer(-1).source(3), sorted(OffsetLayerIndexer(-1).results([0, 1, 2]))
         (2, [1, 2, 3])
     """
 
-    offset: int
+    layer_index_offset: int
 
     def source(self, layer: int | None) -> int | None:
         """Return the layer, moved.
@@ -40,15 +108,16 @@ class OffsetLayerIndexer(LayerMap):
         Raises:
             SiteError: the layer is None, or the result would be negative.
         """
-        if layer is None or layer + self.offset < 0:
-            raise SiteError(
-                f"there is no layer {self.offset:+d} from {'a place without layer' if layer is None else layer}"
-            )
-        return layer + self.offset
+        if layer is None or layer + self.layer_index_offset < 0:
+            start = "a place without layer" if layer is None else layer
+            raise SiteError(f"there is no layer {self.layer_index_offset:+d} from {start}")
+        return layer + self.layer_index_offset
 
     def results(self, available: Collection[int | None]) -> frozenset[int | None] | None:
         """Return the available layers, moved back."""
-        return frozenset(at - self.offset for at in available if at is not None and at >= self.offset)
+        return frozenset(
+            at - self.layer_index_offset for at in available if at is not None and at >= self.layer_index_offset
+        )
 
     def sources(self, layers: frozenset[int | None] | None) -> frozenset[int | None] | None:
         """Return the layers, moved."""

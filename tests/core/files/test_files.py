@@ -289,5 +289,14 @@ def test_a_name_with_controls_is_escaped_in_every_error(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there(tmp_path):
     featurizers.convert(dictionary("relu"), tmp_path / "sae", to="sae-lens")
-    with pytest.raises(UsageError, match="cannot be put on 'cuda:0'"):
-        featurizers.load(tmp_path / "sae", device="cuda:0")
+    featurizers.create("subspace", d_in=8, n_features=2).save_pretrained(tmp_path / "own")
+    for source in (tmp_path / "sae", tmp_path / "own"):
+        with pytest.raises(UsageError, match="the device 'cuda:0' cannot be used here") as caught:
+            featurizers.load(source, device="cuda:0")
+        assert "safetensors" not in str(caught.value)
+
+
+def test_a_device_without_values(tmp_path):
+    featurizers.create("subspace", d_in=8, n_features=2).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="'meta' have no values"):
+        featurizers.load(tmp_path, device="meta")

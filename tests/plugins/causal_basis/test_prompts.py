@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from featurizers.errors import UsageError
 from featurizers_causal_basis.command.prompts import read_prompts
+from featurizers_derived_scalars.command.options import prompt_ids
 
 from tests.support.models import fresh_model, save_language_model
 
@@ -82,3 +85,20 @@ def test_unfit_files_are_refused(tmp_path, tokenizer):
             read(there, tokenizer)
     with pytest.raises(UsageError, match="leave none"):
         read(path, tokenizer, length=4, skipped=4)
+
+
+@pytest.mark.parametrize(("kind", "before"), [("$A </s>", []), ("<s> $A </s>", [1])])
+def test_an_appended_end_of_sequence_is_no_token_of_a_prompt(kind, before, tmp_path):
+    vocabulary = {"</s>": 0, "<s>": 1, **{f"w{i}": i for i in range(2, 30)}}
+    tokens = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w2"))
+    tokens.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokens.post_processor = tokenizers.processors.TemplateProcessing(
+        single=kind, special_tokens=[("<s>", 1), ("</s>", 0)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token="<s>", eos_token="</s>")
+    (tmp_path / "texts.txt").write_text("w5 w6 w7\nw8 w9 </s>")
+    prompts = read(tmp_path / "texts.txt", tokenizer, skipped=0)
+    rows = [row[kept].tolist() for row, kept in zip(prompts.ids, prompts.attention, strict=True)]
+    assert rows == [[*before, 5, 6, 7], [*before, 8, 9, 0]]  # the second text spells it out
+    assert int(read(tmp_path / "texts.txt", tokenizer, skipped=0, length=2).mask.sum()) == 4
+    assert prompt_ids(tokenizer, "w5 w6", fresh_model("llama")) == [*before, 5, 6]  # of `featurizers scalars`

@@ -107,6 +107,13 @@ def test_a_site_is_seen_through_an_artefact(option):
     assert {row["layer"] for row in found if row["node"].startswith("neuron")} == {0, 2}
 
 
+def test_the_first_tokens_are_left_out():
+    found = as_json("--what", "write_to:attn.probs", *TO, "--top", 500)["scalars"]["write_to:attn.probs"]
+    rows = as_json("--what", "write_to:attn.probs", *TO, "--top", 500, "--mask-first", 2)["scalars"]
+    kept = [row for row in found if min(row["index"][:2]) >= 2]
+    assert [row for row in rows["write_to:attn.probs"] if row["value"]] == [row for row in kept if row["value"]]
+
+
 def test_edges_and_names_of_nodes_take_one():
     found = as_json("--what", "edge_to:mlp.neurons", *TO, "--node", "mlp.neurons:2@4,17", "--top", 500)
     rows = found["scalars"]["edge_to:mlp.neurons"]
@@ -163,7 +170,9 @@ def test_a_page_needs_nothing_else(out, folder):
     assert len(page.pictures) == 9  # by token, by head and the largest, of three quantities
     assert all(picture.startswith(b"\x89PNG") for picture in page.pictures)
     assert page.addresses == []
-    assert "http" not in re.sub(r"base64,[^\"]+", "", text)
+    assert "://" not in re.sub(r"base64,[^\"]+", "", text)
+    command = f"featurizers scalars --model ./lm --prompt {PROMPT!r} --target w5 --distractor w7 --top 5 --out {out}"
+    assert command in page.texts
     assert "Tokens read and written" in page.texts
     assert all(f"w{i}" in page.texts for i in IDS)
     code, _, err = run(*TO, "--out", out)
@@ -218,6 +227,7 @@ def test_a_page_without_a_metric_has_lengths(folder):
             rf"takes activations of width {MLP_WIDTH}, got shape \(5, {WIDTH}\)",
         ),
         (["--position", "9", *TO], r"the metric is at position 9, but the prompt has 5 tokens"),
+        (["--mask-first", "5", *TO], r"--mask-first 5 leaves out all 5 tokens of the prompt"),
         (["--dtype", "int8", *TO], r"a dtype is one of auto, float32, bfloat16, float16, not 'int8'"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from featurizers.errors import ArtefactError, UsageError, one_line, shown
 from featurizers.format import parse_json
+from featurizers.models import text_ids
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -44,6 +45,8 @@ class Prompts:
 def read_prompts(path: str | Path, tokenizer: Any, *, tokens: int, length: int, skipped: int, key: str) -> Prompts:
     """Read the first prompts of a file: one text per line, or in a ``.jsonl`` file one object with a text per line.
 
+    Special tokens that the tokenizer appends, such as an end of sequence, are no tokens of a prompt.
+
     Args:
         path: of the file.
         tokenizer: of the model.
@@ -65,7 +68,7 @@ def read_prompts(path: str | Path, tokenizer: Any, *, tokens: int, length: int, 
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 text = _text(line, f"{path}:{number}", key) if path.suffix == ".jsonl" else line.strip()
-                row = list(tokenizer(text, truncation=True, max_length=length)["input_ids"])[: skipped + missing]
+                row = text_ids(tokenizer, text)[0][: min(length, skipped + missing)]
                 if len(row) > skipped:
                     rows.append(row)
                     missing -= len(row) - skipped

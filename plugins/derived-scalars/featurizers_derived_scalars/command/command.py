@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +22,7 @@ from featurizers_derived_scalars.capturing import LogitDifference, Metric, captu
 from featurizers_derived_scalars.capturing.metrics import ids_of
 from featurizers_derived_scalars.circuit import Circuit
 from featurizers_derived_scalars.command import labels
-from featurizers_derived_scalars.command.observing import Observation, observed
+from featurizers_derived_scalars.command.observing import Observation, observed, unmasked
 from featurizers_derived_scalars.command.options import load_featurizers, one_token, parse_node, prompt_ids
 from featurizers_derived_scalars.nodes import Node
 from featurizers_derived_scalars.registry import spec, specs
@@ -43,6 +45,7 @@ def _list(asked: bool) -> None:
 
 
 def scalars_command(
+    context: typer.Context,
     model: Annotated[str, typer.Option("--model", help="Hub id, folder or .gguf file of a language model.")],
     prompt: Annotated[str, typer.Option(help="A text.")],
     what: Annotated[
@@ -63,6 +66,9 @@ def scalars_command(
     signed: Annotated[
         bool, typer.Option("--signed", help="The largest and the smallest values, not the magnitudes.")
     ] = False,
+    mask_first: Annotated[
+        int, typer.Option(min=0, help="Tokens to leave out at the start, and what attends to them.")
+    ] = 0,
     out: Annotated[Path | None, typer.Option(help="FILE.html or a new folder for a page with plots.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16 or auto.")] = "float32",
@@ -80,6 +86,8 @@ def scalars_command(
     by_kind = load_featurizers(featurizer or [], device)
     loaded = load_model(model, device=device, dtype=model_dtype)
     ids = prompt_ids(loaded.tokenizer, prompt, loaded.model)
+    if mask_first >= len(ids):
+        raise UsageError(f"--mask-first {mask_first} leaves out all {len(ids)} tokens of the prompt; leave out fewer")
     tokens = [loaded.tokenizer.decode([i]) for i in ids]
     metric = _metric(loaded.tokenizer, target or [], distractor or [], position)
     traced = None if node is None else parse_node(node, by_kind)
@@ -99,13 +107,16 @@ def scalars_command(
     derived = {name: one.derive(raw) for name, one in plans.items()}
     with progress_bar(sum(map(len, derived.values())), "scalars", shown=not as_json) as bar:
         for name, scalars in derived.items():
-            seen = observed(scalars, observations[name], bar.advance)
-            largest[name] = seen.topk(top, both_ends=signed, absolute=not signed)
+            seen = observed(scalars, observations[name], bar.advance, mask_first)
+            best = seen.topk(top, both_ends=signed, absolute=not signed)
+            largest[name] = [unmasked(entry, scalars.about[entry.name], mask_first) for entry in best]
             rows[name] = labels.rows_of(largest[name], scalars.about, tokens)
     if page_file is not None:
         from featurizers_derived_scalars.command.page import Page, write_page
 
-        write_page(page_file, Page(model, tokens, about, rows, observations, largest, loaded.tokenizer, raw))
+        described = {key: one for scalars in derived.values() for key, one in scalars.about.items()}
+        content = Page(model, tokens, about, rows, described, observations, largest, loaded.tokenizer, raw)
+        write_page(page_file, replace(content, command=_command_line(context), masked=mask_first))
     if as_json:
         result = {"model": model, "tokens": tokens, "metric": about, "value": raw.metric, "scalars": rows}
         print(json.dumps({**result, **({} if page_file is None else {"page": str(page_file)})}, indent=2))
@@ -117,6 +128,20 @@ def scalars_command(
         console.print(labels.table(part))
     if page_file is not None:
         print(f"Page: {page_file}")
+
+
+def _command_line(context: typer.Context) -> str:
+    """Return the command with the options that were given."""
+    words = ["featurizers", "scalars"]
+    for param in context.command.params:
+        source, value = context.get_parameter_source(str(param.name)), context.params.get(str(param.name))
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        if value is True:
+            words.append(param.opts[0])
+        for one in () if isinstance(value, bool) else value if isinstance(value, (list, tuple)) else (value,):
+            words += [param.opts[0], str(one)]
+    return shlex.join(words)
 
 
 def _plans(

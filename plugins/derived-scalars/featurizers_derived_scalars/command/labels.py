@@ -18,6 +18,7 @@ _KINDS = {
     "attn.delta": "attention",
     "mlp.delta": "MLP",
 }
+_GROUPS = {"attn.probs": "heads", "attn.z": "heads", "mlp.neurons": "neurons", "resid.post": "residual stream"}
 _UNITS = {"head": "head", "neuron": "neuron", "feature": "feature", "d_model": "channel", "d_head": "channel",
           "vocab": "token"}  # fmt: skip
 
@@ -39,6 +40,16 @@ def node_label(name: str, about: Scalar, entry: Ranked) -> str:
     if basis.featurizer is not None and basis.part != "features":
         owner = f"{basis.part} of {owner}"
     return f"{units} of {owner}" if units else owner
+
+
+def basis_label(name: str, about: Scalar | None) -> str:
+    """Return what the nodes of a scalar are: ``heads``, ``neurons``, ``features of mlp.delta``; else its name."""
+    basis = None if about is None else about.basis
+    if basis is None:
+        return name
+    if basis.featurizer is not None:
+        return f"{basis.part} of the featurizer at {basis.kind}"
+    return _GROUPS.get(basis.kind) or _KINDS.get(basis.kind) or name
 
 
 def positions_of(about: Scalar, entry: Ranked) -> tuple[int | None, int | None]:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from featurizers_derived_scalars.results import Scalars
+from featurizers_derived_scalars.nodes import NodeAxis, pair_of
+from featurizers_derived_scalars.results import Ranked, Scalar, Scalars
+from featurizers_derived_scalars.results.ranking import node_at
 from featurizers_derived_scalars.results.scalar import Key
 
 
@@ -33,20 +35,48 @@ class Observation:
                 sums[key] = (tensor.sum(others) if others else tensor).tolist()
 
 
-def observed(scalars: Scalars, observation: Observation, tick: Callable[[], None]) -> Scalars:
+def observed(scalars: Scalars, observation: Observation, tick: Callable[[], None], masked: int = 0) -> Scalars:
     """Return the same scalars; each that is looked up is added to the observation, and ``tick`` is called.
 
     Logits of masked pairs, which are minus infinity, become zero.
+
+    Args:
+        scalars: the scalars.
+        observation: takes the sums.
+        tick: called after each tensor.
+        masked: number of tokens to leave out at the start, as tokens and as keys. `unmasked` puts entries of a
+            ranking back to where they are in the whole prompt.
     """
     return Scalars(
-        {key: functools.partial(_look_up, scalars, key, observation, tick) for key in scalars}, scalars.about
+        {key: functools.partial(_look_up, scalars, key, observation, tick, masked) for key in scalars}, scalars.about
     )
 
 
-def _look_up(scalars: Scalars, key: Key, observation: Observation, tick: Callable[[], None]) -> Tensor:
+def unmasked(entry: Ranked, about: Scalar, masked: int) -> Ranked:
+    """Return an entry of a ranking without the first tokens as one of the whole prompt."""
+
+    def moved(axis: NodeAxis, i: int) -> int:
+        if axis == "pair":
+            token, key = (at + masked for at in pair_of(i))
+            return token * (token + 1) // 2 + key
+        return i + masked if axis in ("token", "key") else i
+
+    at = tuple(moved(axis, i) for axis, i in zip(about.axes, entry.at, strict=True))
+    node = None if about.basis is None else node_at(about.basis, entry.layer, about.axes, at)
+    return entry._replace(at=at, node=node)
+
+
+def _look_up(scalars: Scalars, key: Key, observation: Observation, tick: Callable[[], None], masked: int) -> Tensor:
+    axes = scalars.about[key[0]].axes
     tensor = scalars[key]
-    masked = torch.isneginf(tensor)
-    tensor = tensor.masked_fill(masked, 0.0) if masked.any() else tensor
-    observation.add(key, tensor, scalars.about[key[0]].axes)
+    for dim, axis in enumerate(axes if masked else ()):
+        if axis in ("token", "key"):
+            tensor = tensor.narrow(dim, masked, tensor.shape[dim] - masked)
+        elif axis == "pair":
+            kept = [pair for pair in range(tensor.shape[dim]) if min(pair_of(pair)) >= masked]
+            tensor = tensor.index_select(dim, torch.tensor(kept, device=tensor.device))
+    hidden = torch.isneginf(tensor)
+    tensor = tensor.masked_fill(hidden, 0.0) if hidden.any() else tensor
+    observation.add(key, tensor, axes)
     tick()
     return tensor

@@ -9,6 +9,7 @@ from typing import Any
 import featurizers
 import torch
 from featurizers.errors import UsageError, shown
+from featurizers.models import text_ids
 
 from featurizers_derived_scalars.api import ByKind, grouped_rows
 from featurizers_derived_scalars.circuit import KINDS, Place
@@ -16,12 +17,12 @@ from featurizers_derived_scalars.nodes import Basis, Node
 
 
 def prompt_ids(tokenizer: Any, prompt: str, model: Any) -> list[int]:
-    """Return the prompt's token ids, with the special tokens that the tokenizer adds.
+    """Return the prompt's token ids, with the special tokens that the tokenizer puts before it.
 
     Raises:
         UsageError: there are none, or more than the model has positions.
     """
-    ids: list[int] = tokenizer(prompt)["input_ids"]
+    ids, _ = text_ids(tokenizer, prompt)
     most = getattr(model.config, "max_position_embeddings", None)
     if not ids:
         raise UsageError("the prompt has no tokens; give --prompt some text")

@@ -90,11 +90,11 @@ def _entry(about: Mapping[str, Scalar], candidate: _Candidate) -> Ranked:
         rest, at = divmod(rest, size)
         index.insert(0, at)
     known = about[name]
-    node = None if known.basis is None else _node_at(known.basis, layer, known.axes, tuple(index))
+    node = None if known.basis is None else node_at(known.basis, layer, known.axes, tuple(index))
     return Ranked(candidate.value, node, name, layer, tuple(index))
 
 
-def _node_at(basis: Basis, layer: int | None, axes: tuple[NodeAxis, ...], index: tuple[int, ...]) -> Node:
+def node_at(basis: Basis, layer: int | None, axes: tuple[NodeAxis, ...], index: tuple[int, ...]) -> Node:
     """Return the node of an index into a scalar; it has None on axes of the basis that were summed."""
     where: dict[str, int] = dict(zip(axes, index, strict=True))
     if "pair" in where:
