@@ -203,7 +203,7 @@ def _place(site_map: SiteMap[Any]) -> None:
     """Give a map some sites, in the order of their names."""
     shared = [*dict.fromkeys([*site_map.read_widths, *site_map.write_widths])]
     sites = {
-        name: featurizers.Site("resid.post", n).at(model=site.model, position=(-1,)) for n, name in enumerate(shared)
+        name: featurizers.Site("resid.post", n).at(model="owner/model", position=(-1,)) for n, name in enumerate(shared)
     }
     site_map.reads = {name: sites[name] for name in site_map.read_widths}
     site_map.writes = {name: sites[name] for name in site_map.write_widths}
