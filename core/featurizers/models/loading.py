@@ -46,7 +46,7 @@ def load_model(
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
-        raise MissingDependencyError("a language model", "transformers", "pip install 'transformers>=5.0'") from error
+        raise MissingDependencyError("a language model", "transformers", "pip install 'transformers>=5.9'") from error
     path = Path(name).expanduser()
     gguf = path.suffix == ".gguf"
     source, options = (str(path.parent), {"gguf_file": path.name}) if gguf else (name, {})

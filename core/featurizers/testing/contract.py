@@ -357,10 +357,11 @@ class FeaturizerContract:
         block = model.transformer.h[0]
         there = featurizers.collect(model, {"input_ids": source}, ["resid.post:0"])["resid.post:0"][:, 2]
 
-        def by_hand(_: object, __: object, output: Tensor) -> Tensor:
-            output = output.clone()
-            output[:, 2] = featurizer.interchange(output[:, 2], there, [0])
-            return output
+        def by_hand(_: object, __: object, output: Any) -> Any:
+            # before transformers 5.3, a block of GPT-2 returns a tuple
+            x = (output[0] if isinstance(output, tuple) else output).clone()
+            x[:, 2] = featurizer.interchange(x[:, 2], there, [0])
+            return (x, *output[1:]) if isinstance(output, tuple) else x
 
         handle = block.register_forward_hook(by_hand)
         expected = model(base).logits
