@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import featurizers
@@ -19,7 +20,7 @@ from featurizers.testing import FeaturizerContract
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", *DOCS, *sorted((ROOT / "plugins").glob("*/README.md"))]
+PAGES = [ROOT / "README.md", ROOT / "core" / "README.md", *DOCS, *sorted((ROOT / "plugins").glob("*/README.md"))]
 TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 BLOCK = re.compile(r"^(<!-- not run: .+? -->\n)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CONSOLE = re.compile(r"^```console\n\$ featurizers (.+?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -205,6 +206,40 @@ def test_the_conformance_suite_is_described_with_its_fixtures():
 def test_every_public_name_is_in_the_documentation():
     text = "\n".join(path.read_text(encoding="utf-8") for path in DOCS)
     assert [name for name in featurizers.__all__ if not re.search(rf"\b{name}\b", text)] == []
+
+
+# ---------------------------------------------------------------------- distributions
+
+PROJECTS = [ROOT / "pyproject.toml", *sorted((ROOT / "plugins").glob("*/pyproject.toml"))]
+
+
+@pytest.mark.parametrize("project", PROJECTS, **by_name)
+def test_the_page_of_a_distribution_on_an_index_links_to_no_file(project):
+    page = project.parent / tomllib.loads(project.read_text())["project"]["readme"]
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not link.startswith("https://")] == []
+
+
+def test_the_page_of_the_core_names_every_distribution():
+    named = set(re.findall(r"`pip install (featurizers[a-z-]*)`", (ROOT / "core" / "README.md").read_text()))
+    assert named == {tomllib.loads(project.read_text())["project"]["name"] for project in PROJECTS}
+    assert named == set(re.findall(r"`pip install (featurizers[a-z-]*)`", (ROOT / "README.md").read_text()))
+
+
+def test_the_lowest_versions_are_the_lower_bounds():
+    script = [sys.executable, str(ROOT / ".ci" / "lowest_versions.py")]
+    lines = subprocess.run(script, capture_output=True, text=True, check=True).stdout.splitlines()
+    lowest = dict(line.split("==") for line in lines)
+    required = {
+        requirement.partition(";")[0].strip()
+        for project in PROJECTS
+        for requirement in tomllib.loads(project.read_text())["project"]["dependencies"]
+        if not requirement.startswith("featurizers")
+    }
+    assert {requirement.partition(">=")[0] for requirement in required} <= set(lowest)
+    for requirement in required:
+        name, _, bound = requirement.partition(">=")
+        assert tuple(map(int, lowest[name].split("."))) >= tuple(map(int, bound.split("."))), requirement
 
 
 # ---------------------------------------------------------------------- links
