@@ -36,6 +36,15 @@ class CommandGroup(TyperGroup):
             typer.echo(f"warning: {fault}", err=True)
         return super().list_commands(ctx)
 
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; Ctrl-C ends it with one line and exit code 130, as shells expect."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            message = "error: interrupted; what was complete before is unchanged"
+            typer.echo(message, err=True)
+            raise typer.Exit(130) from None
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command that the words name.
 

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import featurizers
 import featurizers_training as training
 import pytest
 import torch
+from featurizers.format import weights
 from featurizers_training.command import options
 
 from tests.support.command import as_json, run
@@ -416,3 +419,40 @@ def test_positions_are_parsed():
     ]  # fmt: skip
     sites, positions = options.sites_and_positions(["resid.post:8@subject", "mlp.out:1@-1"])
     assert (list(map(str, sites)), positions) == (["resid.post:8", "mlp.out:1"], ["subject", -1])
+
+
+# ---------------------------------------------------------------------- Ctrl-C
+
+
+def interrupt(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupt_while_a_search_saves_leaves_the_earlier_artefact(tmp_path, monkeypatch):
+    out = tmp_path / "found"
+    code, _, error = run(*DAS, "--site", LAST, "--out", out)
+    assert code == 0, error
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    write = weights.save_tensors
+
+    def interrupted(tensors, path, *rest, **options):
+        write(tensors, path, *rest, **options)
+        interrupt()
+
+    monkeypatch.setattr(weights, "save_tensors", interrupted)
+    f = featurizers.load(out)
+    with pytest.raises(KeyboardInterrupt):
+        f.save_pretrained(out)
+    code, _, error = run(*DAS, "--site", LAST, "--out", tmp_path / "other")
+    assert (code, error.splitlines()[-1]) == (130, "error: interrupted; what was complete before is unchanged")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["found"]
+
+
+def test_an_interrupt_of_the_demo_and_of_a_push_is_one_line(tmp_path, monkeypatch):
+    featurizers.create("identity").save_pretrained(tmp_path / "a")
+    monkeypatch.setattr("featurizers_training.command.demo.run", interrupt)
+    monkeypatch.setattr("featurizers.store.push", interrupt)
+    for arguments in (("demo",), ("push", f"./{tmp_path.name}/a", "owner/name")):
+        monkeypatch.chdir(tmp_path.parent)
+        assert run(*arguments) == (130, "", "error: interrupted; what was complete before is unchanged\n")
