@@ -224,6 +224,12 @@ def test_relative_links_lead_somewhere(path):
             assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
 
 
+@pytest.mark.parametrize("path", TEXTS, **by_name)
+def test_no_page_holds_an_unresolved_merge(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if re.match(r"<{7} |={7}$|>{7} ", line)] == []
+
+
 def test_the_index_lists_every_page():
     index = (ROOT / "docs" / "index.md").read_text()
     assert set(re.findall(r"\]\((.+?)\)", index)) >= {path.name for path in DOCS} - {"index.md"}
