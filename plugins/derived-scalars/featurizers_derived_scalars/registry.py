@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-from featurizers import kinds
 from featurizers.errors import PluginError, UsageError, shown
 from featurizers.registry import host, install_command
 
@@ -75,7 +74,7 @@ def spec(name: str) -> ScalarSpec:
 def _missing_package() -> str:
     """Return a sentence on the package of transformer-debugger's names, unless it is installed."""
     package = "transformer-debugger"
-    return "" if package in kinds() else f". Names of {package} need another package: {install_command(package)}"
+    return "" if package in host().names() else f". Names of {package} need another package: {install_command(package)}"
 
 
 def deriver(name: str, /, **options: Any) -> Deriver:
