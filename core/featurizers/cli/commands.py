@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -14,7 +15,8 @@ import typer
 from featurizers import features, files, hub, registry, store
 from featurizers.cli.output import commit_link, print_fields, print_json, print_rows
 from featurizers.cli.plugin_commands import CommandGroup
-from featurizers.errors import FeaturizerError, ManifestError, SourceError, printable
+from featurizers.errors import FeaturizerError, ManifestError, SourceError, printable, shown
+from featurizers.format import card
 from featurizers.format.companion import Companion, read_companion
 from featurizers.format.manifest import (
     CARD_NAME,
@@ -33,6 +35,8 @@ from featurizers.format.manifest import (
 from featurizers.format.weights import read_header, verify_weights
 from featurizers.version import __version__
 
+MOST_SHOWN = 300
+"""Characters of JSON that ``info`` prints of one entry of the metadata."""
 ENTRY_COLUMNS = ["subfolder", "kind", "id", "site"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -109,7 +113,7 @@ def kinds(
 
 
 def info(source: SourceArgument, subfolder: Subfolder = None, revision: Revision = None, as_json: Json = False) -> None:
-    """Show the config of an artefact; needs no plugin and, on the Hub, downloads no weights."""
+    """Show what an artefact is, with --json its whole config; needs no plugin and downloads no weights."""
     record = store.manifest_of(source, subfolder=subfolder, revision=revision)
     fields = record.model_dump()
     parsed = hub.parse_source(source, revision)
@@ -122,10 +126,7 @@ def info(source: SourceArgument, subfolder: Subfolder = None, revision: Revision
     elif isinstance(record, Index):
         print_rows(_rows(record.artefacts), ENTRY_COLUMNS, as_json=False)
     else:
-        if record.site is not None:
-            known = {name: value for name, value in fields["site"].items() if value is not None}
-            fields["site"] = {"site": str(record.site.site()), **known}
-        print_fields(fields)
+        print_fields(_readable(record, fields.get("tensors", {})))
 
 
 def list_artefacts(source: SourceArgument, revision: Revision = None, as_json: Json = False) -> None:
@@ -245,6 +246,27 @@ def _constructors(cls: type) -> dict[str, str]:
         for name, value in vars(cls).items()
         if isinstance(value, classmethod) and not name.startswith("_") and name not in common
     }
+
+
+def _readable(record: Manifest, tensors: Mapping[str, str]) -> dict[str, Any]:
+    """Return what people want to know of an artefact; long metadata, such as the history of a search, by their size."""
+    fields: dict[str, Any] = {"kind": record.kind, "id": record.id, "config": record.config}
+    if site := record.site:
+        tokens = None if site.position is None else ", ".join(map(str, site.position[:20]))
+        model = site.model and " at ".join(filter(None, (site.model, site.model_revision)))
+        about = {"site": str(site.site()), "model": model, "tokens": tokens}
+        fields |= {name: value for name, value in about.items() if value is not None}
+    fields |= {name: text for name, text in card.summary_of(record).items() if name not in fields}
+    for name, value in record.metadata.items():
+        if name != "summary":
+            size = len(text := json.dumps(value, ensure_ascii=True))
+            fields[f"metadata: {shown(name)[1:-1]}"] = text if size <= MOST_SHOWN else f"{size} characters; see --json"
+    if record.features:
+        fields["feature sets"] = ", ".join(record.features)
+    if tensors:
+        fields["tensors"] = "\n".join(f"{shown(name)[1:-1]}: {spec}" for name, spec in tensors.items())
+    saved_with = ", ".join(f"{name} {version}" for name, version in record.saved_with.items())
+    return fields | {"saved with": saved_with, "sha256": record.sha256}
 
 
 def _rows(artefacts: Mapping[str, Entry]) -> list[dict[str, Any]]:

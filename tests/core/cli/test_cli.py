@@ -171,6 +171,23 @@ def test_info_of_an_artefact(here):
     assert all(word in out for word in ("sentiment", "subspace", "resid.post:8", "owner/model", "float32 [8, 2]"))
 
 
+def test_info_prints_a_summary_and_not_the_history_of_a_search(here):
+    f = featurizers.load("./one")
+    history = [{"epoch": number, "loss": 0.1} for number in range(500)]
+    f.metadata = {"summary": {"accuracy (test)": "97.0%"}, "training": {"history": history}, "license": "mit"}
+    f.save_pretrained("searched")
+    _, out, _ = run("info", "./searched")
+    assert len(out.splitlines()) < 25
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert ["accuracy (test)", "97.0%"] in rows
+    assert ["site", "resid.post:8"] in rows
+    assert ["model", "owner/model"] in rows
+    assert ["tokens", "-1"] in rows
+    assert ["metadata: license", '"mit"'] in rows
+    assert ["metadata: training", f"{len(json.dumps(f.metadata['training']))} characters; see --json"] in rows
+    assert as_json("info", "./searched")["metadata"]["training"]["history"] == history
+
+
 def test_info_and_list_of_a_collection(here):
     index = json.loads(Path("many/config.json").read_text())
     assert as_json("info", "./many") == index
