@@ -67,7 +67,7 @@ def spec(name: str) -> ScalarSpec:
     if matches:
         raise UsageError(f"several plugins have a scalar {shown(name)}; say which: {', '.join(matches)}")
     near = difflib.get_close_matches(name.lower(), {*known, *short.values()} - {""}, n=3, cutoff=0.5)
-    hint = f"like it: {', '.join(near)}" if near else f"there are {', '.join(sorted(known))}"
+    hint = f"like it: {', '.join(near)}" if near else f"`featurizers scalars --list` shows all {len(known)}"
     raise UsageError(f"there is no scalar {shown(name)}; {hint}{_missing_package()}")
 
 
