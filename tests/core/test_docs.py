@@ -80,7 +80,7 @@ def test_examples_run(path, tmp_path, monkeypatch, request):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for block in blocks(path):
-            exec(compile(block, str(path), "exec"), namespace)
+            exec(compile(block, str(path), "exec", dont_inherit=True), namespace)
 
 
 def test_the_pages_have_the_examples_that_are_run():
