@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
-from featurizers.errors import ArtefactError, printable
+from featurizers.errors import ArtefactError, one_line, printable
 from featurizers.format.manifest import LIBRARY_NAME, Index, Manifest
 
 START: Final = "<!-- featurizers: start -->"
@@ -22,7 +22,8 @@ def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -
     """Write the card of an artefact, or update the generated part of an existing card.
 
     Args:
-        manifest: describes the artefact; its licence is ``metadata["license"]``.
+        manifest: describes the artefact; its licence is ``metadata["license"]``, and ``metadata["summary"]`` has rows
+            of the card's table, names with texts.
         path: file to write.
         source: source that the example on the card loads.
         subfolder: subfolder that the example on the card loads.
@@ -46,6 +47,8 @@ def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -
         f"| config | {_code(json.dumps(manifest.config)[:500])} |",
         f"| model | {_code(site.model) if site and site.model else 'not recorded'} |",
         f"| site | {where} |",
+        *([f"| tokens | {', '.join(map(str, site.position[:20]))} |"] if site and site.position else []),
+        *(f"| {_text(name)} | {_text(text)} |" for name, text in summary_of(manifest).items()),
         f"| saved with | {_text(', '.join(f'{name} {version}' for name, version in manifest.saved_with.items()))} |",
         "",
         "```python",
@@ -59,6 +62,16 @@ def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -
     license_name = manifest.metadata.get("license", "unknown")
     metadata = _metadata(manifest.kind, base_model=site.model if site else None, license_name=license_name)
     _update(path, metadata, "\n".join(lines))
+
+
+def summary_of(manifest: Manifest) -> dict[str, str]:
+    """Return ``metadata["summary"]``, names with texts that the card and ``featurizers info`` show, each on one line.
+
+    Entries of another form are left out: metadata may be any JSON.
+    """
+    summary = manifest.metadata.get("summary")
+    entries = summary.items() if isinstance(summary, dict) else ()
+    return {one_line(name, 40): one_line(text, 200) for name, text in entries if isinstance(text, str)}
 
 
 def write_collection(index: Index, path: Path, *, source: str, intervenable: bool = False) -> None:

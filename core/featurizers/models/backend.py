@@ -40,7 +40,7 @@ from featurizers.models.positions import Inputs, Positions, are_tokens, columns
 from featurizers.models.reading import Sources, read
 from featurizers.models.watching import GenerateOptions, Watch, watching
 
-SiteT = TypeVar("SiteT", Site, str)
+SiteT = TypeVar("SiteT", bound=Site | str | None)
 
 
 @contextmanager
@@ -57,7 +57,8 @@ def intervene(
 
     Args:
         model: a decoder of `transformers`, or any module that `Anatomy` understands.
-        operations: an operation, or several, for each site; a site is a `Site` or its string.
+        operations: an operation, or several, for each site; a site is a `Site` or its string. A featurizer's ``site``
+            may be None to a type checker, so that None is accepted as a key and refused when it is one.
 
     Yields:
         Results of the `Collect` operations by site, once the model has run: ``(batch, n_positions, k)``. A new prompt
@@ -65,7 +66,7 @@ def intervene(
         operations keeps the last result.
 
     Raises:
-        SiteError: the model does not have a site.
+        SiteError: the model does not have a site, or a site is None.
         PositionError: a prompt does not have a position.
         ShapeError: a source does not fit the batch, or a featurizer does not fit the site.
 

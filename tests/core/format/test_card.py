@@ -46,6 +46,21 @@ def test_the_hub_client_reads_a_new_card(tmp_path):
     }
 
 
+def test_a_summary_in_the_metadata_is_a_part_of_the_cards_table(tmp_path):
+    f = found_in()
+    f.site = featurizers.Site("resid.post", 1).at(position=(0, -1))
+    f.metadata = {"summary": {"accuracy": "97.0% (92.6% to 100.0%)", "<b>|x": "a\n|b| <i>", "n": 3, "l": ["x"]}}
+    f.save_pretrained(tmp_path / "a")
+    lines = (tmp_path / "a" / "README.md").read_text().splitlines()
+    start = lines.index("|---|---|") + 1
+    rows = lines[start : lines.index("", start)]
+    assert "| tokens | 0, -1 |" in rows
+    assert "| accuracy | 97.0% (92.6% to 100.0%) |" in rows
+    assert r"| \<b\>\|x | a \|b\| \<i\> |" in rows
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
+    assert not any(row.startswith(("| n |", "| l |")) for row in rows)
+
+
 @pytest.mark.parametrize(
     ("front_matter", "metadata"),
     [

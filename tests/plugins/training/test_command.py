@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -163,6 +164,14 @@ def test_train_says_what_it_found_and_how_to_load_it(tmp_path):
     assert f"featurizers.load({str(out)!r}).attach(model)" in printed
     loaded = featurizers.load(out)
     record = loaded.metadata["training"]
+    for shown in ((out / "README.md").read_text(), run("info", out)[1]):
+        rows = {cells[0]: cells[1] for line in shown.splitlines() if len(cells := re.findall(r"[^|│]+", line)) == 2}
+        rows = {name.strip(): text.strip() for name, text in rows.items()}
+        test = training.Accuracy(round(record["accuracy"]["test"]["accuracy"] * 17), 17)
+        assert rows["accuracy (test)"].startswith(f"{test}, 17 pairs")
+        assert (rows["method"], rows["selected features"], rows["pairs of the search"]) == ("das", "4", "32")
+        assert (rows["site"].strip("`"), rows["tokens"], rows["model"].strip("`")) == (LAST, "-1", "lm")
+    assert "history" not in run("info", out)[1]
     assert record["method"]["n_features"] == 4
     assert (record["pairs"]["count"], record["accuracy"]["validation"]["pairs"]) == (32, 8)
     assert (str(loaded.site), loaded.site.position, loaded.site.model) == (LAST, (-1,), "lm")
@@ -363,6 +372,8 @@ ERRORS = {
     "layers beyond": ((*SWEEP, *PAIRS, "--layers", "1-3"), "the layers '1-3' are not in the model"),
     "no kind of site": ((*SWEEP, *PAIRS, "--site-kind", "x"), "x"),
     "no methods": ((*SWEEP, *PAIRS, "--methods", "das,x"), "a method is one of das, dbm"),
+    "a misspelt method": ((*SWEEP, *PAIRS, "--methods", "bdm"), "Did you mean 'dbm'?"),
+    "a misspelt control": ((*SWEEP, *PAIRS, "--controls", "shuffled-label"), "Did you mean 'shuffled-labels'?"),
     "an artefact that is not there": (("evaluate", "./none", *MODEL, *PAIRS), "there is no config.json"),
     "sites of others": (
         ("evaluate", "./plain", *MODEL, *PAIRS, "--site", LAST, "--site", LAST),
