@@ -1,63 +1,198 @@
-"""Make, save, load and use what one distribution provides, in an environment without the development group."""
+"""Make, save, load and use what one distribution provides, in an environment without the packages for development."""
 
+import contextlib
 import subprocess
 import sys
 import tempfile
 from importlib.metadata import requires
 from pathlib import Path
+from typing import Any
 
 import featurizers
 import torch
+from torch import nn
 
-
-def round_trip(kind: str, **config: object) -> None:
-    """Create a featurizer, save it, load it, and interchange its features."""
-    featurizer = featurizers.create(kind, **config)
-    x, y = torch.randn(3, 8), torch.randn(3, 8)
-    with tempfile.TemporaryDirectory() as folder:
-        again = featurizers.load(featurizer.save_pretrained(Path(folder) / "it"), verify=True)
-    assert torch.equal(again.interchange(x, y), featurizer.interchange(x, y))
-    assert torch.equal(again.interchange(x, x), x)
+IDS = torch.arange(12).reshape(2, 6)
+SOURCE = {"input_ids": IDS.flip(1) + 20}
 
 
 def command(*words: str) -> str:
     """Run the ``featurizers`` command and return what it prints."""
-    done = subprocess.run([sys.executable, "-m", "featurizers", *words], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "featurizers", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def dictionary() -> "featurizers.Featurizer":
-    """Return a small dictionary, which the formats of other libraries can hold."""
-    return featurizers.create("dictionary", d_in=8, n_features=16)
+def round_trip(featurizer: "featurizers.Featurizer") -> None:
+    """Save a featurizer, load it, and interchange its features in a model through it."""
+    again = featurizers.load(featurizer.save_pretrained("it"), verify=True)
+    x, y = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    assert torch.equal(again.interchange(x, y), featurizer.interchange(x, y))
+    assert torch.equal(again.interchange(x, x), x)
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with featurizers.intervene(model, {"module:0:output": featurizers.Interchange(again, source=y)}):
+        edited = model(x)
+    assert torch.equal(edited, model[1](featurizer.interchange(model[0](x), y)))
+
+
+def create(kind: str, **config: object) -> None:
+    """Do the round trip of a new featurizer."""
+    round_trip(featurizers.create(kind, **config))
 
 
 def core() -> None:
-    """The core alone: its two kinds, and its commands."""
-    round_trip("dictionary", d_in=8, n_features=16)
+    """Use both kinds of the core."""
+    create("dictionary", d_in=8, n_features=16)
+    first, second = (featurizers.create("dictionary", d_in=8, n_features=n) for n in (8, 16))
+    round_trip(first >> second)
     assert "dictionary" in command("kinds")
 
 
-def converted(plugin: str) -> None:
-    """Write a dictionary in the format of a plugin and read it again."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = dictionary()
-        featurizers.convert(source, Path(folder) / "it", plugin)
-        again = featurizers.load(Path(folder) / "it")
+def dictionary(rule: str, **options: Any) -> "featurizers.Featurizer":
+    """Return a dictionary with random weights."""
+    tensors = {name: torch.randn(16, 8) for name in ("W_enc", "W_dec")}
+    return featurizers.DictionaryFeaturizer.from_tensors(
+        **tensors, b_enc=torch.randn(16), b_dec=torch.randn(8), rule=rule, **options
+    )
+
+
+def converted(plugin: str, source: "featurizers.Featurizer") -> None:
+    """Write a dictionary in the format of a plugin, read it again, and use it."""
+    featurizers.convert(source, "converted", to=plugin)
+    again = featurizers.load("./converted")
     x = torch.randn(3, 8)
-    assert torch.allclose(again.encode(x), source.encode(x), atol=1e-6)
+    torch.testing.assert_close(again.encode(x), source.encode(x))
+    round_trip(again)
+
+
+def sae_lens() -> None:
+    """Use SAELens' format, and the kind of its matching pursuits."""
+    converted("sae-lens", dictionary("relu"))
+    create("sae-lens.matching-pursuit", d_in=8, n_features=16)
+
+
+def sparsify() -> None:
+    """Use sparsify's format."""
+    converted("sparsify", dictionary("topk", rule_options={"k": 4}))
+
+
+def dictionary_learning() -> None:
+    """Use dictionary_learning's format, and one of its classes."""
+    converted("dictionary-learning", dictionary("relu"))
+    from featurizers_dictionary_learning import AutoEncoder
+
+    round_trip(AutoEncoder(8, 16).as_featurizer())
+
+
+def decoder() -> Any:
+    """Return a tiny GPT-2."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=50, bos_token_id=None, eos_token_id=None)
+    return GPT2LMHeadModel(config).eval()
+
+
+def saved_in_pyvene(model: Any, intervenable: Any) -> None:
+    """Save a pyvene model, load it, and run both."""
+    folder = featurizers.save_intervenable(intervenable, "intervenable")
+    again = featurizers.load_intervenable(folder, model)
+    run = [each({"input_ids": IDS}, [SOURCE], {"sources->base": 3})[1].logits for each in (intervenable, again)]
+    assert torch.equal(*run)
+    assert not torch.equal(run[0], model(IDS).logits)
+
+
+def pyvene() -> None:
+    """Use a featurizer as an intervention of pyvene."""
+    from pyvene import IntervenableConfig, IntervenableModel
+
+    model, f = decoder(), featurizers.create("dictionary", d_in=8, n_features=16)
+    config = IntervenableConfig({"layer": 1, "component": "block_output"}, f.get_interchange_intervention())
+    saved_in_pyvene(model, IntervenableModel(config, model))
+
+
+def autoencoder() -> None:
+    """Use an autoencoder as an intervention of pyvene."""
+    from featurizers_autoencoder import AutoencoderLayer, get_intervenable_with_autoencoder
+
+    model, layer = decoder(), AutoencoderLayer(input_dim=8, latent_dim=16)
+    saved_in_pyvene(model, get_intervenable_with_autoencoder(model, layer, 16, layer=1))
+
+
+def causal_basis() -> None:
+    """Find a causal basis of a small decoder."""
+    from featurizers_causal_basis import extract_causal_bases
+
+    (basis,) = extract_causal_bases(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 20)), [torch.randn(50, 8)], k=2)
+    round_trip(basis)
+    assert "causal-basis" in command("fit", "--help")
+
+
+def causalab() -> None:
+    """Write a submission to the MIB benchmark and read it."""
+    from featurizers_causalab import read_submission, write_submission
+    from featurizers_causalab.featurizers import SubspaceFeaturizer
+
+    f = SubspaceFeaturizer(shape=(8, 2), id="DAS").as_featurizer()
+    f.site = featurizers.Site("resid.post", 1).at(position=(-1,))
+    write_submission({"ARC_easy_Gemma2ForCausalLM_answer/layer-1": f}, "submission")
+    (again,) = read_submission("./submission").values()
+    round_trip(again)
+
+
+def training() -> None:
+    """Search for a subspace, and evaluate what was saved."""
+    import featurizers_training as training
+
+    records = [
+        {"base": [i % 7 + 1, 2, i % 5 + 3], "source": [i % 6 + 8, 4, i % 3 + 9], "label": i % 4, "base_label": 9}
+        for i in range(8)
+    ]
+    model, pairs = decoder(), training.Pairs.of(records)
+    found = training.train(model, pairs, "resid.post:1", training.DAS(n_features=2))
+    found.save("found")
+    again = featurizers.load("./found")
+    assert training.evaluate(model, pairs, again) == training.evaluate(model, pairs, found.featurizers[0])
+    round_trip(again)
+    for name in ("train", "sweep", "evaluate", "demo"):
+        command(name, "--help")
+
+
+def derived_scalars() -> None:
+    """Measure direct effects, in the model's own bases and through a featurizer."""
+    from featurizers_derived_scalars import Scalars, logit_difference, scalars
+
+    metric, f = logit_difference(7, 9), featurizers.create("subspace", d_in=8, n_features=2)
+    found = scalars(decoder(), IDS[0].tolist(), "write_to", metric=metric, featurizers={"mlp.delta:1": f})
+    found.save("scalars.safetensors")
+    again = Scalars.load("scalars.safetensors")
+    assert all(torch.equal(again[key], found[key]) for key in found)
+    assert len(again.topk(3, absolute=True)) == 3
+    assert "write_to" in command("scalars", "--list")
+
+
+def transformer_debugger() -> None:
+    """Measure a scalar under its name in transformer-debugger."""
+    from featurizers_derived_scalars import scalars
+
+    assert scalars(decoder(), IDS[0].tolist(), "attn_write_norm")["attn_write_norm", 1].shape == (6, 2)
+    assert "attn_write_norm" in command("scalars", "--list")
 
 
 CHECKS = {
     "core": core,
-    "identity": lambda: round_trip("identity", d_in=8),
-    "subspace": lambda: (round_trip("subspace", d_in=8, n_features=2), round_trip("subspace", d_in=8, n_features=8)),
-    "sae-lens": lambda: converted("sae-lens"),
-    "dictionary-learning": lambda: converted("dictionary-learning"),
-    "sparsify": lambda: converted("sparsify"),
-    "training": lambda: command("train", "--help"),
-    "causal-basis": lambda: command("fit", "causal-basis", "--help"),
-    "derived-scalars": lambda: command("scalars", "--list"),
-    "transformer-debugger": lambda: command("scalars", "--list"),
+    "autoencoder": autoencoder,
+    "causal-basis": causal_basis,
+    "causalab": causalab,
+    "derived-scalars": derived_scalars,
+    "dictionary-learning": dictionary_learning,
+    "identity": lambda: create("identity", d_in=8),
+    "pyvene": pyvene,
+    "sae-lens": sae_lens,
+    "sparsify": sparsify,
+    "subspace": lambda: [create("subspace", d_in=8, n_features=2), create("standardize", d_in=8)],
+    "training": training,
+    "transformer-debugger": transformer_debugger,
 }
 
 
@@ -66,11 +201,14 @@ def main() -> None:
     name = sys.argv[1]
     distribution = "featurizers" if name == "core" else f"featurizers-{name}"
     assert requires(distribution), distribution
-    assert "site-packages" in featurizers.__file__, featurizers.__file__
+    checkout = Path(__file__).parent.parent
+    assert not Path(featurizers.__file__).is_relative_to(checkout), featurizers.__file__
+    featurizers.check_plugins()
     if name != "core":
-        featurizers.check_plugins()
-        assert name in featurizers.kinds()
-    CHECKS.get(name, core)()
+        assert name in command("plugins")
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        CHECKS[name]()
     print(f"{distribution}: made, saved, loaded and used")
 
 

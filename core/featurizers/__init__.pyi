@@ -14,6 +14,8 @@ from .models.attached import Attached as Attached
 from .models.attached import attach as attach
 from .models.backend import collect as collect
 from .models.backend import intervene as intervene
+from .models.loading import LanguageModel as LanguageModel
+from .models.loading import load_model as load_model
 from .models.operations import Ablate as Ablate
 from .models.operations import Collect as Collect
 from .models.operations import Interchange as Interchange

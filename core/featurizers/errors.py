@@ -38,6 +38,24 @@ def printable(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def did_you_mean(name: object, known: Iterable[str], otherwise: str = "") -> str:
+    """Return a sentence with the names that are most like an unknown one, at most three.
+
+    Args:
+        name: the unknown name.
+        known: the names that are allowed.
+        otherwise: what to return if none is like it; if empty, a sentence that lists all of them.
+    """
+    from difflib import get_close_matches
+
+    names = sorted(known)
+    by_case = {each.lower(): each for each in names}
+    near = get_close_matches(str(name)[:200].lower(), by_case, n=3, cutoff=0.6)
+    if near:
+        return f"Did you mean {' or '.join(repr(by_case[each]) for each in near)}?"
+    return otherwise or f"Known are: {', '.join(names) or 'none'}."
+
+
 def explain(error: ValidationError) -> str:
     """Return the first five problems that pydantic found, on one line."""
     lines = []
@@ -124,10 +142,10 @@ class UnknownKindError(PluginError, LookupError):
 
     def __init__(self, kind: str, known: Iterable[str], hint: str, *, what: str = "featurizer kind") -> None:
         self.kind, self.known = kind, sorted(known)
-        super().__init__(
-            f"no installed plugin provides the {what} {shown(kind, 130)}. {hint} "
-            f"Installed kinds: {', '.join(self.known) or 'none'}."
-        )
+        listed = f"Installed kinds: {', '.join(self.known) or 'none'}."
+        near = did_you_mean(kind, self.known, otherwise=listed)
+        rest = f"{hint} {near}" if near == listed else f"{near} If not: {hint[:1].lower()}{hint[1:]}"
+        super().__init__(f"no installed plugin provides the {what} {shown(kind, 130)}. {rest}")
 
 
 class PluginConflictError(PluginError):

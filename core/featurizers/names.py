@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 KIND = re.compile(rf"{NAME.pattern}(\.{NAME.pattern})?")
@@ -24,13 +25,62 @@ FIRST_PARTY = {
     "transcoder": "featurizers-transcoder",
     "transformer-debugger": "featurizers-transformer-debugger",
 }
-# Commands of this project's plugins: the plugin that adds each, and what to install for it.
+# Kinds of this project's distributions, by plugin; a plugin that is not here provides none.
+KINDS = {
+    "causal-basis": ("causal-basis",),
+    "composition": ("composition",),
+    "derived-scalars": ("derived-scalars.diagonal",),
+    "dictionary": ("dictionary",),
+    "identity": ("identity",),
+    "sae-lens": ("sae-lens.matching-pursuit",),
+    "standardize": ("standardize",),
+    "subspace": ("subspace",),
+    "transcoder": ("transcoder", "transcoder.cross-layer", "transcoder.crosscoder"),
+}
+
+
+class Command(NamedTuple):
+    """Command of one of this project's plugins, as it is listed without importing the plugin.
+
+    Attributes:
+        plugin: adds the command.
+        requirement: what pip installs for it.
+        help: first line of its help.
+    """
+
+    plugin: str
+    requirement: str
+    help: str
+
+
 COMMANDS = {
-    "demo": ("training", "featurizers[demo]"),
-    "evaluate": ("training", "featurizers-training"),
-    "scalars": ("derived-scalars", "featurizers-derived-scalars"),
-    "sweep": ("training", "featurizers-training"),
-    "train": ("training", "featurizers-training"),
+    "fit": Command("causal-basis", "featurizers-causal-basis", "Fit featurizers to a model."),
+    "scalars": Command(
+        "derived-scalars",
+        "featurizers-derived-scalars",
+        "Show the largest scalars of a prompt: direct effects, attributions, norms, edges, of heads, neurons, "
+        "features.",
+    ),
+    "train": Command(
+        "training",
+        "featurizers-training",
+        "Find the features of some sites whose interchange gives the counterfactual answers, and save them.",
+    ),
+    "evaluate": Command(
+        "training",
+        "featurizers-training",
+        "Measure the interchange-intervention accuracy of an artefact, or of a whole collection at once, on pairs.",
+    ),
+    "sweep": Command(
+        "training",
+        "featurizers-training",
+        "Search layers × positions by several methods, beside baselines and controls; write a table and a heat map.",
+    ),
+    "demo": Command(
+        "training",
+        "featurizers[demo]",
+        "Find a causal variable in a language model, layer by layer, and save it as a featurizer.",
+    ),
 }
 # No other distribution may provide these.
 OWNERS = {**FIRST_PARTY, "composition": "featurizers", "dictionary": "featurizers"}

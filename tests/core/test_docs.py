@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import featurizers
@@ -19,9 +21,12 @@ from featurizers.testing import FeaturizerContract
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", *DOCS, *sorted((ROOT / "plugins").glob("*/README.md"))]
+PAGES = [ROOT / "README.md", ROOT / "core" / "README.md", *DOCS, *sorted((ROOT / "plugins").glob("*/README.md"))]
 TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-BLOCK = re.compile(r"^(<!-- not run: .+? -->\n)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^(<!-- not run: .+? -->\n)?(?:<!-- (?:given|not typed): .+? -->\n)?```python\n(.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
 CONSOLE = re.compile(r"^```console\n\$ featurizers (.+?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 by_name = {"ids": lambda path: str(path.relative_to(ROOT))}
@@ -76,7 +81,7 @@ def test_examples_run(path, tmp_path, monkeypatch, request):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for block in blocks(path):
-            exec(compile(block, str(path), "exec"), namespace)
+            exec(compile(block, str(path), "exec", dont_inherit=True), namespace)
 
 
 def test_the_pages_have_the_examples_that_are_run():
@@ -115,6 +120,22 @@ def _comparable(output: str) -> str:
     """Without the digits of a checksum, which depend on the machine, nor spaces at the ends of lines."""
     output = re.sub(r"\b[0-9a-f]{5,}\b", lambda m: "#" * len(m[0]), output)
     return "\n".join(line.rstrip() for line in output.rstrip().splitlines())
+
+
+def test_types_are_checked_of_every_example_that_is_not_left_out():
+    """The modules that ``.ci/type_examples.py`` gives to mypy have each line of the examples, and on its own line."""
+    script = runpy.run_path(str(ROOT / ".ci" / "type_examples.py"))
+    assert ".venv/bin/python .ci/type_examples.py" in (ROOT / ".ci" / "run").read_text().splitlines()
+    assert set(script["PAGES"]) == set(PAGES)
+    left_out = 0
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        typed = script["module"](text).splitlines()
+        left_out += text.count("<!-- not typed: ")
+        if "<!-- not typed: " not in text:
+            for block in blocks(path):
+                assert all(typed[number] == line for number, line in enumerate(block.splitlines()) if line), path.name
+    assert left_out == 1
 
 
 # ---------------------------------------------------------------------- the README's commands
@@ -198,13 +219,47 @@ def test_the_shortest_plugin_is_shown_as_it_is():
 
 def test_the_conformance_suite_is_described_with_its_fixtures():
     text = section("plugins.md", "The conformance suite")
-    assert all(f"def {name}(self)" in text for name in ("featurizer", "activations"))
+    assert all(f"def {name}(self) -> " in text for name in ("featurizer", "activations"))
     assert str(FeaturizerContract.tolerance).replace("1e-05", "1e-5") in text
 
 
 def test_every_public_name_is_in_the_documentation():
     text = "\n".join(path.read_text(encoding="utf-8") for path in DOCS)
     assert [name for name in featurizers.__all__ if not re.search(rf"\b{name}\b", text)] == []
+
+
+# ---------------------------------------------------------------------- distributions
+
+PROJECTS = [ROOT / "pyproject.toml", *sorted((ROOT / "plugins").glob("*/pyproject.toml"))]
+
+
+@pytest.mark.parametrize("project", PROJECTS, **by_name)
+def test_the_page_of_a_distribution_on_an_index_links_to_no_file(project):
+    page = project.parent / tomllib.loads(project.read_text())["project"]["readme"]
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not link.startswith("https://")] == []
+
+
+def test_the_page_of_the_core_names_every_distribution():
+    named = set(re.findall(r"`pip install (featurizers[a-z-]*)`", (ROOT / "core" / "README.md").read_text()))
+    assert named == {tomllib.loads(project.read_text())["project"]["name"] for project in PROJECTS}
+    assert named == set(re.findall(r"`pip install (featurizers[a-z-]*)`", (ROOT / "README.md").read_text()))
+
+
+def test_the_lowest_versions_are_the_lower_bounds():
+    script = [sys.executable, str(ROOT / ".ci" / "lowest_versions.py")]
+    lines = subprocess.run(script, capture_output=True, text=True, check=True).stdout.splitlines()
+    lowest = dict(line.split("==") for line in lines)
+    required = {
+        requirement.partition(";")[0].strip()
+        for project in PROJECTS
+        for requirement in tomllib.loads(project.read_text())["project"]["dependencies"]
+        if not requirement.startswith("featurizers")
+    }
+    assert {requirement.partition(">=")[0] for requirement in required} <= set(lowest)
+    for requirement in required:
+        name, _, bound = requirement.partition(">=")
+        assert tuple(map(int, lowest[name].split("."))) >= tuple(map(int, bound.split("."))), requirement
 
 
 # ---------------------------------------------------------------------- links
@@ -222,6 +277,12 @@ def test_relative_links_lead_somewhere(path):
         if anchor:
             titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
+
+
+@pytest.mark.parametrize("path", TEXTS, **by_name)
+def test_no_page_holds_an_unresolved_merge(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if re.match(r"<{7} |={7}$|>{7} ", line)] == []
 
 
 def test_the_index_lists_every_page():

@@ -27,8 +27,19 @@ def modules(code):
         "import sys; sys.argv = ['featurizers', 'kinds', '--json']\n"
         "from featurizers.cli.app import app\n"
         "app(standalone_mode=False)",
+        *(
+            f"import sys; sys.argv = ['featurizers', {word!r}]\n"
+            "from featurizers.cli.app import app\n"
+            "app(standalone_mode=False)"
+            for word in ("--help", "--version")
+        ),
+        "import os, sys; sys.argv = ['featurizers']\n"
+        "os.environ.update(_FEATURIZERS_COMPLETE='complete_bash', COMP_WORDS='featurizers sca', COMP_CWORD='1')\n"
+        "from featurizers.cli.app import app\n"
+        "try: app(prog_name='featurizers')\n"
+        "except SystemExit: pass",
     ],
-    ids=["import", "plugins()", "Site and hookimpl", "plugins command", "kinds command"],
+    ids=["import", "plugins()", "Site and hookimpl", "plugins command", "kinds command", "help", "version", "complete"],
 )
 def test_nothing_heavy_and_no_plugin_is_imported(code):
     loaded = modules(code)

@@ -61,6 +61,8 @@ class DictionaryFeaturizer(LinearDecoderFeaturizer[DictionaryConfig]):
 
     W_enc: Tensor
     b_dec: Tensor
+    numbers: Tensor
+    """Of a slice: the numbers of its features in the whole dictionary."""
 
     def __init__(self, config: DictionaryConfig) -> None:
         super().__init__(

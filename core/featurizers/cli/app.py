@@ -19,10 +19,10 @@ app = typer.Typer(
     cls=CommandGroup,
     help="Load any featurizer by its id, whoever made it, and intervene through it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.callback()(commands.root)
 app.command()(commands.plugins)
 app.command()(commands.kinds)
 app.command()(commands.info)

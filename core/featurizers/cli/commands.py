@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -10,9 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from featurizers import files, hub, registry, store
+from featurizers import features, files, hub, registry, store
 from featurizers.cli.output import commit_link, print_fields, print_json, print_rows
-from featurizers.errors import FeaturizerError, ManifestError, SourceError, printable
+from featurizers.cli.plugin_commands import CommandGroup
+from featurizers.errors import FeaturizerError, ManifestError, SourceError, printable, shown
+from featurizers.format import card
 from featurizers.format.companion import Companion, read_companion
 from featurizers.format.manifest import (
     CARD_NAME,
@@ -29,7 +33,10 @@ from featurizers.format.manifest import (
     read,
 )
 from featurizers.format.weights import read_header, verify_weights
+from featurizers.version import __version__
 
+MOST_SHOWN = 300
+"""Characters of JSON that ``info`` prints of one entry of the metadata."""
 ENTRY_COLUMNS = ["subfolder", "kind", "id", "site"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -40,30 +47,73 @@ Subfolder = Annotated[str | None, typer.Option(help="Subfolder of an artefact in
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"featurizers {__version__}")
+        raise typer.Exit
+
+
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version of the core.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Load any featurizer by its id, whoever made it, and intervene through it."""
+
+
 def plugins(
+    context: typer.Context,
     strict: Annotated[
         bool,
         typer.Option("--strict", help="Import each, and fail if one cannot be used, as for continuous integration."),
     ] = False,
+    commands: Annotated[
+        bool, typer.Option("--commands", help="Import each, and list the commands that it adds.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """List the installed plugins and their state; import them only with --strict."""
+    """List the installed plugins and their state; import them only with --strict or --commands."""
     if strict:
         registry.host().load_all()
+    group = context.find_root().command
+    if commands and isinstance(group, CommandGroup):
+        print_rows(group.of_plugins(), ["command", "plugin", "help"], as_json=as_json)
+        return
     rows = [vars(info) for info in registry.plugins()]
     print_rows(rows, ["name", "distribution", "version", "state", "error"], as_json=as_json)
     if strict and any(row["state"] != "loaded" for row in rows):
         raise typer.Exit(1)
 
 
-def kinds(as_json: Json = False) -> None:
-    """List the installed plugins by name: kinds of featurizers, and formats of other libraries."""
-    names = registry.kinds()
-    print_json(names) if as_json else print("\n".join(names))
+def kinds(
+    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="Show the arguments of this kind.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the kinds of featurizers that can be created and loaded, or show the arguments of one."""
+    if kind is None:
+        names = registry.kinds()
+        print_json(names) if as_json else print("\n".join(names))
+        return
+    cls = registry.host().featurizer_class(kind)
+    rows = [vars(argument) for argument in registry.arguments(cls.Config)]
+    constructors = _constructors(cls)
+    about = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].replace("\n", " ").replace("``", "")
+    name = f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
+    if as_json:
+        print_json({"kind": kind, "class": name, "about": about, "arguments": rows, "constructors": constructors})
+        return
+    print(f"{kind}: {about}\n")
+    required = "".join(f", {row['name']}=…" for row in rows if row["default"] is None)
+    for row in rows:
+        row |= {"default": row["default"] or "required", "meaning": row["meaning"].replace("``", "")}
+    print_rows(rows, ["name", "type", "default", "meaning"], as_json=False)
+    print(f'Create one:  featurizers.create("{kind}"{required})')
+    for constructor, what in constructors.items():
+        print(f"{name}.{constructor}(…): {what}")
 
 
 def info(source: SourceArgument, subfolder: Subfolder = None, revision: Revision = None, as_json: Json = False) -> None:
-    """Show the config of an artefact; needs no plugin and, on the Hub, downloads no weights."""
+    """Show what an artefact is, with --json its whole config; needs no plugin and downloads no weights."""
     record = store.manifest_of(source, subfolder=subfolder, revision=revision)
     fields = record.model_dump()
     parsed = hub.parse_source(source, revision)
@@ -76,15 +126,7 @@ def info(source: SourceArgument, subfolder: Subfolder = None, revision: Revision
     elif isinstance(record, Index):
         print_rows(_rows(record.artefacts), ENTRY_COLUMNS, as_json=False)
     else:
-        if record.site is not None:
-            known = {name: value for name, value in fields["site"].items() if value is not None}
-            fields["site"] = {"site": str(record.site.site()), **known}
-        elif record.reads is not None and record.writes is not None:
-            fields |= {
-                what: {name: str(r.site()) for name, r in records.items()}
-                for what, records in (("reads", record.reads), ("writes", record.writes))
-            }
-        print_fields(fields)
+        print_fields(_readable(record, fields.get("tensors", {})))
 
 
 def list_artefacts(source: SourceArgument, revision: Revision = None, as_json: Json = False) -> None:
@@ -194,6 +236,37 @@ def convert(
         return
     print(f"{out} ({featurizer.kind} with {featurizer.n_features} features, in the format of {to})")
     print("\n".join(f"not kept: {sentence}" for sentence in lost) or "nothing is lost")
+
+
+def _constructors(cls: type) -> dict[str, str]:
+    """Return the first line of the docstring of each public class method that a kind adds."""
+    common = dir(features.Featurizer)
+    return {
+        name: inspect.cleandoc(getattr(cls, name).__doc__ or "").partition("\n")[0]
+        for name, value in vars(cls).items()
+        if isinstance(value, classmethod) and not name.startswith("_") and name not in common
+    }
+
+
+def _readable(record: Manifest, tensors: Mapping[str, str]) -> dict[str, Any]:
+    """Return what people want to know of an artefact; long metadata, such as the history of a search, by their size."""
+    fields: dict[str, Any] = {"kind": record.kind, "id": record.id, "config": record.config}
+    if site := next(iter(record.sites().values()), None):
+        tokens = None if site.position is None else ", ".join(map(str, site.position[:20]))
+        model = site.model and " at ".join(filter(None, (site.model, site.model_revision)))
+        about = {"site": record.sites_text(), "model": model, "tokens": tokens}
+        fields |= {name: value for name, value in about.items() if value is not None}
+    fields |= {name: text for name, text in card.summary_of(record).items() if name not in fields}
+    for name, value in record.metadata.items():
+        if name != "summary":
+            size = len(text := json.dumps(value, ensure_ascii=True))
+            fields[f"metadata: {shown(name)[1:-1]}"] = text if size <= MOST_SHOWN else f"{size} characters; see --json"
+    if record.features:
+        fields["feature sets"] = ", ".join(record.features)
+    if tensors:
+        fields["tensors"] = "\n".join(f"{shown(name)[1:-1]}: {spec}" for name, spec in tensors.items())
+    saved_with = ", ".join(f"{name} {version}" for name, version in record.saved_with.items())
+    return fields | {"saved with": saved_with, "sha256": record.sha256}
 
 
 def _rows(artefacts: Mapping[str, Entry]) -> list[dict[str, Any]]:

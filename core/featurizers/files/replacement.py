@@ -35,6 +35,8 @@ TRIES: Final = 100
 """Attempts to lock or to rename a folder while other programs replace it."""
 PATIENCE: Final = 600.0
 """Seconds to wait for another program that saves to the same folder."""
+LEFTOVER: Final = re.compile(r"[0-9a-f]{32}(\.old)?")
+"""End of the name of a folder that a saver has made or moved away, after a dot, the folder's name and a dot."""
 
 Rewritten = Callable[[str], bool]
 """Returns True for a file that the save writes itself, named relative to the folder with ``/``; all others are kept."""
@@ -335,11 +337,12 @@ def _moved_away(target: Path) -> list[Path]:
     with suppress(FileNotFoundError):
         if any(target.iterdir()):
             return []
-    return _leftovers(target, r"\.old")
+    return [path for path in _leftovers(target) if path.name.endswith(".old")]
 
 
-def _leftovers(target: Path, suffix: str = r"(\.old)?") -> list[Path]:
+def _leftovers(target: Path) -> list[Path]:
     """Return the folders beside the target that savers have made or moved away."""
-    pattern = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{32}" + suffix)
+    start = f".{target.name}."
     with os.scandir(target.parent) as entries:
-        return [Path(entry.path) for entry in entries if pattern.fullmatch(entry.name)]
+        names = [(entry.name, entry.path) for entry in entries]
+    return [Path(path) for name, path in names if name.startswith(start) and LEFTOVER.fullmatch(name, len(start))]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, Final
 
-from featurizers.errors import ArtefactError
+from featurizers.errors import ArtefactError, one_line, printable
 from featurizers.format.manifest import LIBRARY_NAME, Index, Manifest
 
 START: Final = "<!-- featurizers: start -->"
@@ -20,7 +22,8 @@ def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -
     """Write the card of an artefact, or update the generated part of an existing card.
 
     Args:
-        manifest: describes the artefact; its licence is ``metadata["license"]``.
+        manifest: describes the artefact; its licence is ``metadata["license"]``, and ``metadata["summary"]`` has rows
+            of the card's table, names with texts.
         path: file to write.
         source: source that the example on the card loads.
         subfolder: subfolder that the example on the card loads.
@@ -44,6 +47,8 @@ def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -
         f"| config | {_code(json.dumps(manifest.config)[:500])} |",
         f"| model | {_code(site.model) if site and site.model else 'not recorded'} |",
         f"| site | {where} |",
+        *([f"| tokens | {', '.join(map(str, site.position[:20]))} |"] if site and site.position else []),
+        *(f"| {_text(name)} | {_text(text)} |" for name, text in summary_of(manifest).items()),
         f"| saved with | {_text(', '.join(f'{name} {version}' for name, version in manifest.saved_with.items()))} |",
         "",
         "```python",
@@ -57,6 +62,16 @@ def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -
     license_name = manifest.metadata.get("license", "unknown")
     metadata = _metadata(manifest.kind, base_model=site.model if site else None, license_name=license_name)
     _update(path, metadata, "\n".join(lines))
+
+
+def summary_of(manifest: Manifest) -> dict[str, str]:
+    """Return ``metadata["summary"]``, names with texts that the card and ``featurizers info`` show, each on one line.
+
+    Entries of another form are left out: metadata may be any JSON.
+    """
+    summary = manifest.metadata.get("summary")
+    entries = summary.items() if isinstance(summary, dict) else ()
+    return {one_line(name, 40): one_line(text, 200) for name, text in entries if isinstance(text, str)}
 
 
 def write_collection(index: Index, path: Path, *, source: str, intervenable: bool = False) -> None:
@@ -131,10 +146,12 @@ def _example(manifest: Manifest) -> list[str]:
 
 
 def _metadata(*kinds: str, base_model: str | None = None, license_name: object = "unknown") -> dict[str, Any]:
-    """Return the front matter of a new card."""
+    """Return the front matter of a new card; the licence may be any JSON, and is the only value that is not checked."""
+    licenses = license_name if isinstance(license_name, list) else ["unknown" if license_name is None else license_name]
+    names = [printable(name if isinstance(name, str) else json.dumps(name), 256) for name in licenses[:16]]
     return {
         "library_name": LIBRARY_NAME,
-        "license": license_name,
+        "license": names if isinstance(license_name, list) else names[0],
         **({"base_model": base_model} if base_model else {}),
         "tags": [LIBRARY_NAME, "mechanistic-interpretability", *kinds],
     }
@@ -142,33 +159,56 @@ def _metadata(*kinds: str, base_model: str | None = None, license_name: object =
 
 def _update(path: Path, metadata: dict[str, Any], body: str) -> None:
     """Put the generated block in place of the old one, and add to the front matter the keys and tags that it lacks."""
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK, metadata_load, metadata_save  # imports for 0.1 seconds
-
     try:
         text = path.read_bytes().decode("utf-8-sig") if path.exists() else ""
     except UnicodeDecodeError as error:
         raise ArtefactError(str(path), "it is not UTF-8 text; convert it or move it away") from error
     newline = "\r\n" if "\r\n" in text else "\n"
     body = body.replace("\n", newline)
-    front_matter = match[0] if (match := REGEX_YAML_BLOCK.match(text)) else ""
+    front_matter, block = _front_matter(text)
     before, start, rest = text.removeprefix(front_matter).partition(START)
     _, end, after = rest.partition(END)
     if start and end:
-        text = front_matter + before + body + after
+        text = before + body + after
     else:
-        text += newline * (2 - text.endswith("\n") if text else 0) + body + newline
-    raw = (text if front_matter else newline + text).encode()
-    path.write_bytes(raw)
-    if len(front_matter) > MAX_FRONT_MATTER or ("&" in front_matter and "*" in front_matter):
-        return  # slow to parse, or with aliases, which can expand to any size
+        text = text.removeprefix(front_matter)
+        text += newline * (2 - text.endswith("\n") if text or front_matter else 0) + body + newline
+    completed = _completed(block, metadata, newline)
+    if completed is not None:
+        front_matter = f"---{newline}{completed}---{newline}" + ("" if front_matter else newline)
+    path.write_bytes((front_matter + text).encode())
+
+
+def _front_matter(text: str) -> tuple[str, str]:
+    """Return the front matter at the head of a card with its lines of dashes, and the YAML in it; empty without one.
+
+    It is what huggingface_hub's regular expression finds, which takes quadratic time in some of its versions.
+    """
+    head = len(text) - len(text.lstrip())
+    lines = io.StringIO(text[head:], newline="").readlines()  # "\r\n", "\n" and "\r" end a line, and nothing else
+    if not lines or lines[0].rstrip("\r\n") != "---" or lines[0] == "---":
+        return "", ""
+    end = next((i for i, line in enumerate(lines[1:], 1) if line.rstrip("\r\n").rstrip(" \t") == "---"), None)
+    return ("", "") if end is None else (text[:head] + "".join(lines[: end + 1]), "".join(lines[1:end]))
+
+
+def _completed(block: str, metadata: dict[str, Any], newline: str) -> str | None:
+    """Return the YAML of a front matter with the keys and tags that it lacks; None if it stays as it is."""
+    import yaml
+
+    if len(block) > MAX_FRONT_MATTER or ("&" in block and "*" in block):
+        return None  # slow to parse, or with aliases, which can expand to any size
     try:
-        existing = metadata_load(path) or {}
+        existing = yaml.safe_load(block) or {}
         merged = {**existing, **{key: value for key, value in metadata.items() if key not in existing}}
         if isinstance(tags := existing.get("tags"), list):
             merged["tags"] = [*tags, *(tag for tag in metadata["tags"] if tag not in tags)]
-        if merged != existing:
-            metadata_save(path, merged)
-    except OSError:
-        raise
+        if merged == existing:
+            return None
+        for plain in (True, False):  # PyYAML reads its own unescaped U+0085 as a space
+            text: str = yaml.safe_dump(merged, allow_unicode=plain, sort_keys=False, line_break=newline, width=math.inf)
+            if yaml.safe_load(text) == merged:
+                return text
     except Exception:  # not YAML, or no mapping: the Hub cannot read it either
-        path.write_bytes(raw)
+        pass
+    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final, Literal, TypeAlias
 
-from featurizers.errors import SiteError
+from featurizers.errors import SiteError, did_you_mean
 
 Side: TypeAlias = Literal["input", "output"]
 
@@ -87,8 +87,9 @@ class Site:
             if numbered or not self.module or self.side not in ("input", "output"):
                 raise SiteError("a module site is written 'module:PATH:input' or 'module:PATH:output'")
         else:
-            known = ", ".join([*BLOCK_KINDS, *MODEL_KINDS, "module"])
-            raise SiteError(f"unknown kind of site {self.kind!r}; the kinds are {known}")
+            known = [*BLOCK_KINDS, *MODEL_KINDS, "module"]
+            near = did_you_mean(self.kind, known, f"The kinds are {', '.join(known)}.")
+            raise SiteError(f"unknown kind of site {self.kind!r}. {near}")
 
     def __eq__(self, other: object) -> bool:
         """Return True for the same place, whatever model and positions are recorded."""
@@ -109,14 +110,19 @@ class Site:
         return ":".join(str(part) for part in (self.kind, self.layer, self.head) if part is not None)
 
     @classmethod
-    def parse(cls, text: str | Site) -> Site:
+    def parse(cls, text: str | Site | None) -> Site:
         """Return the site that a string such as ``resid.post:8`` names; a `Site` is returned unchanged.
 
         Raises:
-            SiteError: the string does not name a site.
+            SiteError: the string does not name a site, or there is None, as of a featurizer without a site.
         """
         if isinstance(text, Site):
             return text
+        if text is None:
+            raise SiteError(
+                "the site is None: a featurizer that was made or fitted does not say where it belongs until it is "
+                "told; set f.site = 'resid.post:8', or name the site itself"
+            )
         if not isinstance(text, str):
             raise SiteError(f"a site is a Site or a string such as 'resid.post:8', not {text!r}")
         kind, colon, rest = text.partition(":")

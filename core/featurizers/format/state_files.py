@@ -236,6 +236,8 @@ def _replaced(path: Path) -> Iterator[Path]:
     Raises:
         ArtefactError: the system refuses.
     """
+    if not path.name or "\0" in str(path):
+        raise ArtefactError(str(path), "it is not the path of a file")
     new = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}")
     try:
         yield new

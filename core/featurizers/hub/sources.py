@@ -110,5 +110,7 @@ def _is_here(path: str) -> bool:
 def _hub(text: str, source: str) -> HubSource:
     repo_id, at, revision = text.partition("@")
     if not REPO_ID.fullmatch(repo_id) or (at and not revision):
+        if source and not source.startswith("hub:") and _is_here(source):
+            raise SourceError(f"{source!r} is no repository of the Hub; did you mean './{source}', which is here?")
         raise SourceError(f"cannot tell what the source {source!r} names; {FORMS}")
     return HubSource(repo_id, revision or None)

@@ -133,6 +133,10 @@ def _translate(error: Exception, where: str) -> FeaturizerError:
 
 def _message(error: Exception) -> str:
     """Return the client's message, without signatures in URLs and without its link to a page about HTTP."""
-    text = str(error)[:MOST_SAID]  # cut first: the expressions below take quadratic time
-    text = re.sub(r"(https?://[^\s?']+)\?[^\s']*", r"\1", text)
+    text = re.sub(r"[^\s']+", lambda word: _without_query(word[0]), str(error)[:MOST_SAID])
     return one_line(re.sub(r"For more information check: \S+", "", text))
+
+
+def _without_query(word: str) -> str:
+    """Return a URL up to its question mark, and any other word unchanged."""
+    return word.partition("?")[0] if "://" in word.partition("?")[0] else word

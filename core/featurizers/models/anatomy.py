@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from featurizers.errors import PluginError, SiteError
-from featurizers.format.sites import Blocks, Side, Site
+from featurizers.errors import FeaturizerError, PluginError, SiteError, did_you_mean
+from featurizers.format.sites import BLOCK_KINDS, MODEL_KINDS, Blocks, Side, Site
 from featurizers.models.detection import (
     EMBEDDING,
     FINAL_NORM,
@@ -67,6 +67,8 @@ class Anatomy:
         >>> from transformers import GPT2Config, GPT2Model
         >>> Anatomy(GPT2Model(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=5))).place("attn.z:1:0").path
         'h.1.attn.c_proj'
+        >>> Anatomy(GPT2Model(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=5)))  # doctest: +ELLIPSIS
+        Anatomy(GPT2Model, 2 layers with resid.pre, resid.post, attn.out, attn.z (2 heads), ...; embed, norm.out)
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -75,6 +77,34 @@ class Anatomy:
         self._of_plugin = False
         """True if a plugin says where the parts of all blocks are."""
         self._parts: dict[int, Blocks] = {}
+
+    def __repr__(self) -> str:
+        """Name the sites of the model, and in how many layers a site is that is not in all of them."""
+        name = type(self.model).__name__
+        try:
+            n_layers = self.n_layers
+        except FeaturizerError:
+            return f"{type(self).__name__}({name}, no blocks were found; its sites are 'module:PATH:output')"
+        sites = []
+        for kind in BLOCK_KINDS:
+            layers = [layer for layer in range(n_layers) if self._has(Site(kind, layer))]
+            details = [] if len(layers) == n_layers else [f"in {len(layers)} of them"]
+            if kind == "attn.z" and layers and self._has(Site(kind, layers[0], head=0)):
+                details.append(f"{self._config.num_attention_heads} heads")
+            sites += [f"{kind} ({', '.join(details)})" if details else kind] if layers else []
+        once = "".join(f"{'; ' if not number else ', '}{kind}" for number, kind in enumerate(self._once()))
+        return f"{type(self).__name__}({name}, {n_layers} layers with {', '.join(sites)}{once})"
+
+    def _once(self) -> list[str]:
+        return [kind for kind in MODEL_KINDS if self._has(Site(kind))]
+
+    def _has(self, site: Site) -> bool:
+        """Return whether the model has a site."""
+        try:
+            self.place(site)
+        except FeaturizerError:
+            return False
+        return True
 
     @functools.cached_property
     def _config(self) -> Any:
@@ -121,11 +151,11 @@ class Anatomy:
         """Number of blocks."""
         return len(self.layers)  # type: ignore[arg-type]
 
-    def place(self, site: Site | str) -> Place:
+    def place(self, site: Site | str | None) -> Place:
         """Return the module, side and columns that a site means in this model.
 
         Raises:
-            SiteError: the model does not have the site; the message names what is missing.
+            SiteError: the model does not have the site, or the site is None; the message names what is missing.
         """
         site = Site.parse(site)
         if site.kind == "resid.mid":
@@ -134,7 +164,8 @@ class Anatomy:
         try:
             module = submodule(self.model, path)
         except AttributeError as error:
-            raise SiteError(f"{site}: {type(self.model).__name__} has no module {path!r}") from error
+            near = did_you_mean(path, dict(self.model.named_modules()), "Its named_modules() lists all.")
+            raise SiteError(f"{site}: {type(self.model).__name__} has no module {path!r}. {near}") from error
         self._is_called(site, path, module)
         return Place(path, module, side, None if site.head is None else self._head(site, site.head, module))
 

@@ -43,7 +43,7 @@ from featurizers.models.reading import Sources, fit, read
 from featurizers.models.site_maps import MapEdits, places_of
 from featurizers.models.watching import GenerateOptions, Watch, watching
 
-SiteT = TypeVar("SiteT", Site, str)
+SiteT = TypeVar("SiteT", bound=Site | str | None)
 Plan: TypeAlias = "list[tuple[Any, tuple[Operation, ...]]]"
 """Operations with the site or the map that they act at, in the order in which they act."""
 
@@ -69,9 +69,10 @@ def intervene(
 
     Args:
         model: a decoder of `transformers`, or any module that `Anatomy` understands.
-        operations: an operation, or several, for each site; a site is a `Site` or its string. Or one operation or a
-            sequence of operations whose featurizers know their sites, which is how maps between sites are given;
-            operations through one map are composed in feature space in their order.
+        operations: an operation, or several, for each site; a site is a `Site` or its string. A featurizer's ``site``
+            may be None to a type checker, so that None is accepted as a key and refused when it is one. Or one
+            operation or a sequence of operations whose featurizers know their sites, which is how maps between sites
+            are given; operations through one map are composed in feature space in their order.
 
     Yields:
         Results of the `Collect` operations, once the model has run, ``(batch, n_positions, k)``: by site, or by
@@ -80,7 +81,7 @@ def intervene(
         the last result.
 
     Raises:
-        SiteError: the model does not have a site.
+        SiteError: the model does not have a site, or a site is None.
         PositionError: a prompt does not have a position.
         ShapeError: a source does not fit the batch, or a featurizer does not fit the site.
 

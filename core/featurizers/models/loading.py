@@ -34,19 +34,22 @@ def load_model(
     """Load a language model, ready for interventions.
 
     Args:
-        name: Hub id, folder or ``.gguf`` file.
+        name: Hub id, folder or ``.gguf`` file, whose weights are dequantized.
         device: of the model; None for the one that transformers chooses.
         dtype: of its parameters; None for the stored one.
 
     Raises:
         UsageError: the model cannot be loaded, or the device or the dtype does not exist.
         MissingDependencyError: transformers is not installed.
+
+    Example:
+        >>> model, tokenizer, revision = load_model("HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
     """
     check_placement(device, dtype)
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
-        raise MissingDependencyError("a language model", "transformers", "pip install 'transformers>=5.0'") from error
+        raise MissingDependencyError("a language model", "transformers", "pip install 'transformers>=5.9'") from error
     path = Path(name).expanduser()
     gguf = path.suffix == ".gguf"
     source, options = (str(path.parent), {"gguf_file": path.name}) if gguf else (name, {})
@@ -57,8 +60,9 @@ def load_model(
     except (OSError, ValueError, ImportError, RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UsageError(f"cannot load the language model {name!r}: {one_line(reason)}") from error
-    if gguf:  # transformers records the folder, which may hold other files
-        model.config._name_or_path = str(path)
+    if gguf:
+        model.config._name_or_path = str(path)  # transformers records the folder, which may hold other files
+        _forget_quantization(model)
     revision = getattr(model.config, "_commit_hash", None)
     return LanguageModel(model.eval().requires_grad_(False), tokenizer, revision)
 
@@ -78,3 +82,11 @@ def text_ids(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
         if own and whole[start : start + len(own)] == own:
             return whole[: start + len(own)], own
     return whole, own
+
+
+def _forget_quantization(model: nn.Module) -> None:
+    """Remove the marks of quantization from a model whose weights were dequantized, so that it can be saved."""
+    if all(parameter.is_floating_point() for parameter in model.parameters()):
+        for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+            vars(model).pop(name, None)
+        vars(model.config).pop("quantization_config", None)

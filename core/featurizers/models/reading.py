@@ -27,7 +27,7 @@ from featurizers.models.positions import Inputs, Pass, Positions, columns
 from featurizers.models.stopping import stoppable
 from featurizers.models.watching import Watch, watching
 
-SiteT = TypeVar("SiteT", Site, str)
+SiteT = TypeVar("SiteT", bound=Site | str | None)
 
 
 def read(

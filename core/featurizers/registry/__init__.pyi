@@ -1,3 +1,5 @@
+from .arguments import Argument as Argument
+from .arguments import arguments as arguments
 from .hookspecs import hookimpl as hookimpl
 from .loader import PluginInfo as PluginInfo
 from .plugin_host import KIND as KIND

@@ -93,7 +93,7 @@ def featurizers_write(featurizer: FeatureSpace[Any], folder: Path) -> list[str] 
 def featurizers_commands(app: Typer) -> None:
     """Add this plugin's commands to an empty `typer.Typer`; they become commands of ``featurizers``.
 
-    Called once, when a command is called that is not the core's, or when all commands are listed. Groups that several
-    plugins add under one name, as by ``app.add_typer(typer.Typer(), name="fit")``, become one. Import heavy packages
-    inside the functions, and raise ``FeaturizerError`` for errors of the user.
+    Called once, when a command is called that is not the core's, or by ``featurizers plugins --commands``. Groups that
+    several plugins add under one name, as by ``app.add_typer(typer.Typer(), name="fit")``, become one. Import heavy
+    packages inside the functions, and raise ``FeaturizerError`` for errors of the user.
     """

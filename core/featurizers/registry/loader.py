@@ -71,6 +71,14 @@ class PluginLoader:
             else:
                 self._entries.setdefault(entry.name, []).append(entry)
 
+    def names(self) -> list[str]:
+        """Return the names of the installed plugins that may be imported; import none."""
+        return sorted(self._entries)
+
+    def known_kinds(self) -> list[str]:
+        """Return the names that an unknown kind is compared with in an error."""
+        return self.names()
+
     def plugins(self) -> list[PluginInfo]:
         """List every installed plugin, by name; import none."""
         rows = [self._info(name, entries) for name, entries in self._entries.items()]
@@ -112,7 +120,7 @@ class PluginLoader:
             if name in self._refused:
                 hint = f" {install_hint(name)}" if install_command(name) else ""
                 raise PluginError(f"{'; '.join(str(row.error) for row in self._refused[name])}.{hint}")
-            raise UnknownKindError(name, self._entries, install_hint(name))
+            raise UnknownKindError(name, {*self.names(), *self.known_kinds()}, install_hint(name))
         if len(entries) > 1:
             raise PluginConflictError(name, map(_distribution, entries))
         if failure := self._failure(name, entries[0]):

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import TYPE_CHECKING, Any
 
-from featurizers.errors import ConfigError, PluginError, UnknownKindError, UsageError, explain, shown
-from featurizers.names import FIRST_PARTY, KIND, NAME, OWNERS, install_command, install_hint
+from featurizers.errors import (
+    ConfigError,
+    PluginError,
+    UnknownKindError,
+    UsageError,
+    did_you_mean,
+    explain,
+    shown,
+)
+from featurizers.names import FIRST_PARTY, KIND, KINDS, NAME, OWNERS, install_command, install_hint
 from featurizers.registry.loader import PluginInfo, PluginLoader
 
 if TYPE_CHECKING:  # listing the plugins must not import torch
@@ -43,13 +52,33 @@ class PluginHost(PluginLoader):
         if kind not in self._classes:
             if not KIND.fullmatch(kind):
                 hint = "A kind is lower-case words joined by '-', never an import path."
-                raise UnknownKindError(kind, self._entries, hint)
+                raise UnknownKindError(kind, self.known_kinds(), hint)
             self.load(kind.partition(".")[0])
         if kind not in self._classes:
             hint = f"The plugin {kind!r} provides no kind of that name; see its README."
-            known = {*self._entries, *self._classes}
-            raise UnknownKindError(kind, known, hint if self.is_loaded(kind) else install_hint(kind))
+            raise UnknownKindError(kind, self.known_kinds(), hint if self.is_loaded(kind) else install_hint(kind))
         return self._classes[kind]
+
+    def known_kinds(self) -> list[str]:
+        """Return the kinds of installed plugins as far as they are known without an import.
+
+        Those of this project's plugins are in a table. Of any other plugin that is not loaded yet, the one kind of its
+        own name is assumed.
+        """
+        known = set(self._classes)
+        for name in self._entries:
+            if not self.is_loaded(name):
+                known.update(KINDS.get(name, ()) if name in OWNERS else [name])
+        return sorted(known)
+
+    def kinds(self) -> list[str]:
+        """Return the kinds of installed plugins; import those plugins that are not of this project."""
+        for name in self._entries:
+            if name not in OWNERS:
+                with contextlib.suppress(PluginError):
+                    self.load(name)
+        failed = {name for name in self._entries if name not in OWNERS and not self.is_loaded(name)}
+        return [kind for kind in self.known_kinds() if kind not in failed]
 
     def rule(self, name: str) -> Rule:
         """Return the activation rule of a name; import the plugin that owns it and no other.
@@ -62,8 +91,9 @@ class PluginHost(PluginLoader):
         if name not in self._rules and KIND.fullmatch(name) and (owner := name.partition(".")[0]) in self._entries:
             self.load(owner)
         if name not in self._rules:
-            known = ", ".join(sorted(self._rules))
-            raise ConfigError(f"no installed plugin has the activation rule {shown(name)}; known rules: {known}")
+            raise ConfigError(
+                f"no installed plugin has the activation rule {shown(name)}. {did_you_mean(name, self._rules)}"
+            )
         return self._rules[name]
 
     def anatomy(self, model: nn.Module) -> Blocks | None:
@@ -117,16 +147,28 @@ def check_plugins() -> list[PluginInfo]:
 
 
 def kinds() -> list[str]:
-    """Return the names of the installed kinds, from their entry points; import none of them."""
-    return sorted(host()._entries)
+    """Return the names of the installed kinds, which `create` and `load` know.
+
+    The kinds of this project's plugins are known without importing these; other plugins are imported.
+    """
+    return host().kinds()
 
 
 def create(kind: str, **config: Any) -> Any:
     """Build a new featurizer or site map of a kind, from the keyword arguments of its config.
 
+    ``featurizers kinds`` lists the kinds, and ``featurizers kinds KIND`` the arguments of one with their types and
+    defaults: they are the fields of the kind's ``Config``. Most kinds take ``d_in``, the width of the activations, and
+    ``n_features``. The classes of kinds have further constructors, such as
+    ``featurizers_subspace.SubspaceFeaturizer.from_basis``, which a type checker knows.
+
+    Args:
+        kind: such as ``"subspace"``.
+        **config: arguments of the kind.
+
     Raises:
         UnknownKindError: no installed plugin provides the kind.
-        ConfigError: the kind refuses the arguments.
+        ConfigError: the kind refuses the arguments; the message lists those that it takes.
         UsageError: the kind is not a string.
 
     Example:
@@ -149,8 +191,18 @@ def build(cls: type[FeatureSpace[Any]], config: Mapping[str, Any]) -> Any:
     try:
         validated = cls.Config.model_validate(dict(config))
     except ValidationError as error:
-        raise ConfigError(f"{cls.kind}: {explain(error)}") from error
+        raise ConfigError(f"{cls.kind}: {explain(error)}. {_takes(cls, config)}") from error
     return cls(validated)
+
+
+def _takes(cls: type[Featurizer[Any]], config: Mapping[str, Any]) -> str:
+    """Return a sentence on the arguments of a class, or on the one that a misspelt argument may mean."""
+    from featurizers.registry.arguments import arguments
+
+    known = arguments(cls.Config)
+    listed = f"The arguments of {cls.kind!r}: {', '.join(map(str, known))}"
+    unknown = [name for name in config if name not in cls.Config.model_fields]
+    return did_you_mean(unknown[0], (each.name for each in known), listed) if unknown else listed
 
 
 def _add(registered: dict[str, Any], check: Callable[[str, Any], str], plugin: str, item: Any) -> None:

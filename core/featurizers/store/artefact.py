@@ -22,6 +22,7 @@ from featurizers.errors import (
     WeightsError,
     explain,
     one_line,
+    shown,
 )
 from featurizers.features.feature_space import FeatureSpace
 from featurizers.features.featurizer import Featurizer
@@ -41,6 +42,7 @@ from featurizers.format.manifest import (
     SiteRecord,
     dump,
     read,
+    repeated,
 )
 from featurizers.registry.plugin_host import host
 
@@ -99,6 +101,8 @@ def writing_collection(
     """
     if not featurizers:
         raise UsageError("a collection holds at least one featurizer")
+    if same := repeated(name.lower() for name in map(str, featurizers)):
+        raise UsageError(f"two subfolders are {shown(same)} but for their case, which some disks do not tell apart")
     target = resolved(folder)
     try:
         index = Index(artefacts={name: _entry(f) for name, f in featurizers.items()})

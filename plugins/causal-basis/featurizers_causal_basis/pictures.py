@@ -34,6 +34,8 @@ def energies_by_layer(bases: Mapping[str, CausalBasisFeaturizer]) -> Figure:
         axes.plot(steps, basis.energies.tolist(), marker="o", markersize=3, label=name, color=_viridis()(shade))
     if all(float(basis.energies[-1]) > 0 for basis in bases.values()):
         axes.set_yscale("log")
+        energies = [float(energy) for basis in bases.values() for energy in basis.energies]
+        _plain_numbers(axes.yaxis, min(energies), max(energies))
     axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("vector")
     axes.set_ylabel("energy (nats per token)")
@@ -56,12 +58,22 @@ def fidelity_plot(fidelity: Fidelity) -> Figure:
     if min(low, float(fidelity.model_kl.min()), float(fidelity.energies.min())) > 0:
         axes.set_xscale("log")
         axes.set_yscale("log")
+        _plain_numbers(axes.xaxis, float(fidelity.energies.min()), float(fidelity.energies.max()))
+        _plain_numbers(axes.yaxis, low, max(high, float(fidelity.model_kl.max())))
     rho = fidelity.spearman
     axes.set_title("" if rho is None else f"Spearman's ρ = {rho:.2f}, {fidelity.n_tokens} tokens", fontsize=10)
     axes.set_xlabel("energy by the readout (nats per token)")
     axes.set_ylabel("KL in the model (nats per token)")
     axes.legend(fontsize=8)
     return figure
+
+
+def _plain_numbers(axis: Any, low: float, high: float) -> None:
+    """Label a logarithmic axis with numbers such as 6 and 0.05; between the powers of ten if it has few of these."""
+    from matplotlib.ticker import NullFormatter
+
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}" if high < 20 * low else NullFormatter())
 
 
 def matplotlib_figure() -> type[Figure]:

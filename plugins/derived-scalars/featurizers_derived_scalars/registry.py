@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-from featurizers import kinds
 from featurizers.errors import PluginError, UsageError, shown
 from featurizers.registry import host, install_command
 
@@ -68,14 +67,14 @@ def spec(name: str) -> ScalarSpec:
     if matches:
         raise UsageError(f"several plugins have a scalar {shown(name)}; say which: {', '.join(matches)}")
     near = difflib.get_close_matches(name.lower(), {*known, *short.values()} - {""}, n=3, cutoff=0.5)
-    hint = f"like it: {', '.join(near)}" if near else f"there are {', '.join(sorted(known))}"
+    hint = f"like it: {', '.join(near)}" if near else f"`featurizers scalars --list` shows all {len(known)}"
     raise UsageError(f"there is no scalar {shown(name)}; {hint}{_missing_package()}")
 
 
 def _missing_package() -> str:
     """Return a sentence on the package of transformer-debugger's names, unless it is installed."""
     package = "transformer-debugger"
-    return "" if package in kinds() else f". Names of {package} need another package: {install_command(package)}"
+    return "" if package in host().names() else f". Names of {package} need another package: {install_command(package)}"
 
 
 def deriver(name: str, /, **options: Any) -> Deriver:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from featurizers.errors import PluginError, UnknownKindError, UsageError, shown
-from featurizers.registry import KIND, checked_class, host, install_command, kinds
+from featurizers.registry import KIND, checked_class, host, install_command
 
 from featurizers_pyvene.interventions import INTERVENTIONS, unbound
 from featurizers_pyvene.saved_intervention import SavedIntervention
@@ -35,7 +35,7 @@ def intervention_class(kind: str) -> type[SavedIntervention]:
     if KIND.fullmatch(kind):
         command = install_command(plugin)
         hint = f"Install it with: {command}." if command else "Install the package of its author."
-        if plugin in kinds():
+        if plugin in host().names():
             host().ask("featurizers_interventions", plugin, register=register)
             hint = f"The plugin {plugin!r} registers no intervention of that name."
     if kind not in registered:

@@ -14,6 +14,7 @@ from featurizers_pyvene.record import IntervenableRecord
 
 RESIDUAL: Final = {"block_input", "block_output", "attention_input", "attention_output", "mlp_input", "mlp_output"}
 """Components of pyvene that are as wide as the residual stream."""
+LAYER: Final = re.compile(r"[0-9]{1,6}")
 
 
 def check_widths(record: IntervenableRecord, featurizers: list[Featurizer[Any]], model: nn.Module, where: str) -> None:
@@ -57,10 +58,11 @@ def _is_block_or_part(anatomy: Anatomy, component: str) -> bool:
     """Return True for the path of a block, or of its attention or MLP module; blocks may differ in their parts."""
     path = re.sub(r"\[(\d+)\]", r".\1", component.rpartition(".")[0])
     try:
-        inside = re.fullmatch(rf"{re.escape(anatomy.blocks.layers)}\.(\d+)(?:\.(.+))?", path)
-        if inside is None or int(inside[1]) >= anatomy.n_layers:
+        layers = f"{anatomy.blocks.layers}."
+        number, dot, part = path.removeprefix(layers).partition(".")
+        if not path.startswith(layers) or not LAYER.fullmatch(number) or int(number) >= anatomy.n_layers:
             return False
-        parts = anatomy.parts(int(inside[1]))
+        parts = anatomy.parts(int(number))
     except (SiteError, PluginError):
         return False
-    return inside[2] in (None, parts.attention, parts.mlp)
+    return not dot or part in (parts.attention, parts.mlp)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from featurizers import DictionaryFeaturizer, Featurizer
 from featurizers.builtin import fold_input_scale
-from featurizers.errors import FeaturizerError, ManifestError, UsageError, WeightsError, explain
+from featurizers.errors import FeaturizerError, ManifestError, UsageError, WeightsError, explain, shown
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -59,12 +59,12 @@ def refuse_other_sites(architecture: object, where: str) -> None:
     if isinstance(architecture, str) and architecture in OTHER_SITES:
         raise ManifestError(
             where,
-            f"the architecture {architecture!r} is not a featurizer of a single site: {OTHER_SITES[architecture]}",
+            f"the architecture {shown(architecture)} is not a featurizer of a single site: {OTHER_SITES[architecture]}",
         )
     if architecture not in (*RULES, "matching_pursuit"):
         raise ManifestError(
             where,
-            f"the architecture {architecture!r} is not known; known are {', '.join([*RULES, 'matching_pursuit'])}",
+            f"the architecture {shown(architecture)} is not known; known are {', '.join([*RULES, 'matching_pursuit'])}",
         )
 
 
@@ -77,7 +77,7 @@ def number(cfg: dict[str, Any], name: str, where: str, kinds: type | tuple[type,
     value: Any = cfg.get(name)
     wrong = isinstance(value, bool) or not isinstance(value, kinds)
     if wrong or not -1e300 < value < 1e300:
-        raise ManifestError(where, f"{name!r} must be a number, got {value!r}")
+        raise ManifestError(where, f"{name!r} must be a number, got {shown(value)}")
     return value
 
 
@@ -88,7 +88,7 @@ def positive(cfg: dict[str, Any], name: str, where: str, kinds: type | tuple[typ
         ManifestError: it is missing, or not a positive number of these kinds.
     """
     if (value := number(cfg, name, where, kinds)) <= 0:
-        raise ManifestError(where, f"{name!r} must be positive, got {value!r}")
+        raise ManifestError(where, f"{name!r} must be positive, got {shown(value)}")
     return value
 
 
@@ -99,7 +99,7 @@ def flag(cfg: dict[str, Any], name: str, default: bool, where: str) -> bool:
         ManifestError: it is not a boolean.
     """
     if not isinstance(value := cfg.get(name, default), bool):
-        raise ManifestError(where, f"{name} is {value!r}; it must be true or false")
+        raise ManifestError(where, f"{name} is {shown(value)}; it must be true or false")
     return value
 
 
@@ -136,10 +136,12 @@ def assemble(
         raise UsageError(f"{where}: {WHOLE[architecture]}; load it whole, and give the indices to the operation")
     normalize = cfg.get("normalize_activations") or "none"
     if normalize not in NORMALIZATIONS:
-        raise ManifestError(where, f"normalize_activations is {normalize!r}; known are {', '.join(NORMALIZATIONS)}")
+        raise ManifestError(
+            where, f"normalize_activations is {shown(normalize)}; known are {', '.join(NORMALIZATIONS)}"
+        )
     reshape = cfg.get("reshape_activations") or "none"
     if reshape not in ("none", "hook_z"):
-        raise ManifestError(where, f"reshape_activations is {reshape!r}; known are none, hook_z")
+        raise ManifestError(where, f"reshape_activations is {shown(reshape)}; known are none, hook_z")
     metadata: dict[str, Any] = cfg.get("metadata") or {}
     tensors = _of_one_dtype(tensors, dtype, where)
     if input_scale is not None:
@@ -194,7 +196,7 @@ def dtype_of(cfg: dict[str, Any], where: str) -> torch.dtype | None:
     if name is None:
         return None
     if not isinstance(name, str) or name.removeprefix("torch.") not in DTYPES:
-        raise ManifestError(where, f"dtype is {name!r}; known are {', '.join(DTYPES)}")
+        raise ManifestError(where, f"dtype is {shown(name)}; known are {', '.join(DTYPES)}")
     return DTYPES[name.removeprefix("torch.")]
 
 
@@ -222,8 +224,8 @@ def _dictionary(
     if wrong := sorted(expected ^ tensors.keys()):
         raise WeightsError(
             where,
-            f"the architecture {cfg.get('architecture')!r} has the tensors {sorted(expected)!r}; "
-            f"missing or unknown: {wrong!r}",
+            f"the architecture {shown(cfg.get('architecture'))} has the tensors {sorted(expected)!r}; "
+            f"missing or unknown: {shown(wrong)}",
         )
     if rule in ("topk", "abstopk"):
         common["rule_options"] = {"k": number(cfg, "k", where)}
@@ -250,7 +252,7 @@ def _matching_pursuit(
 ) -> MatchingPursuitFeaturizer:
     if wrong := sorted({"W_dec", "b_dec"} ^ tensors.keys()):
         raise WeightsError(
-            where, f"matching pursuit has the tensors 'W_dec' and 'b_dec' alone; missing or unknown: {wrong!r}"
+            where, f"matching pursuit has the tensors 'W_dec' and 'b_dec' alone; missing or unknown: {shown(wrong)}"
         )
     limit = cfg.get("max_iterations")
     threshold = number({"residual_threshold": 1e-2, **cfg}, "residual_threshold", where, (int, float))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from featurizers.errors import ManifestError
+from featurizers.errors import ManifestError, shown
 
 MAP = {
     "architecture",
@@ -38,7 +38,7 @@ def modern(cfg: dict[str, Any], where: str) -> dict[str, Any]:
     if "metadata" in cfg or ("architecture" in cfg and not cfg.keys() - MAP):
         metadata = cfg.get("metadata")
         if metadata is not None and not isinstance(metadata, dict):
-            raise ManifestError(where, f"metadata is {metadata!r}, not an object")
+            raise ManifestError(where, f"metadata is {shown(metadata)}, not an object")
         other = {key: cfg[key] for key in OVERRIDDEN if key in cfg}
         if unknown := sorted(cfg.keys() - MAP - other.keys() - _other_architectures(cfg)):
             raise ManifestError(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from featurizers import Featurizer
-from featurizers.errors import WeightsError
+from featurizers.errors import WeightsError, shown
 from featurizers.features import select
 from featurizers.format import ExternalFiles, TensorFile
 from torch import Tensor
@@ -63,7 +63,9 @@ def check_sizes(source: ExternalFiles, cfg: dict[str, Any], sizes: dict[str, int
 def count_features(file: TensorFile, name: str, source: ExternalFiles, axis: int) -> int:
     """Return the number of features, which a matrix has on this axis, and check the requested indices against it."""
     if name not in file.shapes or len(file.shapes[name]) != 2:
-        raise WeightsError(source.where, f"{file.path.name} lacks the matrix {name!r}; it has {sorted(file.shapes)!r}")
+        raise WeightsError(
+            source.where, f"{file.path.name} lacks the matrix {name!r}; it has {shown(sorted(file.shapes), 300)}"
+        )
     return check_indices(source, file.shapes[name][axis])
 
 

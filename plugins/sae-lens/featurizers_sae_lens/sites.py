@@ -70,6 +70,6 @@ def _hub_id(name: Any) -> str | None:
     if not isinstance(name, str) or not name:
         return None
     if "/" in name:
-        return name
+        return name if name.isprintable() and len(name) <= 256 else None
     name = "gpt2" if name == "gpt2-small" else name
     return next((owner + name for start, owner in OWNERS.items() if name.startswith(start)), None)

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from featurizers import Featurizer
-from featurizers.errors import ManifestError, WeightsError
+from featurizers.errors import ManifestError, WeightsError, shown
 from featurizers.format import ExternalFiles
 from torch import Tensor
 
@@ -92,12 +92,12 @@ def _openai(
     if kind == "TopK":
         options = options if isinstance(options, dict) else {}
         if (after := options.get("postact_fn", "ReLU")) != "ReLU":
-            raise ManifestError(source.where, f"{name} has {after!r} after its TopK; known is 'ReLU'")
+            raise ManifestError(source.where, f"{name} has {shown(after)} after its TopK; known is 'ReLU'")
         k = options.get("k")
         k = int(k) if isinstance(k, Tensor) and k.numel() == 1 else k
         cfg |= {"architecture": "topk", "k": k, "normalize_activations": "layer_norm"}
     elif kind != "ReLU":
-        raise ManifestError(source.where, f"{name} has the activation {kind!r}; known are 'ReLU' and 'TopK'")
+        raise ManifestError(source.where, f"{name} has the activation {shown(kind)}; known are 'ReLU' and 'TopK'")
     hooks = {
         "resid_delta_attn": "hook_attn_out",
         "resid_post_attn": "hook_resid_mid",
@@ -149,7 +149,7 @@ def dictionary_learning(source: ExternalFiles, overrides: dict[str, Any]) -> Fea
         "AutoEncoderNew": ("standard", False),
     }
     if not isinstance(kind, str) or kind not in classes:
-        raise ManifestError(source.where, f"the dict_class {kind!r} is not known; known are {', '.join(classes)}")
+        raise ManifestError(source.where, f"the dict_class {shown(kind)} is not known; known are {', '.join(classes)}")
     architecture, pre_bias = classes[kind]
     spellings = {
         "W_enc": ("W_enc", "encoder.weight"),

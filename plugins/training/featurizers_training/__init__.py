@@ -9,7 +9,7 @@ from typing import Any
 from featurizers import hookimpl
 
 from featurizers_training.evaluation import Accuracy, accuracy, evaluate
-from featurizers_training.methods.base import Method
+from featurizers_training.methods.base import Method, Searched
 from featurizers_training.methods.gates import BoundaryGate
 from featurizers_training.methods.searches import (
     BASELINES,
@@ -55,6 +55,7 @@ __all__ = [
     "PairError",
     "Pairs",
     "RandomSubspace",
+    "Searched",
     "Settings",
     "Sweep",
     "accuracy",

@@ -98,9 +98,68 @@ def test_plugins_and_kinds():
         "subspace": "featurizers-subspace",
     }.items()
     assert set(rows[0]) == {"name", "distribution", "version", "state", "error"}
-    assert as_json("kinds") == [row["name"] for row in rows] == featurizers.kinds()
-    assert run("kinds")[1].split() == featurizers.kinds()
+    assert as_json("kinds") == run("kinds")[1].split() == featurizers.kinds()
+    assert {"identity", "sae-lens.matching-pursuit"} < set(featurizers.kinds())
+    assert {"pyvene", "sae-lens", "sparsify", "training"}.isdisjoint(featurizers.kinds())
     assert all(row["distribution"] in run("plugins")[1] for row in rows)
+
+
+def test_the_arguments_of_a_kind_are_those_that_create_takes():
+    """Compared with pydantic's own account of the config."""
+    from featurizers_subspace import SubspaceFeaturizer
+
+    shown = as_json("kinds", "subspace")
+    assert shown["class"] == "featurizers_subspace.SubspaceFeaturizer"
+    schema = SubspaceFeaturizer.Config.model_json_schema()
+    assert [row["name"] for row in shown["arguments"]] == list(schema["properties"])
+    assert [row["name"] for row in shown["arguments"] if row["default"] is None] == schema["required"]
+    assert {row["type"] for row in shown["arguments"]} == {"int"}
+    assert shown["arguments"][1]["meaning"] == "dimension of the subspace, at most ``d_in``."
+    assert set(shown["constructors"]) == {"from_basis", "from_directions", "from_svd", "fit_pca"}
+    out = run("kinds", "subspace")[1]
+    assert 'featurizers.create("subspace", d_in=…, n_features=…)' in out
+    assert "dimension of the subspace, at most d_in." in out
+
+
+@pytest.mark.parametrize("kind", featurizers.kinds())
+def test_every_kind_tells_its_arguments(kind):
+    shown = as_json("kinds", kind)
+    assert shown["about"]
+    assert all(row["type"] for row in shown["arguments"])
+    assert run("kinds", kind)[0] == 0
+
+
+def test_version():
+    assert run("--version") == (0, f"featurizers {featurizers.__version__}\n", "")
+
+
+@pytest.mark.parametrize(("word", "meant"), [("trian", "train"), ("kind", "kinds"), ("evalute", "evaluate")])
+def test_a_misspelt_command_is_answered_by_those_like_it(word, meant):
+    code, out, err = run(word)
+    assert (code, out) == (2, "")
+    assert f"There is no command '{word}'. Did you mean '{meant}'" in err
+
+
+def test_a_shell_completes_commands_and_options(tmp_path):
+    """By bash itself, with the script that ``--show-completion`` prints."""
+    (tmp_path / "featurizers").write_text(
+        f"#!{sys.executable}\nimport sys\nfrom featurizers.cli.app import main\nsys.argv[0] = 'featurizers'\nmain()\n"
+    )
+    (tmp_path / "featurizers").chmod(0o755)
+    script = """
+        eval "$(_FEATURIZERS_COMPLETE=source_bash featurizers)"
+        complete_line() {
+            COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)) COMPREPLY=()
+            $(complete -p featurizers | sed 's/.*-F \\([^ ]*\\).*/\\1/') featurizers "${@: -1}"
+            echo "${COMPREPLY[@]}"
+        }
+        complete_line featurizers s
+        complete_line featurizers k
+        complete_line featurizers info --j
+    """
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, encoding="utf-8", check=True, env=environment)
+    assert done.stdout.splitlines() == ["scalars sweep", "kinds", "--json"], done.stderr
 
 
 def test_info_of_an_artefact(here):
@@ -110,6 +169,23 @@ def test_info_of_an_artefact(here):
     assert found == config
     _, out, _ = run("info", "./one")
     assert all(word in out for word in ("sentiment", "subspace", "resid.post:8", "owner/model", "float32 [8, 2]"))
+
+
+def test_info_prints_a_summary_and_not_the_history_of_a_search(here):
+    f = featurizers.load("./one")
+    history = [{"epoch": number, "loss": 0.1} for number in range(500)]
+    f.metadata = {"summary": {"accuracy (test)": "97.0%"}, "training": {"history": history}, "license": "mit"}
+    f.save_pretrained("searched")
+    _, out, _ = run("info", "./searched")
+    assert len(out.splitlines()) < 25
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert ["accuracy (test)", "97.0%"] in rows
+    assert ["site", "resid.post:8"] in rows
+    assert ["model", "owner/model"] in rows
+    assert ["tokens", "-1"] in rows
+    assert ["metadata: license", '"mit"'] in rows
+    assert ["metadata: training", f"{len(json.dumps(f.metadata['training']))} characters; see --json"] in rows
+    assert as_json("info", "./searched")["metadata"]["training"]["history"] == history
 
 
 def test_info_and_list_of_a_collection(here):
@@ -344,7 +420,7 @@ def test_help_of_a_command_lists_the_options_of_the_page(command):
     assert described
     options = set(re.findall(r"--[a-z-]+", described[1])) - {"--help"}
     group = typer.main.get_command(cli.app)
-    group.list_commands(None)  # loads the commands of plugins
+    group.of_plugins()
     for word in words:
         group = group.commands[word]
     known = group.params

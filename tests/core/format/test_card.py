@@ -46,6 +46,21 @@ def test_the_hub_client_reads_a_new_card(tmp_path):
     }
 
 
+def test_a_summary_in_the_metadata_is_a_part_of_the_cards_table(tmp_path):
+    f = found_in()
+    f.site = featurizers.Site("resid.post", 1).at(position=(0, -1))
+    f.metadata = {"summary": {"accuracy": "97.0% (92.6% to 100.0%)", "<b>|x": "a\n|b| <i>", "n": 3, "l": ["x"]}}
+    f.save_pretrained(tmp_path / "a")
+    lines = (tmp_path / "a" / "README.md").read_text().splitlines()
+    start = lines.index("|---|---|") + 1
+    rows = lines[start : lines.index("", start)]
+    assert "| tokens | 0, -1 |" in rows
+    assert "| accuracy | 97.0% (92.6% to 100.0%) |" in rows
+    assert r"| \<b\>\|x | a \|b\| \<i\> |" in rows
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
+    assert not any(row.startswith(("| n |", "| l |")) for row in rows)
+
+
 @pytest.mark.parametrize(
     ("front_matter", "metadata"),
     [
@@ -141,6 +156,58 @@ def test_marks_in_the_front_matter_are_no_marks(tmp_path):
 def test_a_card_in_another_encoding_is_an_error(tmp_path):
     with pytest.raises(ArtefactError, match="it is not UTF-8 text"):
         saved_over(tmp_path / "a", "Prosa für alle".encode("latin-1"))
+
+
+UNPRINTABLE = {
+    "DEL": "\x7f",
+    "C1": "\x9b",
+    "NEL": "\x85",
+    "escape": "\x1b]0;title\x07",
+    "null": "\0",
+    "line separator": "\u2028",
+    "bidi": "\u202e",
+    "byte-order mark": "\ufeff",
+    "non-character": "\ufffe",
+    "tag": "\U000e0001",
+    "end of the front matter": "\n---\n# x",
+}
+
+
+@pytest.mark.parametrize("characters", UNPRINTABLE.values(), ids=UNPRINTABLE)
+@pytest.mark.parametrize("of", [lambda text: text, lambda text: [text], lambda text: {text: [text]}])
+def test_a_licence_of_any_characters_leaves_a_card_that_is_read_and_printed(tmp_path, characters, of):
+    f = found_in()
+    f.metadata = {"license": of(f"mit{characters}!")}
+    f.save_pretrained(tmp_path / "a")
+    assert featurizers.load(tmp_path / "a").metadata == f.metadata
+    text = (tmp_path / "a" / "README.md").read_bytes().decode()
+    assert all(line.isprintable() for line in text.split("\n"))
+    data = ModelCard(text).data.to_dict()
+    assert set(data) == {"library_name", "license", "base_model", "tags"}
+    assert "mit" in str(data["license"])
+
+
+@pytest.mark.parametrize("characters", ["x" * 900_000, ["x" * 1000] * 500], ids=["long", "many"])
+def test_a_licence_of_any_length_leaves_a_card_that_can_be_completed(tmp_path, characters):
+    f = found_in()
+    f.metadata = {"license": characters}
+    f.save_pretrained(tmp_path / "a")
+    assert (tmp_path / "a" / "README.md").stat().st_size < 10_000
+
+
+@pytest.mark.parametrize("characters", UNPRINTABLE.values(), ids=UNPRINTABLE)
+def test_values_of_people_keep_their_characters(tmp_path, characters):
+    text = saved_over(tmp_path / "a", f"---\n{yaml.safe_dump({'author': characters})}---\n".encode())
+    data = ModelCard(text.decode()).data.to_dict()
+    assert data["author"] == characters
+    assert data["library_name"] == "featurizers"
+
+
+@pytest.mark.parametrize(
+    "text", ["---" + "\n" * 10**6, "\n" * 10**6 + "---\n", "---\n" * 250_000, "---\r" * 250_000 + "x"]
+)
+def test_a_card_of_many_lines_costs_no_more_than_its_length(tmp_path, text):
+    assert saved_over(tmp_path / "a", text.encode()).count(b"featurizers.load(") == 1
 
 
 def test_a_collection_completes_its_card_too(tmp_path):

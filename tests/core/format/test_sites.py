@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import featurizers
@@ -135,6 +136,20 @@ def test_an_error_lists_the_kinds():
         Site.parse("residual:3")
 
 
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [("resid.pots:3", "resid.post"), ("mpl.out:1", "mlp.out"), ("embedd", "embed"), ("atn.z:1:0", "attn.z")],
+)
+def test_a_misspelt_kind_is_answered_by_those_like_it(text, meant):
+    with pytest.raises(SiteError, match=rf"Did you mean .*'{re.escape(meant)}'"):
+        Site.parse(text)
+
+
+def test_a_site_of_none_says_what_to_set():
+    with pytest.raises(SiteError, match=r"the site is None.*set f\.site = 'resid\.post:8'"):
+        Site.parse(None)
+
+
 # ---- in a model
 
 
@@ -144,7 +159,7 @@ def test_an_error_lists_the_kinds():
         (f"resid.post:{LAYERS}", "LlamaForCausalLM has 3 layers, 0 to 2"),
         ("attn.z:0:4", "LlamaForCausalLM has 4 heads, 0 to 3"),
         ("module:model.layers.9:output", "no module 'model.layers.9'"),
-        ("module:model.layers.0.mlq:input", "no module 'model.layers.0.mlq'"),
+        ("module:model.layers.0.mlq:input", r"no module 'model.layers.0.mlq'. Did you mean .*'model\.layers\.0\.mlp'"),
         ("nowhere:1", "unknown kind of site 'nowhere'"),
     ],
 )

@@ -181,3 +181,15 @@ def test_catalogues(function):
 def test_a_folder_that_cannot_be(source):
     with pytest.raises(featurizers.errors.ManifestError, match=r"there is no config\.json"):
         featurizers.load(source)
+
+
+def test_the_name_of_a_folder_that_is_here_is_answered_by_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    f = featurizers.create("subspace", d_in=4, n_features=2)
+    f.save_pretrained("my-featurizer")
+    with pytest.raises(SourceError, match=r"did you mean '\./my-featurizer', which is here\?"):
+        featurizers.load("my-featurizer")
+    assert featurizers.load("./my-featurizer").n_features == 2
+    for other in ("not-here", "hub:my-featurizer", ""):
+        with pytest.raises(SourceError, match="cannot tell what the source"):
+            featurizers.load(other)

@@ -232,3 +232,26 @@ def test_a_module_of_torchscript_is_refused(compile_):
     steer = featurizers.Steer(featurizers.create("identity", d_in=WIDTH), delta=1.0)
     with pytest.raises(SiteError, match=r"'0' was compiled by torch\.jit, which takes no hooks"):
         intervene(model, {"module:0:output": steer}).__enter__()
+
+
+def test_an_anatomy_names_the_sites_of_its_model():
+    """GPT-2's, written by hand, and a hybrid of which one block of two has attention."""
+    assert repr(Anatomy(fresh_model("gpt2"))) == (
+        "Anatomy(GPT2LMHeadModel, 3 layers with resid.pre, resid.post, attn.out, attn.z (4 heads), mlp.out, mlp.act; "
+        "embed, norm.out)"
+    )
+    model = fresh_model("llama")
+    del model.model.layers[1].self_attn
+    assert "attn.out (in 2 of them), attn.z (in 2 of them, 4 heads), mlp.out" in repr(Anatomy(model))
+    assert repr(Anatomy(nn.Linear(2, 2))) == "Anatomy(Linear, no blocks were found; its sites are 'module:PATH:output')"
+
+
+def test_a_site_of_none_is_one_error_of_every_operation():
+    f, model = featurizers.create("identity", d_in=WIDTH), fresh_model("gpt2")
+    for call in (
+        lambda: intervene(model, {f.site: featurizers.Collect(f)}).__enter__(),
+        lambda: collect(model, {"input_ids": prompts(1, 3)}, {f.site: f}),
+        lambda: Anatomy(model).place(f.site),
+    ):
+        with pytest.raises(SiteError, match=r"the site is None.*set f\.site"):
+            call()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import featurizers
 import pytest
@@ -42,6 +43,24 @@ def model_and_site(name: str) -> tuple[nn.Module, str, str]:
     return make().requires_grad_(False), path, f"module:{path}:output"
 
 
+NAMES = ("cache", "past_key_values", "cache_params")  # the first came with transformers 5.24
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a model returned."""
+    return next(output[name] for name in NAMES if output.get(name) is not None)
+
+
+def filled(model: nn.Module, tokens: Tensor) -> Any:
+    """The cache after a run on tokens."""
+    return cache_of(model(tokens, use_cache=True))
+
+
+def continuing(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The argument that makes a run go on from a cache."""
+    return {next(name for name in NAMES if takes(model, name)): cache}
+
+
 def identity() -> featurizers.Featurizer:
     return featurizers.create("identity", d_in=WIDTH)
 
@@ -54,12 +73,12 @@ def loop(model: nn.Module, around: Callable[[int], object] | None = None) -> Ten
     """Logits of a greedy loop with a cache; the first is made by the model itself."""
     current, cache, logits = PROMPT, None, []
     for step in range(STEPS):
-        kwargs = {"cache": cache} if cache is not None else {}
+        kwargs = continuing(model, cache) if cache is not None else {}
         if takes(model, "position_ids"):  # MiniMax counts wrongly itself
             kwargs["position_ids"] = torch.arange(step and 5 + step, 6 + step).unsqueeze(0)
         with torch.no_grad(), around(step) if around else torch.no_grad():
             out = model(current, use_cache=True, **kwargs)
-        cache = out.cache
+        cache = cache_of(out)
         logits.append(out.logits[:, -1])
         current = logits[-1].argmax(-1, keepdim=True)
     return torch.stack(logits)
@@ -116,24 +135,24 @@ def test_positions_of_a_prompt_in_a_cache_from_outside_are_refused(name, earlier
     model, _, site = model_and_site(name)
     if earlier == "another context":
         with torch.no_grad(), intervene(model, steered([0], site)):
-            cache = model(PROMPT, use_cache=True).cache
+            cache = filled(model, PROMPT)
     else:
         with torch.no_grad():
-            cache = model(PROMPT, use_cache=True).cache
+            cache = filled(model, PROMPT)
     with torch.no_grad(), intervene(model, steered([0], site)):
         if earlier == "another prompt":
             model(PROMPT, use_cache=True)
         with pytest.raises(PositionError, match="in a cache already"):
-            model(PROMPT[:, :1], cache=cache)
+            model(PROMPT[:, :1], **continuing(model, cache))
 
 
 def test_a_context_inside_another_does_not_take_the_cache_of_the_outer_for_its_own():
     model, _, site = model_and_site("llama")
     with torch.no_grad(), intervene(model, steered([0], site)):
-        cache = model(PROMPT, use_cache=True).cache
+        cache = filled(model, PROMPT)
         with intervene(model, steered([1], site)), pytest.raises(PositionError, match="in a cache already"):
-            model(PROMPT[:, :1], cache=cache)
-        model(PROMPT[:, :1], cache=model(PROMPT, use_cache=True).cache)
+            model(PROMPT[:, :1], **continuing(model, cache))
+        model(PROMPT[:, :1], **continuing(model, filled(model, PROMPT)))
 
 
 def test_two_caches_in_turn_are_each_edited_at_its_own_prompt():
@@ -143,8 +162,8 @@ def test_two_caches_in_turn_are_each_edited_at_its_own_prompt():
 
     def in_turn() -> list[Tensor]:
         with torch.no_grad():
-            caches = [model(tokens[number], use_cache=True).cache for number in (0, 1)]
-            return [model(steps, cache=cache).logits for cache in caches]
+            caches = [filled(model, tokens[number]) for number in (0, 1)]
+            return [model(steps, **continuing(model, cache)).logits for cache in caches]
 
     def edit(hidden: Tensor) -> Tensor:
         return hidden if hidden.shape[1] == 1 else torch.cat([hidden[:, :-1], hidden[:, -1:] + 2.0], dim=1)
@@ -159,7 +178,7 @@ def test_two_caches_in_turn_are_each_edited_at_its_own_prompt():
 def test_a_source_whose_prompt_is_in_a_cache_is_refused_at_positions():
     model, _, site = model_and_site("llama")
     with torch.no_grad():
-        cache = model(PROMPT, use_cache=True).cache
+        cache = filled(model, PROMPT)
     source = {"input_ids": PROMPT[:, :2], "past_key_values": cache}
     with pytest.raises(PositionError, match="in a cache already"):
         collect(model, source, [site], positions=[0])
@@ -172,7 +191,7 @@ def test_a_reset_cache_begins_again():
     model, _, _ = model_and_site("mamba")
     log = CacheLog()
     with torch.no_grad():
-        cache = model(PROMPT, use_cache=True).cache
+        cache = filled(model, PROMPT)
     assert log.start(cache) == 1  # some tokens, whose number is not known
     log.add(cache, 6, 3)
     assert (log.start(cache), log.began(cache)) == (6, 3)

@@ -1,6 +1,7 @@
 """Plugin host: a broken plugin does not affect the others, and no conflict of names is resolved silently."""
 
 import importlib.metadata
+import json
 import subprocess
 import sys
 import textwrap
@@ -637,6 +638,41 @@ def test_only_first_party_kinds_come_with_a_pip_command(monkeypatch):
     assert isinstance(caught.value, PluginError)
 
 
+def test_the_kinds_of_this_project_are_those_that_its_plugins_register():
+    host = PluginHost()
+    before = host.known_kinds()
+    host.load_all()
+    assert before == sorted(kind for kind in host._classes if kind.partition(".")[0] in OWNERS)
+
+
+def test_kinds_of_other_plugins_are_those_that_they_register(install, fresh):
+    install("good", GOOD.format(kind="good.better"))
+    install("reads", hooks(featurizers_read="(source): return None"))
+    install("broken", "1 / 0")
+    assert featurizers.kinds() == ["composition", "dictionary", "good.better", "identity", "standardize", "subspace"]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: featurizers.create("subspce"), r"'subspce'\. Did you mean 'subspace'\?"),
+        (lambda: featurizers.create("Identity"), r"'Identity'\. Did you mean 'identity'\?"),
+        (lambda: featurizers.create("sae-lens.matching-pursit"), r"Did you mean 'sae-lens\.matching-pursuit'\?"),
+        (lambda: featurizers.create("nothing-like-it"), r"Installed kinds: .*subspace"),
+        (lambda: host().rule("TopKK"), r"'TopKK'\. Did you mean '.*topk'"),
+        (lambda: host().rule("nothing-like-it"), r"Known are: .*relu"),
+        (lambda: featurizers.create("subspace", d_in=8, n_feature=2), r"Did you mean 'n_features'\?"),
+        (
+            lambda: featurizers.create("subspace", n_features=2),
+            r"The arguments of 'subspace': d_in: int, n_features: int, seed: int = 0$",
+        ),
+    ],
+)
+def test_a_name_that_is_not_known_is_answered_by_those_like_it(call, words):
+    with pytest.raises(FeaturizerError, match=words):
+        call()
+
+
 def test_a_plugin_without_a_kind_says_so():
     with pytest.raises(
         UnknownKindError, match=r"'sparsify' provides no kind of that name.*Installed kinds: .*subspace"
@@ -715,8 +751,13 @@ def test_plugins_add_commands_and_members_of_one_group(install, fresh):
     assert call("fit", "two") == (0, "fitted two 1\n")
     assert call("evaluate") == (0, "did evaluate\n")
     assert call("two") == (0, "did two\n")
-    help_of_all = call("--help")[1]
-    assert all(f"\n  {name} " in help_of_all for name in ("plugins", "convert", "fit", "evaluate", "two"))
+    rows = json.loads(call("plugins", "--commands", "--json")[1])
+    assert {(row["command"], row["plugin"], row["help"]) for row in rows} == {
+        ("evaluate", "one", "Do it."),
+        ("fit one", "one", "Fit it."),
+        ("fit two", "two", "Fit it."),
+        ("two", "two", "Do it."),
+    }
     assert all(name in call("fit", "--help")[1] for name in ("one", "two", "Fit it."))
     assert call("fit", "three")[0] == call("three")[0] == 2
 
@@ -750,12 +791,27 @@ def test_a_command_of_this_project_says_what_to_install(install, fresh, word, di
     assert call(word) == (0, f"did {word}\n")
 
 
+def test_help_names_the_plugins_whose_commands_are_not_known_and_imports_none(install, fresh, imports):
+    install("one", imported(textwrap.dedent(COMMAND.format(name="one", top="evaluate"))))
+    install("two", imported())
+    code, output = call("--help")
+    assert code == 0
+    assert "Plugins that may add commands:\n  one, two; to list them: featurizers plugins --commands" in output
+    assert "evaluate" not in output
+    assert not imports()
+
+
 def test_the_commands_of_this_project_are_those_of_its_plugins():
-    for word, (plugin, requirement) in COMMANDS.items():
-        app = typer.Typer()
+    """Every one of them, with the first line of its help, because ``--help`` asks no plugin."""
+    added = {}
+    for plugin in FIRST_PARTY:
+        app = typer.Typer(rich_markup_mode=None)
         host().ask("featurizers_commands", plugin, app=app)
-        assert word in {command.name for command in app.registered_commands}
-        assert requirement in (FIRST_PARTY[plugin], f"featurizers[{word}]")
+        commands = typer.main.get_group(app).commands
+        added |= {word: (plugin, command.get_short_help_str(1000)) for word, command in commands.items()}
+    assert {word: (command.plugin, command.help) for word, command in COMMANDS.items()} == added
+    for word, command in COMMANDS.items():
+        assert command.requirement in (FIRST_PARTY[command.plugin], f"featurizers[{word}]")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert any(requirement.startswith("featurizers-training") for requirement in extras["demo"])
 
@@ -765,7 +821,7 @@ def test_a_command_of_two_plugins_is_neither_ones(install, fresh):
     install("two", COMMAND.format(name="same", top="b"))
     with pytest.raises(PluginError, match=r"'two' adds the command 'fit same', which exists already"):
         call("fit", "same")
-    code, output = call("--help")
+    code, output = call("plugins", "--commands")
     assert code == 0
     assert "warning: the plugin 'two' adds" in output
 
@@ -773,7 +829,7 @@ def test_a_command_of_two_plugins_is_neither_ones(install, fresh):
 def test_a_command_of_the_core_is_not_replaced(install, fresh):
     install("one", COMMAND.format(name="one", top="kinds"))
     assert "did kinds" not in call("kinds")[1]
-    assert "adds the command 'kinds', which exists already" in call("--help")[1]
+    assert "adds the command 'kinds', which exists already" in call("plugins", "--commands")[1]
 
 
 def test_a_plugin_whose_commands_fail_does_not_hinder_the_others(install, fresh):
@@ -782,7 +838,7 @@ def test_a_plugin_whose_commands_fail_does_not_hinder_the_others(install, fresh)
     install("odd", hooks(featurizers_commands="(app):\n    @app.command()\n    def odd(x: int | str): pass"))
     assert call("evaluate") == (0, "did evaluate\n")
     assert call("fit", "good") == (0, "fitted good 1\n")
-    code, output = call("--help")
+    code, output = call("plugins", "--commands")
     assert code == 0
     assert "warning: the plugin 'bad' of dist-bad 6.6 fails in its featurizers_commands: KeyError" in output
     assert "warning: the commands of the plugin 'odd' cannot be used" in output

@@ -162,6 +162,11 @@ def test_pictures_show_every_energy():
     (points, *_) = fidelity_plot(fidelity).axes[0].lines
     assert list(points.get_ydata()) == fidelity.model_kl.tolist()
     assert list(points.get_xdata()) == fidelity.energies.tolist()
+    figure = energies_by_layer({"resid.post:0": f})
+    figure.canvas.draw()
+    ticks = figure.axes[0].yaxis.get_ticklabels(which="both")
+    assert all(float(tick.get_text()) > 0 for tick in ticks if tick.get_text())
+    assert any(tick.get_text() for tick in ticks)
     drawn = energies_by_layer({"resid.post:0": f, "resid.post:1": f.truncate(2)}).axes[0]
     assert [list(line.get_ydata()) for line in drawn.lines] == [f.energies.tolist(), f.energies[:2].tolist()]
     assert [text.get_text() for text in drawn.get_legend().get_texts()] == ["resid.post:0", "resid.post:1"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -75,6 +76,10 @@ def rewritten(path, change):
     save_file(tensors, path, metadata={"featurizers": json.dumps(about)})
 
 
+def as_dtype(tensors, name, dtype):
+    tensors[name] = tensors[name].to(dtype)
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -93,11 +98,22 @@ def rewritten(path, change):
         (lambda tensors, about: tensors.update({"attn.z:0/forward": torch.zeros(7, 32)}), "axes are"),
         (lambda tensors, about: tensors.update({"attn.z:0/forward": torch.zeros(7, 5, 8)}), "attn.z:0"),
         (lambda tensors, about: tensors.update(tokens=torch.full((7,), 999)), "vocabulary"),
+        (lambda tensors, about: tensors["attn.z:0/forward"][2, 1].fill_(torch.nan), "attn.z:0 (forward) holds NaN"),
+        (lambda tensors, about: tensors["attn.z:0/forward"][2, 1].fill_(-torch.inf), "attn.z:0 (forward) holds NaN"),
+        (lambda tensors, about: tensors["attn.logits:0/forward"].fill_(torch.nan), "attn.logits:0 (forward) holds NaN"),
+        (lambda tensors, about: tensors["norm.attn.scale:0/forward"].neg_(), "holds a scale of 0 or less"),
+        (lambda tensors, about: as_dtype(tensors, "attn.z:0/forward", torch.int64), "int64, not floating point"),
+        (lambda tensors, about: as_dtype(tensors, "tokens", torch.bool), "no row of token ids"),
+        (lambda tensors, about: as_dtype(tensors, "tokens", torch.uint8), "no row of token ids"),
+        (lambda tensors, about: tensors.update(tokens=torch.zeros(0, dtype=torch.int64)), "no row of token ids"),
+        (lambda tensors, about: tensors.update({"attn.z:01/forward": torch.ones(7, 4, 8)}), "names no place and pass"),
+        (lambda tensors, about: about.update(metric=10**400), "'metric': Input should be a finite number"),
     ],
 )
 def test_a_file_that_is_not_what_it_should_be_is_refused(change, problem, tmp_path):
     circuit, path = Circuit(shared_decoder("gpt2")), tmp_path / "raw.safetensors"
-    capture(circuit, tokens(), [Need("attn.z")])[0].save(path)
+    capture(circuit, tokens(), [Need("attn.z"), Need("attn.logits")])[0].save(path)
+    RawActivations.load(path, circuit)  # with the logits of tokens to come, which are minus infinity
     rewritten(path, change)
     with pytest.raises(ArtefactError) as caught:
         RawActivations.load(path, circuit)
@@ -118,3 +134,27 @@ def test_what_is_no_such_file_is_refused(tmp_path):
     capture(circuit, tokens(), [Need("attn.z")])[0].save(path)
     with pytest.raises(ArtefactError, match="LlamaForCausalLM"):
         RawActivations.load(path, Circuit(shared_decoder("llama")))
+
+
+def test_a_path_of_no_regular_file_is_refused(tmp_path):
+    circuit = Circuit(shared_decoder("gpt2"))
+    raw = capture(circuit, tokens(), [Need("attn.z")])[0]
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, problem in (("pipe", "a named pipe"), ("folder", "a folder"), ("null\0", "a null character")):
+        with pytest.raises(ArtefactError, match=problem):
+            RawActivations.load(tmp_path / name, circuit)
+    for path in (tmp_path / "folder", tmp_path / "null\0", "", tmp_path / "nowhere" / "a"):
+        with pytest.raises(ArtefactError):
+            raw.save(path)
+
+
+def test_what_could_not_be_read_again_is_not_written(raw, tmp_path):
+    path = tmp_path / "raw.safetensors"
+    raw.save(path)
+    before = path.read_bytes()
+    values = {key: raw[key].clone() for key in raw}
+    values[Place("attn.z", 1), "forward"][0, 0, 0] = torch.nan
+    with pytest.raises(ArtefactError, match=r"attn.z:1 \(forward\) holds NaN or infinity; capture it again"):
+        RawActivations(raw.circuit, raw.tokens, values).save(path)
+    assert path.read_bytes() == before

@@ -358,8 +358,13 @@ def test_files_that_are_no_scalars_are_refused(tmp_path):
             },
             "there is no place 'x'",
         ),
+        ({"featurizers": header % row.replace("[0]", "[0,0]")}, "not those of the header"),
+        ({"featurizers": header % row.replace('"s"', '"\\u001b[31m"')}, "not printable"),
+        ({"featurizers": header % row.replace("[0]", f"[{10**30}]")}, "not those of the header"),
+        ({"featurizers": header % row.replace("[0]", "[1]"), "whole": ""}, "is torch.int64, not floating point"),
     ):
-        save_file({"0/0": torch.ones(2)}, path, metadata=metadata)
+        tensor = torch.ones(2, dtype=torch.int64 if "whole" in metadata else torch.float32)
+        save_file({"0/1" if "whole" in metadata else "0/0": tensor}, path, metadata=metadata)
         with pytest.raises(ArtefactError, match=match):
             Scalars.load(path)
 

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +13,7 @@ import featurizers
 import featurizers_training as training
 import pytest
 import torch
+from featurizers.format import weights
 from featurizers_training.command import options
 
 from tests.support.command import as_json, run
@@ -160,6 +164,14 @@ def test_train_says_what_it_found_and_how_to_load_it(tmp_path):
     assert f"featurizers.load({str(out)!r}).attach(model)" in printed
     loaded = featurizers.load(out)
     record = loaded.metadata["training"]
+    for shown in ((out / "README.md").read_text(), run("info", out)[1]):
+        rows = {cells[0]: cells[1] for line in shown.splitlines() if len(cells := re.findall(r"[^|│]+", line)) == 2}
+        rows = {name.strip(): text.strip() for name, text in rows.items()}
+        test = training.Accuracy(round(record["accuracy"]["test"]["accuracy"] * 17), 17)
+        assert rows["accuracy (test)"].startswith(f"{test}, 17 pairs")
+        assert (rows["method"], rows["selected features"], rows["pairs of the search"]) == ("das", "4", "32")
+        assert (rows["site"].strip("`"), rows["tokens"], rows["model"].strip("`")) == (LAST, "-1", "lm")
+    assert "history" not in run("info", out)[1]
     assert record["method"]["n_features"] == 4
     assert (record["pairs"]["count"], record["accuracy"]["validation"]["pairs"]) == (32, 8)
     assert (str(loaded.site), loaded.site.position, loaded.site.model) == (LAST, (-1,), "lm")
@@ -360,6 +372,8 @@ ERRORS = {
     "layers beyond": ((*SWEEP, *PAIRS, "--layers", "1-3"), "the layers '1-3' are not in the model"),
     "no kind of site": ((*SWEEP, *PAIRS, "--site-kind", "x"), "x"),
     "no methods": ((*SWEEP, *PAIRS, "--methods", "das,x"), "a method is one of das, dbm"),
+    "a misspelt method": ((*SWEEP, *PAIRS, "--methods", "bdm"), "Did you mean 'dbm'?"),
+    "a misspelt control": ((*SWEEP, *PAIRS, "--controls", "shuffled-label"), "Did you mean 'shuffled-labels'?"),
     "an artefact that is not there": (("evaluate", "./none", *MODEL, *PAIRS), "there is no config.json"),
     "sites of others": (
         ("evaluate", "./plain", *MODEL, *PAIRS, "--site", LAST, "--site", LAST),
@@ -416,3 +430,40 @@ def test_positions_are_parsed():
     ]  # fmt: skip
     sites, positions = options.sites_and_positions(["resid.post:8@subject", "mlp.out:1@-1"])
     assert (list(map(str, sites)), positions) == (["resid.post:8", "mlp.out:1"], ["subject", -1])
+
+
+# ---------------------------------------------------------------------- Ctrl-C
+
+
+def interrupt(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupt_while_a_search_saves_leaves_the_earlier_artefact(tmp_path, monkeypatch):
+    out = tmp_path / "found"
+    code, _, error = run(*DAS, "--site", LAST, "--out", out)
+    assert code == 0, error
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    write = weights.save_tensors
+
+    def interrupted(tensors, path, *rest, **options):
+        write(tensors, path, *rest, **options)
+        interrupt()
+
+    monkeypatch.setattr(weights, "save_tensors", interrupted)
+    f = featurizers.load(out)
+    with pytest.raises(KeyboardInterrupt):
+        f.save_pretrained(out)
+    code, _, error = run(*DAS, "--site", LAST, "--out", tmp_path / "other")
+    assert (code, error.splitlines()[-1]) == (130, "error: interrupted; what was complete before is unchanged")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["found"]
+
+
+def test_an_interrupt_of_the_demo_and_of_a_push_is_one_line(tmp_path, monkeypatch):
+    featurizers.create("identity").save_pretrained(tmp_path / "a")
+    monkeypatch.setattr("featurizers_training.command.demo.run", interrupt)
+    monkeypatch.setattr("featurizers.store.push", interrupt)
+    for arguments in (("demo",), ("push", f"./{tmp_path.name}/a", "owner/name")):
+        monkeypatch.chdir(tmp_path.parent)
+        assert run(*arguments) == (130, "", "error: interrupted; what was complete before is unchanged\n")

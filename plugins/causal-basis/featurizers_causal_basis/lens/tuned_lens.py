@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, final
 
 import torch
-from featurizers.errors import ConfigError, ShapeError, WeightsError
+from featurizers.errors import ConfigError, ShapeError, WeightsError, one_line, shown
 from featurizers.files import contained, load_torch, read_bytes
 from featurizers.format import fingerprint
 from jaxtyping import Float
@@ -23,9 +23,9 @@ from featurizers_causal_basis.lens.readouts import AffineNorm, Readout
 class _Config(BaseModel):
     """Fields of tuned-lens' ``config.json`` that determine the tensors."""
 
-    model_config = ConfigDict(extra="ignore")
-    d_model: Annotated[int, Field(gt=0)]
-    num_hidden_layers: Annotated[int, Field(gt=0)]
+    model_config = ConfigDict(strict=True, extra="ignore")
+    d_model: Annotated[int, Field(gt=0, le=2**20)]
+    num_hidden_layers: Annotated[int, Field(gt=0, le=10_000)]
     bias: bool = True
     lens_type: str = "linear_tuned_lens"
 
@@ -82,10 +82,13 @@ class TunedLens(Readout):
             config = _Config.model_validate_json(raw)
         except ValidationError as error:
             first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
-            raise ConfigError(f"{where}: config.json is not that of a tuned lens: {field}: {first['msg']}") from error
+            field = ".".join(map(str, first["loc"])) or "it"
+            problem = f"{field}: {one_line(first['msg'])}, got {shown(first['input'])}"
+            raise ConfigError(f"{where}: config.json is not that of a tuned lens: {problem}") from error
         if config.lens_type != "linear_tuned_lens":
-            raise ConfigError(f"{where}: the lens type is {config.lens_type!r}; only 'linear_tuned_lens' can be read")
+            raise ConfigError(
+                f"{where}: the lens type is {shown(config.lens_type)}; only 'linear_tuned_lens' can be read"
+            )
         state = load_torch(contained(root, root / "params.pt", where, WeightsError), where)
         names = [
             f"{i}.{part}" for i in range(config.num_hidden_layers) for part in ("weight", "bias")[: 1 + config.bias]
@@ -94,8 +97,13 @@ class TunedLens(Readout):
             raise WeightsError(where, f"params.pt does not hold exactly {names[0]!r} to {names[-1]!r}")
         for name, tensor in state.items():
             shape = (config.d_model,) * (2 if re.fullmatch(r"\d+\.weight", name) else 1)
-            if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape or not tensor.isfinite().all():
-                raise WeightsError(where, f"{name} in params.pt is not a finite tensor of shape {shape}")
+            if (
+                not isinstance(tensor, Tensor)
+                or tuple(tensor.shape) != shape
+                or not tensor.is_floating_point()
+                or not tensor.float().isfinite().all()  # 8-bit floats have no isfinite
+            ):
+                raise WeightsError(where, f"{name} in params.pt is not a finite floating-point tensor of shape {shape}")
         layers = range(config.num_hidden_layers)
         biases = [state[f"{i}.bias"].clone() for i in layers] if config.bias else None
         return cls(model, [state[f"{i}.weight"].clone() for i in layers], biases)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Final
 
 from featurizers.errors import ArtefactError, FeaturizerError
-from featurizers.format import read_state, write_state
+from featurizers.format import Name, read_state, write_state
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -29,7 +29,7 @@ class _Basis(BaseModel):
 
 class _Scalar(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
-    name: str
+    name: Name
     axes: list[NodeAxis]
     layers: list[Annotated[int, Field(ge=0)] | None]
     basis: _Basis | None
@@ -67,8 +67,8 @@ def read_scalars(path: Path | str) -> tuple[dict[Key, Tensor], dict[str, Scalar]
         ArtefactError: the file holds no scalars, or is damaged.
     """
     stored, record = read_state(path, format=FORMAT, version=VERSION, schema=_About, expected="saved scalars")
-    expected = {f"{number}/{layer}" for number, row in enumerate(record.scalars) for layer in row.layers}
-    if expected != set(stored) or len({row.name for row in record.scalars}) != len(record.scalars):
+    expected = [f"{number}/{layer}" for number, row in enumerate(record.scalars) for layer in row.layers]
+    if sorted(expected) != sorted(stored) or len({row.name for row in record.scalars}) != len(record.scalars):
         raise ArtefactError(str(path), "the tensors are not those of the header")
     tensors: dict[Key, Tensor] = {}
     about: dict[str, Scalar] = {}
@@ -77,6 +77,8 @@ def read_scalars(path: Path | str) -> tuple[dict[Key, Tensor], dict[str, Scalar]
             tensor = tensors[row.name, layer] = stored[f"{number}/{layer}"]
             if tensor.dim() != len(row.axes):
                 raise ArtefactError(str(path), f"a tensor of {row.name!r} has {tensor.dim()} axes, not {len(row.axes)}")
+            if not tensor.is_floating_point():
+                raise ArtefactError(str(path), f"a tensor of {row.name!r} is {tensor.dtype}, not floating point")
         try:
             about[row.name] = Scalar(tuple(row.axes), _basis(row.basis), row.params)
         except FeaturizerError as error:

@@ -13,7 +13,7 @@ import typer
 from accelerate import PartialState
 from featurizers import Site
 from featurizers.cli import dtype_named
-from featurizers.errors import UsageError
+from featurizers.errors import UsageError, did_you_mean
 from featurizers.models import LanguageModel, load_model
 
 from featurizers_training.methods.base import Method
@@ -128,7 +128,8 @@ def make_methods(
     unused, methods = set(options), list[Method]()
     for name in names:
         if name not in known:
-            raise UsageError(f"a method is one of {', '.join(known)}, not {name!r}")
+            near = did_you_mean(name, known, " ").strip()
+            raise UsageError(f"a method is one of {', '.join(known)}, not {name!r}. {near}")
         fields = {field.name: field for field in dataclasses.fields(known[name])}
         for field in fields.values():
             if field.default is dataclasses.MISSING and field.name not in options:

@@ -90,6 +90,7 @@ class Found:
             featurizer.id = f"{self.method.name} at {site}"
             featurizer.metadata = {
                 **featurizer.metadata,
+                "summary": self._summary(number),
                 "training": {
                     "method": {"name": self.method.name, **dataclasses.asdict(self.method)},
                     "settings": self.settings,
@@ -101,6 +102,21 @@ class Found:
                 },
             }
         return self
+
+    def _summary(self, number: int) -> dict[str, str]:
+        """Return what the model card and ``featurizers info`` show of the search, for one of its sites."""
+        rows = {
+            "method": self.method.name,
+            "selected features": "all" if self.selected[number] is None else str(self.selected[number]),
+            "pairs of the search": str(len(self.pairs)),
+        }
+        if len(self.sites) > 1:
+            rows["sites of the search"] = ", ".join(map(str, self.sites))
+        if self.pairs.common_position(number) is None:
+            rows["tokens"] = "of each pair"
+        for name, measured in self.accuracy.items():
+            rows[f"accuracy ({name})"] = f"{measured}, {measured.n} pairs, 95 % interval"
+        return rows
 
     def _names(self) -> list[str]:
         names: list[str] = []

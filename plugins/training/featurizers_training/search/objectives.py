@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from featurizers.errors import UsageError
+from featurizers.errors import UsageError, did_you_mean
 from torch import Tensor, nn
 
 
@@ -61,5 +61,6 @@ def named_objective(objective: str | Objective) -> tuple[str, Objective]:
     if not isinstance(objective, str):
         return getattr(objective, "__name__", type(objective).__name__), objective
     if objective not in OBJECTIVES:
-        raise UsageError(f"the objective is one of {', '.join(OBJECTIVES)} or a function, not {objective!r}")
+        near = did_you_mean(objective, OBJECTIVES, " ").strip()
+        raise UsageError(f"the objective is one of {', '.join(OBJECTIVES)} or a function, not {objective!r}. {near}")
     return objective, OBJECTIVES[objective]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import torch
-from featurizers.errors import UsageError
+from featurizers.errors import UsageError, did_you_mean
 from torch import nn
 
 from featurizers_training.pairs import Pairs
@@ -77,4 +77,5 @@ def check_controls(controls: Iterable[str]) -> None:
     """Raise `UsageError` unless all of these are in `CONTROLS`."""
     for control in controls:
         if control not in CONTROLS:
-            raise UsageError(f"a control is one of {', '.join(CONTROLS)}, not {control!r}")
+            near = did_you_mean(control, CONTROLS, " ").strip()
+            raise UsageError(f"a control is one of {', '.join(CONTROLS)}, not {control!r}. {near}")
