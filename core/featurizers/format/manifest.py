@@ -17,7 +17,6 @@ from pydantic import (
     ValidationError,
     field_validator,
     model_serializer,
-    model_validator,
 )
 
 from featurizers.errors import ManifestError, NotOursError, SiteError, explain, one_line, shown
@@ -147,20 +146,19 @@ class Manifest(_Record):
             raise ValueError("a kind is lower-case words joined by '-', never an import path")
         return kind
 
-    @model_validator(mode="after")
-    def _sites_of_version(self) -> Manifest:
-        if (self.format_version == 1) != (self.reads is None) or (self.reads is None) != (self.writes is None):
-            raise ValueError("version 1 has a site, and version 2 has reads and writes")
-        if self.reads is not None and self.site is not None:
-            raise ValueError("an artefact with reads and writes has no site")
-        return self
-
     @model_serializer(mode="wrap")
     def _without_sites_of_others(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out the keys of the other version, so that each file has its version's keys alone."""
         fields: dict[str, Any] = write(self)
         absent = ("site",) if self.format_version > 1 else ("reads", "writes")
         return {name: value for name, value in fields.items() if name not in absent}
+
+    def check_version(self, where: str) -> None:
+        """Raise ManifestError unless the record has the sites of its version: one site, or reads and writes."""
+        has_maps = (self.reads is not None, self.writes is not None)
+        if has_maps != (self.format_version > 1, self.format_version > 1) or (self.site is not None and any(has_maps)):
+            needed = "a site and no reads or writes" if self.format_version == 1 else "reads and writes and no site"
+            raise ManifestError(where, f"{CONFIG_NAME}: format_version {self.format_version} has {needed}")
 
     def sites(self) -> dict[str, Site]:
         """Return the sites of the record, by name."""
@@ -236,6 +234,7 @@ def parse(raw: bytes, where: str) -> Manifest | Index:
     try:
         record = (Index if "artefacts" in data else Manifest).model_validate(data)
         if isinstance(record, Manifest):
+            record.check_version(where)
             record.sites()
     except ValidationError as error:
         raise ManifestError(where, f"{CONFIG_NAME}: {explain(error)}") from error
