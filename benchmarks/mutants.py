@@ -1,0 +1,447 @@
+"""Change the code at random, one change at a time, and see if a test fails: ``python benchmarks/mutants.py``.
+
+The repository is copied into a temporary folder, where the fitting tests run once for the lines that each of them runs.
+Then each mutant is tried with the tests that run its lines, fastest first, until one fails. Each run is a fork of this
+process, which has imported torch and other libraries, but nothing of this repository; ``mutant_plugin`` proves that
+it compiled the mutant. Results are stored after each mutant, and a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import typer
+from mutating import Mutant, is_python, mutants
+from rich.console import Console
+from rich.table import Table
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+DOCUMENT = REPOSITORY / "docs" / "benchmarks.md"
+START, END = "<!-- results: mutants -->", "<!-- end of results: mutants -->"
+
+FILES = [
+    *(f"core/featurizers/{room}/*.py" for room in ("builtin", "features", "store")),
+    *(f"core/featurizers/files/{name}.py" for name in ("archives", "pickles", "regular", "numpy_files", "torch_files")),
+    *(f"core/featurizers/format/{name}.py" for name in ("manifest", "sites", "state_files", "weights")),
+    *(f"core/featurizers/models/{name}.py" for name in ("anatomy", "attached", "backend", "hooks", "norms")),
+    *(f"core/featurizers/models/{name}.py" for name in ("operations", "positions", "projections", "reading")),
+    *(f"core/featurizers/models/{name}.py" for name in ("restart", "unembedding", "watching")),
+    "plugins/subspace/featurizers_subspace/*.py",
+    "plugins/identity/featurizers_identity/*.py",
+    "plugins/sae-lens/featurizers_sae_lens/*.py",
+    "plugins/sparsify/featurizers_sparsify/*.py",
+    "plugins/dictionary-learning/featurizers_dictionary_learning/*.py",
+    *(f"plugins/training/featurizers_training/{name}.py" for name in ("evaluation", "pairs", "methods/*", "search/*")),
+    *(f"plugins/causal-basis/featurizers_causal_basis/{name}.py" for name in ["ablation", "featurizer", "inputs"]),
+    *(f"plugins/causal-basis/featurizers_causal_basis/{name}/*.py" for name in ("lens", "solve")),
+    *(
+        f"plugins/derived-scalars/featurizers_derived_scalars/{name}/*.py"
+        for name in ["capturing", "circuit", "featurize", "nodes", "quantities", "results"]
+    ),
+]
+"""Files that are changed."""
+
+TESTS = {
+    "core/featurizers/builtin": ["tests/plugins/dictionary_learning/test_files.py", "tests/plugins/sparsify"],
+    "core/featurizers/features": ["tests/core/builtin", "tests/plugins/subspace", "tests/plugins/identity"],
+    "core/featurizers/format": ["tests/core/store"],
+    "core/featurizers/files": ["tests/core/store/test_limits.py"],
+    "core/featurizers/store": ["tests/hub/test_load.py", "tests/hub/test_push.py"],
+    "core/featurizers/models": [],
+}
+"""Tests beside those that lie as the code does: ``tests/core/<room>`` and ``tests/plugins/<plugin>``."""
+LEFT_OUT = {
+    f"test_{name}.py"
+    for name in ("command", "compilation", "demo", "distributed", "docs", "fuzzing", "page", "replacing", "sweep")
+}
+"""Tests of commands, compilers and many processes, which are too slow to run for each mutant."""
+
+IMPORTED = (
+    *("torch", "transformers", "numpy", "scipy", "hypothesis", "jaxtyping", "beartype", "safetensors.torch"),
+    *("pydantic", "huggingface_hub", "pluggy", "lazy_loader", "accelerate", "pyvene", "sae_lens"),
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama", "gemma2", "gemma3", "gpt_neox")),
+)
+"""Libraries that are imported once, before the forks."""
+
+
+Tried = dict[str, Any]
+"""What came of a mutant, as it is stored: name, kind, line, status, number of tests, seconds, and what killed it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A running fork."""
+
+    pid: int
+    start: float
+    limit: float
+    report: Path
+    copy: Path
+    mutant: Mutant
+    text: str
+    count: int
+
+
+def main(
+    count: Annotated[int, typer.Option(min=1, help="Mutants, those that are equivalent not counted.")] = 200,
+    seed: Annotated[int, typer.Option(help="Which mutants.")] = 0,
+    file: Annotated[list[str] | None, typer.Option(help="Only files with this text in their path.")] = None,
+    only: Annotated[str | None, typer.Option(help="Run again: survivors.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at once.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Tests for a mutant, fastest first, in seconds of the CPU.")] = 60.0,
+    work: Annotated[Path, typer.Option(help="Folder for copies and traces.")] = Path("/tmp/featurizers-mutants"),
+    results: Annotated[Path, typer.Option("--json", help="File for the results.")] = RESULTS / "mutants.json",
+    docs: Annotated[bool, typer.Option(help="Write the table into docs/benchmarks.md, and do nothing else.")] = False,
+) -> None:
+    """Try mutants; those whose result is stored already are not tried again."""
+    if only not in (None, "survivors"):
+        raise typer.BadParameter("choose survivors", param_hint="--only")
+    store = json.loads(results.read_text()) if results.exists() else {"seed": seed, "mutants": []}
+    if store["seed"] != seed:
+        raise typer.BadParameter(f"the stored results are of seed {store['seed']}: choose another --json")
+    equivalent = {entry["mutant"] for entry in json.loads((RESULTS / "mutants-equivalent.json").read_text())}
+    sources = _sources(file or [""])
+    sample = _sample(sources, count, seed, equivalent)
+    done = {tried["mutant"]: tried for tried in store["mutants"]}
+    wanted = [m for m in sample if m.name not in equivalent]
+    if docs:
+        _write(store, wanted, equivalent & {m.name for m in sample})
+        return
+    again = [m for m in wanted if only and done.get(m.name, {}).get("status") in ("survived", "not run")]
+    pending = again if only else [m for m in wanted if m.name not in done]
+    pending.sort(key=lambda mutant: mutant.file)  # tests are traced when a part of the code first needs them
+    bench = Bench(work, jobs, seconds, sources)
+    for tried in bench.run(pending):
+        done[tried["mutant"]] = tried
+        store["mutants"] = sorted(done.values(), key=lambda tried: str(tried["mutant"]))
+        partial = results.with_suffix(".partial")
+        partial.write_text(json.dumps(store, indent=1, ensure_ascii=False) + "\n")
+        partial.replace(results)
+    _print(store, wanted, equivalent & {m.name for m in sample})
+
+
+class Bench:
+    """Copies of the repository in which mutants run."""
+
+    def __init__(self, work: Path, jobs: int, seconds: float, sources: dict[str, bytes]) -> None:
+        self.work, self.seconds, self.sources = work, seconds, sources
+        work.mkdir(parents=True, exist_ok=True)
+        self.copies = [_copied(work / f"copy{number}") for number in range(jobs)]
+        self.traces: dict[str, dict[str, Any]] = {}
+        self.stamp = _hash(*(path.read_bytes() for path in sorted(_code(self.copies[0]))))
+        for library in IMPORTED:
+            with suppress(ImportError):
+                __import__(library)
+
+    def run(self, pending: list[Mutant]) -> Any:
+        """Yield results as they come."""
+        free, running = list(self.copies), list[Job]()
+        for mutant in pending:
+            chosen = self._chosen(mutant)
+            if not chosen:
+                yield _tried(mutant, "not run", 0.0, "no test passes without the change", 0)
+                continue
+            running.append(self._started(mutant, chosen, free.pop()))
+            while not free:
+                yield from self._finished(running, free)
+        while running:
+            yield from self._finished(running, free)
+
+    def _chosen(self, mutant: Mutant) -> list[tuple[str, float]]:
+        """Return the tests to run with their CPU seconds, fastest first: those that run its lines, or all that fit."""
+        of_file, of_lines = {}, {}
+        for test_file in fitting(mutant.file, self.copies[0]):
+            for name, test in self._trace(test_file).items():
+                of_file[name] = test["seconds"]
+                lines = test["ran"].get(mutant.file, ())
+                if any(mutant.lines[0] <= line <= mutant.lines[1] for line in lines):
+                    of_lines[name] = test["seconds"]
+        chosen, total = [], 0.0
+        for name, seconds in sorted((of_lines or of_file).items(), key=lambda item: item[1]):
+            total += seconds
+            if total < self.seconds or not chosen:
+                chosen.append((name, seconds))
+        return chosen
+
+    def _trace(self, test_file: str) -> dict[str, Any]:
+        """Return the lines that each test of a file runs, from an earlier trace if nothing has changed since."""
+        if test_file in self.traces:
+            return self.traces[test_file]
+        copy = self.copies[0]
+        stamp = _hash(self.stamp.encode(), (copy / test_file).read_bytes())
+        kept = self.work / f"{test_file.replace('/', '+')}.json"
+        if not kept.exists() or json.loads(kept.read_text())["stamp"] != stamp:
+            report = self.work / "trace.json"
+            report.unlink(missing_ok=True)
+            roots = os.pathsep.join((f"{copy}/core/", f"{copy}/plugins/"))
+            start = time.monotonic()
+            pid = _fork(
+                copy, [test_file], {"MUTANT_ROOTS": roots, "MUTANT_REPORT": str(report)}, self.work / "trace.txt"
+            )
+            os.waitpid(pid, 0)
+            said = json.loads(report.read_text()) if report.exists() else {"tests": {}, "failed": []}
+            tests = {
+                name: {
+                    "seconds": test["seconds"],
+                    "ran": {os.path.relpath(file, copy): lines for file, lines in test["ran"].items()},
+                }
+                for name, test in said["tests"].items()
+                if name not in said["failed"]
+            }
+            kept.write_text(json.dumps({"stamp": stamp, "tests": tests}))
+            print(
+                f"{test_file}: {len(tests)} tests, {time.monotonic() - start:.0f} s; not used: {said['failed'][:3]}",
+                flush=True,
+            )
+        self.traces[test_file] = json.loads(kept.read_text())["tests"]
+        return self.traces[test_file]
+
+    def _started(self, mutant: Mutant, chosen: list[tuple[str, float]], copy: Path) -> Job:
+        text = mutant.applied(self.sources[mutant.file])
+        (copy / mutant.file).write_bytes(text)
+        report = copy.with_suffix(".json")
+        report.unlink(missing_ok=True)
+        environment = {"MUTANT_FILE": str(copy / mutant.file), "MUTANT_REPORT": str(report), "MUTANT_ROOTS": ""}
+        pid = _fork(copy, [name for name, _ in chosen], environment, copy.with_suffix(".txt"), "-x")
+        limit = 60 + 10 * sum(seconds for _, seconds in chosen)
+        return Job(pid, time.monotonic(), limit, report, copy, mutant, _hash(text), len(chosen))
+
+    def _finished(self, running: list[Job], free: list[Path]) -> Any:
+        time.sleep(0.02)
+        for job in list(running):
+            took = time.monotonic() - job.start
+            pid, status = os.waitpid(job.pid, os.WNOHANG)
+            late = pid == 0 and (_cpu_seconds(job.pid) > job.limit or took > 10 * job.limit)
+            if pid == 0 and not late:
+                continue
+            with suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
+            if late:
+                os.waitpid(job.pid, 0)
+            (job.copy / job.mutant.file).write_bytes(self.sources[job.mutant.file])
+            running.remove(job)
+            free.append(job.copy)
+            yield _judged(job, None if late else os.waitstatus_to_exitcode(status), took)
+
+
+def _judged(job: Job, code: int | None, took: float) -> Tried:
+    """Return what came of a mutant: killed only if the text that was compiled is the mutant's."""
+    said = json.loads(job.report.read_text()) if job.report.exists() else {"compiled": [], "failed": []}
+    if code is None:
+        return _tried(job.mutant, "killed", took, "time", job.count)
+    if not said["compiled"] and code >= 0:
+        return _tried(job.mutant, "not run", took, "the mutant was not imported", job.count)
+    if said["compiled"] not in ([job.text], []):
+        raise SystemExit(f"{job.mutant.name}: compiled {said['compiled']}, not the mutant")
+    if code == 0:
+        return _tried(job.mutant, "survived", took, "", job.count)
+    return _tried(job.mutant, "killed", took, (said["failed"] or ["it cannot be imported"])[0], job.count)
+
+
+def _tried(mutant: Mutant, status: str, took: float, why: str, tests: int) -> Tried:
+    print(f"{status:8} {took:5.0f} s  {tests:4} tests  {mutant.name[:200]!r}  {why}", flush=True)
+    return Tried(
+        mutant=mutant.name,
+        kind=mutant.kind,
+        line=mutant.lines[0],
+        status=status,
+        tests=tests,
+        seconds=round(took),
+        by=why,
+    )
+
+
+def _fork(copy: Path, tests: list[str], environment: dict[str, str], output: Path, *options: str) -> int:
+    """Run pytest in a fork of this process, which leads a group of its own; return its number."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        os.setsid()
+        with output.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        paths = [
+            str(copy / "core"),
+            *map(str, sorted((copy / "plugins").iterdir())),
+            str(copy),
+            str(copy / "benchmarks"),
+        ]
+        os.chdir(copy)
+        os.environ.update(environment, PYTHONPATH=os.pathsep.join(paths))
+        sys.path[:0] = paths
+        sys.argv = ["pytest"]
+        sys.dont_write_bytecode = bool(environment.get("MUTANT_FILE"))
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+        if sys.dont_write_bytecode:
+            _forget(Path(environment["MUTANT_FILE"]))
+        import pytest
+
+        code = int(
+            pytest.main(["-p", "mutant_plugin", "-p", "no:cacheprovider", "-p", "no:xdist", "-q", *options, *tests])
+        )
+    finally:
+        os._exit(code)
+
+
+def fitting(file: str, root: Path) -> list[str]:
+    """Return the files of tests that fit a file: by convention, and by the table."""
+    parts = Path(file).parts
+    own = f"tests/core/{parts[2]}" if parts[0] == "core" else f"tests/plugins/{parts[1].replace('-', '_')}"
+    paths = [own, *TESTS.get("/".join(parts[:3]), [])]
+    found: dict[str, None] = {}
+    for path in map(root.joinpath, paths):
+        for test in sorted(path.glob("test_*.py")) if path.is_dir() else [path]:
+            if test.name not in LEFT_OUT:
+                found[str(test.relative_to(root))] = None
+    return list(found)
+
+
+def _sources(texts: list[str]) -> dict[str, bytes]:
+    paths = sorted({path for pattern in FILES for path in REPOSITORY.glob(pattern)})
+    names = {
+        str(path.relative_to(REPOSITORY)): path
+        for path in paths
+        if path.name != "__init__.py" or path.stat().st_size > 1000
+    }
+    return {name: path.read_bytes() for name, path in names.items() if any(text in name for text in texts)}
+
+
+def _sample(sources: dict[str, bytes], count: int, seed: int, equivalent: set[str]) -> list[Mutant]:
+    """Return mutants in a random order that hardly changes if the code does, up to a count of those not equivalent.
+
+    The chance of a file goes by its number of mutants; in a file every kind of change has the same chance. Each mutant
+    has the key ``-log(u)/weight``, where u is uniform and follows from the seed and its name; the least come first.
+    """
+    keyed = []
+    for file, source in sources.items():
+        found = mutants(file, source)
+        kinds = Counter(mutant.kind for mutant in found)
+        for mutant in found:
+            u = (int(_hash(f"{seed}:{mutant.name}".encode())[:12], 16) + 0.5) / 16**12
+            weight = len(found) / len(kinds) / kinds[mutant.kind]
+            keyed.append((-math.log(u) / weight, mutant))
+    chosen, counted = [], 0
+    for _, mutant in sorted(keyed, key=lambda pair: pair[0]):
+        if counted == count:
+            break
+        if is_python(mutant.applied(sources[mutant.file])):
+            chosen.append(mutant)
+            counted += mutant.name not in equivalent
+    return chosen
+
+
+def _copied(copy: Path) -> Path:
+    """Bring a copy of the working tree up to date; what has not changed keeps its compiled files."""
+    listed = (
+        subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            *(),
+            cwd=REPOSITORY,
+            check=True,
+            capture_output=True,
+        )
+        .stdout.decode()
+        .split("\0")
+    )
+    names = {name for name in listed if name and (REPOSITORY / name).is_file()}
+    for name in names:
+        target, text = copy / name, (REPOSITORY / name).read_bytes()
+        if not target.exists() or target.read_bytes() != text:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(text)
+            _forget(target)
+    for path in [path for path in copy.rglob("*.py") if str(path.relative_to(copy)) not in names]:
+        path.unlink()
+    return copy
+
+
+def _code(copy: Path) -> list[Path]:
+    return [path for folder in ("core", "plugins") for path in (copy / folder).rglob("*.py")]
+
+
+def _forget(path: Path) -> None:
+    """Remove the compiled files of a module: their stamp, size and second, may fit a mutant too."""
+    for compiled in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
+        compiled.unlink()
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Return the seconds of the CPU that a process took, and its children that have ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def _hash(*texts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()
+
+
+def _counts(store: dict[str, Any], wanted: list[Mutant]) -> dict[str, Counter[str]]:
+    """Return how many mutants of each part of the code came to what."""
+    done = {tried["mutant"]: tried["status"] for tried in store["mutants"]}
+    counts: dict[str, Counter[str]] = {}
+    for mutant in wanted:
+        parts = Path(mutant.file).parts
+        counts.setdefault(f"`{parts[2] if parts[0] == 'core' else parts[1]}`", Counter())[
+            done.get(mutant.name, "not run")
+        ] += 1
+    return counts
+
+
+def _print(store: dict[str, Any], wanted: list[Mutant], equivalent: set[str]) -> None:
+    table = Table(*("part", "killed", "survived", "not run"))
+    counts = _counts(store, wanted)
+    for part, count in counts.items():
+        table.add_row(part, *(str(count[status]) for status in ("killed", "survived", "not run")))
+    console = Console()
+    console.print(table)
+    console.print(_sentence(counts, equivalent), highlight=False)
+
+
+def _sentence(counts: dict[str, Counter[str]], equivalent: set[str]) -> str:
+    total = sum(counts.values(), Counter[str]())
+    ran = total["killed"] + total["survived"]
+    return (
+        f"{total['killed']} of {ran} killed ({total['killed'] / max(ran, 1):.1%}), {total['survived']} survived; "
+        f"{total['not run']} not run. Besides these, {len(equivalent)} of the sample are equivalent."
+    )
+
+
+def _write(store: dict[str, Any], wanted: list[Mutant], equivalent: set[str]) -> None:
+    """Write the table between its markers in the document."""
+    counts = _counts(store, wanted)
+    lines = [
+        _sentence(counts, equivalent),
+        "",
+        "| part | killed | survived | not run |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for part, count in sorted(counts.items()):
+        lines.append(f"| {part} | {count['killed']} | {count['survived']} | {count['not run']} |")
+    before, rest = DOCUMENT.read_text().split(START)
+    DOCUMENT.write_text("\n".join([before + START, *lines, END + rest.split(END)[1]]))
+
+
+if __name__ == "__main__":
+    typer.run(main)
