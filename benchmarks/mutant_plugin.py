@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 from types import CodeType, FrameType
@@ -28,6 +29,9 @@ compiled: set[str] = set()
 tests: dict[str, dict[str, Any]] = {}
 ran: dict[str, set[int]] = {}
 failed: list[str] = []
+calls: Counter[CodeType] = Counter()
+ENOUGH = 1000
+"""Calls of a function in one test, and lines of one call without a new one, after which nothing more is noted."""
 _original = importlib.machinery.SourceFileLoader.source_to_code
 
 
@@ -49,9 +53,17 @@ def _call(frame: FrameType, event: str, arg: object) -> Any:  # noqa: ARG001
         return None
     lines = ran.setdefault(name, set())
     lines.add(frame.f_lineno)
+    calls[frame.f_code] += 1
+    if calls[frame.f_code] > ENOUGH:
+        return None
+    old = 0
 
     def line(frame: FrameType, event: str, arg: object) -> Any:  # noqa: ARG001
+        nonlocal old
+        old = old + 1 if frame.f_lineno in lines else 0
         lines.add(frame.f_lineno)
+        if old > ENOUGH:
+            frame.f_trace_lines = False
         return line
 
     return line
@@ -64,6 +76,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None]:
         yield
         return
     ran.clear()
+    calls.clear()
     start = time.process_time()
     threading.settrace(_call)
     sys.settrace(_call)
@@ -77,6 +90,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None]:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Note what failed, and what was skipped: such a test kills nothing."""
     if report.outcome != "passed":
+        failed.append(report.nodeid)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Note files of tests that cannot be imported."""
+    if report.failed:
         failed.append(report.nodeid)
 
 

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +66,21 @@ TESTS = {
     "core/featurizers/models": [],
 }
 """Tests beside those that lie as the code does: ``tests/core/<room>`` and ``tests/plugins/<plugin>``."""
+NEAREST = {
+    "core/featurizers/features": ["tests/core/builtin/test_dictionary.py", "tests/core/features/test_indices.py"],
+    "core/featurizers/files": ["tests/core/files/test_files.py", "tests/core/files/test_torch_files.py"],
+    "core/featurizers/format": ["tests/core/store/test_artefact.py"],
+    "core/featurizers/models": ["tests/core/models/test_operations.py"],
+    "core/featurizers/store": ["tests/core/store/test_artefact.py", "tests/core/store/test_limits.py"],
+    "plugins/causal-basis": ["tests/plugins/causal_basis/test_extraction.py"],
+    "plugins/derived-scalars": ["tests/plugins/derived_scalars/test_algebra.py"],
+    "plugins/training": ["tests/plugins/training/test_search.py"],
+    **{
+        f"plugins/derived-scalars/featurizers_derived_scalars/{room}": [f"tests/plugins/derived_scalars/test_{name}.py"]
+        for room, name in (("capturing", "capture"), ("circuit", "circuits"), ("featurize", "latents"))
+    },
+}
+"""Tests to try first for files that have none of their own name; where no entry fits, all are tried at once."""
 LEFT_OUT = {
     f"test_{name}.py"
     for name in ("command", "compilation", "demo", "distributed", "docs", "fuzzing", "page", "replacing", "sweep")
@@ -73,9 +88,9 @@ LEFT_OUT = {
 """Tests of commands, compilers and many processes, which are too slow to run for each mutant."""
 
 IMPORTED = (
-    *("torch", "transformers", "numpy", "scipy", "hypothesis", "jaxtyping", "beartype", "safetensors.torch"),
-    *("pydantic", "huggingface_hub", "pluggy", "lazy_loader", "accelerate", "pyvene", "sae_lens"),
-    *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama", "gemma2", "gemma3", "gpt_neox")),
+    *("torch", "numpy", "hypothesis", "jaxtyping", "beartype", "safetensors.torch", "pydantic", "huggingface_hub"),
+    *("pluggy", "lazy_loader", "pytest", "rich", "typer", "transformers.models.llama.modeling_llama"),
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "gemma2", "gpt_neox")),
 )
 """Libraries that are imported once, before the forks."""
 
@@ -96,6 +111,7 @@ class Job:
     mutant: Mutant
     text: str
     count: int
+    stage: int
 
 
 def main(
@@ -152,28 +168,36 @@ class Bench:
     def run(self, pending: list[Mutant]) -> Any:
         """Yield results as they come."""
         free, running = list(self.copies), list[Job]()
-        for mutant in pending:
-            chosen = self._chosen(mutant)
-            if not chosen:
-                yield _tried(mutant, "not run", 0.0, "no test passes without the change", 0)
+        stages = deque((mutant, 0) for mutant in pending)
+        while stages or running:
+            if free and stages:
+                mutant, stage = stages.popleft()
+                files = fitting(mutant.file, self.copies[0])
+                chosen = self._chosen(mutant, files[stage], last=stage + 1 == len(files))
+                if chosen:
+                    running.append(self._started(mutant, chosen, free.pop(), stage))
+                elif stage + 1 < len(files):
+                    stages.appendleft((mutant, stage + 1))
+                else:
+                    yield _tried(mutant, "not run", 0.0, "no test passes without the change", 0)
                 continue
-            running.append(self._started(mutant, chosen, free.pop()))
-            while not free:
-                yield from self._finished(running, free)
-        while running:
-            yield from self._finished(running, free)
+            for job, tried in self._finished(running, free):
+                if tried["status"] == "survived" and job.stage + 1 < len(fitting(job.mutant.file, self.copies[0])):
+                    stages.appendleft((job.mutant, job.stage + 1))
+                else:
+                    yield tried
 
-    def _chosen(self, mutant: Mutant) -> list[tuple[str, float]]:
-        """Return the tests to run with their CPU seconds, fastest first: those that run its lines, or all that fit."""
+    def _chosen(self, mutant: Mutant, files: list[str], *, last: bool) -> list[tuple[str, float]]:
+        """Return tests to run with their CPU seconds, fastest first: those that run its lines, at last all that fit."""
         of_file, of_lines = {}, {}
-        for test_file in fitting(mutant.file, self.copies[0]):
+        for test_file in files:
             for name, test in self._trace(test_file).items():
                 of_file[name] = test["seconds"]
                 lines = test["ran"].get(mutant.file, ())
                 if any(mutant.lines[0] <= line <= mutant.lines[1] for line in lines):
                     of_lines[name] = test["seconds"]
         chosen, total = [], 0.0
-        for name, seconds in sorted((of_lines or of_file).items(), key=lambda item: item[1]):
+        for name, seconds in sorted((of_lines or (of_file if last else {})).items(), key=lambda item: item[1]):
             total += seconds
             if total < self.seconds or not chosen:
                 chosen.append((name, seconds))
@@ -212,7 +236,7 @@ class Bench:
         self.traces[test_file] = json.loads(kept.read_text())["tests"]
         return self.traces[test_file]
 
-    def _started(self, mutant: Mutant, chosen: list[tuple[str, float]], copy: Path) -> Job:
+    def _started(self, mutant: Mutant, chosen: list[tuple[str, float]], copy: Path, stage: int) -> Job:
         text = mutant.applied(self.sources[mutant.file])
         (copy / mutant.file).write_bytes(text)
         report = copy.with_suffix(".json")
@@ -220,7 +244,7 @@ class Bench:
         environment = {"MUTANT_FILE": str(copy / mutant.file), "MUTANT_REPORT": str(report), "MUTANT_ROOTS": ""}
         pid = _fork(copy, [name for name, _ in chosen], environment, copy.with_suffix(".txt"), "-x")
         limit = 60 + 10 * sum(seconds for _, seconds in chosen)
-        return Job(pid, time.monotonic(), limit, report, copy, mutant, _hash(text), len(chosen))
+        return Job(pid, time.monotonic(), limit, report, copy, mutant, _hash(text), len(chosen), stage)
 
     def _finished(self, running: list[Job], free: list[Path]) -> Any:
         time.sleep(0.02)
@@ -237,7 +261,7 @@ class Bench:
             (job.copy / job.mutant.file).write_bytes(self.sources[job.mutant.file])
             running.remove(job)
             free.append(job.copy)
-            yield _judged(job, None if late else os.waitstatus_to_exitcode(status), took)
+            yield job, _judged(job, None if late else os.waitstatus_to_exitcode(status), took)
 
 
 def _judged(job: Job, code: int | None, took: float) -> Tried:
@@ -249,6 +273,8 @@ def _judged(job: Job, code: int | None, took: float) -> Tried:
         return _tried(job.mutant, "not run", took, "the mutant was not imported", job.count)
     if said["compiled"] not in ([job.text], []):
         raise SystemExit(f"{job.mutant.name}: compiled {said['compiled']}, not the mutant")
+    if not said["failed"] and "not found: " in job.copy.with_suffix(".txt").read_text():
+        return _tried(job.mutant, "not run", took, "its tests are not found", job.count)
     if code == 0:
         return _tried(job.mutant, "survived", took, "", job.count)
     return _tried(job.mutant, "killed", took, (said["failed"] or ["it cannot be imported"])[0], job.count)
@@ -296,14 +322,27 @@ def _fork(copy: Path, tests: list[str], environment: dict[str, str], output: Pat
         import pytest
 
         code = int(
-            pytest.main(["-p", "mutant_plugin", "-p", "no:cacheprovider", "-p", "no:xdist", "-q", *options, *tests])
+            pytest.main(
+                [
+                    "-p",
+                    "mutant_plugin",
+                    "-p",
+                    "no:cacheprovider",
+                    "-p",
+                    "no:xdist",
+                    "-q",
+                    "-oaddopts=--import-mode=importlib",
+                    *options,
+                    *tests,
+                ]
+            )
         )
     finally:
         os._exit(code)
 
 
-def fitting(file: str, root: Path) -> list[str]:
-    """Return the files of tests that fit a file: by convention, and by the table."""
+def fitting(file: str, root: Path) -> list[list[str]]:
+    """Return the files of tests that fit a file, by convention and the tables: those to try first, and the others."""
     parts = Path(file).parts
     own = f"tests/core/{parts[2]}" if parts[0] == "core" else f"tests/plugins/{parts[1].replace('-', '_')}"
     paths = [own, *TESTS.get("/".join(parts[:3]), [])]
@@ -312,7 +351,11 @@ def fitting(file: str, root: Path) -> list[str]:
         for test in sorted(path.glob("test_*.py")) if path.is_dir() else [path]:
             if test.name not in LEFT_OUT:
                 found[str(test.relative_to(root))] = None
-    return list(found)
+    named = [f"{own}/test_{Path(file).stem}.py"]
+    tables = [NEAREST.get("/".join(parts[:length]), []) for length in (4, 3, 2)]
+    first = [test for test in named if test in found] or next(filter(None, tables), [])
+    rest = [test for test in found if test not in first]
+    return [tests for tests in (first, rest) if tests]
 
 
 def _sources(texts: list[str]) -> dict[str, bytes]:
