@@ -33,6 +33,7 @@ from featurizers_derived_scalars.quantities import (
     token_write_to_latent,
     token_write_to_latents,
     value,
+    weighted_value,
     write,
     write_norm,
     write_to,
@@ -275,9 +276,7 @@ def test_a_latent_that_there_is_not_is_refused(quantity):
     for latent in (-1, 24):
         with pytest.raises(FeatureIndexError, match=f"no latent {latent}.*there are 24"):
             quantity(basis, latent)
-    with pytest.raises(
-        UsageError, match="has none" if quantity is latent_direction else "heads write"
-    ):
+    with pytest.raises(UsageError, match="has none" if quantity is latent_direction else "heads write"):
         quantity(Basis("attn.delta"), 0)
 
 
@@ -432,6 +431,7 @@ def test_bases_refuse_what_fits_no_place():
         (lambda: write_to(Basis("attn.q")), UsageError, "does not write"),
         (lambda: write_norm(Basis("mlp.delta", whole=True), signed=True), UsageError, "has no sign"),
         (lambda: norm(Basis("attn.probs")), UsageError, "no vectors"),
+        (lambda: weighted_value(Basis("mlp.neurons")), UsageError, "heads weight values, so the basis is attn.probs"),
     ):
         with pytest.raises(error, match=match):
             fault()
