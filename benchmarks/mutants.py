@@ -67,12 +67,16 @@ TESTS = {
 }
 """Tests beside those that lie as the code does: ``tests/core/<room>`` and ``tests/plugins/<plugin>``."""
 NEAREST = {
-    "core/featurizers/features": ["tests/core/builtin/test_dictionary.py", "tests/core/features/test_indices.py"],
+    "core/featurizers/builtin": ["tests/core/builtin/test_dictionary.py"],
+    "core/featurizers/features": ["tests/core/builtin/test_dictionary.py", "tests/core/features/test_edits.py"],
     "core/featurizers/files": ["tests/core/files/test_files.py", "tests/core/files/test_torch_files.py"],
     "core/featurizers/format": ["tests/core/store/test_artefact.py"],
     "core/featurizers/models": ["tests/core/models/test_operations.py"],
     "core/featurizers/store": ["tests/core/store/test_artefact.py", "tests/core/store/test_limits.py"],
     "plugins/causal-basis": ["tests/plugins/causal_basis/test_extraction.py"],
+    "plugins/causal-basis/featurizers_causal_basis/solve/processes.py": [
+        "tests/plugins/causal_basis/test_distributed.py"
+    ],
     "plugins/derived-scalars": ["tests/plugins/derived_scalars/test_algebra.py"],
     "plugins/training": ["tests/plugins/training/test_search.py"],
     **{
@@ -80,7 +84,7 @@ NEAREST = {
         for room, name in (("capturing", "capture"), ("circuit", "circuits"), ("featurize", "latents"))
     },
 }
-"""Tests to try first for files that have none of their own name; where no entry fits, all are tried at once."""
+"""Tests to try first for files that have none of their own name. Those of a single file may run it elsewhere."""
 LEFT_OUT = {
     f"test_{name}.py"
     for name in ("command", "compilation", "demo", "distributed", "docs", "fuzzing", "page", "replacing", "sweep")
@@ -118,7 +122,7 @@ def main(
     count: Annotated[int, typer.Option(min=1, help="Mutants, those that are equivalent not counted.")] = 200,
     seed: Annotated[int, typer.Option(help="Which mutants.")] = 0,
     file: Annotated[list[str] | None, typer.Option(help="Only files with this text in their path.")] = None,
-    only: Annotated[str | None, typer.Option(help="Run again: survivors.")] = None,
+    only: Annotated[str | None, typer.Option(help="Try again: survivors, with all tests that fit.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes at once.")] = 1,
     seconds: Annotated[float, typer.Option(help="Tests for a mutant, fastest first, in seconds of the CPU.")] = 60.0,
     work: Annotated[Path, typer.Option(help="Folder for copies and traces.")] = Path("/tmp/featurizers-mutants"),
@@ -143,7 +147,7 @@ def main(
     pending = again if only else [m for m in wanted if m.name not in done]
     pending.sort(key=lambda mutant: mutant.file)  # tests are traced when a part of the code first needs them
     bench = Bench(work, jobs, seconds, sources)
-    for tried in bench.run(pending):
+    for tried in bench.run(pending, wide=only is not None):
         done[tried["mutant"]] = tried
         store["mutants"] = sorted(done.values(), key=lambda tried: str(tried["mutant"]))
         partial = results.with_suffix(".partial")
@@ -165,24 +169,25 @@ class Bench:
             with suppress(ImportError):
                 __import__(library)
 
-    def run(self, pending: list[Mutant]) -> Any:
-        """Yield results as they come."""
+    def run(self, pending: list[Mutant], *, wide: bool) -> Any:
+        """Yield results as they come; if wide, mutants that the nearest tests do not kill meet the others that fit."""
         free, running = list(self.copies), list[Job]()
         stages = deque((mutant, 0) for mutant in pending)
         while stages or running:
             if free and stages:
                 mutant, stage = stages.popleft()
-                files = fitting(mutant.file, self.copies[0])
-                chosen = self._chosen(mutant, files[stage], last=stage + 1 == len(files))
+                files = fitting(mutant.file, self.copies[0])[: None if wide else 1]
+                chosen = self._chosen(mutant, files[stage], last=wide and stage + 1 == len(files))
                 if chosen:
                     running.append(self._started(mutant, chosen, free.pop(), stage))
                 elif stage + 1 < len(files):
                     stages.appendleft((mutant, stage + 1))
                 else:
-                    yield _tried(mutant, "not run", 0.0, "no test passes without the change", 0)
+                    yield _tried(mutant, "survived", 0.0, "no test runs it", 0)
                 continue
             for job, tried in self._finished(running, free):
-                if tried["status"] == "survived" and job.stage + 1 < len(fitting(job.mutant.file, self.copies[0])):
+                stages_of_file = len(fitting(job.mutant.file, self.copies[0]))
+                if wide and tried["status"] == "survived" and job.stage + 1 < stages_of_file:
                     stages.appendleft((job.mutant, job.stage + 1))
                 else:
                     yield tried
@@ -197,7 +202,9 @@ class Bench:
                 if any(mutant.lines[0] <= line <= mutant.lines[1] for line in lines):
                     of_lines[name] = test["seconds"]
         chosen, total = [], 0.0
-        for name, seconds in sorted((of_lines or (of_file if last else {})).items(), key=lambda item: item[1]):
+        for name, seconds in sorted(
+            (of_lines or (of_file if last or mutant.file in NEAREST else {})).items(), key=lambda item: item[1]
+        ):
             total += seconds
             if total < self.seconds or not chosen:
                 chosen.append((name, seconds))
@@ -352,7 +359,7 @@ def fitting(file: str, root: Path) -> list[list[str]]:
             if test.name not in LEFT_OUT:
                 found[str(test.relative_to(root))] = None
     named = [f"{own}/test_{Path(file).stem}.py"]
-    tables = [NEAREST.get("/".join(parts[:length]), []) for length in (4, 3, 2)]
+    tables = [NEAREST.get("/".join(parts[:length]), []) for length in (len(parts), 4, 3, 2)]
     first = [test for test in named if test in found] or next(filter(None, tables), [])
     rest = [test for test in found if test not in first]
     return [tests for tests in (first, rest) if tests]

@@ -19,6 +19,7 @@ from featurizers_causal_basis import (
     extract_causal_bases,
     iterate_causal_bases,
 )
+from featurizers_causal_basis.inputs import warn_of_massive
 from featurizers_causal_basis.solve.differentiated import DifferentiatedEnergy
 from featurizers_causal_basis.solve.energy import Tokens
 from featurizers_causal_basis.solve.exact import ExactEnergy
@@ -246,6 +247,27 @@ def test_a_massive_first_token_causes_a_warning_unless_it_is_left_out():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         extract_causal_bases(run, [h], 1, preset="fast", max_iter=2, mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("massive", "listed"), [(1, "position 0, are"), (5, "0, 1, 2, 3, 4, are"), (6, "0, 1, 2, 3, 4, …, are")]
+)
+def test_a_warning_lists_five_positions_of_massive_tokens_and_how_long_they_are(massive, listed):
+    hidden = torch.zeros(2, 20, 4)
+    hidden[..., 0] = 2.0
+    hidden[1, :massive, 0] = 60.0
+    with pytest.warns(MassiveTokenWarning, match=f"^{massive} of 40 tokens, at position .*30 times") as caught:
+        warn_of_massive(hidden, torch.ones(2, 20, dtype=torch.bool))
+    assert listed in str(caught[0].message)
+
+
+def test_twenty_times_the_median_is_not_massive():
+    hidden = torch.ones(1, 9, 1)
+    hidden[0, 0] = 20.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_massive(hidden, torch.ones(1, 9, dtype=torch.bool))
+        warn_of_massive(100 * hidden, torch.zeros(1, 9, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -258,3 +258,4 @@ def test_what_a_search_found_does_not_move_when_the_training_goes_on() -> None:
         searched.gate.logits.neg_()
     assert found.feature_sets["gate_logits"].tolist() == [1.0, -1.0, 2.0, -2.0]
     assert found.feature_sets["selected"].tolist() == [0, 2]
+    assert not any(kept.requires_grad for kept in found.feature_sets.values())
