@@ -70,7 +70,7 @@ NEAREST = {
     "core/featurizers/builtin": ["tests/core/builtin/test_dictionary.py"],
     "core/featurizers/features": ["tests/core/builtin/test_dictionary.py", "tests/core/features/test_edits.py"],
     "core/featurizers/files": ["tests/core/files/test_files.py", "tests/core/files/test_torch_files.py"],
-    "core/featurizers/format": ["tests/core/store/test_artefact.py"],
+    "core/featurizers/format": ["tests/core/format/test_manifest.py", "tests/core/store/test_artefact.py"],
     "core/featurizers/models": ["tests/core/models/test_operations.py"],
     "core/featurizers/store": ["tests/core/store/test_artefact.py", "tests/core/store/test_limits.py"],
     "plugins/causal-basis": ["tests/plugins/causal_basis/test_extraction.py"],
