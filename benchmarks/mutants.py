@@ -73,6 +73,7 @@ NEAREST = {
     "core/featurizers/format": ["tests/core/format/test_manifest.py", "tests/core/store/test_artefact.py"],
     "core/featurizers/models": ["tests/core/models/test_operations.py"],
     "core/featurizers/store": ["tests/core/store/test_artefact.py", "tests/core/store/test_limits.py"],
+    "core/featurizers/store/pushing.py": ["tests/hub/test_push.py"],
     "plugins/causal-basis": ["tests/plugins/causal_basis/test_extraction.py"],
     "plugins/causal-basis/featurizers_causal_basis/solve/processes.py": [
         "tests/plugins/causal_basis/test_distributed.py"

@@ -186,6 +186,24 @@ def test_the_best_of_several_ascents_continues():
         assert energy.value_and_grad(lost)[0] < energy.value_and_grad(result.vector)[0]
 
 
+def test_the_iterations_of_all_rounds_are_those_of_the_winner(monkeypatch):
+    made = []
+
+    class Counted(torch.optim.LBFGS):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    monkeypatch.setattr(torch.optim, "LBFGS", Counted)
+    energy = ExactEnergy(Tokens.of(hiddens(), "mean", Processes(), 0), Decoder(decoder()).affine_norm(0))
+    preset = Preset("short", rounds=((2, 2), (3, 1)), tolerance_grad=0.0, tolerance_change=0.0)
+    search(energy, torch.zeros(D, 0, dtype=torch.float64), list(torch.eye(D)[:3].double()), preset, 6, lambda _: None)
+    iterations = sorted(each.state[each.param_groups[0]["params"][0]]["n_iter"] for each in made)
+    assert all(done <= most for done, most in zip(iterations, (2, 5, 6), strict=True)), iterations
+    assert iterations[0] == 2
+    assert iterations[2] > 2
+
+
 def test_the_best_loser_of_a_step_is_tried_again_at_the_next(monkeypatch):
     starts, losers = [], []
 
