@@ -135,10 +135,9 @@ class Bench:
                 lines = test["ran"].get(mutant.file, ())
                 if any(mutant.lines[0] <= line <= mutant.lines[1] for line in lines):
                     of_lines[name] = test["seconds"]
+        elsewhere = last or mutant.file in NEAREST or mutant.function == "<module>"  # run by another process, or once
         chosen, total = [], 0.0
-        for name, seconds in sorted(
-            (of_lines or (of_file if last or mutant.file in NEAREST else {})).items(), key=lambda item: item[1]
-        ):
+        for name, seconds in sorted((of_lines or (of_file if elsewhere else {})).items(), key=lambda item: item[1]):
             total += seconds
             if total < self.seconds or not chosen:
                 chosen.append((name, seconds))
