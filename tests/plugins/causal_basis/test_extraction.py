@@ -169,6 +169,57 @@ def test_several_starts_find_no_less_than_one():
     assert all(a.record.evaluations > b.record.evaluations for a, b in zip(many, one, strict=True))
 
 
+@pytest.mark.parametrize(("seed", "scale"), [(3, 1.0), (11, 1.0), (6, 1.0), (0, 0.3)])
+@pytest.mark.parametrize("correlated", [False, True])
+def test_the_first_energy_of_several_starts_is_at_least_that_of_the_published_schedules(correlated, seed, scale):
+    generator = torch.Generator().manual_seed(seed)
+    linear = nn.Linear(D, VOCABULARY).double()
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(VOCABULARY, D, generator=generator, dtype=torch.float64) * scale)
+        linear.bias.zero_()
+    h = torch.randn(N, D, generator=generator, dtype=torch.float64)
+    if correlated:
+        h = h @ torch.randn(D, D, generator=generator, dtype=torch.float64)
+    first = {}
+    for preset in ("multi", "reference", "reference-axes"):
+        (basis,) = extract_causal_bases(linear, [h], 1, preset=preset)
+        first[preset] = float(kl(linear, h, without(h, basis.vectors, h.mean(0))))
+    assert first["multi"] >= max(first.values()) * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("hidden", [D, 20])
+def test_the_first_vector_of_a_decoder_with_a_hidden_layer_is_as_good_as_the_published_one(hidden):
+    torch.manual_seed(0)
+    readout = nn.Sequential(nn.Linear(D, hidden), nn.GELU(), nn.Linear(hidden, VOCABULARY)).double()
+    first = {
+        preset: float(extract_causal_bases(readout, [hiddens()], 2, preset=preset)[0].energies[0])
+        for preset in ("multi", "reference", "reference-axes")
+    }
+    assert first["multi"] >= max(first.values()) * (1 - 1e-9)
+
+
+def test_the_vector_that_lost_against_the_published_schedule_is_tried_again(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    linear = nn.Linear(D, VOCABULARY, bias=False).double()
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(VOCABULARY, D, generator=generator, dtype=torch.float64))
+    h = torch.randn(N, D, generator=generator, dtype=torch.float64)
+    ends, starts = [], []
+
+    def recorded(energy, earlier, own_starts, *rest):
+        result = search(energy, earlier, own_starts, *rest)
+        starts.append(own_starts)
+        ends.append(result.vector)
+        return result
+
+    monkeypatch.setattr("featurizers_causal_basis.solve.extraction.search", recorded)
+    (basis,) = extract_causal_bases(linear, [h], 2)
+    (axis,) = starts[2]
+    assert torch.equal(axis, torch.eye(D).double()[0])
+    assert any(torch.equal(ends[2], v) for v in basis.vectors.unbind(1)), "the published ascent won"
+    assert torch.equal(starts[3][-1], ends[0]), "and the own vector is a start of the next search"
+
+
 def test_the_best_of_several_ascents_continues():
     h = hiddens()
     energy = ExactEnergy(Tokens.of(h, "mean", Processes(), 0), Decoder(decoder()).affine_norm(0))
@@ -215,9 +266,11 @@ def test_the_best_loser_of_a_step_is_tried_again_at_the_next(monkeypatch):
 
     monkeypatch.setattr("featurizers_causal_basis.solve.extraction.search", recorded)
     extract_causal_bases(decoder(), [hiddens()], 3)
-    for j in (1, 2):
-        assert torch.equal(starts[j][-1], losers[j - 1][0])
-        assert len(starts[j]) > len(losers[j - 1][:1]) + 1
+    several = [j for j, own_starts in enumerate(starts) if len(own_starts) > 1]  # the others are published starts
+    assert len(several) == 3
+    for before, j in itertools.pairwise(several):
+        assert torch.equal(starts[j][-1], losers[before][0])
+        assert len(starts[j]) > len(losers[before][:1]) + 1
 
 
 def test_a_vector_with_too_little_energy_is_dropped():
