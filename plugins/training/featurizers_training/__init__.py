@@ -1,7 +1,8 @@
 """Find features by training interventions on counterfactual pairs: DAS, DBM, both, and boundless DAS.
 
-The rooms, lowest first: `pairs` (data), `runs` (the model's runs with and without edits), `methods` (what is trained)
-and `evaluation` (accuracy), `search` (the training loop), `sweeps` (sites × positions × methods), `demo`, `command`.
+The rooms, lowest first: `statistics` (intervals and tests), `pairs` (data), `runs` (the model's runs with and without
+edits), `methods` (what is trained) and `evaluation` (accuracy), `search` (the training loop), `sweeps` (sites,
+positions and methods), `demo`, `command`.
 """
 
 from typing import Any
@@ -29,6 +30,7 @@ from featurizers_training.search.found import Found
 from featurizers_training.search.objectives import OBJECTIVES, Answers, Objective, cross_entropy, logit_difference
 from featurizers_training.search.settings import Settings
 from featurizers_training.search.training import train
+from featurizers_training.statistics import Estimate, clustered_mean, holm, paired_difference
 from featurizers_training.sweeps.controls import CONTROLS, randomly_initialised
 from featurizers_training.sweeps.sweeping import Cell, Sweep, sweep
 
@@ -47,6 +49,7 @@ __all__ = [
     "BoundlessDAS",
     "Cell",
     "CleanRuns",
+    "Estimate",
     "Found",
     "FullVector",
     "Method",
@@ -59,9 +62,12 @@ __all__ = [
     "Settings",
     "Sweep",
     "accuracy",
+    "clustered_mean",
     "cross_entropy",
     "evaluate",
+    "holm",
     "logit_difference",
+    "paired_difference",
     "randomly_initialised",
     "sweep",
     "train",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from featurizers import Featurizer
+from featurizers.errors import UsageError
 from featurizers.models import frozen, interchange, site_of
 from torch import Tensor, nn
 
@@ -16,8 +16,7 @@ from featurizers_training.pairs import Pairs
 from featurizers_training.records import Tokens
 from featurizers_training.runs.activations import padded
 from featurizers_training.runs.clean_runs import CleanRuns, Edit, SiteEdit
-
-Z_95: Final = 1.959963984540054
+from featurizers_training.statistics import Estimate, clustered_mean, wilson
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,12 @@ class Accuracy:
     Attributes:
         hits: number of pairs answered correctly.
         n: number of pairs.
+        right: for each pair whether it is answered correctly, in their order, if that is known.
     """
 
     hits: int
     n: int
+    right: tuple[bool, ...] | None = field(default=None, repr=False, compare=False)
 
     @property
     def value(self) -> float:
@@ -39,11 +40,22 @@ class Accuracy:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % confidence interval of Wilson 1927, "Probable inference, the law of succession"."""
-        centre = self.hits + Z_95**2 / 2
-        half = Z_95 * math.sqrt(self.hits * (self.n - self.hits) / self.n + Z_95**2 / 4)
-        total = self.n + Z_95**2
-        return max(0.0, (centre - half) / total), min(1.0, (centre + half) / total)
+        """95 % confidence interval of Wilson 1927, "Probable inference", for independent pairs."""
+        return wilson(self.hits, self.n)
+
+    def clustered(self, clusters: Sequence[Hashable]) -> Estimate:
+        """Return the share with an interval for pairs that share something, such as a word; see `clustered_mean`.
+
+        Args:
+            clusters: what each pair shares with others, such as `Pairs.clusters` returns.
+
+        Raises:
+            UsageError: it is not known which pairs are answered correctly, or all pairs are in one cluster.
+            ShapeError: there is not one cluster for each pair.
+        """
+        if self.right is None:
+            raise UsageError("this accuracy has numbers alone; take the one that evaluate or accuracy returned")
+        return clustered_mean(self.right, clusters)
 
     def __str__(self) -> str:
         """Return the share and its interval as text, such as ``73.0% (63.6% to 80.7%)``."""
@@ -100,11 +112,11 @@ def accuracy_of(runs: CleanRuns, featurizers: Sequence[Featurizer[Any]], *, batc
 @torch.no_grad()
 def accuracy(runs: CleanRuns, edits: Sequence[SiteEdit], *, batch_size: int = 64) -> Accuracy:
     """Measure the share of pairs for which every token of the label is the model's most likely one after edits."""
-    hits = 0
+    right: list[bool] = []
     for start in range(0, len(runs), batch_size):
         rows = range(start, min(start + batch_size, len(runs)))
-        hits += int(answered(runs.logits(rows, edits), *runs.labels(rows)).sum())
-    return Accuracy(hits, len(runs))
+        right += answered(runs.logits(rows, edits), *runs.labels(rows)).tolist()
+    return Accuracy(sum(right), len(runs), tuple(right))
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ from featurizers.format import parse_json
 from featurizers_training.records import Pair, PairError, Position, Tokens, pair_of, tokenized
 
 MAX_LINE_BYTES: Final = 2**28
+CLUSTERS: Final = {"label": "label", "base": "base", "source": "sources"}
+"""Parts of a pair that other pairs may share, and their attributes of `Pair`."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,16 @@ class Pairs(Sequence[Pair]):
         records = [{**record, "label": label} for record, label in zip(self.records, labels, strict=True)]
         pairs = [replace(pair, label=label) for pair, label in zip(self.pairs, labels, strict=True)]
         return Pairs(tuple(records), tuple(pairs))
+
+    def clusters(self, by: str = "label") -> list[tuple[Any, ...]]:
+        """Return for each pair its ``label``, ``base`` or ``source``, which pairs may share; see `Accuracy.clustered`.
+
+        Raises:
+            UsageError: ``by`` is none of these.
+        """
+        if by not in CLUSTERS:
+            raise UsageError(f"pairs are in clusters by their {', '.join(CLUSTERS)}, not by {by!r}")
+        return [getattr(pair, CLUSTERS[by]) for pair in self.pairs]
 
     def digest(self) -> str:
         """Return the SHA-256 of the pairs, as token ids and positions."""

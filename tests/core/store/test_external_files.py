@@ -9,6 +9,8 @@ from featurizers.errors import ManifestError, UsageError
 from featurizers.hub.sources import FolderSource
 from featurizers.store import external
 
+from tests.plugins.sparsify.test_sparsify import write
+
 
 def test_what_no_plugin_knows_is_named(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"x")
@@ -39,3 +41,13 @@ def test_files_are_listed_from_the_folder(tmp_path):
     assert source.names == ("a", "b/one", "b/two")
     with pytest.raises(ManifestError, match="there is no file 'c'"):
         source.path("c")
+
+
+def test_files_of_another_library_are_held_to_what_is_asked_for(tmp_path):
+    folder = write(tmp_path / "layers.10")
+    with pytest.raises(UsageError, match="holds a featurizer of kind 'dictionary', not 'subspace'"):
+        featurizers.load(folder, kind="subspace")
+    with pytest.raises(UsageError, match="was written by another library, and holds no checksum; leave out verify"):
+        featurizers.load(folder, verify=True)
+    loaded = featurizers.load(folder, kind="dictionary", dtype=torch.float64)
+    assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.float64}

@@ -19,6 +19,7 @@ from featurizers_causal_basis import (
     extract_causal_bases,
     iterate_causal_bases,
 )
+from featurizers_causal_basis.inputs import warn_of_massive
 from featurizers_causal_basis.solve.differentiated import DifferentiatedEnergy
 from featurizers_causal_basis.solve.energy import Tokens
 from featurizers_causal_basis.solve.exact import ExactEnergy
@@ -168,6 +169,57 @@ def test_several_starts_find_no_less_than_one():
     assert all(a.record.evaluations > b.record.evaluations for a, b in zip(many, one, strict=True))
 
 
+@pytest.mark.parametrize(("seed", "scale"), [(3, 1.0), (11, 1.0), (6, 1.0), (0, 0.3)])
+@pytest.mark.parametrize("correlated", [False, True])
+def test_the_first_energy_of_several_starts_is_at_least_that_of_the_published_schedules(correlated, seed, scale):
+    generator = torch.Generator().manual_seed(seed)
+    linear = nn.Linear(D, VOCABULARY).double()
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(VOCABULARY, D, generator=generator, dtype=torch.float64) * scale)
+        linear.bias.zero_()
+    h = torch.randn(N, D, generator=generator, dtype=torch.float64)
+    if correlated:
+        h = h @ torch.randn(D, D, generator=generator, dtype=torch.float64)
+    first = {}
+    for preset in ("multi", "reference", "reference-axes"):
+        (basis,) = extract_causal_bases(linear, [h], 1, preset=preset)
+        first[preset] = float(kl(linear, h, without(h, basis.vectors, h.mean(0))))
+    assert first["multi"] >= max(first.values()) * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("hidden", [D, 20])
+def test_the_first_vector_of_a_decoder_with_a_hidden_layer_is_as_good_as_the_published_one(hidden):
+    torch.manual_seed(0)
+    readout = nn.Sequential(nn.Linear(D, hidden), nn.GELU(), nn.Linear(hidden, VOCABULARY)).double()
+    first = {
+        preset: float(extract_causal_bases(readout, [hiddens()], 2, preset=preset)[0].energies[0])
+        for preset in ("multi", "reference", "reference-axes")
+    }
+    assert first["multi"] >= max(first.values()) * (1 - 1e-9)
+
+
+def test_the_vector_that_lost_against_the_published_schedule_is_tried_again(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    linear = nn.Linear(D, VOCABULARY, bias=False).double()
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(VOCABULARY, D, generator=generator, dtype=torch.float64))
+    h = torch.randn(N, D, generator=generator, dtype=torch.float64)
+    ends, starts = [], []
+
+    def recorded(energy, earlier, own_starts, *rest):
+        result = search(energy, earlier, own_starts, *rest)
+        starts.append(own_starts)
+        ends.append(result.vector)
+        return result
+
+    monkeypatch.setattr("featurizers_causal_basis.solve.extraction.search", recorded)
+    (basis,) = extract_causal_bases(linear, [h], 2)
+    (axis,) = starts[2]
+    assert torch.equal(axis, torch.eye(D).double()[0])
+    assert any(torch.equal(ends[2], v) for v in basis.vectors.unbind(1)), "the published ascent won"
+    assert torch.equal(starts[3][-1], ends[0]), "and the own vector is a start of the next search"
+
+
 def test_the_best_of_several_ascents_continues():
     h = hiddens()
     energy = ExactEnergy(Tokens.of(h, "mean", Processes(), 0), Decoder(decoder()).affine_norm(0))
@@ -185,6 +237,24 @@ def test_the_best_of_several_ascents_continues():
         assert energy.value_and_grad(lost)[0] < energy.value_and_grad(result.vector)[0]
 
 
+def test_the_iterations_of_all_rounds_are_those_of_the_winner(monkeypatch):
+    made = []
+
+    class Counted(torch.optim.LBFGS):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    monkeypatch.setattr(torch.optim, "LBFGS", Counted)
+    energy = ExactEnergy(Tokens.of(hiddens(), "mean", Processes(), 0), Decoder(decoder()).affine_norm(0))
+    preset = Preset("short", rounds=((2, 2), (3, 1)), tolerance_grad=0.0, tolerance_change=0.0)
+    search(energy, torch.zeros(D, 0, dtype=torch.float64), list(torch.eye(D)[:3].double()), preset, 6, lambda _: None)
+    iterations = sorted(each.state[each.param_groups[0]["params"][0]]["n_iter"] for each in made)
+    assert all(done <= most for done, most in zip(iterations, (2, 5, 6), strict=True)), iterations
+    assert iterations[0] == 2
+    assert iterations[2] > 2
+
+
 def test_the_best_loser_of_a_step_is_tried_again_at_the_next(monkeypatch):
     starts, losers = [], []
 
@@ -196,9 +266,11 @@ def test_the_best_loser_of_a_step_is_tried_again_at_the_next(monkeypatch):
 
     monkeypatch.setattr("featurizers_causal_basis.solve.extraction.search", recorded)
     extract_causal_bases(decoder(), [hiddens()], 3)
-    for j in (1, 2):
-        assert torch.equal(starts[j][-1], losers[j - 1][0])
-        assert len(starts[j]) > len(losers[j - 1][:1]) + 1
+    several = [j for j, own_starts in enumerate(starts) if len(own_starts) > 1]  # the others are published starts
+    assert len(several) == 3
+    for before, j in itertools.pairwise(several):
+        assert torch.equal(starts[j][-1], losers[before][0])
+        assert len(starts[j]) > len(losers[before][:1]) + 1
 
 
 def test_a_vector_with_too_little_energy_is_dropped():
@@ -246,6 +318,27 @@ def test_a_massive_first_token_causes_a_warning_unless_it_is_left_out():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         extract_causal_bases(run, [h], 1, preset="fast", max_iter=2, mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("massive", "listed"), [(1, "position 0, are"), (5, "0, 1, 2, 3, 4, are"), (6, "0, 1, 2, 3, 4, …, are")]
+)
+def test_a_warning_lists_five_positions_of_massive_tokens_and_how_long_they_are(massive, listed):
+    hidden = torch.zeros(2, 20, 4)
+    hidden[..., 0] = 2.0
+    hidden[1, :massive, 0] = 60.0
+    with pytest.warns(MassiveTokenWarning, match=f"^{massive} of 40 tokens, at position .*30 times") as caught:
+        warn_of_massive(hidden, torch.ones(2, 20, dtype=torch.bool))
+    assert listed in str(caught[0].message)
+
+
+def test_twenty_times_the_median_is_not_massive():
+    hidden = torch.ones(1, 9, 1)
+    hidden[0, 0] = 20.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_massive(hidden, torch.ones(1, 9, dtype=torch.bool))
+        warn_of_massive(100 * hidden, torch.zeros(1, 9, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

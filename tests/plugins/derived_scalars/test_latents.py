@@ -7,7 +7,7 @@ import copy
 import featurizers
 import pytest
 import torch
-from featurizers.errors import ConfigError, ShapeError, SiteError, UsageError
+from featurizers.errors import ConfigError, FeatureIndexError, ShapeError, SiteError, UsageError
 from featurizers.testing import FeaturizerContract
 from featurizers_derived_scalars.api import direct_total, scalars
 from featurizers_derived_scalars.capturing import capture
@@ -23,16 +23,21 @@ from featurizers_derived_scalars.quantities import (
     direction,
     edge_from,
     grad,
+    latent_direction,
     norm,
     pair_attribution,
     pre_activations,
     sum_heads,
     sum_keys,
     sum_nodes,
+    token_write_to_latent,
+    token_write_to_latents,
     value,
+    weighted_value,
     write,
     write_norm,
     write_to,
+    write_to_latent,
 )
 from pydantic import BaseModel, ConfigDict
 from torch import nn
@@ -249,6 +254,42 @@ def test_pairs_are_of_heads_that_write_there():
         pair_attribution(Basis("attn.delta"))
 
 
+@pytest.mark.parametrize("latent", [0, 11, 23])
+def test_what_heads_write_to_one_latent_is_torchs_gradient_times_their_output(latent):
+    raw, sae = captured("llama"), dictionary(32, pre_bias=True)
+    basis = Basis("attn.delta", {1: sae})
+    x = forward(raw, "attn.delta", 1).double().clone().requires_grad_()
+    torch.relu((x - sae.b_dec) @ sae.W_enc[latent] + sae.get_parameter("b_enc")[latent]).sum().backward()
+    close(latent_direction(basis, latent).tensor(raw, 1), x.grad)
+    values, probabilities = forward(raw, "attn.v", 1).double(), forward(raw, "attn.probs", 1).double()
+    output = shared_decoder("llama").model.layers[1].self_attn.o_proj.weight.double().detach()
+    by_head = torch.einsum("qe,ehd->qhd", x.grad, output.reshape(len(output), *values.shape[1:]))
+    pairs = torch.einsum("qkh,khd,qhd->qkh", probabilities, values, by_head)
+    close(write_to_latent(basis, latent).tensor(raw, 1), pairs, 1e-5)
+    close(token_write_to_latent(basis, latent).tensor(raw, 1), pairs.sum(1), 1e-5)
+    close(token_write_to_latents(basis).tensor(raw, 1)[..., latent], pairs.sum(1), 1e-5)
+
+
+@pytest.mark.parametrize("quantity", [latent_direction, write_to_latent, token_write_to_latent])
+def test_a_latent_that_there_is_not_is_refused(quantity):
+    basis = Basis("attn.delta", {1: dictionary(32)})
+    for latent in (-1, 24):
+        with pytest.raises(FeatureIndexError, match=f"no latent {latent}.*there are 24"):
+            quantity(basis, latent)
+    with pytest.raises(UsageError, match="has none" if quantity is latent_direction else "heads write"):
+        quantity(Basis("attn.delta"), 0)
+
+
+def test_heads_write_to_features_at_attn_delta_only():
+    elsewhere = Basis("mlp.delta", {1: dictionary(32)})
+    with pytest.raises(UsageError, match="heads write to features of a featurizer"):
+        write_to_latent(elsewhere, 0)
+    with pytest.raises(UsageError, match="heads write to features of a featurizer"):
+        token_write_to_latent(elsewhere, 0)
+    with pytest.raises(UsageError, match="heads write to features of a featurizer"):
+        token_write_to_latents(elsewhere)
+
+
 def test_pre_activations_of_latents_are_traced():
     raw = captured("llama")
     sae = dictionary(32, "topk", pre_bias=True, normalize="layer-norm")
@@ -390,6 +431,7 @@ def test_bases_refuse_what_fits_no_place():
         (lambda: write_to(Basis("attn.q")), UsageError, "does not write"),
         (lambda: write_norm(Basis("mlp.delta", whole=True), signed=True), UsageError, "has no sign"),
         (lambda: norm(Basis("attn.probs")), UsageError, "no vectors"),
+        (lambda: weighted_value(Basis("mlp.neurons")), UsageError, "heads weight values, so the basis is attn.probs"),
     ):
         with pytest.raises(error, match=match):
             fault()

@@ -179,6 +179,12 @@ def test_train_says_what_it_found_and_how_to_load_it(tmp_path):
     assert measured["accuracy"] == record["accuracy"]["test"]["accuracy"]
     assert str(training.Accuracy(round(measured["accuracy"] * 17), 17)) in printed
     assert measured["featurizers"] == [{"id": f"das at {LAST}", "site": LAST, "position": [-1]}]
+    by_base = as_json("evaluate", out, *MODEL, "--pairs", "test.jsonl", "--cluster", "base")
+    bases = {json.loads(line)["base"] for line in Path("test.jsonl").read_text().splitlines()}
+    assert (by_base["accuracy"], by_base["clusters"]) == (measured["accuracy"], len(bases))
+    code, _, err = run("evaluate", out, *MODEL, "--pairs", "test.jsonl", "--cluster", "word")
+    assert code == 1
+    assert "label, base, source, not by 'word'" in err
 
 
 def test_off_a_terminal_there_is_a_line_for_each_epoch_and_cell(tmp_path):

@@ -1,9 +1,13 @@
-"""Confidence interval of an accuracy."""
+"""An accuracy: its intervals, and which pairs it counts."""
 
 from __future__ import annotations
 
+import featurizers
 import pytest
-from featurizers_training import Accuracy
+import torch
+from featurizers_training import Accuracy, Pairs, clustered_mean, evaluate
+
+from tests.support.models import prompts, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -17,3 +21,22 @@ def test_the_interval_is_that_of_wilson(hits: int, n: int, interval: tuple[float
     for bound in accuracy.interval:
         if 0 < bound < 1:
             assert abs(hits / n - bound) == pytest.approx(1.959963985 * (bound * (1 - bound) / n) ** 0.5)
+
+
+def test_an_accuracy_knows_which_pairs_are_answered_correctly():
+    """After the last block the whole vector of the last token gives the answer of the source."""
+    model, ids = tiny_model("llama"), prompts(10, 6)
+    with torch.no_grad():
+        answers = model(input_ids=ids).logits[:, -1].argmax(-1).tolist()
+    wrong = (1, 4, 7)
+    records = [
+        {"base": ids[9 - i].tolist(), "source": ids[i].tolist(), "label": (answers[i] + (i in wrong)) % 64}
+        for i in range(10)
+    ]
+    whole = featurizers.create("identity", d_in=model.config.hidden_size)
+    whole.site = featurizers.Site("resid.post", model.config.num_hidden_layers - 1)
+    accuracy = evaluate(model, Pairs.of(records), whole, batch_size=3)
+    assert accuracy.right == tuple(i not in wrong for i in range(10))
+    assert accuracy == Accuracy(7, 10)
+    clusters = [i // 2 for i in range(10)]
+    assert accuracy.clustered(clusters) == clustered_mean([float(i not in wrong) for i in range(10)], clusters)

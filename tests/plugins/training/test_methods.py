@@ -15,6 +15,7 @@ from featurizers_training import (
     DASDBM,
     DBM,
     METHODS,
+    PCA,
     Answers,
     BoundaryGate,
     BoundlessDAS,
@@ -258,3 +259,12 @@ def test_what_a_search_found_does_not_move_when_the_training_goes_on() -> None:
         searched.gate.logits.neg_()
     assert found.feature_sets["gate_logits"].tolist() == [1.0, -1.0, 2.0, -2.0]
     assert found.feature_sets["selected"].tolist() == [0, 2]
+    assert not any(kept.requires_grad for kept in found.feature_sets.values())
+
+
+def test_principal_components_need_activations() -> None:
+    with pytest.raises(UsageError, match="need the activations of the pairs"):
+        PCA(n_features=1).search(4, seed=0, through=None)
+    x = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    found = PCA(n_features=1).search(2, seed=0, through=None, activations=lambda: x).found()
+    torch.testing.assert_close(found.steer(torch.zeros(1, 2), 1.0).abs(), torch.tensor([[1.0, 0.0]]))

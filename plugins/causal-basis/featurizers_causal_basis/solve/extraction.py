@@ -26,7 +26,7 @@ from featurizers_causal_basis.solve.layers import HiddenStates, Layers, WholeMod
 from featurizers_causal_basis.solve.options import ExtractionOptions, Listener, Progress
 from featurizers_causal_basis.solve.processes import Processes
 from featurizers_causal_basis.solve.runs import LayerState, Run
-from featurizers_causal_basis.solve.solver import SearchResult, search
+from featurizers_causal_basis.solve.solver import PRESETS, SearchResult, search
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -271,7 +271,10 @@ class _Extraction:
 
         starts = self._starts(energy, scores, state, layer)
         result = search(energy, state.vectors, starts, self._preset, self._options.max_iter, notify)
-        value = energy.direct(result.vector.unsqueeze(-1))
+        for preset, start in self._published(len(state.vectors), vector):
+            other = search(energy, state.vectors, [start], PRESETS[preset], self._options.max_iter, notify)
+            result = result.or_better(other, energy)
+        value = energy.direct(result.column)
         state = self._with(state, result, value)
         tell(value, state.evaluations, found=True)
         if state.finished and len(state.energies):
@@ -300,9 +303,25 @@ class _Extraction:
             seed = self._step_seed(layer, j)
             starts += quartic_maxima(energy.tokens, scores, state.vectors, preset.restarts, preset.picked, seed)
         if preset.singular or preset.axes:
-            axis = torch.eye(len(state.vectors), dtype=torch.float64)[:, j]
-            starts.append(axis if self._singular is None else self._singular[:, j])
+            starts.append(self._directions(len(state.vectors))[:, j])
         return starts + list(state.losers.unbind(dim=1))
+
+    def _published(self, d: int, vector: int) -> list[tuple[str, Tensor]]:
+        """Return the published presets with their first starts, if the preset runs them for this vector.
+
+        Where both start at the first unit axis, ``reference`` ascends as ``reference-axes`` does, and further.
+        """
+        if not self._preset.published or vector > 0:
+            return []
+        axis, own = torch.eye(d, dtype=torch.float64)[:, 0], self._directions(d)[:, 0]
+        both = [("reference", own), ("reference-axes", axis)]
+        return both[:1] if torch.equal(axis, own) else both
+
+    def _directions(self, d: int) -> Float[Tensor, "d d"]:
+        """Return the singular vectors of the unembedding; unit axes if it is unknown, or reads a hidden layer."""
+        if self._singular is None or len(self._singular) != d:
+            return torch.eye(d, dtype=torch.float64)
+        return self._singular
 
     def _step_seed(self, layer: int, step: int) -> int:
         return ((self._options.seed * 2**12 + layer) * MOST_RESTARTS + step) & (2**63 - 1)

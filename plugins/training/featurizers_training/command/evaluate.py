@@ -32,6 +32,10 @@ def evaluate_command(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
     any_model: Annotated[bool, typer.Option("--any-model", help="Take another model than the artefact names.")] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="label, base or source: an interval for pairs that share it and so are not independent."),
+    ] = None,
     device: options.Device = None,
     dtype: options.Dtype = "float32",
     as_json: options.Json = False,
@@ -54,19 +58,22 @@ def evaluate_command(
     else:  # the artefacts say the positions, so that the records need not choose among names: read them at any token
         measured_on = options.read_pairs(pairs, language_model.tokenizer, [-1])
         measured_on = measured_on.at(*([] if any(map(_has_positions, measured_on.records)) else own))
+    clusters = None if cluster is None else measured_on.clusters(cluster)
     accuracy = evaluate(language_model.model, measured_on, loaded_from)
+    measured = accuracy if clusters is None else accuracy.clustered(clusters)
     if not PartialState().is_main_process:
         return
     rows = [
         {"id": f.id, "site": str(f.site), "position": measured_on.common_position(j)} for j, f in enumerate(loaded_from)
     ]
     if as_json:
-        print_json({**accuracy.record(), "featurizers": rows})
+        print_json({**measured.record(), "featurizers": rows})
         return
     for row in rows:
         tokens = "of each pair" if row["position"] is None else ", ".join(map(str, row["position"]))
         print(f"{row['id']} ({row['site']}, tokens {tokens})")
-    print(f"Interchange-intervention accuracy: {accuracy}, {accuracy.n} pairs")
+    shared = "" if clusters is None else f" in {len(set(clusters))} clusters by {cluster}"
+    print(f"Interchange-intervention accuracy: {measured}, {accuracy.n} pairs{shared}")
 
 
 def _has_positions(record: Mapping[str, Any]) -> bool:
