@@ -52,6 +52,9 @@ class Operation(ABC):
             raise UsageError(f"later is 'recomputed' or 'frozen', not {self.later!r}")
         if self.writes not in (None, "additive", "pinned"):
             raise UsageError(f"writes is 'additive' or 'pinned', not {self.writes!r}")
+        by_group = any(isinstance(getattr(self, part, None), Mapping) for part in ("indices", "delta", "value", "gate"))
+        if by_group and isinstance(self.featurizer, Featurizer):
+            raise UsageError(f"{name}: values by group are for maps between sites, and this is a featurizer")
         if isinstance(self.featurizer, Featurizer) and (self.later, self.writes) != ("recomputed", None):
             raise UsageError(f"{name}: later and writes are options of maps between sites, and this is a featurizer")
 
@@ -280,11 +283,5 @@ def _of_group(value: Any, group: str) -> Any:
 
 
 def _of_site(value: Any) -> Any:
-    """Return a value for an operation at one site.
-
-    Raises:
-        UsageError: it is a mapping by group, which only maps between sites take.
-    """
-    if isinstance(value, Mapping):
-        raise UsageError("values by group are for maps between sites; a featurizer takes them without a group")
+    """Return a value of an operation at one site, which is not by group: the constructor has checked that."""
     return value

@@ -26,12 +26,12 @@ class Accuracy:
     Attributes:
         hits: number of pairs answered correctly.
         n: number of pairs.
-        right: for each pair whether it is answered correctly, in their order, if that is known.
+        right: for each pair whether it is answered correctly, in their order; empty if that is not known.
     """
 
     hits: int
     n: int
-    right: tuple[bool, ...] | None = field(default=None, repr=False, compare=False)
+    right: tuple[bool, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def value(self) -> float:
@@ -53,7 +53,7 @@ class Accuracy:
             UsageError: it is not known which pairs are answered correctly, or all pairs are in one cluster.
             ShapeError: there is not one cluster for each pair.
         """
-        if self.right is None:
+        if not self.right:
             raise UsageError("this accuracy has numbers alone; take the one that evaluate or accuracy returned")
         return clustered_mean(self.right, clusters)
 

@@ -86,7 +86,7 @@ def test_any_string_is_a_site_or_a_site_error(text):
         "attn.z::3",
         "attn.z:1:2:3",
         "attn.z:1:",
-        "resid.mid:1",
+        "resid.middle:1",
         "Resid.Post:1",
         "embed:0",
         "norm.out:0",
@@ -132,7 +132,9 @@ def test_fields_that_do_not_say_one_place_are_refused(fields):
 
 
 def test_an_error_lists_the_kinds():
-    with pytest.raises(SiteError, match=r"resid\.pre, resid\.post, attn\.out, attn\.z, mlp\.out, mlp\.act, embed"):
+    with pytest.raises(
+        SiteError, match=r"resid\.pre, resid\.post, attn\.out, attn\.z, resid\.mid, mlp\.in, mlp\.out, mlp\.act, embed"
+    ):
         Site.parse("residual:3")
 
 
