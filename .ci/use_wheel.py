@@ -140,6 +140,19 @@ def causalab() -> None:
     round_trip(again)
 
 
+def transcoder() -> None:
+    """Save a transcoder, load it, and edit a model through it."""
+    from featurizers_transcoder import Transcoder
+
+    f = Transcoder.from_weights(*torch.randn(3, 16, 8)[:2])
+    f.reads, f.writes = {"in": "module:0:input"}, {"out": "module:1:output"}
+    again = featurizers.load(f.save_pretrained("it"), verify=True)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(2, 3, 8)
+    with featurizers.intervene(model, featurizers.Steer(again, delta=2.0, indices=[5])):
+        edited = model(x)
+    torch.testing.assert_close(edited, model(x) + 2 * f.W_dec["features"]["out"][5])
+
+
 def training() -> None:
     """Search for a subspace, and evaluate what was saved."""
     import featurizers_training as training
@@ -192,6 +205,7 @@ CHECKS = {
     "sparsify": sparsify,
     "subspace": lambda: [create("subspace", d_in=8, n_features=2), create("standardize", d_in=8)],
     "training": training,
+    "transcoder": transcoder,
     "transformer-debugger": transformer_debugger,
 }
 
