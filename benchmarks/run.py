@@ -15,6 +15,7 @@ import derived_scalars
 import dictionaries
 import hooks
 import report
+import site_maps
 import swapping
 import timing
 import torch
@@ -24,7 +25,7 @@ from rich.console import Console
 
 BENCHMARKS = {
     benchmark.name: benchmark
-    for theme in (das, artefacts, collecting, swapping, dictionaries, hooks, training, derived_scalars)
+    for theme in (das, artefacts, collecting, swapping, dictionaries, hooks, training, derived_scalars, site_maps)
     for benchmark in theme.BENCHMARKS
 }
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -215,6 +215,7 @@ def read_tensors(
     where: str,
     rows: Mapping[str, Tensor] | None = None,
     *,
+    names: Collection[str] | None = None,
     allow_nonfinite: bool = False,
 ) -> dict[str, Tensor]:
     """Read the tensors of a file whose header was checked.
@@ -224,6 +225,7 @@ def read_tensors(
         device: device to put them on; None for the CPU.
         where: name of the artefact in errors.
         rows: int64 ``(k,)`` by the name of a tensor, the only rows of it to read.
+        names: of the tensors to read; None for all.
         allow_nonfinite: accept NaN and infinity.
 
     Raises:
@@ -237,6 +239,7 @@ def read_tensors(
             tensors = {
                 name: take_rows(file.get_slice(name), rows[name]) if name in rows else aligned(file.get_tensor(name))
                 for name in file.keys()  # noqa: SIM118  # not a mapping
+                if names is None or name in names
             }
         if rows:  # a single mapped tensor would keep the whole file mapped
             tensors = {name: tensor if name in rows else tensor.clone() for name, tensor in tensors.items()}

@@ -160,10 +160,13 @@ def read_folder(
             weights.verify_weights(path, manifest.sha256, where)
         rows: dict[str, Tensor] = {}
         added: dict[str, Tensor] = {}
+        names: set[str] | None = None
         if indices is not None:
             config, rows, added = cls.rows_of_slice(config, featurizer.checked_columns(indices))
             featurizer = _on_meta(cls, config, where)
-        tensors = {**weights.read_tensors(path, device, where, rows, allow_nonfinite=allow_nonfinite), **added}
+            names = {*featurizer.state_dict(), *(f"{weights.SET_PREFIX}{name}" for name in manifest.features)}
+        stored = weights.read_tensors(path, device, where, rows, names=names, allow_nonfinite=allow_nonfinite)
+        tensors = {**stored, **added}
         sets = {name: tensors.pop(f"{weights.SET_PREFIX}{name}") for name in manifest.features}
         tensors = weights.laid_out(tensors, featurizer.state_dict())
         featurizer.load_state_dict(tensors, assign=True)

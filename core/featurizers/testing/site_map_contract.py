@@ -160,11 +160,12 @@ class SiteMapContract:
         self, site_map: SiteMap[Any], x: dict[str, Tensor], y: dict[str, Tensor], tmp_path: Path
     ) -> None:
         folder = site_map.save_pretrained(tmp_path / "artefact")
-        indices = {name: [group.n_features - 1] for name, group in site_map.groups.items()}
+        indices = {name: [group.n_features - 1] for name, group in list(site_map.groups.items())[:2]}
         try:
             part = featurizers.load(folder, indices=indices)
         except UsageError:
             pytest.skip("the kind is loaded whole")
+        assert list(part.groups) == list(indices)
         for name, own in indices.items():
             columns = torch.tensor(own)
             z = part.encode(name, x)
