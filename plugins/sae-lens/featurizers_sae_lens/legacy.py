@@ -24,8 +24,17 @@ MAP = {
     "metadata",
 }
 """Keys of version 6. Any other key is an error in version 6, and metadata in earlier versions."""
-OVERRIDDEN = ("hook_name", "model_name", "dataset_path", "neuronpedia_id", "model_from_pretrained_kwargs")
-"""Metadata that a catalogue adds to those keys."""
+OVERRIDDEN = (
+    "hook_name",
+    "hook_name_out",
+    "hf_hook_name",
+    "hf_hook_name_out",
+    "model_name",
+    "dataset_path",
+    "neuronpedia_id",
+    "model_from_pretrained_kwargs",
+)
+"""Metadata that a catalogue, or a file, adds to those keys."""
 RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
 
 
@@ -70,4 +79,4 @@ def modern(cfg: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _other_architectures(cfg: dict[str, Any]) -> set[str]:
     """Return all keys of an architecture that is refused later, with a better reason than unknown keys."""
-    return set(cfg) if "transcoder" in str(cfg.get("architecture")) or cfg.get("architecture") == "temporal" else set()
+    return set(cfg) if cfg.get("architecture") == "temporal" else set()
