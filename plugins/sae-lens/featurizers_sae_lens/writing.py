@@ -42,7 +42,7 @@ def write(featurizer: FeatureSpace[Any], folder: Path) -> list[str]:
     else:
         raise ConversionError(
             str(folder),
-            f"SAELens has no architecture for the kind {featurizer.kind!r}; it has those of dictionaries and transcoders",
+            f"SAELens has no architecture for the kind {featurizer.kind!r}; dictionaries and transcoders are written",
         )
     old_cfg = featurizer.metadata.get("sae_lens")
     old_metadata = old_cfg.get("metadata") if isinstance(old_cfg, dict) else None
@@ -50,8 +50,9 @@ def write(featurizer: FeatureSpace[Any], folder: Path) -> list[str]:
     for end, (site, hook) in _hooks(featurizer).items():
         if hook is None:
             lost.append(f"The site {str(site)!r} has no hook in TransformerLens.")
+        if metadata.get(f"hook_name{end}") != hook:
+            metadata.pop(f"hf_hook_name{end}", None)  # the module of the former hook
         metadata[f"hook_name{end}"] = hook
-        metadata.pop(f"hf_hook_name{end}", None)  # it would name the same place again
         metadata |= {f"hook_head_index{end}": site.head} if site.head is not None else {}
         known = site_of(hook, metadata.get("model_name")) or read_of(hook, metadata.get("model_name")).site
         if site.model is not None and (known is None or known.model != site.model):
@@ -105,8 +106,8 @@ def _transcoder(featurizer: Transcoder, where: str) -> tuple[dict[str, Any], dic
     if own.normalize != "none" and (skip or hook_of_read(own) is None):
         raise ConversionError(
             where,
-            f"its input is normalised by {own.normalize!r}, which SAELens has only as the hook ln2.hook_normalized, for "
-            "the models whose norm is known here and without a skip connection",
+            f"its input is normalised by {own.normalize!r}, which SAELens has only as the hook ln2.hook_normalized, "
+            "for models whose norm is known here, and without a skip connection",
         )
     if read.centre and read.normalize not in ("none", "scale"):
         raise ConversionError(where, f"SAELens subtracts nothing before the normalisation {read.normalize!r}")
