@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support.dictionaries import dictionary
-from tests.support.sae_lens import F, batch, make, same
+from tests.support.sae_lens import D, F, batch, make, same
 
 ONE_SITE = ("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit")
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
