@@ -404,6 +404,46 @@ def test_a_layer_of_a_cross_layer_transcoder_writes_each_later_layer(sae_lens, h
     same(sum(f.W_dec["layer-23"].values()), sae.W_dec, 1e-5)
 
 
+TEMPORAL = f"""
+llm: {{dimin: {D}, name: a}}
+sae: {{exp_factor: {F / D}, n_heads: 2, n_attn_layers: 1, bottleneck_factor: 8, sae_diff_type: topk, kval_topk: 5,
+  tied_weights: True, scaling_factor: 0.029}}
+data: {{dtype: bfloat16}}
+""".encode()
+LAYER = {"k_ctx": F // 8, "q_target": F // 8, "v_ctx": F, "c_proj": F}
+
+
+@pytest.mark.parametrize(
+    ("reference", "site", "model"),
+    [
+        ("temporal-sae-gemma-2-2b/blocks.12.hook_resid_post", "resid.post:12", "google/gemma-2-2b"),
+        ("temporal-sae-llama-3.1-8b/blocks.26.hook_resid_post", "resid.post:26", "meta-llama/Llama-3.1-8B"),
+    ],
+)
+def test_a_temporal_autoencoder_is_what_saelens_loads(sae_lens, hub, reference, site, model):
+    release, name, repo_id, path = entry(sae_lens, reference)
+    g = torch.Generator().manual_seed(0)
+    t = {"D": torch.randn(F, D, generator=g), "b": torch.randn(D, generator=g)}
+    for part, width in LAYER.items():
+        t[f"attn_layers.0.{part}.weight"] = torch.randn(width, F, generator=g)
+        t[f"attn_layers.0.{part}.bias"] = torch.randn(width, generator=g)
+    serve(hub, repo_id, path, {"conf.yaml": TEMPORAL, "latest_ckpt.safetensors": save(t)})
+    f = featurizers.load(f"sae-lens:{release}/{name}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sae = sae_lens.SAE.from_pretrained(release, name, device="cpu")
+    x = torch.randn(4, 6, D, generator=g) * 30
+    features = {group: f.encode(group, {"in": x}) for group in f.groups}
+    for found, expected in zip(features.values(), sae.encode_with_predictions(x), strict=True):
+        same(found, expected, 1e-5)
+    same(f.decode("out", features, {"in": x}), sae(x), 1e-5)
+    assert {str(each) for each in f.sites.values()} == {site}
+    assert {each.model for each in f.sites.values()} == {model}
+    serve(hub, repo_id, path, {"conf.yaml": TEMPORAL.replace(b"n_heads: 2, ", b"")})
+    with pytest.raises(ManifestError, match="lacks a value"):
+        featurizers.load(f"sae-lens:{release}/{name}")
+
+
 def test_layers_that_cannot_be_read(hub):
     reference, repo_id = "mntss-gemma-2-2b-2.5m-clt-as-per-layer/layer_23", "mntss/clt-gemma-2-2b-2.5M"
     good = clt(23)

@@ -11,15 +11,17 @@ from featurizers.format import ExternalFiles
 
 from featurizers_sae_lens import catalogue, formats, writing
 from featurizers_sae_lens.matching_pursuit import MatchingPursuitConfig, MatchingPursuitFeaturizer
+from featurizers_sae_lens.temporal import TemporalConfig, TemporalMap
 from featurizers_sae_lens.wrapping import wrap
 
-__all__ = ["MatchingPursuitConfig", "MatchingPursuitFeaturizer", "wrap"]
+__all__ = ["MatchingPursuitConfig", "MatchingPursuitFeaturizer", "TemporalConfig", "TemporalMap", "wrap"]
 
 
 @hookimpl
 def featurizers_register(register: Any) -> None:
-    """Register the kind ``sae-lens.matching-pursuit``; all other architectures are of the kind ``dictionary``."""
+    """Register the kinds of architectures that are neither dictionaries nor transcoders."""
     register(MatchingPursuitFeaturizer)
+    register(TemporalMap)
 
 
 @hookimpl

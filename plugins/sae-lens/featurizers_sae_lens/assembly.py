@@ -55,7 +55,9 @@ def refuse_unknown(architecture: object, where: str, known: tuple[str, ...] = ()
         raise ManifestError(where, f"the architecture {shown(architecture)} is not supported: {OTHER[architecture]}")
     allowed = (*RULES, "matching_pursuit", *known)
     if architecture not in allowed:
-        raise ManifestError(where, f"the architecture {shown(architecture)} is not known; known are {', '.join(allowed)}")
+        raise ManifestError(
+            where, f"the architecture {shown(architecture)} is not known; known are {', '.join(allowed)}"
+        )
 
 
 def number(cfg: dict[str, Any], name: str, where: str, kinds: type | tuple[type, ...] = int) -> Any:
@@ -101,7 +103,9 @@ def normalization(cfg: dict[str, Any], where: str) -> str:
     """
     normalize = cfg.get("normalize_activations") or "none"
     if not isinstance(normalize, str) or normalize not in NORMALIZATIONS:
-        raise ManifestError(where, f"normalize_activations is {shown(normalize)}; known are {', '.join(NORMALIZATIONS)}")
+        raise ManifestError(
+            where, f"normalize_activations is {shown(normalize)}; known are {', '.join(NORMALIZATIONS)}"
+        )
     return normalize
 
 

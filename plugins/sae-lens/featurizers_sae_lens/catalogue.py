@@ -10,7 +10,7 @@ from featurizers import FeatureSpace, Featurizer
 from featurizers.errors import ManifestError, SourceError, shown
 from featurizers.format import ExternalFiles
 
-from featurizers_sae_lens import cross_layer, formats, scopes, torch_files, transcoders
+from featurizers_sae_lens import cross_layer, formats, scopes, temporal_files, torch_files, transcoders
 from featurizers_sae_lens.legacy import MAP, OVERRIDDEN
 from featurizers_sae_lens.sites import site_of
 from featurizers_sae_lens.table import Entry, Release, catalogue
@@ -104,6 +104,8 @@ def _load(
     if loader == "mntss_clt_layer_transcoder":
         return cross_layer.layer(repository(repo_id), path, overrides)
     source = repository(repo_id, path)
+    if loader == "temporal":
+        return temporal_files.checkpoint(source, path, overrides)
     if loader == "sae_lens":
         return formats.folder(source, overrides, scale)
     if loader in ("llama_scope", "llama_scope_r1_distill"):

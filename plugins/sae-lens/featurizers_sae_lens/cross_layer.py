@@ -138,7 +138,7 @@ def _tensors(source: ExternalFiles, number: str) -> tuple[dict[str, Tensor], int
 def _check(source: ExternalFiles, file: TensorFile, required: dict[str, int], optional: dict[str, int]) -> None:
     """Raise `WeightsError` unless a file has these tensors, with these numbers of dimensions, and no others."""
     if unknown := sorted(file.shapes.keys() - required.keys() - optional.keys()):
-        raise WeightsError(source.where, f"{file.path.name} has unknown tensors {unknown!r}")
+        raise WeightsError(source.where, f"{file.path.name} has unknown tensors {shown(unknown)}")
     for name, dimensions in {**required, **optional}.items():
         if name in required and name not in file.shapes:
             raise WeightsError(source.where, f"{file.path.name} lacks the tensor {name!r}")

@@ -10,7 +10,7 @@ from featurizers import FeatureSpace
 from featurizers.errors import ManifestError, WeightsError
 from featurizers.format import ExternalFiles
 
-from featurizers_sae_lens import scopes, torch_files, transcoders
+from featurizers_sae_lens import scopes, temporal_files, torch_files, transcoders
 from featurizers_sae_lens.assembly import dtype_of, refuse_unknown
 from featurizers_sae_lens.legacy import modern
 from featurizers_sae_lens.reading import count_features, finish
@@ -63,6 +63,9 @@ def folder(
     refuse_unknown(architecture, source.where, known=(*transcoders.RULES, "temporal"))
     if maps := architecture in transcoders.RULES:
         source = transcoders.of_group(source, transcoders.GROUP)
+    dtype = dtype_of(cfg, source.where) if overrides is None else torch.float32
+    if architecture == "temporal":
+        return temporal_files.folder(source, cfg, WEIGHTS, dtype)
     file = source.safetensors(WEIGHTS)
     if len(file.shapes) > MOST_TENSORS:
         raise WeightsError(
@@ -81,7 +84,6 @@ def folder(
     if scaling is not None and not torch.allclose(scaling, torch.ones_like(scaling)):
         raise WeightsError(source.where, "scaling_factor is not 1; neither SAELens nor this plugin applies it")
     folded = scale if cfg.get("normalize_activations") == "expected_average_only_in" else None
-    dtype = dtype_of(cfg, source.where) if overrides is None else torch.float32
     if maps:
         return transcoders.finish(source, cfg, tensors, n_features, dtype)
     return finish(source, cfg, tensors, n_features, folded, dtype)

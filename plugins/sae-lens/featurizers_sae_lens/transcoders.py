@@ -80,14 +80,15 @@ def transcoder(
     if flag(cfg, "apply_b_dec_to_input", True, where):
         raise ManifestError(where, "apply_b_dec_to_input must be false: a transcoder's b_dec is of what it writes")
     if (reshape := cfg.get("reshape_activations") or "none") != "none":
-        raise ManifestError(where, f"reshape_activations is {reshape!r}; a transcoder knows 'none' alone")
+        raise ManifestError(where, f"reshape_activations is {shown(reshape)}; a transcoder knows 'none' alone")
     expected = {"W_enc", "W_dec", "b_enc", "b_dec"}
     expected |= {"threshold"} if rule == "jumprelu" else set()
     expected |= {"W_skip"} if skip else set()
     if wrong := sorted(expected ^ tensors.keys()):
         raise WeightsError(
             where,
-            f"the architecture {architecture!r} has the tensors {sorted(expected)!r}; missing or unknown: {wrong!r}",
+            f"the architecture {architecture!r} has the tensors {sorted(expected)!r}; "
+            f"missing or unknown: {shown(wrong)}",
         )
     tensors = of_one_dtype(tensors, dtype, where)
     if skip and tensors["W_skip"].dim() == 2:
@@ -165,7 +166,7 @@ def mwhanna(source: ExternalFiles, name: str, overrides: dict[str, Any]) -> Tran
     file = source.safetensors(name)
     n_features = count_features(file, "W_dec", source, axis=0)
     if unknown := sorted(file.shapes.keys() - {"W_enc", "W_dec", "b_enc", "b_dec"}):
-        raise WeightsError(source.where, f"{name} has unknown tensors {unknown!r}")
+        raise WeightsError(source.where, f"{name} has unknown tensors {shown(unknown)}")
     rows = source.indices
     tensors = {key: file.read(key, rows=rows) for key in ("W_enc", "W_dec", "b_enc")}
     cfg = {

@@ -10,7 +10,8 @@ from torch import nn
 
 from featurizers_sae_lens import transcoders
 from featurizers_sae_lens.assembly import assemble, fold_decoder_norms, refuse_unknown
-from featurizers_sae_lens.legacy import MAP
+from featurizers_sae_lens.legacy import MAP, TEMPORAL
+from featurizers_sae_lens.temporal_files import temporal
 
 TRAINED_AS = {"batchtopk": "jumprelu", "matryoshka_batchtopk": "jumprelu"}
 """Architectures of training, and the architecture that SAELens saves each of them as."""
@@ -31,10 +32,12 @@ def wrap(sae: Any) -> FeatureSpace[Any]:
         raise UsageError(f"wrap takes a sae_lens.SAE, not a {type(sae).__name__}")
     architecture = config.architecture()
     where = f"{type(sae).__name__} ({architecture})"
-    cfg = {key: value for key, value in config.to_dict().items() if key in MAP}
+    cfg = {key: value for key, value in config.to_dict().items() if key in MAP | TEMPORAL}
     cfg["architecture"] = TRAINED_AS.get(architecture, architecture)
-    refuse_unknown(cfg["architecture"], where, known=tuple(transcoders.RULES))
+    refuse_unknown(cfg["architecture"], where, known=(*transcoders.RULES, "temporal"))
     state = {name: tensor.detach() for name, tensor in sae.state_dict().items()}
+    if architecture == "temporal":
+        return temporal(cfg, state, where)
     if architecture in TRAINED_AS:
         state["threshold"] = state.pop("topk_threshold").expand(len(state["W_dec"]))
     if "threshold" in state:  # always float32 in training, but compared in the dtype of the weights
