@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 D, F = 16, 64
+D_OUT = 10
+"""Width of what a transcoder writes."""
 
 
 def batch(*shape: int, seed: int = 1) -> Tensor:
@@ -40,3 +44,21 @@ def same(result: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
     assert scale > 0
     difference = float((result - expected).abs().max())
     assert difference <= tolerance * scale, difference / scale
+
+
+def make(architecture: str, *, seed: int = 0, **options: Any) -> Any:
+    """Return a random SAE of SAELens whose parameters are not zero."""
+    from sae_lens.registry import get_sae_class
+
+    cls, config = get_sae_class(architecture)
+    extra: dict[str, Any] = {"k": 7} if "topk" in architecture else {}
+    extra |= {"d_out": D_OUT} if "transcoder" in architecture else {}
+    pre_bias = {"apply_b_dec_to_input": "transcoder" not in architecture}
+    sae = cls(config(**{"d_in": D, "d_sae": F, **pre_bias, **extra, **options}))
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=g) * (0.3 if parameter.dim() < 2 else 1))
+            if name == "W_dec" and architecture == "matching_pursuit":
+                parameter.copy_(torch.nn.functional.normalize(parameter, dim=-1))
+    return sae.eval()

@@ -42,29 +42,21 @@ WHOLE = {
 }
 """Architectures that cannot be sliced, because a part would have other features, and why."""
 
-OTHER_SITES = {
-    "transcoder": "a transcoder reads one site and writes another",
-    "skip_transcoder": "a transcoder reads one site and writes another",
-    "jumprelu_transcoder": "a transcoder reads one site and writes another",
-    "jumprelu_skip_transcoder": "a transcoder reads one site and writes another",
-    "temporal": "a temporal autoencoder predicts each token from earlier tokens, so a token has no features by itself",
-    "crosscoder": "a crosscoder reads and writes several layers at once",
-    "clt": "a cross-layer transcoder reads one site and writes those of all later layers",
+OTHER = {
+    "crosscoder": "crosscoders are not read here",
+    "clt": "cross-layer transcoders are read only where SAELens' catalogue names a layer of one",
 }
-"""Architectures that are not featurizers of a single site, and why."""
+"""Architectures that are known, but not read, and why."""
 
 
-def refuse_other_sites(architecture: object, where: str) -> None:
-    """Raise `ManifestError` if an architecture is unknown, or is not a featurizer of a single site."""
-    if isinstance(architecture, str) and architecture in OTHER_SITES:
+def refuse_unknown(architecture: object, where: str, known: tuple[str, ...] = ()) -> None:
+    """Raise `ManifestError` unless an architecture is a dictionary's, matching pursuit, or one of ``known``."""
+    if isinstance(architecture, str) and architecture in OTHER:
+        raise ManifestError(where, f"the architecture {shown(architecture)} is not supported: {OTHER[architecture]}")
+    allowed = (*RULES, "matching_pursuit", *known)
+    if architecture not in allowed:
         raise ManifestError(
-            where,
-            f"the architecture {shown(architecture)} is not a featurizer of a single site: {OTHER_SITES[architecture]}",
-        )
-    if architecture not in (*RULES, "matching_pursuit"):
-        raise ManifestError(
-            where,
-            f"the architecture {shown(architecture)} is not known; known are {', '.join([*RULES, 'matching_pursuit'])}",
+            where, f"the architecture {shown(architecture)} is not known; known are {', '.join(allowed)}"
         )
 
 
@@ -103,6 +95,20 @@ def flag(cfg: dict[str, Any], name: str, default: bool, where: str) -> bool:
     return value
 
 
+def normalization(cfg: dict[str, Any], where: str) -> str:
+    """Return SAELens' name of the normalisation.
+
+    Raises:
+        ManifestError: it is not known.
+    """
+    normalize = cfg.get("normalize_activations") or "none"
+    if not isinstance(normalize, str) or normalize not in NORMALIZATIONS:
+        raise ManifestError(
+            where, f"normalize_activations is {shown(normalize)}; known are {', '.join(NORMALIZATIONS)}"
+        )
+    return normalize
+
+
 def assemble(
     cfg: dict[str, Any],
     tensors: dict[str, Tensor],
@@ -131,19 +137,15 @@ def assemble(
         WeightsError: the tensors do not fit the configuration.
     """
     architecture = cfg.get("architecture", "standard")
-    refuse_other_sites(architecture, where)
+    refuse_unknown(architecture, where)
     if numbers is not None and architecture in WHOLE:
         raise UsageError(f"{where}: {WHOLE[architecture]}; load it whole, and give the indices to the operation")
-    normalize = cfg.get("normalize_activations") or "none"
-    if normalize not in NORMALIZATIONS:
-        raise ManifestError(
-            where, f"normalize_activations is {shown(normalize)}; known are {', '.join(NORMALIZATIONS)}"
-        )
+    normalize = normalization(cfg, where)
     reshape = cfg.get("reshape_activations") or "none"
     if reshape not in ("none", "hook_z"):
         raise ManifestError(where, f"reshape_activations is {shown(reshape)}; known are none, hook_z")
     metadata: dict[str, Any] = cfg.get("metadata") or {}
-    tensors = _of_one_dtype(tensors, dtype, where)
+    tensors = of_one_dtype(tensors, dtype, where)
     if input_scale is not None:
         positive({"the factor of the activations": input_scale}, "the factor of the activations", where, (int, float))
         tensors = fold_input_scale(tensors, input_scale)
@@ -169,12 +171,12 @@ def assemble(
     featurizer.id = str(metadata.get("neuronpedia_id") or metadata.get("hook_name") or architecture)
     own = metadata.get("featurizers")  # the metadata of a featurizer that this plugin wrote
     featurizer.metadata = {**(own if isinstance(own, dict) else {}), "sae_lens": cfg}
-    if notes := _notes(normalize, input_scale, metadata.get("model_from_pretrained_kwargs")):
+    if notes := notes_on(normalize, input_scale, metadata.get("model_from_pretrained_kwargs")):
         featurizer.metadata["notes"] = notes
     return featurizer
 
 
-def _notes(normalize: str, input_scale: float | None, model_options: Any) -> list[str]:
+def notes_on(normalize: str, input_scale: float | None, model_options: Any) -> list[str]:
     """Return notes on the activations that the autoencoder was trained on."""
     notes = []
     if input_scale is not None:
@@ -200,7 +202,7 @@ def dtype_of(cfg: dict[str, Any], where: str) -> torch.dtype | None:
     return DTYPES[name.removeprefix("torch.")]
 
 
-def _of_one_dtype(tensors: dict[str, Tensor], dtype: torch.dtype | None, where: str) -> dict[str, Tensor]:
+def of_one_dtype(tensors: dict[str, Tensor], dtype: torch.dtype | None, where: str) -> dict[str, Tensor]:
     """Return the tensors in one dtype: the given one, or the widest of theirs, which loses nothing."""
     if other := sorted(name for name, tensor in tensors.items() if not tensor.is_floating_point()):
         raise WeightsError(where, f"{other!r} must be floating-point tensors")

@@ -6,26 +6,17 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from featurizers import Featurizer
+from featurizers import FeatureSpace, Featurizer
 from featurizers.errors import ManifestError, SourceError, shown
 from featurizers.format import ExternalFiles
 
-from featurizers_sae_lens import formats, scopes, torch_files
-from featurizers_sae_lens.assembly import refuse_other_sites
+from featurizers_sae_lens import cross_layer, formats, scopes, temporal_files, torch_files, transcoders
 from featurizers_sae_lens.legacy import MAP, OVERRIDDEN
 from featurizers_sae_lens.sites import site_of
 from featurizers_sae_lens.table import Entry, Release, catalogue
 
-REFUSED = {
-    "gemma_2_transcoder": "transcoder",
-    "mwhanna_transcoder": "transcoder",
-    "mntss_clt_layer_transcoder": "clt",
-    "temporal": "temporal",
-}
-"""Loaders of SAELens for architectures that are not featurizers of a single site."""
 
-
-def resolve(reference: str, repository: Callable[..., ExternalFiles]) -> Featurizer[Any]:
+def resolve(reference: str, repository: Callable[..., ExternalFiles]) -> FeatureSpace[Any]:
     """Read the featurizer of ``release/id``.
 
     Args:
@@ -34,16 +25,12 @@ def resolve(reference: str, repository: Callable[..., ExternalFiles]) -> Featuri
 
     Raises:
         SourceError: there is no such release or id.
-        ManifestError: it is not a featurizer of a single site, or the catalogue says something unknown.
+        ManifestError: the catalogue or a file says something unknown.
         HubError: its files cannot be downloaded.
     """
     release, sae = _find(reference)
     loader, repo_id = release.loader, release.repo_id
     where = f"sae-lens:{reference}"
-    if loader in REFUSED:
-        refuse_other_sites(REFUSED[loader], where)
-    if loader == "gemma_3":
-        scopes.refuse_other_folders(f"{repo_id}/{sae.path}")
     overrides = dict(release.overrides)
     overrides |= {"neuronpedia_id": sae.neuronpedia} if sae.neuronpedia else {}
     if unknown := sorted(overrides.keys() - set(OVERRIDDEN) - (MAP if loader == "sae_lens" else set())):
@@ -52,7 +39,7 @@ def resolve(reference: str, repository: Callable[..., ExternalFiles]) -> Featuri
         )
     featurizer = _load(loader, repo_id, sae.path, overrides, sae.norm_scaling_factor, repository, where)
     featurizer.id = where
-    if featurizer.site is None or featurizer.site.model is None:
+    if isinstance(featurizer, Featurizer) and (featurizer.site is None or featurizer.site.model is None):
         metadata = featurizer.metadata["sae_lens"]["metadata"]
         site = site_of(metadata.get("hook_name"), release.model, metadata.get("hook_head_index"))
         featurizer.site = site or featurizer.site
@@ -103,7 +90,7 @@ def _load(
     scale: float | None,
     repository: Callable[..., ExternalFiles],
     where: str,
-) -> Featurizer[Any]:
+) -> FeatureSpace[Any]:
     if loader in ("connor_rob_hook_z", "goodfire", "deepseek_r1", "qwen_scope"):
         source = repository(repo_id)
         if loader == "connor_rob_hook_z":
@@ -112,7 +99,13 @@ def _load(
         if featurizer is None:
             raise ManifestError(where, f"{path} is not in the format {loader!r}")
         return featurizer
+    if loader == "mwhanna_transcoder":
+        return transcoders.mwhanna(repository(repo_id), path, overrides)
+    if loader == "mntss_clt_layer_transcoder":
+        return cross_layer.layer(repository(repo_id), path, overrides)
     source = repository(repo_id, path)
+    if loader == "temporal":
+        return temporal_files.checkpoint(source, path, overrides)
     if loader == "sae_lens":
         return formats.folder(source, overrides, scale)
     if loader in ("llama_scope", "llama_scope_r1_distill"):
@@ -120,6 +113,7 @@ def _load(
         return read(source, overrides, scale)
     readers = {
         "gemma_2": scopes.gemma_scope,
+        "gemma_2_transcoder": scopes.gemma_scope,
         "gemma_3": scopes.gemma_scope_2,
         "dictionary_learning_1": torch_files.dictionary_learning,
     }

@@ -6,12 +6,12 @@ import re
 from typing import Any
 
 import torch
-from featurizers import Featurizer
+from featurizers import FeatureSpace
 from featurizers.errors import ManifestError, WeightsError
 from featurizers.format import ExternalFiles
 
-from featurizers_sae_lens import scopes, torch_files
-from featurizers_sae_lens.assembly import dtype_of, refuse_other_sites
+from featurizers_sae_lens import scopes, temporal_files, torch_files, transcoders
+from featurizers_sae_lens.assembly import dtype_of, refuse_unknown
 from featurizers_sae_lens.legacy import modern
 from featurizers_sae_lens.reading import count_features, finish
 
@@ -20,7 +20,7 @@ MOST_TENSORS = 32
 """Largest number of tensors in a file of an autoencoder, because each is looked up by itself."""
 
 
-def read(source: ExternalFiles) -> Featurizer[Any] | None:
+def read(source: ExternalFiles) -> FeatureSpace[Any] | None:
     """Read the featurizer in a folder whose files alone identify their format; None for any other folder."""
     names = set(source.names)
     if {CONFIG, WEIGHTS} <= names:
@@ -45,7 +45,7 @@ def read(source: ExternalFiles) -> Featurizer[Any] | None:
 
 def folder(
     source: ExternalFiles, overrides: dict[str, Any] | None = None, scale: float | None = None
-) -> Featurizer[Any]:
+) -> FeatureSpace[Any]:
     """Read ``cfg.json`` and ``sae_weights.safetensors`` of any version of SAELens.
 
     Args:
@@ -55,11 +55,17 @@ def folder(
         scale: factor that the catalogue gives for ``expected_average_only_in``.
 
     Raises:
-        ManifestError: the configuration is not known, or not of a single site.
+        ManifestError: the configuration is not known.
         WeightsError: the tensors do not fit the configuration.
     """
     cfg = modern({**source.json(CONFIG), **(overrides or {})}, source.where)
-    refuse_other_sites(cfg.get("architecture"), source.where)
+    architecture = cfg.get("architecture")
+    refuse_unknown(architecture, source.where, known=(*transcoders.RULES, "temporal"))
+    if maps := architecture in transcoders.RULES:
+        source = transcoders.of_group(source, transcoders.GROUP)
+    dtype = dtype_of(cfg, source.where) if overrides is None else torch.float32
+    if architecture == "temporal":
+        return temporal_files.folder(source, cfg, WEIGHTS, dtype)
     file = source.safetensors(WEIGHTS)
     if len(file.shapes) > MOST_TENSORS:
         raise WeightsError(
@@ -69,7 +75,7 @@ def folder(
     tensors = {
         name: file.read(name, columns=source.indices)
         if name == "W_enc" and len(file.shapes[name]) == 2
-        else file.read(name, rows=None if name == "b_dec" else source.indices)
+        else file.read(name, rows=None if name in ("b_dec", "W_skip") else source.indices)
         for name in file.shapes
     }
     if "W_enc" in tensors:
@@ -78,5 +84,6 @@ def folder(
     if scaling is not None and not torch.allclose(scaling, torch.ones_like(scaling)):
         raise WeightsError(source.where, "scaling_factor is not 1; neither SAELens nor this plugin applies it")
     folded = scale if cfg.get("normalize_activations") == "expected_average_only_in" else None
-    dtype = dtype_of(cfg, source.where) if overrides is None else torch.float32
+    if maps:
+        return transcoders.finish(source, cfg, tensors, n_features, dtype)
     return finish(source, cfg, tensors, n_features, folded, dtype)

@@ -24,8 +24,27 @@ MAP = {
     "metadata",
 }
 """Keys of version 6. Any other key is an error in version 6, and metadata in earlier versions."""
-OVERRIDDEN = ("hook_name", "model_name", "dataset_path", "neuronpedia_id", "model_from_pretrained_kwargs")
-"""Metadata that a catalogue adds to those keys."""
+TEMPORAL = {
+    "n_heads",
+    "n_attn_layers",
+    "bottleneck_factor",
+    "sae_diff_type",
+    "kval_topk",
+    "tied_weights",
+    "activation_normalization_factor",
+}
+"""Further keys of a temporal autoencoder."""
+OVERRIDDEN = (
+    "hook_name",
+    "hook_name_out",
+    "hf_hook_name",
+    "hf_hook_name_out",
+    "model_name",
+    "dataset_path",
+    "neuronpedia_id",
+    "model_from_pretrained_kwargs",
+)
+"""Metadata that a catalogue, or a file, adds to those keys."""
 RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
 
 
@@ -40,7 +59,8 @@ def modern(cfg: dict[str, Any], where: str) -> dict[str, Any]:
         if metadata is not None and not isinstance(metadata, dict):
             raise ManifestError(where, f"metadata is {shown(metadata)}, not an object")
         other = {key: cfg[key] for key in OVERRIDDEN if key in cfg}
-        if unknown := sorted(cfg.keys() - MAP - other.keys() - _other_architectures(cfg)):
+        own = TEMPORAL if cfg.get("architecture") == "temporal" else set()
+        if unknown := sorted(cfg.keys() - MAP - other.keys() - own):
             raise ManifestError(
                 where,
                 f"cfg.json has unknown keys {unknown!r}, which might change the features; upgrade featurizers-sae-lens",
@@ -66,8 +86,3 @@ def modern(cfg: dict[str, Any], where: str) -> dict[str, Any]:
         new.setdefault("reshape_activations", "hook_z")
     new["metadata"] = {key: value for key, value in old.items() if key not in new}
     return new
-
-
-def _other_architectures(cfg: dict[str, Any]) -> set[str]:
-    """Return all keys of an architecture that is refused later, with a better reason than unknown keys."""
-    return set(cfg) if "transcoder" in str(cfg.get("architecture")) or cfg.get("architecture") == "temporal" else set()

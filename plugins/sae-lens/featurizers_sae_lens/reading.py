@@ -54,10 +54,10 @@ def finish(
 
 
 def check_sizes(source: ExternalFiles, cfg: dict[str, Any], sizes: dict[str, int]) -> None:
-    """Raise `WeightsError` if the configuration has one of these names with another size than W_dec has."""
+    """Raise `WeightsError` if the configuration has one of these names with another size than the tensors have."""
     for name, size in sizes.items():
         if name in cfg and number(cfg, name, source.where) != size:
-            raise WeightsError(source.where, f"W_dec has {name} {size}, but the configuration says {cfg[name]}")
+            raise WeightsError(source.where, f"the tensors have {name} {size}, but the configuration says {cfg[name]}")
 
 
 def count_features(file: TensorFile, name: str, source: ExternalFiles, axis: int) -> int:

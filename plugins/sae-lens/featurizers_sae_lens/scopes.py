@@ -7,12 +7,13 @@ import re
 from typing import Any
 
 import torch
-from featurizers import Featurizer
+from featurizers import FeatureSpace, Featurizer
 from featurizers.errors import ManifestError, WeightsError
 from featurizers.format import ExternalFiles, TensorFile
 from torch import Tensor
 
-from featurizers_sae_lens.assembly import number, positive, refuse_other_sites
+from featurizers_sae_lens import transcoders
+from featurizers_sae_lens.assembly import number, positive, refuse_unknown
 from featurizers_sae_lens.reading import LINEAR, check_sizes, count_features, finish, jumprelu_config, of_arrays
 
 # Paths and configurations come from outside. So these patterns take time in proportion to the text: what repeats is
@@ -20,29 +21,41 @@ from featurizers_sae_lens.reading import LINEAR, check_sizes, count_features, fi
 EMBEDDING = re.compile(r"(?:^|/)embedding/width_[^/]++(?:/[^/]++)?/?$")
 """Folders of Gemma Scope with autoencoders of token embeddings."""
 OTHER_FOLDER = re.compile(r"(?:^|-)(transcoder|crosscoder|clt)s?(?:[_@]|$)")
-"""Names of Gemma Scope's architectures that are not of a single site; their files alone do not show it."""
+"""Names of Gemma Scope's architectures that are no autoencoders; the files of Gemma Scope 1 do not show it."""
 
 
-def refuse_other_folders(path: str) -> None:
-    """Raise `ManifestError` if Gemma Scope's folder of this name is not a featurizer of a single site."""
+SKIP = "affine_skip_connection"
+POINT_LAYER = re.compile(r"layers\.(\d{1,5})(?!\d)")
+
+
+def is_transcoder(path: str) -> bool:
+    """Return whether Gemma Scope's folder of this name is a transcoder's, and not an autoencoder's.
+
+    Raises:
+        ManifestError: it is a crosscoder or a cross-layer transcoder.
+    """
     for folder in path.split("/"):
         _, known, rest = folder.partition("gemma-scope")  # a repository's name has the architecture after a hyphen
         if match := OTHER_FOLDER.match(folder) or (known and OTHER_FOLDER.search(rest)):
-            refuse_other_sites(match[1], path)
+            refuse_unknown(match[1], path, known=("transcoder",))
+            return True
+    return False
 
 
-def gemma_scope(source: ExternalFiles, overrides: dict[str, Any]) -> Featurizer[Any]:
+def gemma_scope(source: ExternalFiles, overrides: dict[str, Any]) -> FeatureSpace[Any]:
     """Read Gemma Scope 1 (arXiv:2408.05147): ``params.npz``, JumpReLU.
 
     The file names neither the model nor the site, nor does it tell autoencoders of embeddings and transcoders from the
-    others. All that is taken from the names of its folders.
+    others. All that is taken from the names of its folders. A transcoder reads the stream after attention, normalised
+    as before the MLP but without the norm's gain, and writes the output of the norm after the MLP.
 
     Raises:
-        ManifestError: it is a transcoder.
+        ManifestError: it is a crosscoder.
         WeightsError: the file is damaged, or has other arrays.
     """
     where = source.where
-    refuse_other_folders(where)
+    if maps := is_transcoder(where):
+        source = transcoders.of_group(source, transcoders.GROUP)
     arrays = source.npz("params.npz")
     arrays = {f"W_{name[2:]}" if name.startswith("w_") else name: array for name, array in arrays.items()}
     scale = arrays.pop("scaling_factor", None)
@@ -54,6 +67,12 @@ def gemma_scope(source: ExternalFiles, overrides: dict[str, Any]) -> Featurizer[
     tensors, n_features = of_arrays(
         source, arrays.get, {name: name for name in expected}, "params.npz", wide=("W_enc",)
     )
+    if maps:
+        layer = _layer(where)
+        hooks = {"hook_name": layer and f"blocks.{layer}.ln2.hook_normalized"}
+        hooks["hook_name_out"] = layer and f"blocks.{layer}.hook_mlp_out"
+        cfg = jumprelu_config({**hooks, **overrides}, None, _gemma_model(where))
+        return transcoders.finish(source, {**cfg, "architecture": "jumprelu_transcoder"}, tensors, n_features)
     if tensors["W_enc"].shape[1] != tensors["W_dec"].shape[1]:
         raise WeightsError(
             where, "W_enc and W_dec have different widths: a transcoder reads one site and writes another"
@@ -68,10 +87,15 @@ def gemma_scope(source: ExternalFiles, overrides: dict[str, Any]) -> Featurizer[
 def _gemma_hook(path: str) -> str | None:
     if EMBEDDING.search(path):
         return "hook_embed"
-    layer = re.search(r"layer_(\d{1,5})(?!\d)", path)
+    layer = _layer(path)
     kinds = {"-res": "hook_resid_post", "-mlp": "hook_mlp_out", "-att": "attn.hook_z"}
     kind = next((hook for part, hook in kinds.items() if re.search(part + r"\b", path)), None)
-    return f"blocks.{layer[1]}.{kind}" if layer and kind else None
+    return f"blocks.{layer}.{kind}" if layer and kind else None
+
+
+def _layer(path: str) -> str | None:
+    match = re.search(r"layer_(\d{1,5})(?!\d)", path)
+    return match and match[1]
 
 
 def _gemma_model(path: str) -> str | None:
@@ -79,37 +103,71 @@ def _gemma_model(path: str) -> str | None:
     return f"google/gemma-2-{match[1]}{'-it' if match[2] == 'it' else ''}" if match else None
 
 
-def gemma_scope_2(source: ExternalFiles, overrides: dict[str, Any]) -> Featurizer[Any]:
+def gemma_scope_2(source: ExternalFiles, overrides: dict[str, Any]) -> FeatureSpace[Any]:
     """Read Gemma Scope 2: ``params.safetensors`` and, in most folders, ``config.json``; JumpReLU.
 
+    A transcoder reads the input of the MLP, with the gain of the norm before it, and writes the output of the norm
+    after the MLP. It has a skip connection if the file has one.
+
     Raises:
-        ManifestError: it is a transcoder, a crosscoder, or another architecture.
+        ManifestError: it is a crosscoder, a cross-layer transcoder, or another architecture.
         WeightsError: the file is damaged, or has other tensors.
     """
     raw = source.json("config.json") if "config.json" in source.names else {}
     where = source.where
     if (architecture := raw.get("architecture", "jump_relu")) != "jump_relu":
         raise ManifestError(where, f"the architecture {architecture!r} of Gemma Scope 2 is not known, only 'jump_relu'")
-    refuse_other_folders(where)
-    if raw.get("hf_hook_point_out") not in (None, raw.get("hf_hook_point_in")):
-        raise ManifestError(where, "it writes another site than it reads: a transcoder is not of a single site")
+    maps = is_transcoder(where) or raw.get("hf_hook_point_out") not in (None, raw.get("hf_hook_point_in"))
+    if isinstance(kind := raw.get("type"), str):  # the folder may have been renamed
+        maps = is_transcoder(kind) or maps
     file = source.safetensors("params.safetensors")
-    if "affine_skip_connection" in file.shapes:
-        refuse_other_sites("skip_transcoder", where)
+    if maps or SKIP in file.shapes:
+        return _gemma_scope_2_transcoder(transcoders.of_group(source, transcoders.GROUP), file, raw, overrides)
     n_features = count_features(file, "w_dec", source, axis=0)
-    expected = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}
+    tensors = _gemma_scope_2_tensors(source, file)
+    cfg = jumprelu_config(overrides, _gemma_2_hook(where, raw), _gemma_2_model(where, raw.get("model_name")))
+    cfg["metadata"]["gemma_scope_2"] = raw
+    return finish(source, cfg, tensors, n_features)
+
+
+def _gemma_scope_2_tensors(source: ExternalFiles, file: TensorFile, more: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    expected = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold", *more}
     if unknown := sorted(file.shapes.keys() - expected):
-        raise WeightsError(where, f"params.safetensors has unknown tensors {unknown!r}")
+        raise WeightsError(source.where, f"params.safetensors has unknown tensors {unknown!r}")
     rows = source.indices
-    tensors = {
+    return {
         "W_enc": file.read("w_enc", columns=rows).T,
         "W_dec": file.read("w_dec", rows=rows),
         "b_dec": file.read("b_dec"),
         **{name: file.read(name, rows=rows) for name in ("b_enc", "threshold")},
     }
-    cfg = jumprelu_config(overrides, _gemma_2_hook(where, raw), _gemma_2_model(where, raw.get("model_name")))
+
+
+def _gemma_scope_2_transcoder(
+    source: ExternalFiles, file: TensorFile, raw: dict[str, Any], overrides: dict[str, Any]
+) -> FeatureSpace[Any]:
+    n_features = count_features(file, "w_dec", source, axis=0)
+    skip = SKIP in file.shapes
+    if raw.get("affine_connection") is True and not skip:
+        raise WeightsError(source.where, f"config.json says affine_connection, but the file lacks {SKIP!r}")
+    tensors = _gemma_scope_2_tensors(source, file, (SKIP,))
+    if skip:
+        tensors["W_skip"] = file.read(SKIP).T  # the file has (d_in, d_out), SAELens (d_out, d_in)
+    points = [raw.get("hf_hook_point_in"), raw.get("hf_hook_point_out")]
+    layer = _layer(source.where) or next((match[1] for match in map(POINT_LAYER.search, map(str, points)) if match), "")
+    if points == [None, None] and layer:
+        block = f"model.layers.{layer}"
+        points = [f"{block}.pre_feedforward_layernorm.output", f"{block}.post_feedforward_layernorm.output"]
+    hooks = {
+        "hook_name": layer and f"blocks.{layer}.hook_mlp_in",
+        "hook_name_out": layer and f"blocks.{layer}.hook_mlp_out",
+        "hf_hook_name": points[0],
+        "hf_hook_name_out": points[1],
+    }
+    cfg = jumprelu_config({**hooks, **overrides}, None, _gemma_2_model(source.where, raw.get("model_name")))
+    cfg["architecture"] = "jumprelu_skip_transcoder" if skip else "jumprelu_transcoder"
     cfg["metadata"]["gemma_scope_2"] = raw
-    return finish(source, cfg, tensors, n_features)
+    return transcoders.finish(source, cfg, tensors, n_features)
 
 
 def _gemma_2_hook(path: str, raw: dict[str, Any]) -> str | None:
@@ -150,7 +208,9 @@ def llama_scope(source: ExternalFiles, overrides: dict[str, Any], scale: float |
     if not isinstance(norms, dict):
         raise ManifestError(source.where, "hyperparams.json lacks the object dataset_average_activation_norm")
     if raw.get("hook_point_out") not in (None, raw.get("hook_point_in")):
-        refuse_other_sites("transcoder", source.where)
+        raise ManifestError(
+            source.where, "it reads one site and writes another; transcoders of Llama Scope are not read"
+        )
     root = math.sqrt(positive(raw, "d_model", source.where))
     factor = root / positive(norms, "in", source.where, (int, float))
     file = source.safetensors("checkpoints/final.safetensors")

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from featurizers import Site
+from featurizers_transcoder.config import Normalization
 
-HOOK = re.compile(
-    r"blocks\.(\d{1,5})\.(hook_resid_pre|hook_resid_post|hook_mlp_out|hook_attn_out|attn\.hook_z|mlp\.hook_post)"
-)
+HOOK = re.compile(r"blocks\.(\d{1,5})\.([a-z0-9_.]{1,40})")
 KINDS = {
     "hook_resid_pre": "resid.pre",
+    "hook_resid_mid": "resid.mid",
     "hook_resid_post": "resid.post",
     "hook_mlp_out": "mlp.out",
     "hook_attn_out": "attn.out",
     "attn.hook_z": "attn.z",
+    "mlp.hook_in": "mlp.in",
     "mlp.hook_post": "mlp.act",
 }
 NORMS = {"hook_attn_out": "post_attention_layernorm", "hook_mlp_out": "post_feedforward_layernorm"}
@@ -25,6 +27,20 @@ NORMED = re.compile(r"google/gemma-[23]-.+")
 TEXT_ONLY = re.compile(r"google/gemma-(?:2-.+|3-(?:270m|1b).*)")
 """Models whose blocks are ``model.layers``; multimodal models keep them in ``model.language_model.layers``."""
 NORM_MODULE = re.compile(rf"model\.(?:language_model\.)?layers\.(\d{{1,5}})\.({'|'.join(NORMS.values())})")
+MLP_NORMS: tuple[tuple[re.Pattern[str], Normalization, float], ...] = (
+    (NORMED, "rms", 1e-6),
+    (re.compile(r"openai-community/gpt2(?:-.+)?"), "standard", 1e-5),
+)
+"""Norm before the MLP without gain and bias, and its epsilon, which ``ln2.hook_normalized`` is the output of."""
+POINT = re.compile(r"model\.(?:language_model\.)?layers\.(\d{1,5})\.([a-z0-9_.]{1,60})")
+POINTS = {
+    "output": "resid.post",
+    "self_attn.o_proj.input": "attn.z",
+    "mlp.input": "mlp.in",
+    "mlp.output": "mlp.out",
+    "pre_feedforward_layernorm.output": "mlp.in",
+}
+"""Kinds of site by what Gemma Scope calls a side of a module of a block."""
 OWNERS = {"gemma-": "google/", "pythia-": "EleutherAI/", "gpt2": "openai-community/"}
 """Hub owners of the models whose names TransformerLens shortens, by the start of the name."""
 
@@ -43,15 +59,80 @@ def site_of(hook_name: object, model_name: object, head: object = None) -> Site 
     if hook_name == "hook_embed":
         return Site("embed").at(model=model)
     match = HOOK.fullmatch(hook_name)
-    if match is None:
+    if match is None or match[2] not in KINDS:
         return None
     layer, hook = int(match[1]), match[2]
     if type(head) is int:
         return Site("attn.z", layer, head).at(model=model) if hook == "attn.hook_z" and head >= 0 else None
     if hook in NORMS and model is not None and NORMED.fullmatch(model):
-        blocks = "model.layers" if TEXT_ONLY.fullmatch(model) else "model.language_model.layers"
-        return Site("module", module=f"{blocks}.{layer}.{NORMS[hook]}", side="output").at(model=model)
+        return _norm_site(layer, NORMS[hook], model)
     return Site(KINDS[hook], layer).at(model=model)
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a transcoder reads: the activations at a site, normalised.
+
+    Attributes:
+        site: None if the activations of the hook are not those of a site that is known.
+        normalize: what leads from the site to the hook; of a `featurizers_transcoder.ReadConfig`, as is ``eps``.
+        eps: see there.
+    """
+
+    site: Site | None
+    normalize: Normalization = "none"
+    eps: float = 1e-6
+
+
+def read_of(hook_name: object, model_name: object, head: object = None) -> Read:
+    """Return what a map from a hook reads.
+
+    ``hook_mlp_in`` is a copy of the stream between attention and MLP. ``ln2.hook_normalized`` is that stream after the
+    norm and before its gain, which is no module's side, so that its norm becomes part of the encoder.
+
+    Args:
+        hook_name: see `site_of`, as for the others.
+        model_name: see there.
+        head: see there.
+    """
+    match = HOOK.fullmatch(hook_name) if isinstance(hook_name, str) else None
+    if match is None or match[2] not in ("hook_mlp_in", "ln2.hook_normalized"):
+        return Read(site_of(hook_name, model_name, head))
+    model = _hub_id(model_name)
+    site = Site("resid.mid", int(match[1])).at(model=model)
+    if match[2] == "hook_mlp_in":
+        return Read(site)
+    norm = next((norm for norm in MLP_NORMS if model is not None and norm[0].fullmatch(model)), None)
+    return Read(None) if norm is None else Read(site, norm[1], norm[2])
+
+
+def hook_of_read(read: Read) -> str | None:
+    """Return TransformerLens' name of the hook whose activations are what a map reads, None if there is none."""
+    if read.site is None:
+        return None
+    if read.normalize == "none":
+        return hook_of(read.site)
+    hook = f"blocks.{read.site.layer}.ln2.hook_normalized"
+    known = read_of(hook, read.site.model)
+    return hook if (known.site, known.normalize, known.eps) == (read.site, read.normalize, read.eps) else None
+
+
+def site_of_point(point: object, model_name: object) -> Site | None:
+    """Return the site of a module's side, such as ``model.layers.17.pre_feedforward_layernorm.output``."""
+    match = POINT.fullmatch(point) if isinstance(point, str) else None
+    if match is None:
+        return None
+    model, layer, side = _hub_id(model_name), int(match[1]), match[2]
+    norm = side.removesuffix(".output")
+    if side.endswith(".output") and norm in NORMS.values():
+        return _norm_site(layer, norm, model)
+    return Site(POINTS[side], layer).at(model=model) if side in POINTS else None
+
+
+def _norm_site(layer: int, norm: str, model: str | None) -> Site:
+    multimodal = model is not None and NORMED.fullmatch(model) and not TEXT_ONLY.fullmatch(model)
+    blocks = "model.language_model.layers" if multimodal else "model.layers"
+    return Site("module", module=f"{blocks}.{layer}.{norm}", side="output").at(model=model)
 
 
 def hook_of(site: Site) -> str | None:

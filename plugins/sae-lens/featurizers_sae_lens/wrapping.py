@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from featurizers import Featurizer
+from featurizers import FeatureSpace
 from featurizers.errors import UsageError
 from torch import nn
 
-from featurizers_sae_lens.assembly import assemble, fold_decoder_norms, refuse_other_sites
-from featurizers_sae_lens.legacy import MAP
+from featurizers_sae_lens import transcoders
+from featurizers_sae_lens.assembly import assemble, fold_decoder_norms, refuse_unknown
+from featurizers_sae_lens.legacy import MAP, TEMPORAL
+from featurizers_sae_lens.temporal_files import temporal
 
 TRAINED_AS = {"batchtopk": "jumprelu", "matryoshka_batchtopk": "jumprelu"}
 """Architectures of training, and the architecture that SAELens saves each of them as."""
 
 
-def wrap(sae: Any) -> Featurizer[Any]:
+def wrap(sae: Any) -> FeatureSpace[Any]:
     """Return the featurizer of a `sae_lens.SAE` or `sae_lens.TrainingSAE`, with its present weights.
 
     The decoder and the biases are shared; the encoder is copied into rows. The SAE itself is not called. Statistics
@@ -23,17 +25,19 @@ def wrap(sae: Any) -> Featurizer[Any]:
 
     Raises:
         UsageError: the object is not an SAE of SAELens.
-        ManifestError: it is not a featurizer of a single site, such as a transcoder.
+        ManifestError: its architecture is not known, or an option is not supported.
     """
     config: Any = getattr(sae, "cfg", None)
     if not isinstance(sae, nn.Module) or not hasattr(config, "to_dict") or not hasattr(config, "architecture"):
         raise UsageError(f"wrap takes a sae_lens.SAE, not a {type(sae).__name__}")
     architecture = config.architecture()
     where = f"{type(sae).__name__} ({architecture})"
-    cfg = {key: value for key, value in config.to_dict().items() if key in MAP}
+    cfg = {key: value for key, value in config.to_dict().items() if key in MAP | TEMPORAL}
     cfg["architecture"] = TRAINED_AS.get(architecture, architecture)
-    refuse_other_sites(cfg["architecture"], where)
+    refuse_unknown(cfg["architecture"], where, known=(*transcoders.RULES, "temporal"))
     state = {name: tensor.detach() for name, tensor in sae.state_dict().items()}
+    if architecture == "temporal":
+        return temporal(cfg, state, where)
     if architecture in TRAINED_AS:
         state["threshold"] = state.pop("topk_threshold").expand(len(state["W_dec"]))
     if "threshold" in state:  # always float32 in training, but compared in the dtype of the weights
@@ -44,6 +48,6 @@ def wrap(sae: Any) -> Featurizer[Any]:
         state = fold_decoder_norms(state)
     if cfg["architecture"] == "matching_pursuit":
         state.pop("W_enc", None)
-    known = {"W_enc", "b_enc", "W_dec", "b_dec", "threshold", "b_gate", "r_mag", "b_mag"}
-    featurizer = assemble(cfg, {name: tensor for name, tensor in state.items() if name in known}, where)
-    return featurizer.eval()
+    known = {"W_enc", "b_enc", "W_dec", "b_dec", "threshold", "b_gate", "r_mag", "b_mag", "W_skip"}
+    build = transcoders.transcoder if cfg["architecture"] in transcoders.RULES else assemble
+    return build(cfg, {name: tensor for name, tensor in state.items() if name in known}, where).eval()

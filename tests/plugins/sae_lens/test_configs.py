@@ -145,7 +145,8 @@ SITES = [
     ),
     ("blocks.3.attn.hook_z", "pythia-70m-deduped", 5, "attn.z:3:5", "EleutherAI/pythia-70m-deduped"),
     ("hook_embed", "meta-llama/Llama-3.1-8B", None, "embed", "meta-llama/Llama-3.1-8B"),
-    ("blocks.3.hook_resid_mid", "gpt2-small", None, "None", None),
+    ("blocks.3.hook_resid_mid", "gpt2-small", None, "resid.mid:3", "openai-community/gpt2"),
+    ("blocks.3.hook_mlp_in", "gpt2-small", None, "None", None),
     ("blocks.3.attn.hook_q", "gpt2-small", 2, "None", None),
     (None, None, None, "None", None),
 ]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from featurizers.errors import ManifestError
-from featurizers_sae_lens import formats, scopes, sites, torch_files
+from featurizers_sae_lens import formats, scopes, sites, torch_files, transcoders
 from featurizers_sae_lens.table import catalogue
 
 MOST = 10**6
@@ -89,7 +89,7 @@ def _single_file(*names: str) -> Callable[[str], Any]:
 
 LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 READERS: dict[str, Callable[[str], Any]] = {
-    "other folders": scopes.refuse_other_folders,
+    "other folders": scopes.is_transcoder,
     "Gemma Scope": lambda path: (scopes._gemma_hook(path), scopes._gemma_model(path)),
     "Gemma Scope 2": lambda path: (scopes._gemma_2_hook(path, {}), scopes._gemma_2_model(path, None)),
     "Gemma Scope 2's config.json": lambda path: (
@@ -101,6 +101,12 @@ READERS: dict[str, Callable[[str], Any]] = {
     "DeepSeek": _single_file(*LINEAR),
     "OpenAI": _single_file("encoder.weight", "decoder.weight", "latent_bias", "pre_bias"),
     "hooks and models": lambda name: (sites.site_of(name, "gemma-2-2b"), sites.site_of("hook_embed", name)),
+    "hooks of transcoders": lambda name: (
+        sites.read_of(name, name),
+        sites.read_of("blocks.1.ln2.hook_normalized", name),
+        sites.site_of_point(name, name),
+        transcoders._qwen(name),
+    ),
     "names of files": lambda name: formats.read(SimpleNamespace(names=(f"{name}.pt", "b.pt"), where="")),  # type: ignore[arg-type]
 }
 
@@ -129,20 +135,15 @@ def test_a_million_characters(reader):
     ],
 )
 def test_folders_of_other_architectures(path, architecture):
-    if architecture is None:
-        scopes.refuse_other_folders(path)
+    if architecture in (None, "transcoder"):
+        assert scopes.is_transcoder(path) == (architecture is not None)
         return
     with pytest.raises(ManifestError, match=f"the architecture '{architecture}' is not"):
-        scopes.refuse_other_folders(path)
+        scopes.is_transcoder(path)
 
 
 def test_folders_of_the_catalogue():
     for release in catalogue().releases.values():
         if release.loader in ("gemma_2", "gemma_3", "gemma_2_transcoder"):
             for entry in release.entries.values():
-                try:
-                    scopes.refuse_other_folders(f"{release.repo_id}/{entry.path}")
-                    refused = False
-                except ManifestError:
-                    refused = True
-                assert refused == ("transcoder" in release.name)
+                assert scopes.is_transcoder(f"{release.repo_id}/{entry.path}") == ("transcoder" in release.name)

@@ -17,29 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support.dictionaries import dictionary
-from tests.support.sae_lens import D, F, batch, same
+from tests.support.sae_lens import D, F, batch, make, same
 
 ONE_SITE = ("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit")
-OTHER = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder", "temporal")
+TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 NORMALIZATIONS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm")
-
-
-def make(architecture: str, *, seed: int = 0, **options: Any) -> Any:
-    """Return a random SAE of SAELens whose parameters are not zero."""
-    from sae_lens.registry import get_sae_class
-
-    cls, config = get_sae_class(architecture)
-    extra: dict[str, Any] = {"k": 7} if "topk" in architecture else {}
-    extra |= {"d_out": D} if "transcoder" in architecture else {}
-    pre_bias = {"apply_b_dec_to_input": "transcoder" not in architecture}
-    sae = cls(config(**{"d_in": D, "d_sae": F, **pre_bias, **extra, **options}))
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sae.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=g) * (0.3 if parameter.dim() < 2 else 1))
-            if name == "W_dec" and architecture == "matching_pursuit":
-                parameter.copy_(torch.nn.functional.normalize(parameter, dim=-1))
-    return sae.eval()
 
 
 def by_saelens(sae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,21 +186,10 @@ def test_wrapping_leaves_the_sae_as_it_was(sae_lens):
     assert not any(parameter.requires_grad for parameter in f.parameters())
 
 
-@pytest.mark.parametrize("architecture", OTHER)
-def test_what_is_no_featurizer_of_one_site_is_refused(sae_lens, architecture, tmp_path):
-    options = {"n_heads": 2, "bottleneck_factor": 2} if architecture == "temporal" else {}
-    sae = make(architecture, **options)
-    with pytest.raises(ManifestError, match=f"'{architecture}' is not a featurizer of a single site: a "):
-        wrap(sae)
-    sae.save_model(tmp_path / "it")
-    with pytest.raises(ManifestError, match=f"'{architecture}' is not a featurizer of a single site: a "):
-        featurizers.load(tmp_path / "it")
-
-
 def test_every_architecture_of_the_registry_is_decided(sae_lens):
     from sae_lens.registry import SAE_CLASS_REGISTRY
 
-    assert set(SAE_CLASS_REGISTRY) == {*ONE_SITE, *OTHER}
+    assert set(SAE_CLASS_REGISTRY) == {*ONE_SITE, *TRANSCODERS, "temporal"}
 
 
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from featurizers.errors import ManifestError
-from featurizers_sae_lens import catalogue, scopes, table, torch_files
+from featurizers import SiteMap
+from featurizers_sae_lens import catalogue, cross_layer, scopes, table, torch_files, transcoders
 from featurizers_sae_lens.sites import site_of
 
 PLUGIN = Path(__file__).parents[3] / "plugins/sae-lens"
@@ -96,7 +97,7 @@ class Read(Exception):
         self.cfg = cfg
 
 
-FROM_NAMES = ("gemma_2", "gemma_3", "goodfire", "deepseek_r1", "qwen_scope")
+FROM_NAMES = ("gemma_2", "gemma_2_transcoder", "gemma_3", "goodfire", "deepseek_r1", "qwen_scope")
 """Loaders of SAELens that take the model and the site, or k, from names."""
 
 
@@ -114,7 +115,7 @@ def test_names_say_what_saelens_loaders_make_of_them(sae_lens, monkeypatch):
     def finish(source: Any, cfg: dict[str, Any], *_: Any) -> Any:
         raise Read(cfg)
 
-    for module in (scopes, torch_files):
+    for module in (scopes, torch_files, transcoders):
         monkeypatch.setattr(module, "finish", finish)
     one, vector = torch.ones(1, 1), torch.ones(1)
     arrays = {"W_enc": one, "W_dec": one, "b_enc": vector, "b_dec": vector}
@@ -126,17 +127,20 @@ def test_names_say_what_saelens_loaders_make_of_them(sae_lens, monkeypatch):
     }
     npz = {**arrays, "threshold": vector}
     tensors = {key.lower(): tensor for key, tensor in npz.items()}
-    file = SimpleNamespace(shapes={key: tuple(t.shape) for key, t in tensors.items()}, read=lambda k, **_: tensors[k])
-    checked = 0
+    affine = {**tensors, "affine_skip_connection": one}
+    checked = {"autoencoders": 0, "transcoders": 0}
     for release in table.catalogue().releases.values():
         if release.loader not in FROM_NAMES:
             continue
 
         def repository(repo_id: str, path: str = "", loader: str = release.loader) -> Any:
+            own = affine if path.endswith("_affine") else tensors
+            file = SimpleNamespace(shapes={key: tuple(t.shape) for key, t in own.items()}, read=lambda k, **_: own[k])
             return SimpleNamespace(
                 where=f"{repo_id}/{path}",
                 names=(),
                 indices=None,
+                group_indices=None,
                 npz=lambda _: dict(npz),
                 safetensors=lambda _: file,
                 torch=lambda _: states[loader],
@@ -145,25 +149,90 @@ def test_names_say_what_saelens_loaders_make_of_them(sae_lens, monkeypatch):
         for name, entry in release.entries.items():
             getter = loaders.NAMED_PRETRAINED_SAE_CONFIG_GETTERS[release.loader]
             theirs = loaders.handle_config_defaulting(getter(release.repo_id, entry.path, "cpu", False, None))
-            if "transcoder" in theirs["architecture"]:
-                continue
             with pytest.raises(Read) as caught:
                 catalogue.resolve(f"{release.name}/{name}", repository)
             ours, where = caught.value.cfg, theirs["metadata"]
+            for key in ("architecture", "apply_b_dec_to_input", "k"):
+                assert ours.get(key) == theirs.get(key), f"{release}/{name}"
+            if "transcoder" in theirs["architecture"]:
+                for key in ("hook_name", "hook_name_out"):
+                    assert ours["metadata"][key] == where[key]
+                assert f"google/{where['model_name']}".endswith(ours["metadata"]["model_name"])
+                checked["transcoders"] += 1
+                continue
             site = site_of(where["hook_name"], where["model_name"])
             assert site is not None
             assert site_of(ours["metadata"]["hook_name"], ours["metadata"]["model_name"]) == site, f"{release}/{name}"
-            for key in ("architecture", "apply_b_dec_to_input", "k"):
-                assert ours.get(key) == theirs.get(key), f"{release}/{name}"
-            checked += 1
-    assert checked == 8588
+            checked["autoencoders"] += 1
+    assert checked == {"autoencoders": 8588, "transcoders": 3602}
 
 
-def test_refused_entries_are_in_the_table():
-    releases = table.catalogue().releases
-    refused = {release.loader: release for release in releases.values() if release.loader in catalogue.REFUSED}
-    assert refused.keys() == catalogue.REFUSED.keys()
-    layer = refused["mntss_clt_layer_transcoder"].entries["layer_7"]
-    assert (layer.path, layer.neuronpedia) == ("7", "gemma-2-2b/7-clt-hp")
-    with pytest.raises(ManifestError, match="cross-layer"):
-        catalogue.resolve("mntss-gemma-2-2b-2.5m-clt-as-per-layer/layer_7", None)  # type: ignore[arg-type]
+MAPS = {"gemma_3": 3576, "gemma_2_transcoder": 26, "mwhanna_transcoder": 208, "mntss_clt_layer_transcoder": 26}
+"""Loaders of transcoders in the catalogue, and the number of entries of each."""
+
+
+def test_every_transcoder_of_the_catalogue_has_sites_in_its_model(tmp_path, monkeypatch):
+    """Files of one number stand in; the sites are told by the layer in the entry's path and by its model."""
+    monkeypatch.setattr(cross_layer, "read_yaml", lambda *_: {"model_name": "google/gemma-2-2b"})
+    vector, tensors = torch.ones(1), {}
+    for key in ("w_enc", "w_dec", "W_enc", "W_dec"):
+        tensors[key] = torch.ones(1, 1)
+    tensors |= {"b_enc": vector, "b_dec": vector, "threshold": vector, "affine_skip_connection": torch.ones(1, 1)}
+    npz = {key: tensors[key] for key in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
+
+    def of(names: list[str], suffix: str = "", **more: torch.Tensor) -> Any:
+        own = {f"{name}{suffix}": tensors[name] for name in names} | more
+        return SimpleNamespace(
+            shapes={key: tuple(t.shape) for key, t in own.items()}, path=tmp_path, read=lambda key, **_: own[key]
+        )
+
+    counted = dict.fromkeys(MAPS, 0)
+    for release in table.catalogue().releases.values():
+        for name, entry in release.entries.items():
+            whole = f"{release.repo_id}/{entry.path}"
+            if release.loader not in MAPS or (release.loader == "gemma_3" and not scopes.is_transcoder(whole)):
+                continue
+
+            def safetensors(file: str, path: str = entry.path) -> Any:
+                layers = torch.ones(1, 26 - int(path), 1) if path.isdecimal() else vector
+                if file.startswith("W_dec_"):
+                    return of([], **{f"W_dec_{path}": layers})
+                if file.startswith("W_enc_"):
+                    return of(["W_enc", "b_enc", "b_dec"], f"_{path}")
+                if file.startswith("layer_"):
+                    return of(["W_enc", "W_dec", "b_enc", "b_dec"])
+                skip = ["affine_skip_connection"] if path.endswith("_affine") else []
+                return of(["w_enc", "w_dec", "b_enc", "b_dec", "threshold", *skip])
+
+            def repository(repo_id: str, path: str = "", safetensors: Any = safetensors) -> Any:
+                return SimpleNamespace(
+                    where=f"{repo_id}/{path}",
+                    names=(),
+                    indices=None,
+                    group_indices=None,
+                    npz=lambda _: dict(npz),
+                    safetensors=safetensors,
+                )
+
+            f = catalogue.resolve(f"{release.name}/{name}", repository)
+            assert isinstance(f, SiteMap)
+            layer = int(re.search(r"(?:layer_|^)(\d+)", entry.path)[1])  # type: ignore[index]
+            size = release.repo_id.split("-")[3] if release.loader == "gemma_3" else ""
+            blocks = "model.layers" if size in ("", "270m", "1b") else "model.language_model.layers"
+            norm = "module:{}.{}.post_feedforward_layernorm:output"
+            (read,), writes = f.reads.values(), list(map(str, f.writes.values()))
+            if release.loader == "mntss_clt_layer_transcoder":
+                assert str(read) == f"resid.mid:{layer}"
+                assert writes == [norm.format(blocks, number) for number in range(layer, 26)]
+            elif release.loader == "mwhanna_transcoder":
+                assert (str(read), writes) == (f"mlp.in:{layer}", [f"mlp.out:{layer}"])
+                assert read.model == f"Qwen/{release.model.replace('q', 'Q').replace('b', 'B')}"
+            else:
+                kind, normalize = ("mlp.in", "none") if release.loader == "gemma_3" else ("resid.mid", "rms")
+                assert (str(read), writes) == (f"{kind}:{layer}", [norm.format(blocks, layer)])
+                assert f.config.reads["in"].normalize == normalize
+                assert bool(f.config.skips) == entry.path.endswith("_affine")
+            assert {site.model for site in f.sites.values()} == {read.model}
+            assert read.model is not None
+            counted[release.loader] += 1
+    assert counted == MAPS
