@@ -13,6 +13,7 @@ FIRST_PARTY = {
     "autoencoder": "featurizers-autoencoder",
     "causal-basis": "featurizers-causal-basis",
     "causalab": "featurizers-causalab",
+    "circuit-tracer": "featurizers-circuit-tracer",
     "derived-scalars": "featurizers-derived-scalars",
     "dictionary-learning": "featurizers-dictionary-learning",
     "identity": "featurizers-identity",

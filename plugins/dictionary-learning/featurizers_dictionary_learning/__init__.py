@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from featurizers import Featurizer, hookimpl
+from featurizers import hookimpl
+from featurizers.features import FeatureSpace
 from featurizers.format import ExternalFiles
 
 from featurizers_dictionary_learning import reading, writing
@@ -43,12 +44,12 @@ __all__ = [
 
 
 @hookimpl
-def featurizers_read(source: ExternalFiles) -> Featurizer[Any] | None:
-    """Read the featurizer in a folder ``{ae.pt, config.json}``."""
+def featurizers_read(source: ExternalFiles) -> FeatureSpace[Any] | None:
+    """Read the autoencoder in a folder ``{ae.pt, config.json}``, or the crosscoder of a fork."""
     return reading.read(source)
 
 
 @hookimpl
-def featurizers_write(featurizer: Featurizer[Any], folder: Path) -> list[str] | None:
+def featurizers_write(featurizer: FeatureSpace[Any], folder: Path) -> list[str] | None:
     """Write ``ae.pt`` and ``config.json``."""
     return writing.write(featurizer, folder)

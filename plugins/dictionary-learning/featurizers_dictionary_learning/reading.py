@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from featurizers import DictionaryFeaturizer, Featurizer, Site
+from featurizers import DictionaryFeaturizer, Site
 from featurizers.errors import ManifestError, UsageError, WeightsError
-from featurizers.features import select
+from featurizers.features import FeatureSpace, select
 from featurizers.format import ExternalFiles, check_finite
 from featurizers.store import of_folder
 from torch import Tensor
 
+from featurizers_dictionary_learning import crosscoders
 from featurizers_dictionary_learning.base import Dictionary
 from featurizers_dictionary_learning.classes import (
     AutoEncoder,
@@ -29,7 +30,7 @@ from featurizers_dictionary_learning.topk import (
     MatryoshkaBatchTopKSAE,
 )
 
-WEIGHTS, CONFIG, HUB_WEIGHTS = "ae.pt", "config.json", "model.safetensors"
+WEIGHTS, CONFIG, HUB_WEIGHTS, FORK_WEIGHTS = "ae.pt", "config.json", "model.safetensors", "model_final.pt"
 CLASSES: dict[str, type[Dictionary]] = {
     cls.__name__: cls
     for cls in (
@@ -49,23 +50,29 @@ SITES = {"resid_post": "resid.post", "mlp_out": "mlp.out", "attn_out": "attn.out
 SUBMODULE = re.compile(rf"({'|'.join(SITES)})(?:_layer_?(\d{{1,5}}))?")
 DUMP = {"step", "ae", "optimizer", "config", "norm_factor"}
 """Keys of ``ae.pt`` while a training with backups is not finished."""
-SEVERAL_LAYERS = "a CrossCoder reads and writes several layers at once: it is not a featurizer of a single site"
+SEVERAL_LAYERS = "a CrossCoder reads and writes several layers at once: load it with featurizers.load"
 
 
-def read(source: ExternalFiles) -> Featurizer[Any] | None:
+def read(source: ExternalFiles) -> FeatureSpace[Any] | None:
     """Read the featurizer in a folder ``{ae.pt, config.json}``, in raw units and float32; None for any other folder.
 
+    Crosscoders of a fork are read from ``model_final.pt`` and ``model.safetensors`` too.
+
     Raises:
-        ManifestError: the class is not known, or is not a featurizer of a single site.
+        ManifestError: the class is not known.
         WeightsError: the weights are not those of the class.
         FeatureIndexError: an index is out of range.
         UsageError: only some features are requested, but features of this class depend on each other.
     """
-    if CONFIG not in source.names or not ({WEIGHTS, HUB_WEIGHTS} & set(source.names)):
+    if CONFIG not in source.names or not ({WEIGHTS, HUB_WEIGHTS, FORK_WEIGHTS} & set(source.names)):
         return None
     config, where = source.json(CONFIG), source.where
+    crosscoder = _crosscoder(source, config)
+    if crosscoder is not None:
+        return crosscoder
     if WEIGHTS not in source.names:
-        _refuse_fork(source, config)
+        if HUB_WEIGHTS in source.names:
+            _refuse_fork(source, config)
         return None
     autoencoder, trainer, factor = _autoencoder(source, config)
     columns = None
@@ -108,13 +115,38 @@ def load_dictionary(
     return autoencoder.to(device=device, dtype=torch.float32), config
 
 
+def _crosscoder(source: ExternalFiles, config: dict[str, Any]) -> FeatureSpace[Any] | None:
+    """Read the crosscoder in a folder that a trainer of a fork, or its classes, wrote; None if it is none."""
+    trainer = config.get("trainer")
+    stored: Any
+    if isinstance(trainer, dict):
+        name = next((name for name in (WEIGHTS, FORK_WEIGHTS) if name in source.names), None)
+        if name is None or not (_is_crosscoder(trainer.get("dict_class")) or name == WEIGHTS):
+            return None
+        stored = source.torch(name)
+        is_state = isinstance(stored, dict) and all(isinstance(tensor, Tensor) for tensor in stored.values())
+        shapes = {n: tuple(tensor.shape) for n, tensor in stored.items()} if is_state else {}
+        if not (_is_crosscoder(trainer.get("dict_class")) or _has_layers(shapes)):
+            return None
+        if not is_state:
+            raise WeightsError(source.where, f"{name} holds no state dict of a crosscoder")
+        options = trainer
+    else:
+        if HUB_WEIGHTS not in source.names or not {"activation_dim", "dict_size"} <= config.keys():
+            return None
+        stored, options = source.safetensors(HUB_WEIGHTS), config
+        if not (_is_crosscoder(config.get("dict_class")) or "num_layers" in config or _has_layers(stored.shapes)):
+            return None
+    featurizer = crosscoders.read(source, stored, options)
+    featurizer.id = str(options.get("wandb_name") or Path(source.where).name)
+    featurizer.metadata = {"dictionary_learning": config}
+    return featurizer
+
+
 def _refuse_fork(source: ExternalFiles, config: dict[str, Any]) -> None:
-    """Raise `ManifestError` for a folder that a fork wrote for the Hub: the options of a class, and safetensors."""
+    """Raise `ManifestError` for a dictionary that a fork wrote for the Hub: the options of a class, and safetensors."""
     if not {"activation_dim", "dict_size"} <= config.keys():
         return
-    shapes = source.safetensors(HUB_WEIGHTS).shapes
-    if _is_crosscoder(config.get("dict_class")) or "num_layers" in config or _has_layers(shapes):
-        raise ManifestError(source.where, SEVERAL_LAYERS)
     raise ManifestError(
         source.where,
         f"it has the options of a dictionary, of class {config.get('dict_class')!r}, but no {WEIGHTS}: a folder of a "

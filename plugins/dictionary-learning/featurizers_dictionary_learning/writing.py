@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from featurizers import DictionaryFeaturizer, Featurizer
+from featurizers import DictionaryFeaturizer
 from featurizers.builtin import lost_settings, plain_weights
 from featurizers.errors import ConversionError
+from featurizers.features import FeatureSpace
 from torch import Tensor
 
 from featurizers_dictionary_learning.reading import CONFIG, SITES, WEIGHTS
@@ -18,7 +19,7 @@ READ = ("dictionary_learning", "units", "buffers")
 """Metadata that reading sets; the first and the last of them are written back."""
 
 
-def write(featurizer: Featurizer[Any], folder: Path) -> list[str]:
+def write(featurizer: FeatureSpace[Any], folder: Path) -> list[str]:
     """Write a dictionary, and return a sentence for each thing that dictionary_learning's files cannot hold.
 
     Raises:

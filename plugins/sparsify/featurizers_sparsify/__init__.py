@@ -1,4 +1,4 @@
-"""Sparse autoencoders of sparsify, read from and written to its folders ``{cfg.json, sae.safetensors}``."""
+"""Sparse autoencoders and transcoders of sparsify, read from and written to folders of its own format."""
 
 from __future__ import annotations
 
@@ -8,62 +8,42 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from featurizers import DictionaryFeaturizer, Featurizer, Site, hookimpl
+from featurizers import DictionaryFeaturizer, Site, hookimpl
 from featurizers.builtin import lost_settings, plain_weights
 from featurizers.errors import ConversionError, FeaturizerError, ManifestError, SourceError, UsageError, WeightsError
+from featurizers.features import FeatureSpace
 from featurizers.format import ExternalFiles, write_tensors
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from featurizers_transcoder import Transcoder
+from pydantic import ValidationError
+from torch import Tensor
+
+from featurizers_sparsify import transcoders
+from featurizers_sparsify.config import BLOCK, CONFIG, MODULES, ROOT, WEIGHTS, SparsifyConfig
 
 __all__ = ["SparsifyConfig"]
 
-CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
-MODULES = {"mlp": "mlp.out", "self_attn": "attn.out", "attn": "attn.out", "attention": "attn.out"}
-"""Site of each module of a block whose output is a site, by its name in a hookpoint."""
-DECODERS = "model|transformer|gpt_neox|decoder|language_model"
-"""Names of modules that may stand before the blocks in a hookpoint; blocks of an image tower are not sites."""
-BLOCK = re.compile(rf"(?:(?:{DECODERS})\.)*(?:layers|h)\.(\d{{1,5}})(?:\.(\w+))?")
-
-
-class SparsifyConfig(BaseModel):
-    """Contents of ``cfg.json``.
-
-    Attributes:
-        d_in: width of the activations.
-        activation: ``topk`` or ``groupmax``.
-        expansion_factor: features for each coordinate, if ``num_latents`` is 0.
-        normalize_decoder: True if decoder rows were kept at length 1 in training; reading ignores it.
-        num_latents: number of features, 0 for ``d_in * expansion_factor``.
-        k: number of features of a token that may fire.
-        multi_topk: True if training used that loss; reading ignores it.
-        skip_connection: True if the input is added to the output through a matrix; not supported.
-        transcode: True if another site is predicted; not supported.
-        signed: option of versions before 1.0: if True the k largest magnitudes fire, with their sign.
-    """
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-    d_in: int = Field(gt=0, le=2**24)
-    activation: str = "topk"
-    expansion_factor: int = Field(32, gt=0)
-    normalize_decoder: bool = True
-    num_latents: int = Field(0, ge=0)
-    k: int = Field(32, gt=0)
-    multi_topk: bool = False
-    skip_connection: bool = False
-    transcode: bool = False
-    signed: bool = False
-
 
 @hookimpl
-def featurizers_read(source: ExternalFiles) -> Featurizer[Any] | None:
-    """Read the featurizer in a folder of sparsify, None for any other folder.
+def featurizers_read(source: ExternalFiles) -> FeatureSpace[Any] | None:
+    """Read the autoencoder or transcoder in a folder of sparsify, None for any other folder.
 
     Raises:
-        ManifestError: the configuration is not known, or is not of a single site, such as a transcoder's.
+        ManifestError: the configuration is not known.
         WeightsError: the weights do not fit the configuration, or there is no decoder.
         UsageError: only some features are requested, which topk and groupmax do not allow.
     """
     if not {CONFIG, WEIGHTS} <= set(source.names):
         return None
+    return _read(source, False)
+
+
+def _read(source: ExternalFiles, of_transcoders: bool) -> FeatureSpace[Any]:
+    """Read a folder of sparsify.
+
+    Args:
+        source: the folder.
+        of_transcoders: True if the repository says that its folders are transcoders.
+    """
     where, raw = source.where, source.json(CONFIG)
     try:
         config = SparsifyConfig.model_validate(raw)
@@ -72,50 +52,53 @@ def featurizers_read(source: ExternalFiles) -> Featurizer[Any] | None:
         key = ".".join(map(str, first["loc"]))
         raise ManifestError(where, f"{CONFIG}: {key!r}: {first['msg']}, got {first['input']!r}") from error
     _refuse(config, where)
-    if source.indices is not None:
+    if source.indices is not None or source.group_indices is not None:
         raise UsageError(f"{where}: {config.activation} compares all features of a token; load it whole")
     file = source.safetensors(WEIGHTS)
     n_features = config.num_latents or config.d_in * config.expansion_factor
     f, d = n_features, config.d_in
     expected = {"encoder.weight": (f, d), "encoder.bias": (f,), "W_dec": (f, d), "b_dec": (d,)}
+    if config.skip_connection:
+        expected["W_skip"] = (d, d)
     if "W_dec" not in file.shapes and "encoder.weight" in file.shapes:
         raise WeightsError(where, f"{WEIGHTS} holds an encoder alone; a featurizer needs the decoder W_dec too")
-    if "W_skip" in file.shapes:
-        raise ManifestError(where, "it has a skip connection, W_skip, so it is not a featurizer of a single site")
     if file.shapes != expected:
         raise WeightsError(where, f"{WEIGHTS} has {file.shapes!r}, but its config implies {expected!r}")
     weights = {name: file.read(name) for name in expected}
-    dtype = weights["W_dec"].dtype  # sparsify converts all tensors to the dtype of the first, in the order of names
+    # sparsify converts all tensors to the dtype of the first, in the order of names
+    weights = {name: tensor.to(weights["W_dec"].dtype) for name, tensor in weights.items()}
+    hookpoint = _hookpoint(where)
+    featurizer: FeatureSpace[Any]
     try:
-        featurizer = DictionaryFeaturizer.from_tensors(
-            weights["encoder.weight"].to(dtype),
-            weights["W_dec"],
-            weights["encoder.bias"].to(dtype),
-            weights["b_dec"].to(dtype),
-            rule="abstopk" if config.signed else config.activation,
-            rule_options={"k": config.k},
-            pre_bias=True,
-        )
+        if config.skip_connection or config.transcode or (of_transcoders and "transcode" not in raw):
+            featurizer = transcoders.build(config, weights, hookpoint)
+        else:
+            featurizer = _dictionary(config, weights)
+            featurizer.site = _site(hookpoint)
     except WeightsError:
         raise
     except FeaturizerError as error:
         raise ManifestError(where, str(error)) from error
-    hookpoint = _hookpoint(where)
-    featurizer.site = _site(hookpoint)
     featurizer.id = hookpoint or "sparsify"
     featurizer.metadata = {"sparsify": raw}
     return featurizer
 
 
+def _dictionary(config: SparsifyConfig, weights: dict[str, Tensor]) -> DictionaryFeaturizer:
+    return DictionaryFeaturizer.from_tensors(
+        weights["encoder.weight"],
+        weights["W_dec"],
+        weights["encoder.bias"],
+        weights["b_dec"],
+        rule="abstopk" if config.signed else config.activation,
+        rule_options={"k": config.k},
+        pre_bias=True,
+    )
+
+
 def _refuse(config: SparsifyConfig, where: str) -> None:
     if config.activation not in ("topk", "groupmax"):
         raise ManifestError(where, f"the activation {config.activation!r} is not known; known are topk, groupmax")
-    if config.transcode:
-        raise ManifestError(
-            where, "a transcoder reads one site and writes another: it is not a featurizer of a single site"
-        )
-    if config.skip_connection:
-        raise ManifestError(where, "it has a skip connection, so it is not a featurizer of a single site")
     if config.signed and config.activation != "topk":
         raise ManifestError(where, f"signed belongs to the activation 'topk', not to {config.activation!r}")
 
@@ -138,7 +121,7 @@ def _site(hookpoint: str) -> Site | None:
 
 
 @hookimpl
-def featurizers_resolve(reference: str, repository: Callable[..., ExternalFiles]) -> Featurizer[Any] | None:
+def featurizers_resolve(reference: str, repository: Callable[..., ExternalFiles]) -> FeatureSpace[Any] | None:
     """Read the featurizer of ``owner/name/hookpoint``, as in ``sparsify:EleutherAI/sae-llama-3-8b-32x/layers.10``.
 
     Raises:
@@ -149,8 +132,7 @@ def featurizers_resolve(reference: str, repository: Callable[..., ExternalFiles]
     if not (owner and name):
         raise SourceError(f"cannot read 'sparsify:{reference}'; write 'sparsify:owner/name/hookpoint'")
     source = repository(f"{owner}/{name}", hookpoint or None)
-    featurizer = featurizers_read(source)
-    if featurizer is None:
+    if not {CONFIG, WEIGHTS} <= set(source.names):
         known = sorted(
             {name.rpartition("/")[0] for name in repository(f"{owner}/{name}").names if name.endswith(WEIGHTS)}
         )
@@ -158,19 +140,25 @@ def featurizers_resolve(reference: str, repository: Callable[..., ExternalFiles]
             f"{owner}/{name} has no {CONFIG} and {WEIGHTS} at the hookpoint {hookpoint!r}; it has "
             f"{', '.join(map(repr, known[:10])) or 'none'}{', …' if len(known) > 10 else ''}"
         )
-    return featurizer
+    if "transcode" in source.json(CONFIG):
+        return _read(source, False)
+    root = repository(f"{owner}/{name}")  # before February 2025 the key was in the configuration of the training
+    of_transcoders = ROOT in root.names and root.json(ROOT).get("transcode") is True
+    return _read(repository(f"{owner}/{name}", hookpoint or None), of_transcoders)
 
 
 @hookimpl
-def featurizers_write(featurizer: Featurizer[Any], folder: Path) -> list[str] | None:
-    """Write a dictionary for sparsify's ``SparseCoder.load_from_disk``, and return a sentence for each thing lost.
+def featurizers_write(featurizer: FeatureSpace[Any], folder: Path) -> list[str] | None:
+    """Write a map for sparsify's ``SparseCoder.load_from_disk``, and return a sentence for each thing lost.
 
     Raises:
-        ConversionError: it is not a dictionary of the rule topk or groupmax without normalisation.
+        ConversionError: its rule is not topk or groupmax, it normalises, or sparsify has no such map.
     """
     where = str(folder)
+    if isinstance(featurizer, Transcoder):
+        return transcoders.write(featurizer, folder)
     if not isinstance(featurizer, DictionaryFeaturizer):
-        raise ConversionError(where, f"sparsify has dictionaries only, not the kind {featurizer.kind!r}")
+        raise ConversionError(where, f"sparsify has dictionaries and transcoders, not the kind {featurizer.kind!r}")
     config = featurizer.config
     if config.rule not in ("topk", "groupmax"):
         raise ConversionError(where, f"sparsify has the rules topk and groupmax, not {config.rule!r}")

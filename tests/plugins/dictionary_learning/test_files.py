@@ -238,9 +238,12 @@ WRONG = {
     "an unknown class": ({"dict_class": "HyperEncoder"}, "the dict_class 'HyperEncoder' is not known; known are Auto"),
     "no class": ({"dict_class": None}, "the dict_class None is not known"),
     "a list for a class": ({"dict_class": ["AutoEncoder"]}, "is not known"),
-    "a crosscoder": ({"dict_class": "CrossCoder"}, "several layers at once"),
-    "another crosscoder": ({"dict_class": "BatchTopKCrossCoder"}, "several layers at once"),
-    "a crosscoder by its weights": ({"state": {**STATE, "encoder.weight": torch.zeros(2, D, F)}}, "several layers"),
+    "a crosscoder": ({"dict_class": "CrossCoder"}, r"crosscoder's|several"),
+    "another crosscoder": ({"dict_class": "BatchTopKCrossCoder"}, r"crosscoder's|several"),
+    "a crosscoder by its weights": (
+        {"state": {**STATE, "encoder.weight": torch.zeros(2, D, F)}},
+        r"not a crosscoder's|several layers",
+    ),
     "a transcoder": ({"buffer": {"io": "in_and_out"}}, "reads one site and writes another"),
     "weights of another class": ({"name": "GatedAutoEncoder", "state": STATE}, "the state dict of a GatedAutoEncoder"),
     "an unknown tensor": ({"state": {**STATE, "activation_mean": torch.zeros(D)}}, 'Unexpected key.*"activation_mean"'),
@@ -284,20 +287,15 @@ def test_a_folder_without_a_trainer_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "rank", "words"),
+    ("config", "words"),
     [
-        ({"dict_class": "CrossCoder"}, 3, "several layers at once"),
-        ({"dict_class": "BatchTopKCrossCoder"}, 2, "several layers at once"),
-        ({"num_layers": 2, "code_normalization": "CROSSCODER"}, 3, "several layers at once"),
-        ({}, 3, "several layers at once"),
-        ({"dict_class": "GatedAutoEncoder"}, 2, "class 'GatedAutoEncoder', but no ae.pt: a folder of a fork"),
-        ({}, 2, "class None, but no ae.pt"),
+        ({"dict_class": "GatedAutoEncoder"}, "class 'GatedAutoEncoder', but no ae.pt: a folder of a fork"),
+        ({}, "class None, but no ae.pt"),
     ],
     ids=str,
 )
-def test_folders_of_a_fork_are_refused(config, rank, words, tmp_path):
-    weight = torch.zeros(*(2, 4, 8)[3 - rank :])
-    save_file({"encoder.weight": weight}, tmp_path / "model.safetensors")
+def test_folders_of_a_fork_are_refused(config, words, tmp_path):
+    save_file({"encoder.weight": torch.zeros(4, 8)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"activation_dim": 4, "dict_size": 8, **config}))
     with pytest.raises(ManifestError, match=words):
         featurizers.load(tmp_path)

@@ -117,9 +117,8 @@ def test_what_is_lost_is_said(tmp_path):
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "a transcoder": ({"transcode": True}, "reads one site and writes another"),
-    "a skip connection": ({"skip_connection": True}, "skip connection"),
-    "a skip matrix": ({"W_skip": torch.eye(16)}, "skip connection, W_skip"),
+    "no skip matrix": ({"skip_connection": True}, "its config implies"),
+    "a skip matrix": ({"W_skip": torch.eye(16)}, "its config implies"),
     "signed groups": ({"signed": True, "activation": "groupmax"}, "signed belongs to the activation 'topk'"),
     "unequal groups": ({"k": 7, "activation": "groupmax"}, "64 features do not make 7 equal groups"),
     "another activation": ({"activation": "relu"}, "'relu' is not known; known are topk, groupmax"),
