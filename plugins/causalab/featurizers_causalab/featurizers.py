@@ -167,6 +167,8 @@ class Featurizer(nn.Module):
                     "a sparse autoencoder as a featurizer", "featurizers-sae-lens", "pip install featurizers-sae-lens"
                 ) from error
             core = wrap(self.featurizer.sae)
+            if not isinstance(core, featurizers.Featurizer):
+                raise ConversionError(self.id, "it holds a map between sites, which has no single site")
             core.id, core.feature_sets = self.id, dict(self._core().feature_sets)
             return core
         core = self._core()
