@@ -6,26 +6,21 @@
 
 Both run the same model and the transcoders of the folders in ``tests/fixtures/circuit-tracer``. circuit-tracer's
 ``feature_intervention`` has two modes. Without constraints, later features are computed anew and decoded changes are
-added at every write: ``writes="additive"``. With ``constrained_layers`` for all layers, changes come from the features of the
-base alone and every MLP output is kept but for them: ``writes="pinned", later="frozen"``; it freezes attention patterns and
-the scales of norms too, which is done here with its own hooks. It keeps the MLP outputs of all tokens, an operation those of
-its own tokens, so that this mode is compared for the last token, which no other attends to. Printed is the largest difference of the logits, and the
-largest effect of the intervention.
+added at every write: ``writes="additive"``. With ``constrained_layers`` for all layers, changes come from the features
+of the base alone and every MLP output is kept but for them: ``writes="pinned", later="frozen"``; it freezes attention
+patterns and the scales of norms too, which is done here with its own hooks. It keeps the MLP outputs of all tokens, an
+operation those of its own tokens, so that this mode is compared for the last token, which no other attends to. Printed
+is the largest difference of the logits, and the largest effect of the intervention.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import featurizers
 import torch
 from huggingface_hub import constants
-
-constants.HF_HUB_ENABLE_HF_TRANSFER = False  # circuit-tracer imports it, and huggingface_hub 1 has dropped it
-from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel
-from circuit_tracer.transcoder.cross_layer_transcoder import load_clt
-from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
-from transformer_lens import HookedTransformerConfig
 
 FIXTURES = Path(__file__).parents[1] / "tests/fixtures/circuit-tracer"
 LAYERS, D, VOCABULARY, CPU = 3, 6, 50, torch.device("cpu")
@@ -37,8 +32,14 @@ EDITS = {0: [1, 7], 1: [3], 2: [0, 19]}
 VALUE = 2.5
 
 
-def model_with(name: str) -> TransformerLensReplacementModel:
+def model_with(name: str) -> Any:
     """Return a random model of Llama's form with the transcoders of a folder."""
+    constants.HF_HUB_ENABLE_HF_TRANSFER = False  # circuit-tracer imports it, and huggingface_hub 1 has dropped it
+    from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel
+    from circuit_tracer.transcoder.cross_layer_transcoder import load_clt
+    from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
+    from transformer_lens import HookedTransformerConfig
+
     folder = FIXTURES / name
     if name.startswith("clt"):
         transcoders = load_clt(str(folder), device=CPU, dtype=torch.float32, lazy_decoder=False, **HOOKS)
