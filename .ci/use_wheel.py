@@ -153,6 +153,17 @@ def transcoder() -> None:
     torch.testing.assert_close(edited, model(x) + 2 * f.W_dec["features"]["out"][5])
 
 
+def circuit_tracer() -> None:
+    """Write a transcoder for circuit-tracer, and read it again."""
+    from featurizers_transcoder import Transcoder
+
+    f = Transcoder.from_weights(*torch.randn(2, 16, 8))
+    f.reads, f.writes = {"in": "mlp.in:0"}, {"out": "mlp.out:0"}
+    assert featurizers.convert(f, "for-circuit-tracer", to="circuit-tracer") == []
+    again, x = featurizers.load("./for-circuit-tracer"), torch.randn(3, 8)
+    assert torch.equal(again.encode("layer-0", {"in-0": x}), f.encode("features", {"in": x}))
+
+
 def training() -> None:
     """Search for a subspace, and evaluate what was saved."""
     import featurizers_training as training
@@ -197,6 +208,7 @@ CHECKS = {
     "autoencoder": autoencoder,
     "causal-basis": causal_basis,
     "causalab": causalab,
+    "circuit-tracer": circuit_tracer,
     "derived-scalars": derived_scalars,
     "dictionary-learning": dictionary_learning,
     "identity": lambda: create("identity", d_in=8),
