@@ -33,7 +33,7 @@ KINDS = {
     "derived-scalars": ("derived-scalars.diagonal",),
     "dictionary": ("dictionary",),
     "identity": ("identity",),
-    "sae-lens": ("sae-lens.matching-pursuit",),
+    "sae-lens": ("sae-lens.matching-pursuit", "sae-lens.temporal"),
     "standardize": ("standardize",),
     "subspace": ("subspace",),
     "transcoder": ("transcoder", "transcoder.cross-layer", "transcoder.crosscoder"),

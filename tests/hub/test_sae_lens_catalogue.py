@@ -308,7 +308,7 @@ MAPS: dict[str, tuple[str, dict[str, bytes], str, str]] = {
         {
             "layer_7.safetensors": save(QWEN),
             "wandb-config.yaml": SIZES,
-            "config.yaml": b"model_name: Qwen/Qwen3-4B\nscan: [a, b]\n",
+            "config.yaml": b"model_name: Qwen/Qwen3-4B\nfeature_output_hook: mlp.hook_out\nscan: [a, b]\n",
         },
         "mlp.in:7 -> mlp.out:7",
         "Qwen/Qwen3-4B",

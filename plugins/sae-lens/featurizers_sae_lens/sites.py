@@ -19,6 +19,7 @@ KINDS = {
     "attn.hook_z": "attn.z",
     "mlp.hook_in": "mlp.in",
     "mlp.hook_post": "mlp.act",
+    "mlp.hook_out": "mlp.out",
 }
 NORMS = {"hook_attn_out": "post_attention_layernorm", "hook_mlp_out": "post_feedforward_layernorm"}
 """Norm after each hook in Gemma 2 and 3. They normalise the outputs of attention and MLP before they add them to the

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import torch
+from featurizers import Site
 from featurizers.errors import FeaturizerError, ManifestError, UsageError, WeightsError, shown
 from featurizers.format import ExternalFiles
 from featurizers_transcoder import Transcoder
@@ -142,7 +143,7 @@ def _read(metadata: dict[str, Any]) -> Read:
     return read_of(hook, model, metadata.get("hook_head_index"))
 
 
-def _write(metadata: dict[str, Any]) -> Any:
+def _write(metadata: dict[str, Any]) -> Site | None:
     site = site_of(metadata.get("hook_name_out"), metadata.get("model_name"), metadata.get("hook_head_index_out"))
     return site or site_of_point(metadata.get("hf_hook_name_out"), metadata.get("model_name"))
 
@@ -173,8 +174,8 @@ def mwhanna(source: ExternalFiles, name: str, overrides: dict[str, Any]) -> Tran
         "architecture": "transcoder",
         "apply_b_dec_to_input": False,
         "metadata": {
-            "hook_name": f"blocks.{layer[1]}.mlp.hook_in",
-            "hook_name_out": f"blocks.{layer[1]}.hook_mlp_out",
+            "hook_name": f"blocks.{layer[1]}.{raw.get('feature_input_hook', 'mlp.hook_in')}",
+            "hook_name_out": f"blocks.{layer[1]}.{raw.get('feature_output_hook', 'hook_mlp_out')}",
             "model_name": model,
             **overrides,
         },

@@ -93,6 +93,7 @@ GEMMA_NORM = "module:{0}.layers.3.post_feedforward_layernorm:output"
         ("gpt2", "hook_mlp_in", "hook_mlp_out", "resid.mid:3", "mlp.out:3", "none"),
         ("gpt2", "ln2.hook_normalized", "hook_mlp_out", "resid.mid:3", "mlp.out:3", "standard"),
         ("Qwen/Qwen3-4B", "mlp.hook_in", "hook_mlp_out", "mlp.in:3", "mlp.out:3", "none"),
+        ("Qwen/Qwen3-4B", "mlp.hook_in", "mlp.hook_out", "mlp.in:3", "mlp.out:3", "none"),
         ("gemma-2-2b", "ln2.hook_normalized", "hook_mlp_out", "resid.mid:3", GEMMA_NORM.format("model"), "rms"),
         (
             "google/gemma-3-4b-pt",
