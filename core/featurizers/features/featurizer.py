@@ -178,13 +178,14 @@ class Featurizer(Derivatives, FeatureSpace[ConfigT]):
     @final
     def rows_of_slice(cls, config: ConfigT, columns: Any) -> tuple[ConfigT, dict[str, Tensor], dict[str, Tensor]]:
         """See `FeatureSpace.rows_of_slice`."""
-        # raises for a kind that cannot load some of its features, whatever the columns are
         part, names, added = cls.sliced(config, columns)
         return part, dict.fromkeys(names, columns), added
 
     @final
     def checked_columns(self, indices: Any) -> Tensor:
         """See `FeatureSpace.checked_columns`."""
+        # raises for a kind that cannot load some of its features, whatever the indices are
+        self.sliced(self.config, torch.zeros(1, dtype=torch.long))
         columns = select(indices, self.n_features or 0).as_columns()
         if columns is None or not columns.numel():
             raise UsageError("give the features to load as a list of numbers, the same for every example")

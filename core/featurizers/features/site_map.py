@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, final
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -278,7 +279,10 @@ class SiteMap(FeatureSpace[ConfigT]):
     def checked_columns(self, indices: Any) -> dict[str, Tensor]:
         """See `FeatureSpace.checked_columns`."""
         chosen: dict[str, Tensor] = {}
-        for group, own in self.by_group(indices).items():
+        by_group = self.by_group(indices)
+        # raises for a kind that cannot load some of its features, whatever the indices are
+        self.sliced(self.config, dict.fromkeys(by_group, torch.zeros(1, dtype=torch.long)))
+        for group, own in by_group.items():
             columns = select(own, self.groups[group].n_features).as_columns()
             if columns is None or not columns.numel():
                 raise UsageError(f"give the features to load of the group {group!r} as a list of numbers")

@@ -54,7 +54,13 @@ def is_keys(layer: Any) -> bool:
 
 def as_named(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return inputs by the names of the model's ``forward``: token ids are ``input`` in a bridge of TransformerLens."""
-    if "input_ids" in inputs and not takes(model, "input_ids") and takes(model, "input"):
+    named = signature(type(model).forward).parameters.get("input")  # a module without a forward of its own has *input
+    if (
+        "input_ids" in inputs
+        and named is not None
+        and named.kind is not named.VAR_POSITIONAL
+        and not takes(model, "input_ids")
+    ):
         return {"input" if name == "input_ids" else name: value for name, value in inputs.items()}
     return dict(inputs)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from featurizers import DictionaryFeaturizer, Site
-from featurizers.errors import ManifestError, UsageError, WeightsError
+from featurizers.errors import ManifestError, UsageError, WeightsError, shown
 from featurizers.features import FeatureSpace, select
 from featurizers.format import ExternalFiles, check_finite
 from featurizers.store import of_folder
@@ -47,6 +47,7 @@ CLASSES: dict[str, type[Dictionary]] = {
 }
 SITES = {"resid_post": "resid.post", "mlp_out": "mlp.out", "attn_out": "attn.out"}
 """Site of each name that dictionary_learning's own scripts give a submodule, before its layer."""
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SUBMODULE = re.compile(rf"({'|'.join(SITES)})(?:_layer_?(\d{{1,5}}))?")
 DUMP = {"step", "ae", "optimizer", "config", "norm_factor"}
 """Keys of ``ae.pt`` while a training with backups is not finished."""
@@ -78,6 +79,11 @@ def read(source: ExternalFiles) -> FeatureSpace[Any] | None:
     columns = None
     if source.indices is not None:
         columns = select(source.indices, autoencoder.dict_size or 2**31).as_columns()
+    for name, tensor in autoencoder.state_dict().items():
+        if tensor.is_floating_point() and tensor.dtype not in FLOATS:
+            raise WeightsError(
+                where, f"tensor {shown(name)} is {str(tensor.dtype).removeprefix('torch.')}; use float32"
+            )
     try:
         featurizer = autoencoder.map(columns).float()  # whatever the file holds, the package computes in float32
     except UsageError as error:

@@ -168,6 +168,6 @@ def test_numbers_and_tensors_are_taken() -> None:
 )
 def test_positions_and_indices_of_another_form_are_refused(options: dict[str, Any]) -> None:
     f, model, ids = create("identity", d_in=WIDTH), tiny_model("llama"), prompts(2, 4)
-    for operation in (Steer(f, delta=1.0, **options), Interchange(f, source={"input_ids": ids}, **options)):
-        with pytest.raises(FeaturizerError), intervene(model, {"resid.post:1": operation}):
+    for make in (lambda: Steer(f, delta=1.0, **options), lambda: Interchange(f, source={"input_ids": ids}, **options)):
+        with pytest.raises(FeaturizerError), intervene(model, {"resid.post:1": make()}):
             model(ids)
