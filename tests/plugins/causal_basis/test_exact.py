@@ -227,7 +227,7 @@ def test_files_that_do_not_fit_the_model_are_refused(tmp_path):
     weights = [torch.eye(WIDTH)] * LAYERS
     with pytest.raises(ConfigError, match="gated"):
         TunedLens.load(model, tuned(tmp_path, weights, None, lens_type="gated"))
-    with pytest.raises(WeightsError, match="finite tensor of shape"):
+    with pytest.raises(WeightsError, match="finite floating-point tensor of shape"):
         TunedLens.load(model, tuned(tmp_path, weights, None, d_model=WIDTH + 1))
     with pytest.raises(WeightsError, match="does not hold exactly"):
         TunedLens.load(model, tuned(tmp_path, weights, None, num_hidden_layers=LAYERS + 1))
