@@ -10,7 +10,7 @@ torch.set_num_threads(1)
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")  # no test fails because the machine is busy
 
-collect_ignore_glob = ["fixtures/*/make.py"]  # these need packages that the tests do not
+collect_ignore_glob = ["fixtures/*/make*.py"]  # these need packages that the tests do not
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,7 @@
 """``featurizers scalars`` with transformer-debugger's names, and what it says without the package that has them."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 from featurizers.cli import app as cli
@@ -59,7 +60,7 @@ def test_a_name_that_needs_a_node_costs_one_line():
 def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
     own = registry.OWN
     monkeypatch.setattr(registry, "specs", lambda: own)
-    monkeypatch.setattr(registry, "kinds", lambda: ["derived-scalars"])
+    monkeypatch.setattr(registry, "host", lambda: SimpleNamespace(names=lambda: ["derived-scalars"]))
     hint = "Names of transformer-debugger need another package: pip install featurizers-transformer-debugger"
     code, out, err = command.run("scalars", "--model", "./lm", "--prompt", PROMPT, "--what", "mlp_write_norm", *TO)
     assert (code, out) == (1, "")
