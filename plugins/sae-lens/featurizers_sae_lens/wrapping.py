@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from featurizers import FeatureSpace
 from featurizers.errors import UsageError
 from torch import nn
 
@@ -17,11 +16,14 @@ TRAINED_AS = {"batchtopk": "jumprelu", "matryoshka_batchtopk": "jumprelu"}
 """Architectures of training, and the architecture that SAELens saves each of them as."""
 
 
-def wrap(sae: Any) -> FeatureSpace[Any]:
+def wrap(sae: Any) -> Any:
     """Return the featurizer of a `sae_lens.SAE` or `sae_lens.TrainingSAE`, with its present weights.
 
     The decoder and the biases are shared; the encoder is copied into rows. The SAE itself is not called. Statistics
     that SAELens keeps on the module between ``encode`` and ``decode`` are in the error term here.
+
+    Returns:
+        A `Featurizer`, or a `SiteMap` for a transcoder: the object decides, so that the type is not declared.
 
     Raises:
         UsageError: the object is not an SAE of SAELens.
