@@ -106,7 +106,7 @@ def pyvene() -> None:
     """Use a featurizer as an intervention of pyvene."""
     from pyvene import IntervenableConfig, IntervenableModel
 
-    model, f = decoder(), featurizers.create("dictionary", d_in=8, n_features=16)
+    model, f = decoder(), dictionary("relu")
     config = IntervenableConfig({"layer": 1, "component": "block_output"}, f.get_interchange_intervention())
     saved_in_pyvene(model, IntervenableModel(config, model))
 
@@ -199,7 +199,9 @@ def transformer_debugger() -> None:
     """Measure a scalar under its name in transformer-debugger."""
     from featurizers_derived_scalars import scalars
 
-    assert scalars(decoder(), IDS[0].tolist(), "attn_write_norm")["attn_write_norm", 1].shape == (6, 2)
+    pairs_of_tokens, heads = 6 * 7 // 2, 2
+    found = scalars(decoder(), IDS[0].tolist(), "attn_write_norm")
+    assert found["attn_write_norm", 1].shape == (pairs_of_tokens, heads)
     assert "attn_write_norm" in command("scalars", "--list")
 
 

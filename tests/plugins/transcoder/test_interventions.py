@@ -459,3 +459,24 @@ def test_positions_of_a_prompt_that_was_computed_before_are_refused():
     cache = m(IDS[:, :4]).past_key_values
     with pytest.raises(PositionError, match="in a cache already"), intervene(m, Ablate(f, positions=[-1])):
         m(IDS[:, 4:], past_key_values=cache)
+
+
+def test_a_pinned_write_follows_its_skip_connection():
+    m, f = model("llama"), cross_layer("llama", skip=True)
+    at = {i: featurizers.collect(m, {"input_ids": IDS}, [f"mlp.in:{i}", f"mlp.out:{i}"]) for i in range(3)}
+    z = f.encode("layer-0", {"in-0": at[0]["mlp.in:0"]})[..., 3:4]
+    handles = []
+    for i in range(3):
+        row = f.W_dec["layer-0"][f"out-{i}"][3]
+        skip = f.W_skip[f"out-{i}"][f"in-{i}"]
+        base = at[i]
+
+        def by_hand(_, args, __, i=i, row=row, skip=skip, base=base):
+            return base[f"mlp.out:{i}"] + (args[0] - base[f"mlp.in:{i}"]) @ skip + (2.0 - z) * row
+
+        handles.append(m.model.layers[i].mlp.register_forward_hook(by_hand))
+    expected = logits(m)
+    for handle in handles:
+        handle.remove()
+    with intervene(m, Ablate(f, indices={"layer-0": [3]}, value=2.0, writes="pinned")):
+        torch.testing.assert_close(logits(m), expected, atol=1e-5, rtol=0)
