@@ -26,9 +26,8 @@ B_ENC, CENTRE = torch.linspace(-1, 1, N), torch.linspace(-1, 2, D)
     ],
 )
 def test_features_are_those_of_torch(normalize, oracle):
-    f = Transcoder.from_weights(
-        W_ENC, W_DEC, B_ENC, CENTRE, W_SKIP := torch.eye(D) * 2, normalize=normalize, centre=CENTRE
-    )
+    skip = torch.arange(1.0 * D * D).cos().reshape(D, D)
+    f = Transcoder.from_weights(W_ENC, W_DEC, B_ENC, CENTRE, skip, normalize=normalize, centre=CENTRE)
     z = torch.relu(functional.linear(oracle(X - CENTRE), W_ENC, B_ENC))
     torch.testing.assert_close(f.encode("features", {"in": X}), z)
     assert (z > 0).any()
