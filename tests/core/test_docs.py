@@ -149,10 +149,10 @@ def test_ci_runs_the_readmes_own_test_command():
     readme = (ROOT / "README.md").read_text().splitlines()
     lines = [line for line in readme if re.search(pattern[1], line)]
     assert len(lines) == 1
-    assert lines[0].endswith("&& .venv/bin/pytest")
+    assert lines[0].endswith("&& .venv/bin/pytest -n 2")
     demo = [line for line in readme if line.startswith("python3 -m venv") and line.endswith("featurizers demo")]
     assert len(demo) == 1
-    set_up = lines[0].removesuffix(" && .venv/bin/pytest")
+    set_up = lines[0].removesuffix(" && .venv/bin/pytest -n 2")
     assert demo[0] == f"{set_up} && .venv/bin/featurizers demo"
     assert set_up in (ROOT / "CONTRIBUTING.md").read_text().splitlines()
 
