@@ -25,6 +25,9 @@ def circuit_tracer() -> Any:
     Raises:
         Skipped: it is not installed.
     """
+    from huggingface_hub import constants
+
+    constants.HF_HUB_ENABLE_HF_TRANSFER = False  # type: ignore[attr-defined]  # circuit-tracer 0.5.0 imports it
     try:
         return importlib.import_module("circuit_tracer.transcoder.cross_layer_transcoder")
     except ImportError as error:
@@ -117,6 +120,8 @@ def _cross_layer(settings: Settings, layers: int, n: int, d: int) -> tuple[Linea
         shapes = {name: tensor.shape for name, tensor in CrossLayerTranscoder(config).state_dict().items()}
     scale = math.sqrt(d)
     tensors = {name: torch.randn(shape, generator=g) / scale for name, shape in shapes.items()}
+    level = float(torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - settings.size(ACTIVE, 8) / n)))
+    tensors |= {name: torch.full_like(bias, -level) for name, bias in tensors.items() if name.startswith("b_enc.")}
     return config, {name: tensor.to(settings.device, settings.dtype) for name, tensor in tensors.items()}
 
 
@@ -126,7 +131,7 @@ def edit_of_cross_layer_transcoder(settings: Settings) -> Case:
     layers, n, d = settings.size(LAYERS, 3), settings.size(FEATURES, 128), settings.size(WIDTH, 64)
     config, tensors = _cross_layer(settings, layers, n, d)
     ours = CrossLayerTranscoder.from_tensors(config, tensors)
-    theirs = module.CrossLayerTranscoder(layers, n, d, activation_function="relu", device=settings.device)
+    theirs = module.CrossLayerTranscoder(layers, n, d, lazy_decoder=False, device=settings.device)
     state = {
         "W_enc": torch.stack([tensors[f"W_enc.layer-{i}.in-{i}"] for i in range(layers)]),
         "b_enc": torch.stack([tensors[f"b_enc.layer-{i}"] for i in range(layers)]),
@@ -136,7 +141,7 @@ def edit_of_cross_layer_transcoder(settings: Settings) -> Case:
         decoders = [tensors[f"W_dec.layer-{i}.out-{j}"] for j in range(i, layers)]
         state[f"W_dec.{i}"] = torch.stack(decoders, dim=1)
     theirs.load_state_dict(state, strict=False, assign=True)
-    tokens = settings.size(64, 8)
+    tokens = settings.size(16, 8)
     x = settings.randn(layers, tokens, d, seed=1)
     y = settings.randn(layers, tokens, d, seed=2)
     columns = torch.arange(8, device=settings.device)
