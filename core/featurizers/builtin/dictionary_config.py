@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -47,22 +48,30 @@ class DictionaryConfig(BaseModel):
     slice_of: Annotated[int, Field(gt=0, le=2**31)] | None = None
 
 
+def rule_with_options(name: str, options: Mapping[str, int | float], n_features: int) -> Rule:
+    """Return the rule of a name, once its options are known to fit it and the number of features.
+
+    Raises:
+        ConfigError: no plugin has the rule, or the options do not fit.
+    """
+    rule = host().rule(name)
+    if set(options) != set(rule.options):
+        raise ConfigError(f"the rule {name!r} takes the options {sorted(rule.options)!r}, got {sorted(options)!r}")
+    k = options.get("k", 1)
+    if rule.select is not None and not (type(k) is int and 1 <= k <= n_features):
+        raise ConfigError(f"k must be between 1 and the {n_features} features, got {k!r}")
+    if name == "groupmax" and n_features % k:
+        raise ConfigError(f"{n_features} features do not make {k} equal groups")
+    return rule
+
+
 def validate_rule(config: DictionaryConfig) -> Rule:
     """Return the rule of a config, once the fields of the config are known to fit it.
 
     Raises:
         ConfigError: no plugin has the rule, or the fields do not fit each other.
     """
-    rule = host().rule(config.rule)
-    if set(config.rule_options) != set(rule.options):
-        raise ConfigError(
-            f"the rule {config.rule!r} takes the options {sorted(rule.options)!r}, got {sorted(config.rule_options)!r}"
-        )
-    k = config.rule_options.get("k", 1)
-    if rule.select is not None and not (type(k) is int and 1 <= k <= config.n_features):
-        raise ConfigError(f"k must be between 1 and the {config.n_features} features, got {k!r}")
-    if config.rule == "groupmax" and config.n_features % k:
-        raise ConfigError(f"{config.n_features} features do not make {k} equal groups")
+    rule = rule_with_options(config.rule, config.rule_options, config.n_features)
     if config.normalize != "scale" and config.input_scale != 1:
         raise ConfigError(f"input_scale belongs to normalize='scale', not to {config.normalize!r}")
     if config.slice_of is not None and (config.slice_of < config.n_features or not rule.elementwise):

@@ -31,7 +31,7 @@ def check_placement(device: torch.device | str | None, dtype: torch.dtype | None
 
 
 def check_device(module: nn.Module, x: Tensor, name: str) -> None:
-    """Raise `UsageError` unless the tensors of a module, of which the first is looked at, are on the device of x.
+    """Raise `UsageError` unless the tensors of a module are on the device of x; only the first tensor is looked at.
 
     Args:
         module: a featurizer; one without tensors works anywhere.

@@ -52,7 +52,7 @@ def opened(path: Path, where: str, error: type[ArtefactError], name: str | None 
         ArtefactError: the file is a pipe, a device or a folder, or cannot be read; the class is ``error``.
     """
     name = name or path.name
-    if "\0" in str(path):  # of which Python makes a ValueError
+    if "\0" in str(path):  # Python raises a ValueError for it
         raise error(where, f"{_named(name)} has a null character in its path")
     try:
         _refuse_special(path.stat(), where, error, name)  # opening a device may have side effects

@@ -38,7 +38,7 @@ def replaced(
 
     Args:
         model: as in `featurizers.intervene`.
-        maps: one map or several, of which each is encoded from the activations of the replaced model.
+        maps: one map or several; each is encoded from the activations of the replaced model.
         error: ``dropped``: a write is the reconstruction alone. ``kept``: every activation keeps its value, equal in
             each element, and gradients go through the reconstruction, with the error held constant.
 
@@ -150,7 +150,7 @@ class _Replacement:
 
 @dataclass
 class _State:
-    """What is known of one pass: activations at the reads, and features by group."""
+    """State of one forward pass: activations at the reads, and features by group."""
 
     current: Pass
     x: dict[str, Tensor] = field(default_factory=dict)

@@ -59,7 +59,7 @@ def places_of(anatomy: Anatomy, site_map: SiteMap[Any]) -> MapPlaces:
 
 @dataclass
 class _State:
-    """What is known of one pass.
+    """State of one forward pass.
 
     Attributes:
         current: the pass.
@@ -335,7 +335,7 @@ def _options(site_map: SiteMap[Any], operations: Sequence[Operation]) -> tuple[b
 
 
 def _chosen(site_map: SiteMap[Any], operation: Operation) -> dict[str, Selection]:
-    """Return the features of each group that an operation concerns; groups of which it names none are left out.
+    """Return the features that an operation concerns, by group; a group without any is left out.
 
     Raises:
         UsageError, FeatureIndexError: the map does not have the groups or features.

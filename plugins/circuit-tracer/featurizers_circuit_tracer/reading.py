@@ -142,7 +142,7 @@ def _described(
 
 
 class _File:
-    """A safetensors file, of which tensors of known shapes are read in float32, in which circuit-tracer computes."""
+    """Safetensors file whose tensors are checked for their shapes and read in float32, as circuit-tracer does."""
 
     def __init__(self, source: ExternalFiles, name: str) -> None:
         self.where, self.name = source.where, name

@@ -25,7 +25,7 @@ NOT_KNOWN = re.compile(r"gemma-?[3-9]|gemma-2-|olmo", re.IGNORECASE)
 
 
 class ReadHook(NamedTuple):
-    """What features are encoded from.
+    """Site and normalisation that features are encoded from.
 
     Attributes:
         site: of the read; None if it is not known.

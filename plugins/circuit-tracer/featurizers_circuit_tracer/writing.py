@@ -20,7 +20,7 @@ from featurizers_circuit_tracer.sites import GEMMA_EPS, NORMALIZED, READS, WRITE
 
 
 def write(featurizer: FeatureSpace[Any], folder: Path) -> list[str]:
-    """Write a map of which each group reads its own layer, and return a sentence for each thing that is lost.
+    """Write a map whose groups each read their own layer; return a sentence for each thing that is lost.
 
     A map whose groups write their own layers alone becomes a set of transcoders, any other a cross-layer transcoder.
 
@@ -169,7 +169,7 @@ def _layer(site: Site) -> int | None:
 
 
 def _by_layer(layers: dict[str, int | None], what: str, where: str) -> list[str]:
-    """Return the names by layer, of which there must be one for each from 0 on."""
+    """Return the names by layer; each layer from 0 on must have one."""
     names = {layer: name for name, layer in layers.items()}
     if len(names) < len(layers) or set(names) != set(range(len(names))):
         raise ConversionError(

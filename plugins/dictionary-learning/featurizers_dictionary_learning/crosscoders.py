@@ -36,7 +36,7 @@ COMPILED = "_orig_mod."
 
 
 class _Weights:
-    """Tensors of a crosscoder in float32, in which the fork computes, of which some features or all are read.
+    """Tensors of a crosscoder, of some features or all, in float32 as the fork computes.
 
     Attributes:
         where: name of the folder in errors.

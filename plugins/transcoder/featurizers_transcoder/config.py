@@ -20,7 +20,7 @@ class _Strict(BaseModel):
 
 
 class ReadConfig(_Strict):
-    """What is done to the activations at a read before they are encoded; the outputs are not changed by it.
+    """Preprocessing of the activations at a read before they are encoded; it does not change the outputs.
 
     Attributes:
         width: of the activations.

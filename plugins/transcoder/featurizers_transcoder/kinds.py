@@ -118,7 +118,7 @@ class Transcoder(LinearMap):
 
 @final
 class CrossLayerTranscoder(LinearMap):
-    """Map with several groups, each of which reads one site and writes one or several.
+    """Map with several groups; each group reads one site and writes one or more.
 
     By convention the read of a layer i is ``in-i``, the write ``out-i`` and the group ``layer-i``.
     """

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
-from featurizers.builtin import normalize
+from featurizers.builtin import normalize, rule_with_options
 from featurizers.errors import ConfigError, ShapeError, UsageError, explain
 from featurizers.features import Group, Indices, Rule, Selection, SiteMap, columns_of, select
-from featurizers.registry import host
 from jaxtyping import Float
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
@@ -117,12 +116,10 @@ class LinearMap(SiteMap[LinearMapConfig]):
         rows = columns if rule.elementwise else None
         tensors = {name: _rows(_tensor(self.rule_tensors, name, group), rows) for name in rule.tensors}
         bias = _rows(self.b_enc[group], rows) if group in self.b_enc else None
-        pre: Tensor | None = None
-        for read in own.reads:
-            weight = _rows(_tensor(self.W_enc, group, read), rows)
-            part = functional.linear(self._input(read, x[read]), weight, bias if pre is None else None)
-            pre = part if pre is None else pre + part
-        assert pre is not None  # a group has a read
+        first, *others = own.reads
+        pre = functional.linear(self._input(first, x[first]), _rows(_tensor(self.W_enc, group, first), rows), bias)
+        for read in others:
+            pre = pre + functional.linear(self._input(read, x[read]), _rows(_tensor(self.W_enc, group, read), rows))
         features = rule(pre, tensors, own.rule_options)
         return features if columns is None or rule.elementwise else features[..., columns]
 
@@ -270,14 +267,7 @@ def _rule(config: LinearMapConfig, group: str) -> Rule:
         ConfigError: no plugin has the rule, or the options do not fit.
     """
     own = config.groups[group]
-    rule = host().rule(own.rule)
-    if set(own.rule_options) != set(rule.options):
-        raise ConfigError(
-            f"the rule {own.rule!r} takes the options {sorted(rule.options)!r}, got {sorted(own.rule_options)!r}"
-        )
-    k = own.rule_options.get("k", 1)
-    if rule.select is not None and not (type(k) is int and 1 <= k <= own.n_features):
-        raise ConfigError(f"k must be between 1 and the {own.n_features} features, got {k!r}")
+    rule = rule_with_options(own.rule, own.rule_options, own.n_features)
     if own.slice_of is not None and not rule.elementwise:
         raise ConfigError(f"the rule {own.rule!r} compares all features, so that {group!r} cannot be a slice")
     return rule

@@ -24,7 +24,7 @@ class StaticLayerIndexer(LayerMap):
     @property
     @abstractmethod
     def layer_index(self) -> LayerIndex:
-        """The layer."""
+        """Number of the block."""
 
     @property
     @abstractmethod
@@ -64,7 +64,7 @@ class ConstantLayerIndexer(StaticLayerIndexer):
 
     @property
     def layer_index(self) -> LayerIndex:
-        """The layer."""
+        """Number of the block."""
         return self.constant_layer_index
 
     @property

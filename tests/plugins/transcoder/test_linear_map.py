@@ -73,6 +73,11 @@ def test_a_map_is_pickled():
         (lambda: Transcoder.from_weights(W_ENC, W_DEC, rule="jumprelu"), ConfigError, "threshold.features' is missing"),
         (lambda: Transcoder.from_weights(W_ENC, W_DEC, threshold=B_ENC), ConfigError, "no tensor 'rule_tensors.thresh"),
         (lambda: Transcoder.from_weights(W_ENC, W_DEC, rule="topk"), ConfigError, r"takes the options \['k'\]"),
+        (
+            lambda: Transcoder.from_weights(W_ENC, W_DEC, rule="groupmax", rule_options={"k": 3}),
+            ConfigError,
+            "10 features do not make 3 equal groups",
+        ),
         (lambda: Transcoder.from_weights(W_ENC, W_DEC, rule="nosuch"), ConfigError, "nosuch"),
         (lambda: Transcoder.from_weights(W_ENC, W_DEC, input_scale=2.0), ConfigError, "belongs to normalize='scale'"),
         (lambda: featurizers.create("transcoder", reads={}, writes={}, groups={}), ConfigError, "reads"),

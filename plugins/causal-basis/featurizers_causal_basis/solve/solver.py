@@ -40,7 +40,7 @@ class Preset:
         tolerance_change: or where a step, or its effect, is smaller.
         repeats: whether to restart a finished ascent until the energy changes by a fraction of less than 1e-4.
         published: whether to run for the first vector also the ascents of ``reference`` and ``reference-axes``, and to
-            take the best, so that its energy is at least theirs. Later vectors have no such bound: they depend on the
+            take the best, so that its energy is at least as high. Later vectors have no such bound: they depend on the
             vectors before them.
     """
 
@@ -114,7 +114,7 @@ class SearchResult:
 
     @property
     def column(self) -> Float[Tensor, "d 1"]:
-        """The vector as a matrix with one column."""
+        """Return the vector as a matrix with one column."""
         return self.vector.unsqueeze(-1)
 
 
