@@ -16,7 +16,7 @@ D, VOCABULARY = 10, 40
 ROOT = Path(__file__).parents[3]
 
 WORKER = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from tests.plugins.causal_basis.test_distributed import CASES
 torch.set_num_threads(1)  # threads of both processes would wait for each other's cores
 rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -30,8 +30,10 @@ torch.save(kept, f"{folder}/{rank}.pt")
 try:
     CASES["mean"](rank, folder, mode="zero", resume=f"{folder}/run")
 except ValueError as error:
-    open(f"{folder}/{rank}.txt", "w").write(str(error))
-dist.destroy_process_group()
+    with open(f"{folder}/{rank}.txt", "w") as file:
+        file.write(str(error))
+dist.barrier()
+os._exit(0)  # when Python ends in the usual way, gloo's threads sometimes abort the process after its work is done
 """
 
 

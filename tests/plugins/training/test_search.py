@@ -480,7 +480,7 @@ def test_a_model_in_half_precision_is_searched_with_a_basis_in_single(dtype: tor
 
 
 SCRIPT = """
-import sys, torch
+import os, sys, torch
 torch.set_num_threads(1)
 from tests.plugins.training.test_search import FEW, TEST, model
 from featurizers_training import DASDBM, Settings, train
@@ -492,6 +492,8 @@ state = PartialState()
 assert state.num_processes == 2
 if state.is_main_process:
     found.save(sys.argv[1] + "/found")
+state.wait_for_everyone()
+os._exit(0)  # when Python ends in the usual way, gloo's threads sometimes abort the process after its work is done
 """
 
 
