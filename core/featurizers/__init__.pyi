@@ -6,6 +6,7 @@ from .features.derivatives import Error as Error
 from .features.feature_space import FeatureSpace as FeatureSpace
 from .features.featurizer import Featurizer as Featurizer
 from .features.gates import SigmoidGate as SigmoidGate
+from .features.programs import Program as Program
 from .features.rules import activation_rule as activation_rule
 from .features.site_map import SiteMap as SiteMap
 from .format.sites import Site as Site
@@ -16,6 +17,7 @@ from .models.backend import collect as collect
 from .models.backend import intervene as intervene
 from .models.loading import LanguageModel as LanguageModel
 from .models.loading import load_model as load_model
+from .models.lowering import lower as lower
 from .models.operations import Ablate as Ablate
 from .models.operations import Collect as Collect
 from .models.operations import Interchange as Interchange

@@ -111,6 +111,10 @@ class SiteError(FeaturizerError, LookupError):
     """A site that is misspelt or that a model does not have."""
 
 
+class LoweringError(FeaturizerError, ValueError):
+    """An operation is not the same function of each activation vector, so that it has no fixed form."""
+
+
 class ConfigError(FeaturizerError, ValueError):
     """A configuration that a kind refuses."""
 

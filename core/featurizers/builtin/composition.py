@@ -8,9 +8,10 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from featurizers.errors import ConfigError, ShapeError
+from featurizers.errors import ConfigError, LoweringError, ShapeError
 from featurizers.features.derivatives import Error
 from featurizers.features.featurizer import Featurizer
+from featurizers.features.programs import FeatureRows
 from featurizers.registry.hookspecs import hookimpl
 from featurizers.registry.plugin_host import build, host
 
@@ -146,6 +147,23 @@ class Composition(Featurizer[CompositionConfig]):
         for stage, x, produced in zip(reversed(stages), reversed(inputs[:-1]), reversed(inputs[1:]), strict=True):
             edited = stage.apply_edit(x, produced, edited)
         return edited
+
+    def feature_rows(self, columns: Tensor | None = None) -> FeatureRows:
+        """See `Featurizer.feature_rows`: the rows of the last stage, read and written through the stages before.
+
+        Raises:
+            LoweringError: a stage has no rows, or one before the last is not affine.
+        """
+        *first, last = self._stages()
+        rows = last.feature_rows(columns)
+        for stage in reversed(first):
+            before = stage.feature_rows()
+            gate = before.gate
+            if gate is None or not gate.is_affine:
+                raise LoweringError(f"{stage.id!r} ({stage.kind}) stands before another stage and is not affine")
+            bias = rows.bias + rows.read @ (gate.slope * before.bias + gate.offset)
+            rows = FeatureRows(rows.read * gate.slope @ before.read, bias, rows.gate, rows.write @ before.write)
+        return rows
 
     def check(self) -> None:
         """Check every stage."""

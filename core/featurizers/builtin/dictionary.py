@@ -17,8 +17,9 @@ from featurizers.builtin.linear_decoder import LinearDecoderFeaturizer
 from featurizers.builtin.normalization import Normalization
 from featurizers.builtin.sparse import Active, SparseFeatures
 from featurizers.builtin.units import convert
-from featurizers.errors import ConfigError, FeatureIndexError, ShapeError, UsageError, explain
+from featurizers.errors import ConfigError, FeatureIndexError, LoweringError, ShapeError, UsageError, explain
 from featurizers.features.indices import Indices, Selection, columns_of, select
+from featurizers.features.programs import FeatureRows
 from featurizers.features.rules import BUILT_IN
 from featurizers.registry.hookspecs import hookimpl
 
@@ -256,6 +257,30 @@ class DictionaryFeaturizer(LinearDecoderFeaturizer[DictionaryConfig]):
             )
         change = sparse.times_rows(Active(rows, columns, after - before), self.W_dec, n)
         return self._add(base, change.reshape(flat.shape))
+
+    def feature_rows(self, columns: Tensor | None = None) -> FeatureRows:
+        """See `Featurizer.feature_rows`; a rule that compares all features gives rows that can only be added to.
+
+        Raises:
+            LoweringError: the normalisation depends on the token.
+        """
+        if self._normalization in ("layer-norm", "constant-norm"):
+            raise LoweringError(
+                f"{self.id!r} normalises each token by its own {self._normalization}, so that an edit of its features "
+                "has no fixed form"
+            )
+        encoder = self._encoder()
+        where = slice(None) if columns is None else columns
+        read, write = encoder.weight[where] * self._input_scale, self.W_dec[where] / self._input_scale
+        bias = read.new_zeros(len(read)) if encoder.bias is None else encoder.bias[where]
+        if encoder.centre is not None:
+            bias = bias - encoder.weight[where] @ encoder.centre
+        gate_of = self.rule.gate
+        gate = None if gate_of is None else gate_of(bias, **{n: t[where] for n, t in encoder.tensors.items()})
+        if self.config.units == "decoder-norm":
+            norm = self._scale(columns)
+            gate, write = gate and gate.scaled(norm), write / norm[:, None]
+        return FeatureRows(read, bias, gate, write)
 
     # ------------------------------------------------------------------ slices and units
     def take(self, indices: Sequence[int] | Tensor) -> DictionaryFeaturizer:

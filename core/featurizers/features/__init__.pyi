@@ -8,6 +8,9 @@ from .indices import columns_of as columns_of
 from .indices import select as select
 from .placement import check_placement as check_placement
 from .precision import without_autocast as without_autocast
+from .programs import FeatureRows as FeatureRows
+from .programs import Gate as Gate
+from .programs import Program as Program
 from .rules import Rule as Rule
 from .rules import activation_rule as activation_rule
 from .site_map import Edit as Edit

@@ -11,12 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 import featurizers
-from featurizers.errors import ShapeError, UsageError
+from featurizers.errors import LoweringError, ShapeError, UsageError
 from featurizers.features.derivatives import Derivatives, Error
 from featurizers.features.feature_space import ConfigT, FeatureSpace
 from featurizers.features.indices import Indices, Selection, check_broadcast, select, values_like
 from featurizers.features.placement import check_device
 from featurizers.features.precision import without_autocast, without_overflow
+from featurizers.features.programs import FeatureRows
 from featurizers.format.sites import Site
 
 
@@ -137,6 +138,19 @@ class Featurizer(Derivatives, FeatureSpace[ConfigT]):
         result = self.apply_edit(base, features, edited)
         # a closed form may return its argument, as the identity's does, and that may be the caller's tensor
         return result.clone() if result is base or (gate is None and result is edited) else result
+
+    def feature_rows(self, columns: Tensor | None = None) -> FeatureRows:
+        """Return features, all or those in ``columns``, as rows that are read and written: see `featurizers.lower`.
+
+        Kinds override it whose features are each an affine function of the activations, followed by a gate of their
+        own, and which decode linearly.
+
+        Raises:
+            LoweringError: the features have no such form.
+        """
+        raise LoweringError(
+            f"the features of {self.id!r} ({self.kind}) are not known as rows, so that its edits have no fixed form"
+        )
 
     def flatten(self, x: Tensor) -> Float[Tensor, "*batch d_in"]:
         """Return x with the activations on the last axis. Kinds override it to accept other layouts, such as heads.

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from featurizers.features.programs import Gate
+
 
 @dataclass(frozen=True, eq=False)
 class Rule:
@@ -29,6 +31,8 @@ class Rule:
             the same features as the whole.
         sparse: True if the gradient of a zero feature is zero, as with every kind of ReLU.
         encoder_bias: True if the encoder has a bias, False if the rule brings its own.
+        gate: ``(pre, **tensors) → Gate`` with the same features as an elementwise rule, for `featurizers.lower`; None
+            if it has no such form.
         scaled: names of the tensors to multiply by the same factor as the features when the unit changes; None if
             the features cannot be rescaled through the rule's tensors.
     """
@@ -41,6 +45,7 @@ class Rule:
     elementwise: bool = True
     sparse: bool = True
     encoder_bias: bool = True
+    gate: Callable[..., Gate] | None = None
     scaled: tuple[str, ...] | None = None
 
     @property
@@ -66,6 +71,7 @@ def activation_rule(
     elementwise: bool = True,
     sparse: bool = False,
     encoder_bias: bool = True,
+    gate: Callable[..., Gate] | None = None,
     scaled: tuple[str, ...] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Rule]:
     """Turn a function into an activation rule; the arguments are the fields of `Rule`.
@@ -83,25 +89,41 @@ def activation_rule(
 
     def decorate(function: Callable[..., Tensor]) -> Rule:
         return Rule(
-            name, function, tensors, options, select, elementwise and select is None, sparse, encoder_bias, scaled
+            name, function, tensors, options, select, elementwise and select is None, sparse, encoder_bias, gate, scaled
         )
 
     return decorate
 
 
-@activation_rule("relu", sparse=True, scaled=())
+def _relu_gate(pre: Tensor) -> Gate:
+    return Gate.of(pre, threshold=0.0)
+
+
+def _jumprelu_gate(pre: Tensor, threshold: Tensor) -> Gate:
+    return Gate.of(pre, threshold=threshold.clamp(min=0))
+
+
+def _jump_gate(pre: Tensor, jump: Tensor) -> Gate:
+    return Gate.of(pre, threshold=0.0, offset=jump)
+
+
+def _gated_gate(pre: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor) -> Gate:
+    return Gate.of(pre, threshold=-b_gate, slope=r_mag.exp(), offset=b_mag, floor=0.0)
+
+
+@activation_rule("relu", sparse=True, scaled=(), gate=_relu_gate)
 def relu(pre: Tensor) -> Tensor:
     """Return f = max(h, 0)."""
     return torch.relu(pre)
 
 
-@activation_rule("jumprelu", tensors=("threshold",), sparse=True, scaled=("threshold",))
+@activation_rule("jumprelu", tensors=("threshold",), sparse=True, scaled=("threshold",), gate=_jumprelu_gate)
 def jumprelu(pre: Tensor, threshold: Tensor) -> Tensor:
     """Return f = h where h exceeds both its threshold and zero, else 0 (JumpReLU, arXiv:2407.14435)."""
     return torch.where(pre > threshold.detach().clamp(min=0), pre, 0.0)
 
 
-@activation_rule("jump", tensors=("jump",), sparse=True, scaled=("jump",))
+@activation_rule("jump", tensors=("jump",), sparse=True, scaled=("jump",), gate=_jump_gate)
 def jump(pre: Tensor, jump: Tensor) -> Tensor:
     """Return f = h + jump where h is positive, else 0: dictionary_learning's JumpAutoEncoder. It has no threshold."""
     return torch.where(pre > 0, pre + jump, 0.0)
@@ -113,6 +135,7 @@ def jump(pre: Tensor, jump: Tensor) -> Tensor:
     sparse=True,
     encoder_bias=False,
     scaled=("b_gate", "b_mag"),
+    gate=_gated_gate,
 )
 def gated(pre: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor) -> Tensor:
     """Return f = max(exp(r_mag) h + b_mag, 0) where h + b_gate is positive, else 0.
@@ -154,7 +177,7 @@ def groupmax(pre: Tensor) -> Tensor:
     return torch.relu(pre)
 
 
-@activation_rule("identity", scaled=())
+@activation_rule("identity", scaled=(), gate=Gate.of)
 def identity(pre: Tensor) -> Tensor:
     """Return f = h."""
     return pre.clone()

@@ -22,6 +22,7 @@ from .hooks import scatter as scatter
 from .loading import LanguageModel as LanguageModel
 from .loading import load_model as load_model
 from .loading import text_ids as text_ids
+from .lowering import lower as lower
 from .modes import evaluating as evaluating
 from .modes import frozen as frozen
 from .modes import without_parameter_gradients as without_parameter_gradients

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 import featurizers
-from featurizers.errors import ConfigError, FeatureIndexError, ShapeError
+from featurizers.errors import ConfigError, FeatureIndexError, LoweringError, ShapeError
 from featurizers.features.derivatives import Error
 from featurizers.features.featurizer import Featurizer
+from featurizers.models.lowering import lower
+from featurizers.models.operations import Ablate, Steer
 from featurizers.registry.plugin_host import build, host
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -192,6 +194,22 @@ class FeaturizerContract:
         self._close(featurizer.collect(base), features)
         self._close(featurizer.collect(base, columns.flip(0)), features[..., columns.flip(0)])
         assert featurizer.collect(base, []).shape == (4, 0)
+
+    def test_lowered_edits_are_those_of_the_featurizer(self, featurizer: Featurizer[Any], activations: Tensor) -> None:
+        base = activations[:4]
+        columns = _some(featurizer.featurize(base)[0].shape[-1])
+        values = torch.linspace(0.5, 1.5, len(columns))
+        steer = Steer(featurizer, delta=values, indices=columns)
+        ablate = Ablate(featurizer, value=values, indices=columns)
+        for operation, expected in (
+            (steer, featurizer.steer(base, values, columns)),
+            (ablate, featurizer.ablate(base, columns, values)),
+        ):
+            try:
+                program = lower(operation)
+            except LoweringError:  # a kind need not have this form, but if it has one, it is right
+                continue
+            self._close(program.apply(base), expected)
 
     def test_low_precision_activations_are_computed_precisely(
         self, featurizer: Featurizer[Any], activations: Tensor

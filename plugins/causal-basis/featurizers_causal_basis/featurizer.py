@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, final
 import torch
 from featurizers import Error, Featurizer, Site
 from featurizers.errors import BasisError, ShapeError, SiteError, UsageError
+from featurizers.features import FeatureRows
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
@@ -234,6 +235,11 @@ class CausalBasisFeaturizer(Featurizer[CausalBasisConfig]):
         """Return ``base + V (edited - features)``, which leaves the part outside the basis unchanged."""
         rows = self._rows(columns)
         return (base + (edited - features).to(rows.dtype) @ rows).to(base.dtype)
+
+    def feature_rows(self, columns: Tensor | None = None) -> FeatureRows:
+        """See `Featurizer.feature_rows`."""
+        rows = self._rows(columns)
+        return FeatureRows.linear(rows, rows)
 
     def _rows(self, columns: Tensor | None) -> Tensor:
         return self.directions if columns is None else self.directions[columns]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, final
 
+import torch
 from featurizers import Error, Featurizer, hookimpl
+from featurizers.features import FeatureRows
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -67,6 +69,18 @@ class IdentityFeaturizer(Featurizer[IdentityConfig]):
         """Put the edited coordinates in their columns of ``base``; no difference is computed, so nothing is rounded."""
         edited = edited.to(base.dtype)
         return edited if columns is None else base.index_copy(-1, columns, edited)
+
+    def feature_rows(self, columns: Tensor | None = None) -> FeatureRows:
+        """See `Featurizer.feature_rows`.
+
+        Raises:
+            LoweringError: the width is not known.
+        """
+        if self.d_in is None:
+            return super().feature_rows(columns)
+        eye = torch.eye(self.d_in)
+        rows = eye if columns is None else eye[columns]
+        return FeatureRows.linear(rows, rows)
 
 
 @hookimpl

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, final
 import torch
 from featurizers import Error, Featurizer, hookimpl
 from featurizers.errors import BasisError, ShapeError
+from featurizers.features import FeatureRows, Gate
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -117,6 +118,13 @@ class StandardizeFeaturizer(Featurizer[StandardizeConfig]):
             return (base + change * self.std).to(base.dtype)
         change = change * self.std[columns]
         return base.to(change.dtype).index_add(-1, columns, change).to(base.dtype)
+
+    def feature_rows(self, columns: Tensor | None = None) -> FeatureRows:
+        """See `Featurizer.feature_rows`."""
+        std, mean = self.std[slice(None) if columns is None else columns], self.mean
+        units = torch.eye(len(mean), dtype=std.dtype, device=std.device)[slice(None) if columns is None else columns]
+        read = units / std[:, None]
+        return FeatureRows(read, -read @ mean, Gate.of(std), units * std[:, None])
 
     def check(self) -> None:
         """Raise `BasisError` unless every standard deviation is positive."""

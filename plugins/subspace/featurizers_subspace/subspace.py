@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, final
 import torch
 from featurizers import Error, Featurizer, hookimpl
 from featurizers.errors import BasisError, ShapeError
-from featurizers.features import without_autocast
+from featurizers.features import FeatureRows, without_autocast
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
@@ -226,6 +226,11 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
         basis = self._columns(columns)
         with without_autocast(basis):
             return (base + (edited - features).to(basis.dtype) @ basis.mT).to(base.dtype)
+
+    def feature_rows(self, columns: Tensor | None = None) -> FeatureRows:
+        """See `Featurizer.feature_rows`."""
+        rows = self._columns(columns).mT
+        return FeatureRows.linear(rows, rows)
 
     def check(self) -> None:
         """Raise `BasisError` unless the basis is orthonormal to its dtype's precision."""

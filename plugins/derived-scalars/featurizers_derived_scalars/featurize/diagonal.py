@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, final
 import torch
 from featurizers import Error, Featurizer
 from featurizers.errors import ConfigError, ShapeError
+from featurizers.features import FeatureRows
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -94,6 +95,12 @@ class DiagonalFeaturizer(Featurizer[DiagonalConfig]):
             return (base + change * self._inverse).to(base.dtype)
         change = change * self._inverse[columns]
         return base.to(change.dtype).index_add(-1, columns, change).to(base.dtype)
+
+    def feature_rows(self, columns: Tensor | None = None) -> FeatureRows:
+        """See `Featurizer.feature_rows`."""
+        where = slice(None) if columns is None else columns
+        units = torch.eye(len(self.gain), dtype=self.gain.dtype, device=self.gain.device)[where]
+        return FeatureRows.linear(units * self.gain[where][:, None], units * self._inverse[where][:, None])
 
     @property
     def _inverse(self) -> Tensor:
