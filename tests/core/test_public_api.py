@@ -56,6 +56,14 @@ def _is_core(module: str) -> bool:
     return module.partition(".")[0] == "featurizers"
 
 
+@pytest.mark.parametrize(("face", "stub"), STUBS.items(), ids=STUBS)
+def test_no_name_is_that_of_a_module_beside_it(face, stub):
+    """Python sets a module as an attribute of its package, where it would hide a function of the same name."""
+    modules = {path.stem for path in stub.parent.iterdir()}
+    forwarded = {name for module, name in listed(stub) if not module}
+    assert not (PUBLIC[face] - forwarded - {each.partition(".")[2] for each in STUBS}) & modules
+
+
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_plugin_or_an_example_imports_public_names_alone(path):
     assert private_imports(path.read_text(encoding="utf-8")) == []

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from featurizers import features, files, hub, registry, store
+from featurizers import features, files, hub, models, registry, store
 from featurizers.cli.output import commit_link, print_fields, print_json, print_rows
 from featurizers.cli.plugin_commands import CommandGroup
 from featurizers.errors import FeaturizerError, ManifestError, SourceError, printable, shown
@@ -201,16 +201,25 @@ def push(
 
 
 def verify(
-    source: SourceArgument, subfolder: Subfolder = None, revision: Revision = None, as_json: Json = False
+    source: SourceArgument,
+    subfolder: Subfolder = None,
+    revision: Revision = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Compare the passport with this model: Hub id, folder or .gguf file.", metavar="MODEL"),
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Check an artefact, or each of a collection: config, shapes, checksum, finite and well-formed weights."""
     record = store.manifest_of(source, subfolder=subfolder, revision=revision)
+    loaded = None if model is None else models.load_model(model).model
     names = list(record.artefacts) if isinstance(record, Index) else [subfolder or ""]
     rows: list[dict[str, Any]] = []
     for name in names:
         try:
-            store.load(source, subfolder=name or None, revision=revision, verify=True)
-            rows.append({"subfolder": name, "result": "ok", "error": None})
+            featurizer = store.load(source, subfolder=name or None, revision=revision, verify=True)
+            result = "ok" if loaded is None else f"ok, {models.fit_in_words(loaded, featurizer)}"
+            rows.append({"subfolder": name, "result": result, "error": None})
         except FeaturizerError as error:
             rows.append({"subfolder": name, "result": "failed", "error": str(error)})
     print_rows(rows, ["subfolder", "result", "error"], as_json=as_json)

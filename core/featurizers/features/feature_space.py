@@ -102,9 +102,9 @@ class FeatureSpace(nn.Module, ABC, Generic[ConfigT]):
         return featurizers.attach(model, self, any_model=any_model)
 
     @final
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(self, folder: str | Path, *, model: nn.Module | None = None) -> Path:
         """Write an artefact and return its folder; see `featurizers.save`."""
-        return featurizers.save(self, folder)
+        return featurizers.save(self, folder, model=model)
 
     @classmethod
     @final

@@ -5,6 +5,7 @@ from .attached import GATE_LOGITS as GATE_LOGITS
 from .attached import SELECTED as SELECTED
 from .attached import Attached as Attached
 from .attached import attach as attach
+from .attached import fit_in_words as fit_in_words
 from .attached import interchange as interchange
 from .backend import collect as collect
 from .backend import intervene as intervene
@@ -34,6 +35,8 @@ from .operations import Mask as Mask
 from .operations import SourcedOperation as SourcedOperation
 from .operations import Steer as Steer
 from .operations import given as given
+from .passport import Passport as Passport
+from .passport import passport_of as passport_of
 from .positions import Inputs as Inputs
 from .positions import Positions as Positions
 from .projections import projection as projection

@@ -19,6 +19,7 @@ from featurizers.models.anatomy import Anatomy
 from featurizers.models.backend import collect, intervene, site_of
 from featurizers.models.calling import as_named
 from featurizers.models.operations import Collect, Interchange, Mask, Operation
+from featurizers.models.passport import KEY, check_passport, dtype_of
 from featurizers.models.positions import Inputs, Positions
 from featurizers.models.site_maps import places_of
 from featurizers.models.widths import width_of
@@ -122,10 +123,11 @@ def attach(
     Args:
         model: a decoder, as in `featurizers.intervene`.
         featurizers: a featurizer or several, each with a ``site``, or with ``reads`` and ``writes``.
-        any_model: accept another model than the one that an artefact names.
+        any_model: accept another model than the one that an artefact names, or whose activations are those of its
+            passport (`featurizers.save` with ``model``); else a featurizer with a passport costs a pass of six tokens.
 
     Raises:
-        UsageError: a featurizer has no site, or was found in another model of the Hub.
+        UsageError: a featurizer has no site, or was found in another model of the Hub, or in other activations.
         SiteError: the model does not have a site.
         ShapeError, FeatureIndexError: the featurizer does not have the selected features.
 
@@ -153,7 +155,22 @@ def attach(
         selected(featurizer)
         if not any_model:
             _check_model(model, featurizer)
+            check_passport(model, featurizer)
     return Attached(model, attached)
+
+
+def fit_in_words(model: nn.Module, featurizer: FeatureSpace[Any]) -> str:
+    """Attach a featurizer to a model, and say whether its activations were compared.
+
+    Raises:
+        FeaturizerError: as `attach`.
+    """
+    attach(model, featurizer)
+    record = featurizer.metadata.get(KEY)
+    if record is None:
+        return "its sites are in the model; it has no passport, so that activations were not compared"
+    stored, given = shown(record["dtype"]), shown(dtype_of(model))
+    return f"its passport fits the model{'' if stored == given else f', which is {given} and was {stored}'}"
 
 
 def interchange(

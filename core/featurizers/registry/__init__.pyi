@@ -1,6 +1,6 @@
-from .arguments import Argument as Argument
-from .arguments import arguments as arguments
 from .hookspecs import hookimpl as hookimpl
+from .kind_arguments import Argument as Argument
+from .kind_arguments import arguments as arguments
 from .loader import PluginInfo as PluginInfo
 from .plugin_host import KIND as KIND
 from .plugin_host import build as build

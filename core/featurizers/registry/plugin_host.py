@@ -197,7 +197,7 @@ def build(cls: type[FeatureSpace[Any]], config: Mapping[str, Any]) -> Any:
 
 def _takes(cls: type[Featurizer[Any]], config: Mapping[str, Any]) -> str:
     """Return a sentence on the arguments of a class, or on the one that a misspelt argument may mean."""
-    from featurizers.registry.arguments import arguments
+    from featurizers.registry.kind_arguments import arguments
 
     known = arguments(cls.Config)
     listed = f"The arguments of {cls.kind!r}: {', '.join(map(str, known))}"

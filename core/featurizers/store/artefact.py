@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from featurizers.errors import (
     ArtefactError,
@@ -44,22 +44,35 @@ from featurizers.format.manifest import (
     read,
     repeated,
 )
+from featurizers.models.passport import KEY as PASSPORT
+from featurizers.models.passport import passport_of
 from featurizers.registry.plugin_host import host
 
 MAX_SET_NUMBERS = 2**16
 """Most numbers for each feature that a stored feature set may have."""
 
 
-def save(featurizer: FeatureSpace[Any], folder: str | Path) -> Path:
+def save(featurizer: FeatureSpace[Any], folder: str | Path, *, model: nn.Module | None = None) -> Path:
     """Write a featurizer as an artefact and return its folder.
 
     The files are written to a new folder, which then replaces the old artefact: a save that fails leaves the old one
     unchanged. Other files in the folder and the text that people wrote in the README are kept.
 
+    Args:
+        featurizer: to save.
+        folder: to write to.
+        model: in which the featurizer was found. A passport of it goes into the metadata: a few numbers of its
+            activations at the featurizer's sites, with which `attach` and ``featurizers verify --model`` tell it from
+            other models, revisions and coordinates.
+
     Raises:
         ArtefactError: the folder is not empty and not an artefact.
         ManifestError: the metadata is not JSON, or a name is not allowed.
+        UsageError: a model is given, and the featurizer has no site.
     """
+    if model is not None:
+        record = passport_of(model, featurizer).model_dump(mode="json")
+        featurizer.metadata = {**featurizer.metadata, PASSPORT: record}
     target = resolved(folder)
     with _replacing(target) as new_folder:
         _write(featurizer, new_folder, source=f"./{target.name}")

@@ -35,6 +35,7 @@ from featurizers.version import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd
+    from torch import nn
 
     from featurizers.features.feature_space import FeatureSpace
 
@@ -136,12 +137,14 @@ def _commit(
     )
 
 
-def push_featurizer(featurizer: FeatureSpace[Any], repo_id: str, **options: Any) -> CommitInfo:
-    """Save a featurizer to a temporary folder and `push` that."""
+def push_featurizer(
+    featurizer: FeatureSpace[Any], repo_id: str, *, model: nn.Module | None = None, **options: Any
+) -> CommitInfo:
+    """Save a featurizer to a temporary folder, with the passport of a model as `save` does, and `push` that."""
     from featurizers.store.artefact import save  # which imports torch
 
     with tempfile.TemporaryDirectory() as folder:
-        return push(save(featurizer, Path(folder) / "artefact"), repo_id, **options)
+        return push(save(featurizer, Path(folder) / "artefact", model=model), repo_id, **options)
 
 
 def _operations(
