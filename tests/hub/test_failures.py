@@ -32,7 +32,7 @@ from featurizers.errors import (
 from featurizers.hub import repository, transport
 from featurizers.store import pushing
 
-from tests.support.hub import ALICE_READ, BOB, LoopbackHub, subspace
+from tests.support.hub import ALICE_READ, BOB, LoopbackHub, require_xet, subspace
 
 
 class Failure(NamedTuple):
@@ -253,7 +253,7 @@ def filled(hub, hasty, request, monkeypatch):
     from huggingface_hub import constants
 
     if request.param == "xet":
-        pytest.importorskip("hf_xet")
+        require_xet()
         hub.xet = True
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     subspace().push_to_hub("alice/x")

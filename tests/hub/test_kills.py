@@ -5,6 +5,7 @@ import os
 import pytest
 
 from tests.support import faults
+from tests.support.hub import require_xet
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the programs are forked")
 KILLS = 10
@@ -13,7 +14,7 @@ KILLS = 10
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "xet"])
 def hub(request, tmp_path_factory):
     if request.param:
-        pytest.importorskip("hf_xet")
+        require_xet()
     with faults.HubProcess(tmp_path_factory.mktemp("hub"), xet=request.param) as hub:
         yield hub
 

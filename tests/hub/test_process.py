@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.support.hub import ALICE, LoopbackHub
+from tests.support.hub import ALICE, LoopbackHub, require_xet
 
 ROUND_TRIP = """
 import featurizers
@@ -22,7 +22,7 @@ print("plain" if constants.HF_HUB_DISABLE_XET else "xet")
 @pytest.mark.parametrize("xet", [False, True], ids=["plain", "xet"])
 def test_round_trip(tmp_path, xet):
     if xet:
-        pytest.importorskip("hf_xet")
+        require_xet()
     hub = LoopbackHub(tmp_path / "server", xet=xet)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environment = {
