@@ -13,6 +13,9 @@ BLOCK_KINDS: Final = {
     "resid.pre": "residual stream entering a block",
     "resid.post": "residual stream leaving a block",
     "attn.out": "output of the attention module",
+    "attn.q": "queries of all heads, as their projection returns them: before rotary positions and norms",
+    "attn.k": "keys of all heads, likewise",
+    "attn.v": "values of all heads, as their projection returns them",
     "attn.z": "attention-weighted values of all heads, the input of the output projection",
     "resid.mid": "residual stream between attention and MLP",
     "mlp.in": "input of the MLP module",
@@ -20,6 +23,9 @@ BLOCK_KINDS: Final = {
     "mlp.act": "activations of the neurons, the input of the MLP's down projection",
 }
 """Kinds of site that each block has."""
+
+HEAD_KINDS: Final = ("attn.q", "attn.k", "attn.v", "attn.z")
+"""Kinds of site that each attention head has. Under grouped queries, heads of keys and values are fewer."""
 
 MODEL_KINDS: Final = {"embed": "output of the token embedding", "norm.out": "output of the final norm"}
 """Kinds of site that a model has only once."""
@@ -37,7 +43,7 @@ class Site:
     Attributes:
         kind: a key of `BLOCK_KINDS` or `MODEL_KINDS`, or ``module``.
         layer: number of the block, for kinds of `BLOCK_KINDS`.
-        head: attention head, for ``attn.z`` only.
+        head: attention head, for kinds of `HEAD_KINDS`.
         module: path of the module, for ``module`` sites.
         side: ``input`` or ``output``, for ``module`` sites.
         position: token positions at which the featurizer was found; -1 is the last token of the prompt.
@@ -74,9 +80,11 @@ class Site:
         if self.kind != "module" and (self.module is not None or self.side is not None):
             raise SiteError(f"{self.kind!r} takes no module and no side; only the kind 'module' does")
         if self.kind in BLOCK_KINDS:
-            wrong = not _is_count(self.layer) or (self.head is not None and self.kind != "attn.z")
+            wrong = not _is_count(self.layer) or (self.head is not None and self.kind not in HEAD_KINDS)
             if wrong or (self.head is not None and not _is_count(self.head)):
-                raise SiteError(f"{self.kind!r} needs a layer from 0, and only 'attn.z' may name a head: 'attn.z:8:3'")
+                raise SiteError(
+                    f"{self.kind!r} needs a layer from 0; heads, as in 'attn.z:8:3', are of {', '.join(HEAD_KINDS)}"
+                )
         elif self.kind in MODEL_KINDS:
             if self.layer is not None or self.head is not None:
                 raise SiteError(f"{self.kind!r} has no layer and no head")

@@ -134,14 +134,15 @@ def why_missing(model: nn.Module, layers: str, layer: int, kind: str) -> str:
     if kind.startswith("mlp") and part is not None and (beside := first_child(block, BESIDE_MLP)) is not None:
         return f"it has {part!r} and beside it {beside!r}, and neither is the whole MLP"
     if part is None or kind.endswith(".out"):
-        return f"it has {_names(block)}"
+        return f"it has {module_names(block)}"
     inside, _ = unwrapped(block._modules[part])  # type: ignore[arg-type]
     wanted = "output projection of attention" if kind.startswith("attn") else "down projection of an MLP"
     routed = ", so that each token goes through experts" if first_child(inside, ("experts",)) else ""
-    return f"its {type(inside).__name__} has {_names(inside)}{routed}, and none is the one {wanted}"
+    return f"its {type(inside).__name__} has {module_names(inside)}{routed}, and none is the one {wanted}"
 
 
-def _names(module: nn.Module) -> str:
+def module_names(module: nn.Module) -> str:
+    """Return the names of the children of a module, for people."""
     return ", ".join(map(repr, module._modules)) or "no modules"
 
 

@@ -65,11 +65,13 @@ def hook(place: Place, edit: Callable[[Tensor], Tensor], *, first: bool = False,
     def part(hidden: Tensor) -> Tensor:
         if place.columns is None:
             return edit(hidden)
-        chosen = hidden[..., place.columns]
+        grouped = _in_groups(hidden, place.groups)
+        chosen = grouped[..., place.columns].flatten(-2)
         edited = edit(chosen)
         if edited is chosen:
             return hidden
-        return torch.cat([hidden[..., : place.columns.start], edited, hidden[..., place.columns.stop :]], dim=-1)
+        before, after = grouped[..., : place.columns.start], grouped[..., place.columns.stop :]
+        return torch.cat([before, _in_groups(edited, place.groups), after], dim=-1).flatten(-2)
 
     def on_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         hidden = first_tensor(output)
@@ -87,6 +89,11 @@ def hook(place: Place, edit: Callable[[Tensor], Tensor], *, first: bool = False,
     if place.side == "output":
         return place.module.register_forward_hook(on_output, prepend=first)
     return place.module.register_forward_pre_hook(on_input, with_kwargs=True, prepend=first)
+
+
+def _in_groups(hidden: Tensor, groups: int) -> Tensor:
+    """Split the last axis into groups and their columns."""
+    return hidden.reshape(*hidden.shape[:-1], groups, hidden.shape[-1] // groups)
 
 
 class _Handles:

@@ -50,9 +50,8 @@ def places_of(anatomy: Anatomy, site_map: SiteMap[Any]) -> MapPlaces:
         for name, site in sites.items():
             place = anatomy.place(site)
             columns_of_head = None if place.columns is None else (place.columns.start, place.columns.stop)
-            entry = found.setdefault(
-                (place.path, place.side, columns_of_head, site.kind == "resid.mid"), (place, [], [])
-            )
+            key = (place.path, place.side, place.groups, columns_of_head, site.kind == "resid.mid")
+            entry = found.setdefault(key, (place, [], []))
             (entry[2] if of_writes else entry[1]).append(name)
     return list(found.values())
 
