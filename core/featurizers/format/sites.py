@@ -21,6 +21,7 @@ BLOCK_KINDS: Final = {
     "mlp.in": "input of the MLP module",
     "mlp.out": "output of the MLP module",
     "mlp.act": "activations of the neurons, the input of the MLP's down projection",
+    "mlp.router": "logits by which a mixture of experts chooses the experts of each token",
 }
 """Kinds of site that each block has."""
 
@@ -175,6 +176,9 @@ class Blocks:
         attention_added: path within a block of the module whose output is what attention adds to the stream.
         middle_reader: path within a block of the module whose input is the stream after attention: the norm before the
             MLP, or the MLP without one; None if it is not known, or there is no such place.
+        router: path within a block of the module that chooses between experts: it returns logits, weights of the chosen
+            experts, and their indices; None if there are no experts.
+        experts: path within a block of the module that takes these weights and indices.
     """
 
     decoder: str
@@ -186,6 +190,8 @@ class Blocks:
     stream_reader: str | None = None
     attention_added: str | None = None
     middle_reader: str | None = None
+    router: str | None = None
+    experts: str | None = None
 
 
 def _is_count(number: object) -> bool:

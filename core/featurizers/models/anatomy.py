@@ -43,6 +43,8 @@ class Place:
             that returns queries, keys and values head by head.
         stream: for ``resid.mid``, which no module returns: the place whose activations are added to those of this one.
         sum_reader: for ``resid.mid``, the place that must have the sum.
+        tokens: for ``mlp.router``, the place that has the axes of the batch and the sequence.
+        experts: for ``mlp.router``, the place of the experts, which must take what the router returns.
     """
 
     path: str
@@ -52,6 +54,8 @@ class Place:
     groups: int = 1
     stream: Place | None = None
     sum_reader: Place | None = None
+    tokens: Place | None = None
+    experts: Place | None = None
 
 
 class Anatomy:
@@ -173,7 +177,16 @@ class Anatomy:
             near = did_you_mean(path, dict(self.model.named_modules()), "Its named_modules() lists all.")
             raise SiteError(f"{site}: {type(self.model).__name__} has no module {path!r}. {near}") from error
         self._is_called(site, path, module)
+        if site.kind == "mlp.router":
+            return self._router(site, path, module)
         return Place(path, module, side, None if site.head is None else self._head(site, site.head, module))
+
+    def _router(self, site: Site, path: str, module: nn.Module) -> Place:
+        """Return the place of a router, with the experts that it chooses from."""
+        parts = self.parts(site.layer or 0)
+        experts = Site("module", module=join(parts.layers, str(site.layer), parts.experts or ""), side="input")
+        tokens = self.place(Site("mlp.in", site.layer))
+        return Place(path, module, "output", tokens=tokens, experts=self.place(experts))
 
     def _part(self, site: Site) -> Place:
         """Return the place of queries, keys or values, or of a head of them."""
@@ -226,6 +239,8 @@ class Anatomy:
         place = self.place(site := Site.parse(site))
         if place.stream is not None:
             raise SiteError(f"{site}: it is the sum of two places, which pyvene has no component for")
+        if place.experts is not None:
+            raise SiteError(f"{site}: the experts are chosen anew after an edit, which pyvene does not do")
         if place.columns is not None:
             what = "part of a module's output" if site.head is None else "a head"
             raise SiteError(f"{site}: it is {what}; pyvene selects heads by its unit 'h', not by a module path")
@@ -254,6 +269,7 @@ class Anatomy:
             "mlp.in": (parts.mlp, "input"),
             "mlp.out": (parts.mlp, "output"),
             "mlp.act": (parts.down_projection, "input"),
+            "mlp.router": (parts.router if parts.experts else None, "output"),
         }[site.kind]
         if within is None:
             block = type(unwrapped(self.layers[site.layer])[0]).__name__  # type: ignore[index]

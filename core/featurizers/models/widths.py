@@ -26,6 +26,6 @@ def width_of(anatomy: Anatomy, site: Site) -> int | None:
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         width = getattr(config, "hidden_size", None)
         return width if isinstance(width, int) else None
-    if site.kind in PARTS:
+    if site.kind in (*PARTS, "mlp.router"):
         return output_width(place.module)
     return input_width(place.module) if place.side == "input" else None
