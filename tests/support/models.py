@@ -103,6 +103,39 @@ MODULES: dict[str, dict[str, tuple[str, str]]] = {
 """Module path ('{}' is the layer) and side of each kind of site, by architecture; written by hand."""
 
 
+_HEAD_COLUMNS: dict[str, dict[str, tuple[str, int, int, int]]] = {
+    "gpt2": {
+        "attn.q": ("transformer.h.{}.attn.c_attn", HEADS, 0, 8),
+        "attn.k": ("transformer.h.{}.attn.c_attn", HEADS, 32, 8),
+        "attn.v": ("transformer.h.{}.attn.c_attn", HEADS, 64, 8),
+    },
+    "gpt_neox": {
+        "attn.q": ("gpt_neox.layers.{}.attention.query_key_value", HEADS, 0, 24),
+        "attn.k": ("gpt_neox.layers.{}.attention.query_key_value", HEADS, 8, 24),
+        "attn.v": ("gpt_neox.layers.{}.attention.query_key_value", HEADS, 16, 24),
+    },
+    "phi3": {
+        "attn.q": ("model.layers.{}.self_attn.qkv_proj", HEADS, 0, 8),
+        "attn.k": ("model.layers.{}.self_attn.qkv_proj", KV_HEADS, 32, 8),
+        "attn.v": ("model.layers.{}.self_attn.qkv_proj", KV_HEADS, 48, 8),
+    },
+}
+"""Module, number of heads, first column of head 0, and step from head to head; written by hand."""
+_HEAD_COLUMNS["gpt_neox_sequential"] = _HEAD_COLUMNS["gpt_neox"]
+
+
+def head_columns(architecture: str, kind: str) -> tuple[str, list[list[int]]]:
+    """Return the module that returns queries, keys or values ('{}' is the layer), and the columns of each head."""
+    width = HEAD_WIDTH[architecture]
+    if architecture in _HEAD_COLUMNS:
+        path, heads, start, step = _HEAD_COLUMNS[architecture][kind]
+    else:
+        attention = "transformer.h.{}.attn.attention" if architecture == "gpt_neo" else "model.layers.{}.self_attn"
+        heads = HEADS if kind == "attn.q" or architecture == "gpt_neo" else KV_HEADS
+        path, start, step = f"{attention}.{kind[-1]}_proj", 0, width
+    return path, [list(range(first := start + head * step, first + width)) for head in range(heads)]
+
+
 def tiny_model(architecture: str, **overrides: Any) -> nn.Module:
     """Return a small random decoder in eval mode. Each call returns the same object, so do not change it.
 

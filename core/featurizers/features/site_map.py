@@ -281,9 +281,11 @@ class SiteMap(FeatureSpace[ConfigT]):
         chosen: dict[str, Tensor] = {}
         by_group = self.by_group(indices)
         # raises for a kind that cannot load some of its features, whatever the indices are
-        self.sliced(self.config, dict.fromkeys(by_group, torch.zeros(1, dtype=torch.long)))
+        some = [group for group, own in by_group.items() if own is not None]
+        self.sliced(self.config, dict.fromkeys(some, torch.zeros(1, dtype=torch.long)))
         for group, own in by_group.items():
-            columns = select(own, self.groups[group].n_features).as_columns()
+            n = self.groups[group].n_features
+            columns = torch.arange(n) if own is None else select(own, n).as_columns()
             if columns is None or not columns.numel():
                 raise UsageError(f"give the features to load of the group {group!r} as a list of numbers")
             chosen[group] = columns

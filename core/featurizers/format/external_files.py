@@ -80,7 +80,8 @@ class ExternalFiles:
         revision: commit of the repository, None for a folder.
         fetch: returns the local path of a file, given its name and its largest size in bytes.
         allow_nonfinite: True if tensors may hold NaN and infinity.
-        group_indices: of a map with several groups, the features to load by group, in place of ``indices``.
+        group_indices: of a map with several groups, the features to load by group, None for all of a group; in place of
+            ``indices``.
     """
 
     where: str
@@ -89,7 +90,7 @@ class ExternalFiles:
     indices: Tensor | None = None
     revision: str | None = None
     allow_nonfinite: bool = False
-    group_indices: Mapping[str, Tensor] | None = None
+    group_indices: Mapping[str, Tensor | None] | None = None
 
     def path(self, name: str, most: int | None = None) -> Path:
         """Return the local path of a file; download it first if necessary.

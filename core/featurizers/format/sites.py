@@ -13,13 +13,20 @@ BLOCK_KINDS: Final = {
     "resid.pre": "residual stream entering a block",
     "resid.post": "residual stream leaving a block",
     "attn.out": "output of the attention module",
+    "attn.q": "queries of all heads, as their projection returns them: before rotary positions and norms",
+    "attn.k": "keys of all heads, likewise",
+    "attn.v": "values of all heads, as their projection returns them",
     "attn.z": "attention-weighted values of all heads, the input of the output projection",
     "resid.mid": "residual stream between attention and MLP",
     "mlp.in": "input of the MLP module",
     "mlp.out": "output of the MLP module",
     "mlp.act": "activations of the neurons, the input of the MLP's down projection",
+    "mlp.router": "logits by which a mixture of experts chooses the experts of each token",
 }
 """Kinds of site that each block has."""
+
+HEAD_KINDS: Final = ("attn.q", "attn.k", "attn.v", "attn.z")
+"""Kinds of site that each attention head has. Under grouped queries, heads of keys and values are fewer."""
 
 MODEL_KINDS: Final = {"embed": "output of the token embedding", "norm.out": "output of the final norm"}
 """Kinds of site that a model has only once."""
@@ -37,7 +44,7 @@ class Site:
     Attributes:
         kind: a key of `BLOCK_KINDS` or `MODEL_KINDS`, or ``module``.
         layer: number of the block, for kinds of `BLOCK_KINDS`.
-        head: attention head, for ``attn.z`` only.
+        head: attention head, for kinds of `HEAD_KINDS`.
         module: path of the module, for ``module`` sites.
         side: ``input`` or ``output``, for ``module`` sites.
         position: token positions at which the featurizer was found; -1 is the last token of the prompt.
@@ -74,9 +81,11 @@ class Site:
         if self.kind != "module" and (self.module is not None or self.side is not None):
             raise SiteError(f"{self.kind!r} takes no module and no side; only the kind 'module' does")
         if self.kind in BLOCK_KINDS:
-            wrong = not _is_count(self.layer) or (self.head is not None and self.kind != "attn.z")
+            wrong = not _is_count(self.layer) or (self.head is not None and self.kind not in HEAD_KINDS)
             if wrong or (self.head is not None and not _is_count(self.head)):
-                raise SiteError(f"{self.kind!r} needs a layer from 0, and only 'attn.z' may name a head: 'attn.z:8:3'")
+                raise SiteError(
+                    f"{self.kind!r} needs a layer from 0; heads, as in 'attn.z:8:3', are of {', '.join(HEAD_KINDS)}"
+                )
         elif self.kind in MODEL_KINDS:
             if self.layer is not None or self.head is not None:
                 raise SiteError(f"{self.kind!r} has no layer and no head")
@@ -167,6 +176,9 @@ class Blocks:
         attention_added: path within a block of the module whose output is what attention adds to the stream.
         middle_reader: path within a block of the module whose input is the stream after attention: the norm before the
             MLP, or the MLP without one; None if it is not known, or there is no such place.
+        router: path within a block of the module that chooses between experts: it returns logits, weights of the chosen
+            experts, and their indices; None if there are no experts.
+        experts: path within a block of the module that takes these weights and indices.
     """
 
     decoder: str
@@ -178,6 +190,8 @@ class Blocks:
     stream_reader: str | None = None
     attention_added: str | None = None
     middle_reader: str | None = None
+    router: str | None = None
+    experts: str | None = None
 
 
 def _is_count(number: object) -> bool:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from featurizers.errors import FeaturizerError, PluginError, SiteError, did_you_mean
-from featurizers.format.sites import BLOCK_KINDS, MODEL_KINDS, Blocks, Side, Site
+from featurizers.format.sites import BLOCK_KINDS, HEAD_KINDS, MODEL_KINDS, Blocks, Side, Site
+from featurizers.models.attention_parts import PARTS, Part, find_part
 from featurizers.models.detection import (
     EMBEDDING,
     FINAL_NORM,
@@ -37,17 +38,24 @@ class Place:
         path: name of the module in ``model.named_modules()``.
         module: the module.
         side: ``input`` for its first input, ``output`` for its (first) output.
-        columns: part of the last axis that belongs to the site, for a head; None for the whole axis.
+        columns: part of the last axis that belongs to the site; None for the whole axis.
+        groups: number of equal parts of the last axis that each have these columns. It is above 1 only for a projection
+            that returns queries, keys and values head by head.
         stream: for ``resid.mid``, which no module returns: the place whose activations are added to those of this one.
         sum_reader: for ``resid.mid``, the place that must have the sum.
+        tokens: for ``mlp.router``, the place that has the axes of the batch and the sequence.
+        experts: for ``mlp.router``, the place of the experts, which must take what the router returns.
     """
 
     path: str
     module: nn.Module
     side: Side
     columns: slice | None = None
+    groups: int = 1
     stream: Place | None = None
     sum_reader: Place | None = None
+    tokens: Place | None = None
+    experts: Place | None = None
 
 
 class Anatomy:
@@ -89,8 +97,8 @@ class Anatomy:
         for kind in BLOCK_KINDS:
             layers = [layer for layer in range(n_layers) if self._has(Site(kind, layer))]
             details = [] if len(layers) == n_layers else [f"in {len(layers)} of them"]
-            if kind == "attn.z" and layers and self._has(Site(kind, layers[0], head=0)):
-                details.append(f"{self._config.num_attention_heads} heads")
+            if kind in HEAD_KINDS and layers and (heads := self._n_heads(Site(kind, layers[0]))) is not None:
+                details.append(f"{heads} heads")
             sites += [f"{kind} ({', '.join(details)})" if details else kind] if layers else []
         once = "".join(f"{'; ' if not number else ', '}{kind}" for number, kind in enumerate(self._once()))
         return f"{type(self).__name__}({name}, {n_layers} layers with {', '.join(sites)}{once})"
@@ -160,6 +168,8 @@ class Anatomy:
         site = Site.parse(site)
         if site.kind == "resid.mid":
             return self._middle(site)
+        if site.kind in PARTS:
+            return self._part(site)
         path, side = self._path(site)
         try:
             module = submodule(self.model, path)
@@ -167,7 +177,38 @@ class Anatomy:
             near = did_you_mean(path, dict(self.model.named_modules()), "Its named_modules() lists all.")
             raise SiteError(f"{site}: {type(self.model).__name__} has no module {path!r}. {near}") from error
         self._is_called(site, path, module)
+        if site.kind == "mlp.router":
+            return self._router(site, path, module)
         return Place(path, module, side, None if site.head is None else self._head(site, site.head, module))
+
+    def _router(self, site: Site, path: str, module: nn.Module) -> Place:
+        """Return the place of a router, with the experts that it chooses from."""
+        parts = self.parts(site.layer or 0)
+        experts = Site("module", module=join(parts.layers, str(site.layer), parts.experts or ""), side="input")
+        tokens = self.place(Site("mlp.in", site.layer))
+        return Place(path, module, "output", tokens=tokens, experts=self.place(experts))
+
+    def _part(self, site: Site) -> Place:
+        """Return the place of queries, keys or values, or of a head of them."""
+        part, attention = self._attention_part(site)
+        module = submodule(self.model, path := join(attention, part.projection))
+        self._is_called(site, path, module)
+        if site.head is not None:
+            if site.head >= part.heads:
+                raise SiteError(f"{site}: block {site.layer} has {part.heads} such heads, 0 to {part.heads - 1}")
+            return Place(path, module, "output", part.of_head(site.head))
+        whole = part.groups == 1 and part.columns == slice(0, part.stride)
+        return Place(path, module, "output", None if whole else part.columns, part.groups)
+
+    def _attention_part(self, site: Site) -> tuple[Part, str]:
+        """Return where queries, keys or values are in the attention of a block, and the path of this attention."""
+        path, _ = self._path(site)
+        inside, wrapped = unwrapped(submodule(self.model, path))
+        try:
+            name = (self.parts(site.layer or 0).attention or "").rpartition(".")[2]
+            return find_part(inside, name, site.kind, self._config), join(path, wrapped)
+        except SiteError as error:
+            raise SiteError(f"{site}: {error}. {_HELP}") from None
 
     def _middle(self, site: Site) -> Place:
         """Return the place of the stream between attention and MLP: what attention adds, and what it is added to."""
@@ -193,13 +234,16 @@ class Anatomy:
         """Return a site in the form of a module path of pyvene: ``model.layers[8].output``.
 
         Raises:
-            SiteError: the model does not have the site, or the site is a head.
+            SiteError: the model does not have the site, or it is a head or another part of what a module returns.
         """
-        place = self.place(site)
+        place = self.place(site := Site.parse(site))
         if place.stream is not None:
             raise SiteError(f"{site}: it is the sum of two places, which pyvene has no component for")
+        if place.experts is not None:
+            raise SiteError(f"{site}: the experts are chosen anew after an edit, which pyvene does not do")
         if place.columns is not None:
-            raise SiteError(f"{site}: pyvene selects a head by its unit 'h', not by a module path")
+            what = "part of a module's output" if site.head is None else "a head"
+            raise SiteError(f"{site}: it is {what}; pyvene selects heads by its unit 'h', not by a module path")
         parts = place.path.split(".")
         indexed = "".join(f"[{part}]" if part.isdecimal() else f".{part}" for part in parts).lstrip(".")
         return f"{indexed}.{place.side}"
@@ -220,16 +264,28 @@ class Anatomy:
         parts = self.parts(site.layer)
         within, side = {
             "attn.out": (parts.attention, "output"),
+            **dict.fromkeys(PARTS, (parts.attention, "output")),
             "attn.z": (parts.out_projection, "input"),
             "mlp.in": (parts.mlp, "input"),
             "mlp.out": (parts.mlp, "output"),
             "mlp.act": (parts.down_projection, "input"),
+            "mlp.router": (parts.router if parts.experts else None, "output"),
         }[site.kind]
         if within is None:
             block = type(unwrapped(self.layers[site.layer])[0]).__name__  # type: ignore[index]
             why = why_missing(self.model, parts.layers, site.layer, site.kind)
             raise SiteError(f"{site}: no such part was found in {block}: {why}. {_HELP}")
         return join(parts.layers, str(site.layer), within), side  # type: ignore[return-value]
+
+    def _n_heads(self, site: Site) -> int | None:
+        """Return the number of heads at a site, or None if they cannot be told apart."""
+        try:
+            if site.kind in PARTS:
+                return self._attention_part(site)[0].heads
+            self.place(replace(site, head=0))
+        except SiteError:
+            return None
+        return int(self._config.num_attention_heads)
 
     def _head(self, site: Site, head: int, projection: nn.Module) -> slice:
         width, heads = input_width(projection), getattr(self._config, "num_attention_heads", None)

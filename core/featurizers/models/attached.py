@@ -18,7 +18,7 @@ from featurizers.features.site_map import SiteMap
 from featurizers.models.anatomy import Anatomy
 from featurizers.models.backend import collect, intervene, site_of
 from featurizers.models.calling import as_named
-from featurizers.models.operations import Collect, Interchange, Mask, Operation
+from featurizers.models.operations import Collect, Interchange, Mask, Operation, Writes
 from featurizers.models.passport import KEY, check_passport, dtype_of
 from featurizers.models.positions import Inputs, Positions
 from featurizers.models.site_maps import places_of
@@ -55,7 +55,7 @@ class Attached:
         positions: Positions = None,
         source_positions: Positions = None,
         later: Literal["recomputed", "frozen"] = "recomputed",
-        writes: Literal["additive", "pinned"] | None = None,
+        writes: Writes | None = None,
     ) -> AbstractContextManager[dict[Any, Any]]:
         """Return a context in which the model runs with the selected features of a source.
 
@@ -180,7 +180,7 @@ def interchange(
     positions: Positions = None,
     source_positions: Positions = None,
     later: Literal["recomputed", "frozen"] = "recomputed",
-    writes: Literal["additive", "pinned"] | None = None,
+    writes: Writes | None = None,
 ) -> Operation:
     """Return the operation that interchanges the features which a featurizer's artefact selects.
 

@@ -31,6 +31,8 @@ NORM_BEFORE_ATTENTION = (
 )
 NORM_BEFORE_MLP = ("post_attention_layernorm", "ln_2", "ln2", "norm2", "ffn_norm", "mlp_norm", "final_layer_norm")
 """Names of the norm before the MLP in blocks that have no norms after attention and MLP."""
+ROUTER = ("gate", "router")
+"""Names of the router of an MLP that has experts."""
 EMBEDDING = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 MIXER = ("mixer",)
@@ -88,6 +90,7 @@ def blocks_at(model: nn.Module, layers: str, layer: int = 0) -> Blocks:
     reader, added, middle = _around_attention(block, attention, mlp)
     out_projection = _projection_in(block, attention, OUT_PROJECTION)
     down_projection = _projection_in(block, mlp, DOWN_PROJECTION)
+    router, experts = _routing_in(block, mlp)
     return Blocks(
         decoder=layers.rpartition(".")[0],
         layers=layers,
@@ -98,7 +101,20 @@ def blocks_at(model: nn.Module, layers: str, layer: int = 0) -> Blocks:
         stream_reader=reader and join(wrapped, reader),
         attention_added=added and join(wrapped, added),
         middle_reader=middle and join(wrapped, middle),
+        router=router and join(wrapped, router),
+        experts=experts and join(wrapped, experts),
     )
+
+
+def _routing_in(block: nn.Module, mlp: str | None) -> tuple[str | None, str | None]:
+    """Return the router of an MLP with experts, and the experts."""
+    if mlp is None:
+        return None, None
+    inside, wrapped = unwrapped(submodule(block, mlp))
+    router, experts = first_child(inside, ROUTER), first_child(inside, ("experts",))
+    if router is None or experts is None:
+        return None, None
+    return join(mlp, wrapped, router), join(mlp, wrapped, experts)
 
 
 def _around_attention(
@@ -134,14 +150,17 @@ def why_missing(model: nn.Module, layers: str, layer: int, kind: str) -> str:
     if kind.startswith("mlp") and part is not None and (beside := first_child(block, BESIDE_MLP)) is not None:
         return f"it has {part!r} and beside it {beside!r}, and neither is the whole MLP"
     if part is None or kind.endswith(".out"):
-        return f"it has {_names(block)}"
+        return f"it has {module_names(block)}"
     inside, _ = unwrapped(block._modules[part])  # type: ignore[arg-type]
+    if kind == "mlp.router":
+        return f"its {type(inside).__name__} has {module_names(inside)}, and no router beside experts"
     wanted = "output projection of attention" if kind.startswith("attn") else "down projection of an MLP"
     routed = ", so that each token goes through experts" if first_child(inside, ("experts",)) else ""
-    return f"its {type(inside).__name__} has {_names(inside)}{routed}, and none is the one {wanted}"
+    return f"its {type(inside).__name__} has {module_names(inside)}{routed}, and none is the one {wanted}"
 
 
-def _names(module: nn.Module) -> str:
+def module_names(module: nn.Module) -> str:
+    """Return the names of the children of a module, for people."""
     return ", ".join(map(repr, module._modules)) or "no modules"
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from featurizers.errors import SiteError
 from featurizers.models.anatomy import Place, first_tensor
+from featurizers.models.routing import check_router, rerouted
 
 
 class Handle(Protocol):
@@ -61,15 +62,19 @@ def hook(place: Place, edit: Callable[[Tensor], Tensor], *, first: bool = False,
     """
     if place.stream is not None and place.sum_reader is not None:
         return _hook_on_sum(place, place.stream, place.sum_reader, edit, first=first, only_reads=only_reads)
+    if place.tokens is not None and place.experts is not None:
+        return _hook_on_router(place, place.tokens, place.experts, edit, first=first)
 
     def part(hidden: Tensor) -> Tensor:
         if place.columns is None:
             return edit(hidden)
-        chosen = hidden[..., place.columns]
+        grouped = _in_groups(hidden, place.groups)
+        chosen = grouped[..., place.columns].flatten(-2)
         edited = edit(chosen)
         if edited is chosen:
             return hidden
-        return torch.cat([hidden[..., : place.columns.start], edited, hidden[..., place.columns.stop :]], dim=-1)
+        before, after = grouped[..., : place.columns.start], grouped[..., place.columns.stop :]
+        return torch.cat([before, _in_groups(edited, place.groups), after], dim=-1).flatten(-2)
 
     def on_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         hidden = first_tensor(output)
@@ -87,6 +92,11 @@ def hook(place: Place, edit: Callable[[Tensor], Tensor], *, first: bool = False,
     if place.side == "output":
         return place.module.register_forward_hook(on_output, prepend=first)
     return place.module.register_forward_pre_hook(on_input, with_kwargs=True, prepend=first)
+
+
+def _in_groups(hidden: Tensor, groups: int) -> Tensor:
+    """Split the last axis into groups and their columns."""
+    return hidden.reshape(*hidden.shape[:-1], groups, hidden.shape[-1] // groups)
 
 
 class _Handles:
@@ -153,6 +163,60 @@ def _hook_on_sum(
 
     places = [(stream, note), (replace(added, stream=None, sum_reader=None), on_added), (reader, on_reader)]
     handles = [hook(place, function, first=first and place is places[1][0]) for place, function in places]
+    return _Handles(handles)
+
+
+def _hook_on_router(
+    router: Place, tokens: Place, experts: Place, edit: Callable[[Tensor], Tensor], *, first: bool
+) -> Handle:
+    """Register hooks that pass a router's logits through ``edit`` and choose the experts by the result.
+
+    That the router and the experts work together as they should is checked in the first pass.
+
+    Args:
+        router: place of the module that returns logits, weights and indices.
+        tokens: place whose activations are ``(batch, sequence, d)``, while the router may see all tokens in a row.
+        experts: place of the module that must take the weights and the indices.
+        edit: as in `hook`.
+        first: as in `hook`.
+
+    Raises:
+        SiteError: in the pass, if the logits are not what the experts are chosen by.
+    """
+    local = threading.local()
+    is_checked = is_taken = False
+
+    def note(hidden: Tensor) -> Tensor:
+        local.axes = hidden.shape[:-1]
+        return hidden
+
+    def on_router(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        nonlocal is_checked
+        if not is_checked:
+            check_router(module, args, kwargs, f"mlp.router, {router.path}")
+            is_checked = True
+        logits = output[0].reshape(*local.axes, output[0].shape[-1])
+        edited = edit(logits)
+        local.output = output if edited is logits else rerouted(module, args, kwargs, edited.reshape(output[0].shape))
+        return local.output
+
+    def on_experts(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal is_taken
+        if is_taken or not _is_last(handles[1], router.module._forward_hooks):
+            return  # hooks of other contexts that come after check for themselves
+        taken = [*args, *kwargs.values()]
+        is_taken = all(any(each is part for each in taken) for part in local.output[1:3])
+        if not is_taken:
+            raise SiteError(
+                f"mlp.router: {experts.path!r} does not take the weights and indices that {router.path!r} returns, so "
+                "that an edit of the logits might do nothing; choose another site"
+            )
+
+    handles: list[Handle] = [
+        hook(tokens, note),
+        router.module.register_forward_hook(on_router, with_kwargs=True, prepend=first),
+        experts.module.register_forward_pre_hook(on_experts, with_kwargs=True, prepend=True),
+    ]
     return _Handles(handles)
 
 

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor, nn
 
@@ -19,6 +19,8 @@ from featurizers.features.indices import Indices, values_like
 from featurizers.features.site_map import SiteMap
 from featurizers.models.positions import Inputs, Positions
 
+Writes: TypeAlias = Literal["additive", "pinned", "pinned-everywhere"]
+"""How the writes of a map change; see `Operation`."""
 GroupIndices: TypeAlias = "Indices | Mapping[str, Indices]"
 """Indices of features; of a `SiteMap` with several groups, indices by group, none of those that are not named."""
 
@@ -35,13 +37,14 @@ class Operation(ABC):
         writes: for maps that write several sites, where it must be chosen. ``additive``: the change of the features is
             added to what the model computes at each write; since the model itself carries an early change on, it
             arrives there twice. ``pinned``: a write is what it was in the run without this operation plus the change
-            of the features alone, which costs a second pass.
+            of the features alone, which costs a second pass. ``pinned-everywhere``: the same, and the writes of all
+            other tokens but the special ones are what they were too.
     """
 
     featurizer: Featurizer[Any] | SiteMap[Any]
     positions: Positions = field(default=None, kw_only=True)
     later: Literal["recomputed", "frozen"] = field(default="recomputed", kw_only=True)
-    writes: Literal["additive", "pinned"] | None = field(default=None, kw_only=True)
+    writes: Writes | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Raise UsageError unless the first argument is a featurizer, and the options are those of its form."""
@@ -50,8 +53,8 @@ class Operation(ABC):
             raise UsageError(f"{name} needs a Featurizer or a SiteMap first, got {type(self.featurizer).__name__}")
         if self.later not in ("recomputed", "frozen"):
             raise UsageError(f"later is 'recomputed' or 'frozen', not {self.later!r}")
-        if self.writes not in (None, "additive", "pinned"):
-            raise UsageError(f"writes is 'additive' or 'pinned', not {self.writes!r}")
+        if self.writes not in (None, *get_args(Writes)):
+            raise UsageError(f"writes is {', '.join(map(repr, get_args(Writes)))}, not {self.writes!r}")
         by_group = any(isinstance(getattr(self, part, None), Mapping) for part in ("indices", "delta", "value", "gate"))
         if by_group and isinstance(self.featurizer, Featurizer):
             raise UsageError(f"{name}: values by group are for maps between sites, and this is a featurizer")

@@ -47,6 +47,18 @@ def input_width(module: nn.Module) -> int | None:
     return weight.shape[0] if _is_transposed(module) else weight.shape[1]
 
 
+def output_width(module: nn.Module) -> int | None:
+    """Return the number of outputs of a projection, or None if the module does not say it; as `input_width`."""
+    for name in ("out_features", "nf"):
+        width = getattr(module, name, None)
+        if isinstance(width, int):
+            return width
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        return None
+    return weight.shape[1] if _is_transposed(module) else weight.shape[0]
+
+
 def _is_transposed(module: nn.Module) -> bool:
     """Return True for transformers' Conv1D, which stores (inputs, outputs); nn.Linear stores (outputs, inputs)."""
     return type(module).__name__ == "Conv1D"

@@ -22,7 +22,7 @@ from featurizers.models.collecting import Collection, acts_on, check_generate
 from featurizers.models.contexts import Context
 from featurizers.models.hooks import gather, hook, scatter
 from featurizers.models.map_edits import MapEdit, overlaid
-from featurizers.models.operations import Collect, Operation, SourcedOperation, given
+from featurizers.models.operations import Collect, Operation, SourcedOperation, Writes, given
 from featurizers.models.positions import Pass, are_tokens, columns
 from featurizers.models.reading import Sources, fit, read_again
 from featurizers.models.site_order import check_order
@@ -50,9 +50,8 @@ def places_of(anatomy: Anatomy, site_map: SiteMap[Any]) -> MapPlaces:
         for name, site in sites.items():
             place = anatomy.place(site)
             columns_of_head = None if place.columns is None else (place.columns.start, place.columns.stop)
-            entry = found.setdefault(
-                (place.path, place.side, columns_of_head, site.kind == "resid.mid"), (place, [], [])
-            )
+            key = (place.path, place.side, place.groups, columns_of_head, site.kind == "resid.mid")
+            entry = found.setdefault(key, (place, [], []))
             (entry[2] if of_writes else entry[1]).append(name)
     return list(found.values())
 
@@ -113,7 +112,8 @@ class MapEdits:
         self._context, self._watch, self._sources = context, watch, sources
         self._collection, self._collected = collection, collected
         self._places = places_of(anatomy, site_map)
-        self._frozen, self._pinned = _options(site_map, operations)
+        self._frozen, writes = _options(site_map, operations)
+        self._pinned, self._everywhere = writes in ("pinned", "pinned-everywhere"), writes == "pinned-everywhere"
         self._chosen = [_chosen(site_map, operation) for operation in operations]
         self._local = threading.local()
 
@@ -262,7 +262,7 @@ class MapEdits:
 
     # ------------------------------------------------------------------ writes
     def _pin(self, state: _State, write: str, hidden: Tensor) -> Tensor:
-        """Return a write as it is without the operations, at their tokens, if they are pinned."""
+        """Return a write as it is without the operations, at their tokens or at all of them, if they are pinned."""
         if not self._pinned:
             return hidden
         base = state.base[self._map.writes[write]]
@@ -276,6 +276,7 @@ class MapEdits:
                 continue
             sourced = isinstance(operation, SourcedOperation)
             tokens = columns(operation.positions, hidden, state.current, prompt_only=sourced)
+            tokens = None if self._everywhere else tokens
             hidden = pinned if tokens is None else scatter(hidden, tokens, gather(pinned, tokens))
         return hidden
 
@@ -312,15 +313,15 @@ class MapEdits:
         return hidden
 
 
-def _options(site_map: SiteMap[Any], operations: Sequence[Operation]) -> tuple[bool, bool]:
-    """Return whether later features are frozen and writes pinned.
+def _options(site_map: SiteMap[Any], operations: Sequence[Operation]) -> tuple[bool, Writes | None]:
+    """Return whether later features are frozen, and how writes change.
 
     Raises:
         UsageError: the operations differ, an option must be chosen, or the map cannot be edited in one pass.
     """
     edits = [operation for operation in operations if not isinstance(operation, Collect)]
     if not edits:
-        return any(operation.later == "frozen" for operation in operations), False
+        return any(operation.later == "frozen" for operation in operations), None
     if len({(operation.later, operation.writes) for operation in edits}) > 1:
         raise UsageError(f"{site_map.id!r}: operations through one map take the same options later and writes")
     if len(site_map.writes) > 1 and edits[0].writes is None:
@@ -331,7 +332,7 @@ def _options(site_map: SiteMap[Any], operations: Sequence[Operation]) -> tuple[b
         )
     if edits[0].later == "recomputed":
         check_order(site_map)
-    return edits[0].later == "frozen", edits[0].writes == "pinned"
+    return edits[0].later == "frozen", edits[0].writes
 
 
 def _chosen(site_map: SiteMap[Any], operation: Operation) -> dict[str, Selection]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from featurizers.format.sites import Site
 from featurizers.models.anatomy import Anatomy
-from featurizers.models.projections import input_width
+from featurizers.models.attention_parts import PARTS
+from featurizers.models.projections import input_width, output_width
 
 _STREAM = ("resid.pre", "resid.mid", "resid.post", "attn.out", "mlp.in", "mlp.out", "embed", "norm.out")
 
@@ -19,10 +20,12 @@ def width_of(anatomy: Anatomy, site: Site) -> int | None:
     """
     place = anatomy.place(site)
     if place.columns is not None:
-        return int(place.columns.stop - place.columns.start)
+        return int(place.columns.stop - place.columns.start) * place.groups
     if site.kind in _STREAM:
         config: Any = getattr(anatomy.model, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         width = getattr(config, "hidden_size", None)
         return width if isinstance(width, int) else None
+    if site.kind in (*PARTS, "mlp.router"):
+        return output_width(place.module)
     return input_width(place.module) if place.side == "input" else None

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from featurizers.hub.repository import Remote
 
-Columns: TypeAlias = "Tensor | Mapping[str, Tensor] | None"
+Columns: TypeAlias = "Tensor | Mapping[str, Tensor | None] | None"
 """Numbers of features to load, int64 ``(k,)``, or such numbers by group; None for all features."""
 
 FeatureSpaceT = TypeVar("FeatureSpaceT", bound=FeatureSpace[Any])
@@ -157,6 +157,7 @@ def _has_read(featurizer: FeatureSpace[Any], source: ExternalFiles) -> bool:
     """Return whether a featurizer has as many features as were asked for, in each group."""
     if source.group_indices is not None:
         groups = featurizer.groups if isinstance(featurizer, SiteMap) else {}
-        asked = {name: len(columns) for name, columns in source.group_indices.items()}
-        return {name: group.n_features for name, group in groups.items()} == asked
+        return groups.keys() == source.group_indices.keys() and all(
+            columns is None or groups[name].n_features == len(columns) for name, columns in source.group_indices.items()
+        )
     return source.indices is None or featurizer.n_features == len(source.indices)

@@ -59,7 +59,7 @@ def load(
         device: where to put the tensors.
         dtype: floating-point dtype to convert them to; as stored if None.
         indices: read these features alone, of a kind whose features are rows of its tensors, such as a dictionary;
-            they keep their numbers. Of a map with several groups, such features by group.
+            they keep their numbers. Of a map with several groups, such features by group, None for all of a group.
         verify: compare the sha256 of the weights with the one in the config; for files of another library, compare
             them with the Hub's checksums.
         allow_nonfinite: load weights that hold NaN or infinity too, to look at them.

@@ -197,6 +197,9 @@ class LinearMap(SiteMap[LinearMapConfig]):
         added: dict[str, Tensor] = {}
         for name, chosen in columns.items():
             own, rule = config.groups[name], _rule(config, name)
+            if torch.equal(chosen.cpu(), torch.arange(own.n_features)):  # the whole group
+                groups[name] = own
+                continue
             if not rule.elementwise:
                 raise UsageError(
                     f"the rule {own.rule!r} compares all features of a token, so that a part of the map gives other "

@@ -11,7 +11,7 @@ import torch
 import transformers
 from featurizers import Ablate, Anatomy, Site, collect, hookimpl, intervene
 from featurizers.errors import ManifestError, SiteError
-from featurizers.format.sites import BLOCK_KINDS, MODEL_KINDS, Blocks
+from featurizers.format.sites import BLOCK_KINDS, HEAD_KINDS, MODEL_KINDS, Blocks
 from featurizers.registry.plugin_host import host
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +25,7 @@ counts = st.integers(0, 200)
 paths = st.from_regex(r"[a-z_0-9]+([.:][a-z_0-9]+){0,4}", fullmatch=True)
 sites = st.one_of(
     st.builds(Site, st.sampled_from(sorted(BLOCK_KINDS)), counts),
-    st.builds(lambda layer, head: Site("attn.z", layer, head=head), counts, counts),
+    st.builds(lambda kind, layer, head: Site(kind, layer, head=head), st.sampled_from(HEAD_KINDS), counts, counts),
     st.builds(Site, st.sampled_from(sorted(MODEL_KINDS))),
     st.builds(lambda path, side: Site("module", module=path, side=side), paths, st.sampled_from(["input", "output"])),
 )
@@ -83,6 +83,8 @@ def test_any_string_is_a_site_or_a_site_error(text):
         "resid.post:1:2",
         "mlp.out:1:0",
         "attn.z",
+        "attn.out:1:0",
+        "attn.q",
         "attn.z::3",
         "attn.z:1:2:3",
         "attn.z:1:",
@@ -133,7 +135,8 @@ def test_fields_that_do_not_say_one_place_are_refused(fields):
 
 def test_an_error_lists_the_kinds():
     with pytest.raises(
-        SiteError, match=r"resid\.pre, resid\.post, attn\.out, attn\.z, resid\.mid, mlp\.in, mlp\.out, mlp\.act, embed"
+        SiteError,
+        match=r"resid\.pre, resid\.post, attn\.out, attn\.q, attn\.k, attn\.v, attn\.z, resid\.mid, mlp\.in",
     ):
         Site.parse("residual:3")
 

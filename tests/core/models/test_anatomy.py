@@ -237,14 +237,15 @@ def test_a_module_of_torchscript_is_refused(compile_):
 def test_an_anatomy_names_the_sites_of_its_model():
     """GPT-2's, written by hand, and a hybrid of which one block of two has attention."""
     assert repr(Anatomy(fresh_model("gpt2"))) == (
-        "Anatomy(GPT2LMHeadModel, 3 layers with resid.pre, resid.post, attn.out, attn.z (4 heads), resid.mid, mlp.in, "
-        "mlp.out, mlp.act; embed, norm.out)"
+        "Anatomy(GPT2LMHeadModel, 3 layers with resid.pre, resid.post, attn.out, attn.q (4 heads), "
+        "attn.k (4 heads), attn.v (4 heads), attn.z (4 heads), resid.mid, mlp.in, mlp.out, mlp.act; embed, norm.out)"
     )
     model = fresh_model("llama")
     del model.model.layers[1].self_attn
-    assert "attn.out (in 2 of them), attn.z (in 2 of them, 4 heads), resid.mid (in 2 of them), mlp.in, mlp.out" in repr(
-        Anatomy(model)
-    )
+    assert (
+        "attn.out (in 2 of them), attn.q (in 2 of them, 4 heads), attn.k (in 2 of them, 2 heads), "
+        "attn.v (in 2 of them, 2 heads), attn.z (in 2 of them, 4 heads), resid.mid (in 2 of them), mlp.in, mlp.out"
+    ) in repr(Anatomy(model))
     assert repr(Anatomy(nn.Linear(2, 2))) == "Anatomy(Linear, no blocks were found; its sites are 'module:PATH:output')"
 
 

@@ -19,6 +19,7 @@ from tests.support.models import (
     MODULES,
     WIDTH,
     fresh_model,
+    head_columns,
     hooked,
     hooks_of,
     module_of,
@@ -29,7 +30,9 @@ from tests.support.models import (
 
 torch.set_num_threads(1)
 
-KINDS = ("embed", "resid.pre", "resid.post", "attn.out", "attn.z", "attn.z head", "mlp.out", "mlp.act", "norm.out")
+WHOLE = ("embed", "resid.pre", "resid.post", "attn.out", "attn.z", "mlp.out", "mlp.act", "norm.out")
+PROJECTED = ("attn.q", "attn.k", "attn.v")
+KINDS = (*WHOLE, "attn.z head", "attn.q", "attn.q head", "attn.k head", "attn.v")
 HEAD = 2
 
 BASE = {"input_ids": prompts(2, 6, seed=1)}
@@ -47,8 +50,14 @@ class Spot:
     def __init__(self, architecture: str, kind: str, layer: int) -> None:
         self.model = tiny_model(architecture)
         self.whole = kind.partition(" ")[0]
+        self.part: slice | list[int] = slice(None)
+        if self.whole in PROJECTED:
+            path, heads = head_columns(architecture, self.whole)
+            self.module, self.side = self.model.get_submodule(path.format(layer)), "output"
+            self.part = heads[1] if kind.endswith("head") else [column for head in heads for column in head]
+            self.width, self.name = len(self.part), f"{self.whole}:{layer}{':1' * kind.endswith('head')}"
+            return
         self.module, self.side = module_of(self.model, architecture, self.whole, layer)
-        self.part = slice(None)
         self.width = {"attn.z": HEADS * HEAD_WIDTH[architecture], "mlp.act": MLP_WIDTH}.get(self.whole, WIDTH)
         self.name = self.whole if self.whole in ("embed", "norm.out") else f"{self.whole}:{layer}"
         if kind == "attn.z head":

@@ -91,6 +91,21 @@ def test_a_slice_has_the_features_and_edits_of_the_whole(name):
     assert not torch.allclose(base, logits[0], atol=1e-3)
 
 
+def test_a_whole_group_beside_a_slice(tmp_path):
+    whole, t = featurizers.load(FIXTURES / "set-relu"), golden("set-relu")
+    whole.save_pretrained(tmp_path / "artefact")
+    for folder in (FIXTURES / "set-relu", tmp_path / "artefact"):
+        part = featurizers.load(folder, indices={"layer-1": None, "layer-2": [3]})
+        assert {name: group.n_features for name, group in part.groups.items()} == {"layer-1": 20, "layer-2": 1}
+        assert [group.slice_of for group in part.config.groups.values()] == [None, 20]
+        for layer, columns in ((1, slice(None)), (2, [3])):
+            found = part.encode(f"layer-{layer}", {f"in-{layer}": t["x"][layer]})
+            wanted = whole.encode(f"layer-{layer}", {f"in-{layer}": t["x"][layer]})[:, columns]
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UsageError, match="there is no group 'layer-7'"):
+        featurizers.load(FIXTURES / "set-relu", indices={"layer-7": None})
+
+
 def test_a_slice_of_a_set_needs_no_file_of_other_layers(tmp_path):
     folder = copied("set-jumprelu-skip", tmp_path / "set")
     for layer in (0, 2):  # not a safetensors file, so that opening it would be an error

@@ -461,6 +461,31 @@ def test_positions_of_a_prompt_that_was_computed_before_are_refused():
         m(IDS[:, 4:], past_key_values=cache)
 
 
+@pytest.mark.parametrize("writes", ["pinned", "pinned-everywhere"])
+def test_writes_are_pinned_at_the_tokens_of_the_operation_or_at_all(writes):
+    m, f = model("llama"), cross_layer("llama")
+    at = {i: featurizers.collect(m, {"input_ids": IDS}, [f"mlp.in:{i}", f"mlp.out:{i}"]) for i in range(3)}
+    z = f.encode("layer-0", {"in-0": at[0]["mlp.in:0"]})[:, 2, 3:4]
+    handles = []
+    for i in range(3):
+
+        def by_hand(_, __, output, i=i):
+            output = (output if writes == "pinned" else at[i][f"mlp.out:{i}"]).clone()
+            output[:, 2] = at[i][f"mlp.out:{i}"][:, 2] + (2.0 - z) * f.W_dec["layer-0"][f"out-{i}"][3]
+            return output
+
+        handles.append(m.model.layers[i].mlp.register_forward_hook(by_hand))
+    expected = logits(m)
+    for handle in handles:
+        handle.remove()
+    options = {"positions": [2], "later": "frozen"}
+    with intervene(m, Ablate(f, indices={"layer-0": [3]}, value=2.0, writes=writes, **options)):
+        torch.testing.assert_close(logits(m), expected, atol=1e-5, rtol=0)
+    other = ({"pinned", "pinned-everywhere"} - {writes}).pop()
+    with intervene(m, Ablate(f, indices={"layer-0": [3]}, value=2.0, writes=other, **options)):
+        assert not torch.allclose(logits(m), expected, atol=1e-3)
+
+
 def test_a_pinned_write_follows_its_skip_connection():
     m, f = model("llama"), cross_layer("llama", skip=True)
     at = {i: featurizers.collect(m, {"input_ids": IDS}, [f"mlp.in:{i}", f"mlp.out:{i}"]) for i in range(3)}

@@ -59,6 +59,20 @@ def test_a_slice_keeps_the_numbers_of_its_features():
         top.take([1])
 
 
+def test_a_whole_group_is_taken_whatever_its_rule_is():
+    """Its features are compared with each other alone, so that the other groups may be left out or sliced."""
+    f = linear_map(CrossLayerTranscoder, {i: ([f"in-{i}"], [f"out-{i}"]) for i in range(3)}, rule="relu")
+    config = f.config.model_copy(deep=True)
+    config.groups["layer-1"].rule, config.groups["layer-1"].rule_options = "topk", {"k": 2}
+    f = CrossLayerTranscoder.from_tensors(config, f.state_dict())
+    part, x = f.take({"layer-1": None, "layer-2": [5]}), torch.randn(7, 16)
+    assert list(part.groups) == ["layer-1", "layer-2"]
+    assert torch.equal(part.encode("layer-1", {"in-1": x}), f.encode("layer-1", {"in-1": x}))
+    assert part.take({"layer-2": None}).numbers("layer-2").tolist() == [5]
+    with pytest.raises(UsageError, match="compares all features"):
+        f.take({"layer-1": [0]})
+
+
 def test_a_map_is_pickled():
     f = Transcoder.from_weights(W_ENC, W_DEC, B_ENC, rule="jumprelu", threshold=torch.ones(N))
     again = pickle.loads(pickle.dumps(f))
