@@ -20,6 +20,7 @@ from featurizers.errors import (
     PluginConflictError,
     PluginError,
     PluginLoadError,
+    SourceError,
     UnknownKindError,
 )
 from featurizers.features.rules import relu
@@ -317,6 +318,18 @@ def test_a_foreign_folder_is_read_beside_a_faulty_reader(install, fresh, tmp_pat
     assert featurizers.load(folder).kind == "identity"
     with pytest.raises(PluginError, match=r"'zzz' of dist-zzz 1\.0 fails in its featurizers_read: KeyError"):
         featurizers.load(other)
+
+
+def test_a_source_that_names_nothing_is_answered_by_a_plugin_and_no_fault_hides_the_error(install, fresh):
+    install("good", hooks(featurizers_suggest="(reference): return {'a/b/c': 'good:a\\x1b[2J'}.get(reference)"))
+    fresh()
+    with pytest.raises(SourceError, match=r"cannot tell what .*\. Did you mean 'good:a\\+x1b\[2J'\?$"):
+        featurizers.load("a/b/c")
+    install("zzz", hooks(featurizers_suggest="(reference): return 3 if reference == 'd/e/f' else {}[reference]"))
+    fresh()
+    for source in ("d/e/f", "g/h/i"):
+        with pytest.raises(SourceError, match=r"for an entry of a plugin's catalogue$"):
+            featurizers.load(source)
 
 
 def test_the_plugin_that_is_asked_alone_is_named_when_it_fails(install, fresh):
