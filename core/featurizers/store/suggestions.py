@@ -1,4 +1,4 @@
-"""What a source that names nothing may mean: an entry of a plugin's catalogue, written without the plugin's name."""
+"""Suggestions for a source that names nothing: an entry of a plugin's catalogue, written without the plugin's name."""
 
 from __future__ import annotations
 
