@@ -33,7 +33,10 @@ TESTS = {
     "core/featurizers/features": ["tests/core/builtin", "tests/plugins/subspace", "tests/plugins/identity"],
     "core/featurizers/format": ["tests/core/store"],
     "core/featurizers/files": ["tests/core/store/test_limits.py"],
-    "core/featurizers/store": ["tests/hub/test_load.py", "tests/hub/test_push.py"],
+    "core/featurizers/store": [
+        *(f"tests/hub/test_{name}.py" for name in ("load", "push", "sae_lens_catalogue", "sparsify", "circuit_tracer")),
+        "tests/core/registry/test_plugins.py",
+    ],
     "core/featurizers/models": [],
 }
 """Tests beside those that lie as the code does: ``tests/core/<room>`` and ``tests/plugins/<plugin>``."""
@@ -44,6 +47,11 @@ NEAREST = {
     "core/featurizers/format": ["tests/core/format/test_manifest.py", "tests/core/store/test_artefact.py"],
     "core/featurizers/models": ["tests/core/models/test_operations.py"],
     "core/featurizers/store": ["tests/core/store/test_artefact.py", "tests/core/store/test_limits.py"],
+    "core/featurizers/store/loading.py": [
+        *("tests/core/store/test_artefact.py", "tests/core/store/test_limits.py"),
+        "tests/hub/test_sae_lens_catalogue.py",
+    ],
+    "core/featurizers/store/suggestions.py": ["tests/core/registry/test_plugins.py"],
     "core/featurizers/store/pushing.py": ["tests/hub/test_push.py"],
     "plugins/causal-basis": ["tests/plugins/causal_basis/test_extraction.py"],
     "plugins/causal-basis/featurizers_causal_basis/solve/processes.py": [

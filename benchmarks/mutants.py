@@ -62,13 +62,17 @@ def main(
     store = json.loads(results.read_text()) if results.exists() else {"seed": seed, "mutants": []}
     if store["seed"] != seed:
         raise typer.BadParameter(f"the stored results are of seed {store['seed']}: choose another --json")
-    equivalent = {entry["mutant"] for entry in json.loads((RESULTS / "mutants-equivalent.json").read_text())}
+    left_out = {
+        entry["mutant"]: entry.get("needs", "")
+        for entry in json.loads((RESULTS / "mutants-equivalent.json").read_text())
+    }
     sources = _sources(file or [""])
-    sample = _sample(sources, count, seed, equivalent)
+    sample = _sample(sources, count, seed, set(left_out))
     done = {tried["mutant"]: tried for tried in store["mutants"]}
-    wanted = [m for m in sample if m.name not in equivalent]
+    wanted = [m for m in sample if m.name not in left_out]
+    besides = Counter(left_out[m.name] for m in sample if m.name in left_out)
     if docs:
-        _write(store, wanted, equivalent & {m.name for m in sample})
+        _write(store, wanted, besides)
         return
     again = [m for m in wanted if only and done.get(m.name, {}).get("status") in ("survived", "not run")]
     pending = again if only else [m for m in wanted if m.name not in done]
@@ -80,7 +84,7 @@ def main(
         partial = results.with_suffix(".partial")
         partial.write_text(json.dumps(store, indent=1, ensure_ascii=False) + "\n")
         partial.replace(results)
-    _print(store, wanted, equivalent & {m.name for m in sample})
+    _print(store, wanted, besides)
 
 
 def _sources(texts: list[str]) -> dict[str, bytes]:
@@ -129,30 +133,33 @@ def _counts(store: dict[str, Any], wanted: list[Mutant]) -> dict[str, Counter[st
     return counts
 
 
-def _print(store: dict[str, Any], wanted: list[Mutant], equivalent: set[str]) -> None:
+def _print(store: dict[str, Any], wanted: list[Mutant], besides: Counter[str]) -> None:
     table = Table(*("part", "killed", "survived", "not run"))
     counts = _counts(store, wanted)
     for part, count in counts.items():
         table.add_row(part, *(str(count[status]) for status in ("killed", "survived", "not run")))
     console = Console()
     console.print(table)
-    console.print(_sentence(counts, equivalent), highlight=False)
+    console.print(_sentence(counts, besides), highlight=False)
 
 
-def _sentence(counts: dict[str, Counter[str]], equivalent: set[str]) -> str:
+def _sentence(counts: dict[str, Counter[str]], besides: Counter[str]) -> str:
+    """Return the counts as text; ``besides`` counts mutants that are not tried, by what they need, empty if nothing."""
     total = sum(counts.values(), Counter[str]())
     ran = total["killed"] + total["survived"]
     return (
         f"{total['killed']} of {ran} killed ({total['killed'] / max(ran, 1):.1%}), {total['survived']} survived; "
-        f"{total['not run']} not run. Besides these, {len(equivalent)} of the sample are equivalent."
+        f"{total['not run']} not run. Besides these, {besides['']} of the sample are equivalent"
+        + "".join(f", and {number} can be seen only with {needs}" for needs, number in besides.items() if needs)
+        + "."
     )
 
 
-def _write(store: dict[str, Any], wanted: list[Mutant], equivalent: set[str]) -> None:
+def _write(store: dict[str, Any], wanted: list[Mutant], besides: Counter[str]) -> None:
     """Write the table between its markers in the document."""
     counts = _counts(store, wanted)
     lines = [
-        _sentence(counts, equivalent),
+        _sentence(counts, besides),
         "",
         "| part | killed | survived | not run |",
         "| --- | ---: | ---: | ---: |",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import pickle
+import re
 import sys
 import warnings
 from typing import Any
@@ -498,6 +500,29 @@ WRONG = {
 def test_what_the_catalogue_does_not_give(hub, reference, error, words):
     with pytest.raises(error, match=words):
         featurizers.load(f"sae-lens:{reference}")
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "asked"),
+    [
+        ("gpt2-small-res-jb/blocks.8.hook_resid_pre", HubNotFoundError, 1),
+        ("gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71", SourceError, 0),
+    ],
+)
+def test_an_entry_without_the_name_of_the_plugin_is_answered_by_its_source(hub, source, error, asked):
+    with pytest.raises(error, match=rf"[^.]\. Did you mean 'sae-lens:{re.escape(source)}'\?$") as caught:
+        featurizers.load(source)
+    assert len(hub.requests()) == asked
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (type(again), str(again)) == (error, str(caught.value))
+
+
+def test_a_repository_of_the_name_of_an_entry_is_loaded(hub):
+    serve(hub, "gpt2-small-res-jb/blocks.8.hook_resid_pre", "", ENTRIES["sae_lens"][1])
+    assert featurizers.load("gpt2-small-res-jb/blocks.8.hook_resid_pre").n_features == F
+    with pytest.raises(HubNotFoundError) as caught:
+        featurizers.load("gpt2-small-res-jb/blocks.8.hook_resid_pre", revision="nowhere")
+    assert "Did you mean" not in str(caught.value)
 
 
 def test_a_catalogue_that_says_more_than_is_known(hub, monkeypatch):

@@ -4,3 +4,4 @@ from .output import commit_link as commit_link
 from .output import print_json as print_json
 from .progress import ProgressBar as ProgressBar
 from .progress import progress_bar as progress_bar
+from .results import write_results as write_results

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from featurizers import features, files, hub, models, registry, store
-from featurizers.cli.output import commit_link, print_fields, print_json, print_rows
+from featurizers.cli.output import commit_link, escaped, print_fields, print_json, print_rows
 from featurizers.cli.plugin_commands import CommandGroup
 from featurizers.errors import FeaturizerError, ManifestError, SourceError, printable, shown
 from featurizers.format import card
@@ -102,14 +102,14 @@ def kinds(
     if as_json:
         print_json({"kind": kind, "class": name, "about": about, "arguments": rows, "constructors": constructors})
         return
-    print(f"{kind}: {about}\n")
+    print(f"{kind}: {escaped(about)}\n")
     required = "".join(f", {row['name']}=…" for row in rows if row["default"] is None)
     for row in rows:
         row |= {"default": row["default"] or "required", "meaning": row["meaning"].replace("``", "")}
     print_rows(rows, ["name", "type", "default", "meaning"], as_json=False)
     print(f'Create one:  featurizers.create("{kind}"{required})')
     for constructor, what in constructors.items():
-        print(f"{name}.{constructor}(…): {what}")
+        print(f"{name}.{constructor}(…): {escaped(what)}")
 
 
 def info(source: SourceArgument, subfolder: Subfolder = None, revision: Revision = None, as_json: Json = False) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from featurizers.errors import printable
+from featurizers.errors import MOST, printable
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 def print_json(data: Any) -> None:
     """Print data as JSON with ASCII characters alone, as ``--json`` asks."""
     print(json.dumps(data, indent=2, ensure_ascii=True))
+
+
+def escaped(text: str) -> str:
+    """Return text of a plugin or of an artefact, line by line, with unprintable characters escaped."""
+    return "\n".join(printable(line, MOST) for line in text[: 10 * MOST].split("\n"))
 
 
 def commit_link(commit: CommitInfo) -> str:
@@ -50,5 +55,5 @@ def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, show_
 
     table = Table(*(Column(column, overflow="fold") for column in columns), show_header=show_header)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(escaped(text)) for text in row))
     Console(emoji=False).print(table)

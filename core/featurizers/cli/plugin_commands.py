@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_group
 
+from featurizers.cli.output import escaped
 from featurizers.errors import FeaturizerError, MissingDependencyError, PluginError, did_you_mean, one_line, shown
 from featurizers.names import COMMANDS, FIRST_PARTY, OWNERS
 from featurizers.registry.plugin_host import host
@@ -133,6 +134,9 @@ class CommandGroup(TyperGroup):
 
     def _merge(self, known: MutableMapping[str, Any], added: MutableMapping[str, Any], plugin: str, *path: str) -> None:
         for name, command in added.items():
+            if not name.isprintable():
+                raise PluginError(f"the plugin {plugin!r} adds a command with an unprintable name, {shown(name)}")
+            _escape(command)
             existing, words = known.setdefault(name, command), (*path, name)
             if isinstance(command, TyperGroup) and existing is command:
                 self._merge({}, command.commands, plugin, *words)
@@ -148,6 +152,17 @@ class CommandGroup(TyperGroup):
                     f"the plugin {plugin!r} adds the command {' '.join(words)!r}, which exists already; "
                     "uninstall one of the two"
                 )
+
+
+def _escape(command: Any) -> None:
+    """Escape unprintable characters in what ``--help`` prints of a command of a plugin."""
+    for text, owner in (
+        *((name, command) for name in ("help", "short_help", "epilog")),
+        *((name, parameter) for parameter in command.params for name in ("help", "metavar")),
+    ):
+        if isinstance(value := getattr(owner, text, None), str):
+            lines = (line if line == "\b" else escaped(line) for line in value.split("\n"))  # \b: not to be wrapped
+            setattr(owner, text, "\n".join(lines))
 
 
 def _outdated(word: str) -> NoReturn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, cast
 
@@ -73,11 +73,14 @@ def select(indices: Indices, n_features: int, device: torch.device | str | None 
 
     Raises:
         FeatureIndexError: an index is out of range (negative ones too), repeated, or not an integer.
+        UsageError: the indices are by group, which a `SiteMap` has.
     """
     if isinstance(indices, Selection):
         return indices
     if indices is None:
         return Selection()
+    if isinstance(indices, Mapping):
+        raise UsageError("indices by group are for maps between sites; of a featurizer give a list of numbers")
     if isinstance(indices, slice):
         return Selection(columns=torch.tensor(_numbers_of(indices, n_features), dtype=torch.long, device=device))
     if isinstance(indices, Sequence) and any(isinstance(row, Sequence | Tensor) for row in indices):

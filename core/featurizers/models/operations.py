@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 from torch import Tensor, nn
 
@@ -133,7 +133,7 @@ class Interchange(SourcedOperation):
 
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Return base with the source's features."""
-        return self.of_site.interchange(base, given(source), _of_site(self.indices))
+        return self.of_site.interchange(base, given(source), cast("Indices", self.indices))
 
     def edited(self, features: Tensor, source: Tensor | None, group: str) -> Tensor:
         """Return the source's features."""
@@ -159,7 +159,7 @@ class Mask(SourcedOperation):
 
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Return base with its features moved towards the source's."""
-        gate = _of_site(self.gate)
+        gate: Any = self.gate  # not by group, as the constructor has checked
         gate = gate() if isinstance(gate, nn.Module) else gate
         return self.of_site.mask(base, given(source), gate)
 
@@ -192,7 +192,7 @@ class Steer(Operation):
 
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Return base with delta added to its features."""
-        return self.of_site.steer(base, _of_site(self.delta), _of_site(self.indices))
+        return self.of_site.steer(base, cast("Tensor | float", self.delta), cast("Indices", self.indices))
 
     def edited(self, features: Tensor, source: Tensor | None, group: str) -> Tensor:
         """Return the features with delta added."""
@@ -222,10 +222,10 @@ class Ablate(Operation):
 
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Return base with its features set."""
-        value = _of_site(self.value)
+        value: Any = self.value  # not by group, as the constructor has checked
         if isinstance(value, str):
-            value = self.of_site.collect(base, _of_site(self.indices)).flatten(0, -2).mean(dim=0)
-        return self.of_site.ablate(base, _of_site(self.indices), value)
+            value = self.of_site.collect(base, cast("Indices", self.indices)).flatten(0, -2).mean(dim=0)
+        return self.of_site.ablate(base, cast("Indices", self.indices), value)
 
     def edited(self, features: Tensor, source: Tensor | None, group: str) -> Tensor:
         """Return the value."""
@@ -247,7 +247,7 @@ class Collect(Operation):
 
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Return the features, ``(batch, n_positions, k)``."""
-        return self.of_site.collect(base, _of_site(self.indices))
+        return self.of_site.collect(base, cast("Indices", self.indices))
 
 
 def _each(value: Any) -> Iterable[Any]:
@@ -283,8 +283,3 @@ def _of_group(value: Any, group: str) -> Any:
             f"there is no value for the group {group!r}; there are values for {', '.join(map(repr, value))}"
         )
     return value[group]
-
-
-def _of_site(value: Any) -> Any:
-    """Return a value of an operation at one site, which is not by group: the constructor has checked that."""
-    return value

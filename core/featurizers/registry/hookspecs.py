@@ -81,6 +81,15 @@ def featurizers_resolve(reference: str, repository: Callable[..., ExternalFiles]
 
 
 @hookspec(firstresult=True)
+def featurizers_suggest(reference: str) -> str | None:
+    """Return the entry ``plugin:reference`` that a text without the plugin's name may mean; ``None`` if there is none.
+
+    Called in every plugin when `load` finds that a source names nothing. Look at the plugin's own tables alone, not at
+    the network.
+    """
+
+
+@hookspec(firstresult=True)
 def featurizers_write(featurizer: FeatureSpace[Any], folder: Path) -> list[str] | None:
     """Write a featurizer into an empty folder in this plugin's own format; return a sentence for each thing lost.
 

@@ -7,7 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from featurizers.errors import FeaturizerError, ManifestError, PluginError, WeightsError, one_line, printable, shown
+from featurizers.errors import (
+    FeaturizerError,
+    ManifestError,
+    PluginError,
+    UsageError,
+    WeightsError,
+    one_line,
+    printable,
+    shown,
+)
 from featurizers.features.feature_space import FeatureSpace
 from featurizers.features.site_map import SiteMap
 from featurizers.files.regular import MAX_LEVELS, contained
@@ -117,10 +126,14 @@ def checked(featurizer: FeatureSpaceT, source: ExternalFiles) -> FeatureSpaceT:
 
     Raises:
         PluginError: it is not a featurizer, or the plugin ignored the indices.
+        UsageError: the indices are by group, and it is a featurizer of one site.
         WeightsError: a tensor holds NaN or infinity, or the featurizer does not pass its own check.
     """
     if not isinstance(featurizer, FeatureSpace):
         raise PluginError(f"{source.where}: a plugin read a {type(featurizer).__name__}, which is not a Featurizer")
+    if source.group_indices is not None and not isinstance(featurizer, SiteMap):
+        text = "holds a featurizer, which has no groups; give the features as a list of numbers"
+        raise UsageError(f"{source.where} {text}")
     if not _has_read(featurizer, source):
         raise PluginError(f"{source.where}: the plugin of this format did not read the features that were asked for")
     for name, tensor in featurizer.state_dict().items():

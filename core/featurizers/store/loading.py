@@ -22,6 +22,7 @@ from featurizers.registry.plugin_host import host
 from featurizers.store import artefact, external
 from featurizers.store.records import check_kind, local_record, single_artefact
 from featurizers.store.retrying import read_unchanged
+from featurizers.store.suggestions import suggesting
 
 
 def load(
@@ -84,7 +85,8 @@ def load(
         2
     """
     check_placement(device, dtype)
-    parsed = parse_source(source, revision)
+    with suggesting(source):
+        parsed = parse_source(source, revision)
     if isinstance(parsed, FolderSource):
         parsed = FolderSource(named_folder(parsed.path))
     request = Request(
@@ -109,7 +111,9 @@ def load(
             str(parsed),
         )
     else:
-        featurizer = read(locate(request), request)
+        with suggesting(source):
+            located = locate(request)
+        featurizer = read(located, request)
     return place(featurizer, request)
 
 

@@ -37,6 +37,12 @@ def featurizers_resolve(reference: str, repository: Callable[..., ExternalFiles]
 
 
 @hookimpl
+def featurizers_suggest(reference: str) -> str | None:
+    """Return the entry of SAELens' catalogue that is meant by its release and its id alone."""
+    return catalogue.suggest(reference)
+
+
+@hookimpl
 def featurizers_write(featurizer: FeatureSpace[Any], folder: Path) -> list[str] | None:
     """Write ``cfg.json`` and ``sae_weights.safetensors``."""
     return writing.write(featurizer, folder)

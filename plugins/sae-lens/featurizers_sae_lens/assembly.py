@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 import torch
-from featurizers import DictionaryFeaturizer, Featurizer
+from featurizers import DictionaryFeaturizer, FeatureSpace, Featurizer
 from featurizers.builtin import fold_input_scale
 from featurizers.errors import FeaturizerError, ManifestError, UsageError, WeightsError, explain, shown
 from pydantic import ValidationError
@@ -149,12 +149,11 @@ def assemble(
     if input_scale is not None:
         positive({"the factor of the activations": input_scale}, "the factor of the activations", where, (int, float))
         tensors = fold_input_scale(tensors, input_scale)
-    special = metadata.get("exclude_special_tokens")
     common: dict[str, Any] = {
         "pre_bias": flag(cfg, "apply_b_dec_to_input", True, where),
         "normalize": NORMALIZATIONS[normalize],
         "n_heads": 0 if reshape == "hook_z" else None,
-        "special_tokens": special if isinstance(special, list) else [],
+        "special_tokens": special_tokens(cfg),
     }
     try:
         if architecture == "matching_pursuit":
@@ -168,12 +167,25 @@ def assemble(
     except FeaturizerError as error:
         raise WeightsError(where, str(error)) from error
     featurizer.site = site_of(metadata.get("hook_name"), metadata.get("model_name"), metadata.get("hook_head_index"))
-    featurizer.id = str(metadata.get("neuronpedia_id") or metadata.get("hook_name") or architecture)
-    own = metadata.get("featurizers")  # the metadata of a featurizer that this plugin wrote
-    featurizer.metadata = {**(own if isinstance(own, dict) else {}), "sae_lens": cfg}
-    if notes := notes_on(normalize, input_scale, metadata.get("model_from_pretrained_kwargs")):
-        featurizer.metadata["notes"] = notes
+    describe(featurizer, cfg, notes_on(normalize, input_scale, metadata.get("model_from_pretrained_kwargs")))
     return featurizer
+
+
+def special_tokens(cfg: dict[str, Any]) -> list[Any]:
+    """Return the ids of the tokens that a configuration leaves out."""
+    special = (cfg.get("metadata") or {}).get("exclude_special_tokens")
+    return special if isinstance(special, list) else []
+
+
+def describe(featurizer: FeatureSpace[Any], cfg: dict[str, Any], notes: list[str]) -> None:
+    """Set the id and the metadata of a featurizer from its configuration; metadata that this plugin wrote are kept."""
+    metadata: dict[str, Any] = cfg.get("metadata") or {}
+    name = metadata.get("neuronpedia_id") or metadata.get("hook_name") or cfg.get("architecture", "standard")
+    featurizer.id = str(name)
+    own = metadata.get("featurizers")
+    featurizer.metadata = {**(own if isinstance(own, dict) else {}), "sae_lens": cfg}
+    if notes:
+        featurizer.metadata["notes"] = notes
 
 
 def notes_on(normalize: str, input_scale: float | None, model_options: Any) -> list[str]:

@@ -55,6 +55,19 @@ def resolve(reference: str, repository: Callable[..., ExternalFiles]) -> Feature
     return featurizer
 
 
+def suggest(reference: str) -> str | None:
+    """Return the source of an entry, given its release and its id or one like it, without ``sae-lens:``.
+
+    Returns None if there is no such release. A release without an id gives its first entry.
+    """
+    name, _, id_ = reference.partition("/")
+    release = catalogue().releases.get(name)
+    if release is None:
+        return None
+    near = [id_] if id_ in release.entries else difflib.get_close_matches(id_[:200], release.entries, n=1)
+    return f"sae-lens:{name}/{near[0] if near else next(iter(release.entries))}"
+
+
 def _find(reference: str) -> tuple[Release, Entry]:
     """Return the release and the entry that a reference names.
 

@@ -72,7 +72,7 @@ def site_of(hook_name: object, model_name: object, head: object = None) -> Site 
 
 @dataclass(frozen=True)
 class Read:
-    """What a transcoder reads: the activations at a site, normalised.
+    """Activations that a transcoder reads: those at a site, normalised.
 
     Attributes:
         site: None if the activations of the hook are not those of a site that is known.

@@ -21,7 +21,7 @@ NUMBERS = ("l0", "norm_scaling_factor", "variance_explained")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What the catalogue says of an autoencoder; what it does not say is None.
+    """Entry of the catalogue: an autoencoder. A fact that the catalogue lacks is None.
 
     Attributes:
         id: its name in the release.
@@ -43,7 +43,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Release:
-    """What the catalogue says of a release.
+    """Release of the catalogue.
 
     Attributes:
         name: of the release.

@@ -11,7 +11,7 @@ from featurizers.format import ExternalFiles
 from pydantic import ValidationError
 from torch import Tensor
 
-from featurizers_sae_lens.assembly import flag, notes_on, number, of_one_dtype
+from featurizers_sae_lens.assembly import describe, flag, notes_on, number, of_one_dtype, special_tokens
 from featurizers_sae_lens.sites import site_of
 from featurizers_sae_lens.temporal import TemporalConfig, TemporalMap
 from featurizers_sae_lens.yaml_files import read_yaml
@@ -46,7 +46,6 @@ def temporal(
             where, f"reshape_activations is {shown(reshape)}; a temporal autoencoder knows 'none' alone"
         )
     metadata: dict[str, Any] = cfg.get("metadata") or {}
-    special = metadata.get("exclude_special_tokens")
     defaults = {"n_heads": 8, "n_attn_layers": 1, "bottleneck_factor": 64, **cfg}
     try:
         config = TemporalConfig(
@@ -59,7 +58,7 @@ def temporal(
             tied=flag(cfg, "tied_weights", True, where),
             pre_bias=flag(cfg, "apply_b_dec_to_input", True, where),
             input_scale=scale,
-            special_tokens=special if isinstance(special, list) else [],
+            special_tokens=special_tokens(cfg),
         )
         with torch.device("meta"):
             featurizer = TemporalMap(config)
@@ -82,10 +81,7 @@ def temporal(
     site = site_of(metadata.get("hook_name"), metadata.get("model_name"))
     if site is not None:
         featurizer.reads, featurizer.writes = {"in": site}, {"out": site}
-    featurizer.id = str(metadata.get("neuronpedia_id") or metadata.get("hook_name") or "temporal")
-    featurizer.metadata = {"sae_lens": cfg}
-    if notes := notes_on(normalize, None, metadata.get("model_from_pretrained_kwargs")):
-        featurizer.metadata["notes"] = notes
+    describe(featurizer, cfg, notes_on(normalize, None, metadata.get("model_from_pretrained_kwargs")))
     return featurizer.requires_grad_(False).eval()
 
 

@@ -13,7 +13,15 @@ from featurizers.format import ExternalFiles
 from featurizers_transcoder import Transcoder
 from torch import Tensor
 
-from featurizers_sae_lens.assembly import NORMALIZATIONS, flag, normalization, notes_on, of_one_dtype
+from featurizers_sae_lens.assembly import (
+    NORMALIZATIONS,
+    describe,
+    flag,
+    normalization,
+    notes_on,
+    of_one_dtype,
+    special_tokens,
+)
 from featurizers_sae_lens.reading import check_sizes, count_features
 from featurizers_sae_lens.sites import Read, read_of, site_of, site_of_point
 from featurizers_sae_lens.yaml_files import read_yaml
@@ -101,13 +109,12 @@ def transcoder(
     if read.normalize != "none" and not plain:  # the hook's normalisation comes before these
         read = Read(None)
     own = NORMALIZATIONS[normalize] if read.normalize == "none" else read.normalize
-    special = metadata.get("exclude_special_tokens")
     arguments: dict[str, Any] = {
         **tensors,
         "rule": rule,
         "normalize": own,
         "eps": read.eps,
-        "special_tokens": special if isinstance(special, list) else [],
+        "special_tokens": special_tokens(cfg),
     }
     try:
         featurizer = Transcoder.from_weights(**arguments, numbers=numbers, slice_of=n_features)
@@ -119,11 +126,7 @@ def transcoder(
         featurizer.reads, featurizer.writes = {"in": read.site}, {"out": write}
     else:
         notes.append(hookless(metadata.get("hook_name"), metadata.get("hook_name_out")))
-    featurizer.id = str(metadata.get("neuronpedia_id") or metadata.get("hook_name") or architecture)
-    kept = metadata.get("featurizers")  # the metadata of a map that this plugin wrote
-    featurizer.metadata = {**(kept if isinstance(kept, dict) else {}), "sae_lens": cfg}
-    if notes:
-        featurizer.metadata["notes"] = notes
+    describe(featurizer, cfg, notes)
     return featurizer
 
 

@@ -30,7 +30,7 @@ class LocationWithinLayer(IntEnum):
 
 
 class NodeType(StrEnum):
-    """What the last axis of a scalar counts."""
+    """Kind of the nodes along the last axis of a scalar."""
 
     ATTENTION_HEAD = "attention_head"
     QK_CHANNEL = "qk_channel"
@@ -135,7 +135,7 @@ class NamedScalar(StrEnum):
 
     @property
     def node_type(self) -> NodeType:
-        """What its last axis counts; for features that are written, the features."""
+        """Kind of the nodes along its last axis; for features that are written, the features."""
         if ROWS[self.value].kind in _OF_AUTOENCODERS:
             return _OF_AUTOENCODERS[ROWS[self.value].kind]
         if self.value in ("attn_query", "attn_key"):
@@ -221,7 +221,7 @@ class NamedLocation(StrEnum):
 
     @property
     def node_type(self) -> NodeType:
-        """What its last axis counts."""
+        """Kind of the nodes along its last axis."""
         return self.dst.node_type
 
     @property

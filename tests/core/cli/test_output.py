@@ -16,3 +16,11 @@ def test_emoji_codes_and_markup_are_shown_as_they_are(capsys):
     out = capsys.readouterr().out
     assert out.count(":skull:") == 2
     assert "[red]x[/red]" in out
+
+
+def test_text_of_artefacts_and_plugins_in_a_table_is_escaped(capsys):
+    print_rows([{"id": "\x1b[2J\u202ea\nb\x9b"}], ["id"], as_json=False)
+    print_fields({"\x07": "\x1b]0;title"})
+    out = capsys.readouterr().out
+    assert all(character.isprintable() for character in out.replace("\n", ""))
+    assert [text for text in (r"\x1b[2J\u202ea", r"b\x9b", r"\x07", r"\x1b]0;title") if text not in out] == []

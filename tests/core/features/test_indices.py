@@ -5,7 +5,7 @@ from __future__ import annotations
 import featurizers
 import pytest
 import torch
-from featurizers.errors import FeatureIndexError
+from featurizers.errors import FeatureIndexError, UsageError
 from featurizers.features.indices import Selection, select
 from hypothesis import given
 from hypothesis import strategies as st
@@ -135,6 +135,12 @@ def test_a_checked_selection_is_returned_as_it_is():
 )
 def test_anything_else_is_refused(indices, message):
     with pytest.raises(FeatureIndexError, match=message):
+        select(indices, N)
+
+
+@pytest.mark.parametrize("indices", [{}, {"out": [0]}])
+def test_indices_by_group_are_for_maps(indices):
+    with pytest.raises(UsageError, match="indices by group are for maps between sites; of a featurizer give a list"):
         select(indices, N)
 
 

@@ -20,6 +20,7 @@ from featurizers.errors import (
     PluginConflictError,
     PluginError,
     PluginLoadError,
+    SourceError,
     UnknownKindError,
 )
 from featurizers.features.rules import relu
@@ -58,7 +59,8 @@ def install(tmp_path, monkeypatch):
         lines = [f"Name: {distribution}", f"Version: {version}", *(f"Requires-Dist: {text}" for text in requires)]
         text = "\n".join(["Metadata-Version: 2.1", *lines, ""]).encode()
         (info / "METADATA").write_bytes(text if metadata is None else metadata)
-        (info / "entry_points.txt").write_text(points or f"[featurizers]\n{name} = {entry or module}\n")
+        text = points or f"[featurizers]\n{name} = {entry or module}\n"
+        (info / "entry_points.txt").write_text(text.replace("MODULE", module))
         monkeypatch.syspath_prepend(str(folder))
 
         return module
@@ -317,6 +319,18 @@ def test_a_foreign_folder_is_read_beside_a_faulty_reader(install, fresh, tmp_pat
     assert featurizers.load(folder).kind == "identity"
     with pytest.raises(PluginError, match=r"'zzz' of dist-zzz 1\.0 fails in its featurizers_read: KeyError"):
         featurizers.load(other)
+
+
+def test_a_source_that_names_nothing_is_answered_by_a_plugin_and_no_fault_hides_the_error(install, fresh):
+    install("good", hooks(featurizers_suggest="(reference): return {'a/b/c': 'good:a\\x1b[2J'}.get(reference)"))
+    fresh()
+    with pytest.raises(SourceError, match=r"cannot tell what .*\. Did you mean 'good:a\\+x1b\[2J'\?$"):
+        featurizers.load("a/b/c")
+    install("zzz", hooks(featurizers_suggest="(reference): return 3 if reference == 'd/e/f' else {}[reference]"))
+    fresh()
+    for source in ("d/e/f", "g/h/i"):
+        with pytest.raises(SourceError, match=r"for an entry of a plugin's catalogue$"):
+            featurizers.load(source)
 
 
 def test_the_plugin_that_is_asked_alone_is_named_when_it_fails(install, fresh):
@@ -760,6 +774,63 @@ def test_plugins_add_commands_and_members_of_one_group(install, fresh):
     }
     assert all(name in call("fit", "--help")[1] for name in ("one", "two", "Fit it."))
     assert call("fit", "three")[0] == call("three")[0] == 2
+
+
+ODD = """
+    import featurizers
+    import typer
+    from featurizers_identity import IdentityConfig
+    from pydantic import Field
+
+    class OddConfig(IdentityConfig):
+        size: str = Field("\\x1b[31m", description="A size\\x1b[2J.")
+
+    class Odd(featurizers.Featurizer):
+        "A kind\\x1b]0;title\\x07\\u202e of mine."
+        kind = "odd"
+        Config = OddConfig
+        def featurize(self, x): return x, None
+        def inverse_featurize(self, f, e): return f
+        @classmethod
+        def fit(cls, x): "Fit\\x1b[2J it."
+
+    @featurizers.hookimpl
+    def featurizers_register(register):
+        register(Odd)
+
+    @featurizers.hookimpl
+    def featurizers_commands(app):
+        group = typer.Typer()
+        for each, name in ((app, "odd"), (group, "one"), (group, "two")):
+            @each.command(name, help="Do\\x1b[2J it.\\n\\n\\b\\nas\\nit is", epilog="End\\x9b.")
+            def odd(size: str = typer.Option("", help="Its size\\x1b[2J.", metavar="S\\x1b")): pass
+        app.add_typer(group, name="group", help="Its\\x1b[2J group.")
+"""
+
+
+def test_what_a_plugin_says_of_itself_is_printed_escaped(install, fresh):
+    install("odd", ODD, version="1\x1b[2J", points="[featurizers]\nodd = MODULE\nb\x1b[2J = MODULE\n")
+    fresh()
+    texts = [
+        *(("plugins",), ("kinds",), ("kinds", "odd"), ("plugins", "--commands"), ("--help",), ("odd", "--help")),
+        *(("group", "--help"), ("group", "two", "--help")),
+    ]
+    for arguments in texts:
+        code, out = call(*arguments)
+        assert code == 0, (arguments, out)
+        assert all(character.isprintable() for character in out.replace("\n", "")), (arguments, out)
+    help_ = call("odd", "--help")[1]
+    assert all(
+        text in help_ for text in (r"Do\x1b[2J it.", r"Its size\x1b[2J.", r"S\x1b", r"End\x9b.", "  as\n  it is")
+    )
+    assert r"A kind\x1b]0;title\x07\u202e of mine." in call("kinds", "odd")[1]
+
+
+def test_a_command_with_an_unprintable_name_is_refused(install, fresh):
+    install("one", COMMAND.format(name="one", top="t\\x1b[2J"))
+    fresh()
+    with pytest.raises(PluginError, match=r"a command with an unprintable name, 't\\x1b\[2J'"):
+        call("two")
 
 
 def test_a_command_imports_the_plugin_that_is_named_and_no_other(install, fresh, imports):

@@ -33,6 +33,12 @@ def test_features_to_load_are_a_list_of_numbers(indices, tmp_path):
         featurizers.load(tmp_path, indices=indices)
 
 
+def test_features_by_group_are_for_maps_between_sites(tmp_path):
+    own = featurizers.create("dictionary", d_in=4, n_features=8, rule="relu").save_pretrained(tmp_path / "own")
+    with pytest.raises(UsageError, match="indices by group are for maps between sites; of a featurizer give a list"):
+        featurizers.load(own, indices={"out": [0, 1]})
+
+
 def test_files_are_listed_from_the_folder(tmp_path):
     (tmp_path / "b").mkdir()
     for name in ("b/two", "a", "b/one"):

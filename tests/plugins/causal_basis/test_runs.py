@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from featurizers.errors import ArtefactError, FeaturizerError
-from featurizers_causal_basis import extract_causal_bases
+from featurizers_causal_basis import extract_causal_bases, iterate_causal_bases
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,14 +22,14 @@ D, K = 6, 3
 NAME = "layer-000.safetensors"
 
 
-def extract(folder: Path | None) -> Any:
+def extract(folder: Path | None, **options: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(D, 12).double()
     with torch.no_grad():
         linear.weight.copy_(torch.randn(12, D, generator=generator))
         linear.bias.zero_()
     hidden = torch.randn(40, D, generator=generator, dtype=torch.float64)
-    return extract_causal_bases(nn.Sequential(linear), [hidden], K, max_iter=5, resume=folder)[0]
+    return extract_causal_bases(nn.Sequential(linear), [hidden], K, max_iter=5, resume=folder, **options)[0]
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def test_a_folder_on_a_full_disk_can_be_used_afterwards(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with full_disk(), pytest.raises(ArtefactError, match=r"run.json: it cannot be written: File too large"):
         extract(folder)
-    assert list(folder.iterdir()) == []
+    assert [path.name for path in folder.iterdir()] == [".lock"]
     assert torch.equal(extract(folder).directions, extract(None).directions)
 
 
@@ -55,6 +55,30 @@ def test_a_folder_whose_process_was_killed_while_it_began_can_be_used(tmp_path: 
     (tmp_path / f".run.json.{'0123456789abcdef' * 2}").write_text('{"k"')
     extract(tmp_path)
     assert (tmp_path / NAME).exists()
+
+
+def test_a_second_extraction_in_a_folder_is_refused_and_the_first_one_goes_on(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def listener(_: Any) -> None:
+        with pytest.raises(ArtefactError, match="another program is writing to it") as caught:
+            extract(tmp_path)
+        refused.append(str(caught.value))
+
+    first = extract(tmp_path, progress=listener)
+    assert torch.equal(first.directions, extract(None).directions)
+    assert torch.equal(extract(tmp_path).directions, first.directions)  # the lock is released
+    assert refused
+
+
+def test_an_iterator_that_is_closed_releases_the_folder(tmp_path: Path) -> None:
+    decoder, hidden = nn.Linear(4, 8), torch.randn(2, 20, 4, generator=torch.Generator().manual_seed(0))
+    bases = iterate_causal_bases(decoder, [hidden, hidden], 1, resume=tmp_path, max_iter=2)
+    next(bases)
+    with pytest.raises(ArtefactError, match="another program is writing to it"):
+        extract_causal_bases(decoder, [hidden, hidden], 1, resume=tmp_path, max_iter=2)
+    bases.close()  # type: ignore[attr-defined]  # it is a generator
+    assert len(extract_causal_bases(decoder, [hidden, hidden], 1, resume=tmp_path, max_iter=2)) == 2
 
 
 @pytest.fixture(scope="module")

@@ -202,6 +202,8 @@ def test_a_slice_is_those_rows(sae_lens, architecture, tmp_path):
     same(part.interchange(x, source), whole.interchange(x, source, [40, 3]))
     with pytest.raises(FeatureIndexError, match="feature index 64 is out of range: there are 64"):
         featurizers.load(tmp_path / "it", indices=[64])
+    with pytest.raises(UsageError, match="holds a featurizer, which has no groups; give the features as a list"):
+        featurizers.load(tmp_path / "it", indices={"features": [3]})
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from featurizers import SiteMap
-from featurizers_sae_lens import catalogue, cross_layer, scopes, table, torch_files, transcoders
+from featurizers_sae_lens import catalogue, cross_layer, featurizers_suggest, scopes, table, torch_files, transcoders
 from featurizers_sae_lens.sites import site_of
 
 PLUGIN = Path(__file__).parents[3] / "plugins/sae-lens"
@@ -69,6 +69,30 @@ def test_the_table_is_saelens_own_catalogue(sae_lens):
             facts["l0"] = facts["l0"] or None
             facts["variance_explained"] = 1.0 if facts["variance_explained"] is None else facts["variance_explained"]
         assert found == expected
+
+
+def test_every_release_and_id_of_saelens_is_answered_by_its_source(sae_lens):
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    for name, release in get_pretrained_saes_directory().items():
+        ids = list(release.saes_map)
+        for id_ in {ids[0], ids[-1]}:
+            assert featurizers_suggest(f"{name}/{id_}") == f"sae-lens:{name}/{id_}"
+
+
+@pytest.mark.parametrize(
+    ("reference", "source"),
+    [
+        ("gpt2-small-res-jb", "sae-lens:gpt2-small-res-jb/blocks.0.hook_resid_pre"),
+        ("gpt2-small-res-jb/blocks.8.hook_resid", "sae-lens:gpt2-small-res-jb/blocks.8.hook_resid_pre"),
+        ("gpt2-small-res-jb/" + "x" * 100_000, "sae-lens:gpt2-small-res-jb/blocks.0.hook_resid_pre"),
+        ("owner/name", None),
+        ("", None),
+        ("/", None),
+    ],
+)
+def test_what_is_no_entry_is_answered_by_the_nearest_of_its_release(reference, source):
+    assert featurizers_suggest(reference) == source
 
 
 def test_a_catalogue_that_says_more_is_refused_by_the_script(script):

@@ -50,6 +50,24 @@ def interrupted(folder: Path, epochs: int = 2, **options: Any) -> None:
         search(folder, epochs, stopping, **options)
 
 
+def test_a_second_search_in_a_folder_is_refused_and_the_first_one_goes_on(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def objective(logits: Tensor, answers: Any) -> Tensor:
+        if len(refused) < 2:
+            with pytest.raises(ArtefactError, match="another program is writing to it") as caught:
+                search(tmp_path / "busy", epochs=3)
+            refused.append(str(caught.value))
+        return cross_entropy(logits, answers)
+
+    objective.__name__ = cross_entropy.__name__
+    first = search(tmp_path / "busy", objective=objective)
+    alone = search(tmp_path / "alone")
+    assert torch.equal(first.featurizer.basis, alone.featurizer.basis)
+    assert search(tmp_path / "busy").history == alone.history  # the lock is released, and the checkpoint is whole
+    assert len(refused) == 2
+
+
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], Any], *, signed: bool = True) -> None:
     """Change the tensors and the JSON of a checkpoint, and its fingerprint with them."""
     path = folder / NAME

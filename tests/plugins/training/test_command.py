@@ -1,6 +1,8 @@
 """Commands ``train``, ``evaluate`` and ``sweep``: their output, their files and their errors."""
 
 import csv
+import errno
+import importlib
 import json
 import os
 import re
@@ -13,6 +15,7 @@ import featurizers
 import featurizers_training as training
 import pytest
 import torch
+from featurizers.errors import ArtefactError
 from featurizers.format import weights
 from featurizers_training.command import options
 
@@ -439,6 +442,63 @@ def test_positions_are_parsed():
 
 
 # ---------------------------------------------------------------------- Ctrl-C
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("train", (*DAS[1:], "--site", LAST)),
+        ("sweep", (*COMMON, "--methods", "das,random", "--epochs", "1", "--features", "2", "--layers", "1")),
+    ],
+)
+def test_two_searches_with_one_folder_are_both_saved(module, arguments, tmp_path, monkeypatch):
+    out = tmp_path / "best"  # a sweep has a folder of this name among its results
+    command = (module, *arguments)
+    searching = importlib.import_module(f"featurizers_training.command.{module}")
+    original, others = getattr(searching, module), []
+
+    def search(*given, **options):
+        monkeypatch.undo()
+        monkeypatch.setenv("COLUMNS", "160")
+        monkeypatch.chdir(here)
+        others.append(run(*command, "--seed", "1", "--out", out))  # it ends while the first one searches
+        others.append(files(out))
+        return original(*given, **options)
+
+    here = Path.cwd()
+    monkeypatch.setattr(searching, module, search)
+    code, printed, error = run(*command, "--out", out)
+    (other_code, _, other_error), other_files = others
+    assert (code, other_code) == (0, 0), (error, other_error)
+    assert files(out) == other_files
+    folder = tmp_path / "best-2"
+    assert f"another program has written to {out} meanwhile; the results are in {folder}\n" in error
+    assert re.sub(r"\s", "", str(folder)) in re.sub(r"\s", "", printed)
+    assert files(folder).keys() == other_files.keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "best-2"]
+    artefact = folder if module == "train" else folder / "best"
+    assert featurizers.load(artefact).metadata["training"]["settings"]["seed"] == 0
+
+
+def test_a_table_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
+    pairs = training.Pairs.of([{"base": [1], "source": [2], "label": 3}])
+    result = training.sweep(fresh_model("llama"), pairs, pairs, [LAST], [-1], [training.FullVector()])
+    (tmp_path / "notes.txt").write_text("mine")
+    result.write(tmp_path)
+    before = files(tmp_path)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(ArtefactError, match="it cannot be written: No space left on device"):
+        result.write(tmp_path)
+    assert files(tmp_path) == before
+    assert before.keys() == {"notes.txt", "table.csv", "table.json", "heatmap.png"}
 
 
 def interrupt(*_, **__):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import featurizers
 import typer
 from featurizers import Anatomy
-from featurizers.cli import commit_link, dtype_named, layer_numbers, progress_bar
+from featurizers.cli import commit_link, dtype_named, layer_numbers, progress_bar, write_results
 from featurizers.errors import UsageError
 from featurizers.files import refuse_full
 from featurizers.models import load_model
@@ -23,6 +23,8 @@ from featurizers_causal_basis.featurizer import SITES, CausalBasisFeaturizer
 from featurizers_causal_basis.lens import LogitLens, Readout, TunedLens
 from featurizers_causal_basis.pictures import energies_by_layer, matplotlib_figure
 from featurizers_causal_basis.solve import Preset, Progress, extract_causal_bases
+
+PICTURE: Final = "energies.png"
 
 
 def fit_command(
@@ -104,12 +106,16 @@ def fit_command(
     for basis in bases:
         basis.id = f"causal basis of {basis.site}"
         basis.metadata = {**basis.metadata, "data": {"file": Path(data).name, "prompts": len(prompts.ids)}}
-    if len(bases) == 1:
-        folder = bases[0].save_pretrained(out)
-    else:
-        folder = featurizers.save_collection({_subfolder(basis): basis for basis in bases}, out)
-    picture = folder / "energies.png"
-    energies_by_layer({str(basis.site): basis for basis in bases}).savefig(picture, dpi=150)
+
+    def write(folder: Path) -> None:
+        if len(bases) == 1:
+            bases[0].save_pretrained(folder)
+        else:
+            featurizers.save_collection({_subfolder(basis): basis for basis in bases}, folder)
+        energies_by_layer({str(basis.site): basis for basis in bases}).savefig(folder / PICTURE, dpi=150)
+
+    folder = write_results(out, write)
+    picture = folder / PICTURE
     result = {
         "folder": str(folder),
         "picture": str(picture),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, final
@@ -150,17 +151,17 @@ def iterate_causal_bases(model: Any, inputs: Any, k: int, **options: Any) -> Ite
 def _bases(model: Any, inputs: Any, options: ExtractionOptions) -> Iterator[CausalBasisFeaturizer]:
     source = _source(model, inputs, options)
     numbers = _checked_layers(options.layers, source.count)
-    extraction = _Extraction(source, options, len(numbers))
-    for done, layer in enumerate(numbers):
-        energy, state = extraction.layer(layer, done)
-        if len(state.energies):
-            yield _basis(source, options, layer, energy, state)
-        else:
-            warnings.warn(
-                f"layer {layer} has no direction of {options.min_energy} nats per token, and so no basis",
-                NoDirectionWarning,
-                stacklevel=3,
-            )
+    with closing(_Extraction(source, options, len(numbers))) as extraction:
+        for done, layer in enumerate(numbers):
+            energy, state = extraction.layer(layer, done)
+            if len(state.energies):
+                yield _basis(source, options, layer, energy, state)
+            else:
+                warnings.warn(
+                    f"layer {layer} has no direction of {options.min_energy} nats per token, and so no basis",
+                    NoDirectionWarning,
+                    stacklevel=3,
+                )
 
 
 def _source(model: Any, inputs: Any, options: ExtractionOptions) -> Layers:
@@ -230,10 +231,15 @@ class _Extraction:
         self._source, self._options, self._n_layers = source, options, n_layers
         self._preset, self._processes = options.schedule, Processes(options.group)
         self._run: Run | None = None  # of process 0 alone
-        if options.resume is not None:
-            self._processes.on_first(self._open_run)
         unembedding = source.unembedding if self._preset.singular and not self._preset.axes else None
         self._singular = None if unembedding is None else singular_vectors(unembedding)
+        if options.resume is not None:
+            self._processes.on_first(self._open_run)
+
+    def close(self) -> None:
+        """Release the folder of the run."""
+        if self._run is not None:
+            self._run.close()
 
     def layer(self, layer: int, done: int) -> tuple[Energy, LayerState]:
         """Return the energy at a layer and its basis in the order of the search, after ``done`` other layers."""

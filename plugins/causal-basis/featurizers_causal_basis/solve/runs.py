@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, final
 
 import torch
 from featurizers.errors import ArtefactError, UsageError, shown
-from featurizers.files import contained
+from featurizers.files import LOCK_NAME, contained, locked
 from featurizers.format import is_unfinished, read_json, read_state, write_json, write_state
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -19,6 +20,7 @@ from featurizers_causal_basis.record import Count, Finite
 
 TENSORS = ("vectors", "energies", "losers")
 """Names of the tensors in a layer's file."""
+RUN_NAME: Final = "run.json"
 KEY = "about"
 """Name of the JSON in the metadata of a layer's file."""
 TOLERANCE: Final = 1e-6
@@ -67,27 +69,47 @@ class _About(BaseModel):
 class Run:
     """Folder of an extraction: ``run.json`` identifies it, and each layer has a file, replaced after each vector.
 
+    The folder is locked against other programs until `close`.
+
     Args:
         folder: where; made if it does not exist.
         identity: everything that the result depends on, but the layers and the activations.
 
     Raises:
         UsageError: the folder belongs to another extraction; the message names the differences.
-        ArtefactError: its ``run.json`` cannot be read, or the folder cannot be made.
+        ArtefactError: another program uses it, its ``run.json`` cannot be read, or the folder cannot be made.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self._folder, path = folder, folder / "run.json"
+        self._folder, self._lock = folder, ExitStack()
+        self._names()  # before anything is written to it
+        with ExitStack() as stack:
+            stack.enter_context(locked(folder))
+            self._open(identity)
+            self._lock = stack.pop_all()
+
+    def close(self) -> None:
+        """Let other programs use the folder."""
+        self._lock.close()
+
+    def _names(self) -> set[str]:
+        """Return the names in the folder, which are those of a run or none."""
+        folder = self._folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            present = {each.name for each in folder.iterdir() if not is_unfinished(each)}
+            present = {each.name for each in folder.iterdir() if not is_unfinished(each)} - {LOCK_NAME}
         except OSError as error:
             raise ArtefactError(str(folder), f"cannot be used as the folder of a run: {error.strerror}") from error
-        if not present:
+        if present and RUN_NAME not in present:
+            raise UsageError(f"{folder} has files that are of no extraction; give an empty folder or a new one")
+        return present
+
+    def _open(self, identity: dict[str, Any]) -> None:
+        """Write ``run.json`` to an empty folder, or compare the one that is there."""
+        folder, path = self._folder, self._folder / RUN_NAME
+        if not self._names():
             write_json(path, identity)
             return
-        if path.name not in present:
-            raise UsageError(f"{folder} has files that are of no extraction; give an empty folder or a new one")
         contained(folder, path, str(folder), ArtefactError)
         before, now = read_json(path, expected="the options of an extraction"), json.loads(json.dumps(identity))
         if before != now:

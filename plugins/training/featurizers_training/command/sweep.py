@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from accelerate import PartialState
 from featurizers import Site
-from featurizers.cli import layer_numbers, print_json
+from featurizers.cli import layer_numbers, print_json, write_results
 from featurizers.errors import UsageError
 from featurizers.files import refuse_full
 from featurizers.models import Anatomy
@@ -80,9 +81,14 @@ def sweep_command(
     )
     if not main:
         return
-    folder = result.write(out)
     cell, found = result.best()
-    artefact, best = found.save(folder / "best"), cell.record()
+
+    def write(folder: Path) -> None:
+        result.write(folder)
+        found.save(folder / "best")
+
+    folder = write_results(out, write)
+    artefact, best = folder / "best", cell.record()
     if as_json:
         print_json({"folder": str(folder), "artefact": str(artefact), "best": best, "cells": result.rows()})
         return

@@ -13,7 +13,7 @@ import featurizers
 import typer
 from accelerate import PartialState
 from featurizers import Site
-from featurizers.cli import commit_link, print_json
+from featurizers.cli import commit_link, print_json, write_results
 from featurizers.files import refuse_full
 from rich.console import Console
 from torch import nn
@@ -107,7 +107,7 @@ def train_command(
         return
     for warning in checks.warnings():
         print(f"warning: {warning}", file=sys.stderr)
-    folder = found.save(out)
+    folder = write_results(out, found.save)
     url = None if push is None else featurizers.push(folder, push)
     link = None if url is None else commit_link(url)
     if as_json:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias
 
 import torch
-from featurizers.errors import ArtefactError, ManifestError, UsageError, shown
-from featurizers.files import contained, os_errors, read_bytes, resolved
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from featurizers.errors import ArtefactError, FeaturizerError, ManifestError, UsageError, shown
+from featurizers.files import LOCK_NAME, contained, locked, os_errors, read_bytes, resolved
 from featurizers.format import (
     check_finite,
     fingerprint,
@@ -108,6 +111,45 @@ class Checkpoint:
         self.folder = resolved(folder)
         self.identity = json.loads(json.dumps(identity))
 
+    @contextmanager
+    def alone(self, processes: PartialState) -> Iterator[None]:
+        """Keep other programs out of the folder while the block runs; the processes of one search share it.
+
+        Raises:
+            UsageError: the folder holds something else.
+            ArtefactError: another program searches in it, or it cannot be written.
+        """
+        self._present()  # before anything is written to it
+        problems: list[FeaturizerError | None] = [None]
+        with ExitStack() as stack:
+            if processes.is_main_process:
+                try:
+                    stack.enter_context(locked(self.folder))
+                except FeaturizerError as error:
+                    problems = [error]
+            if processes.num_processes > 1:
+                broadcast_object_list(problems)
+            if problems[0] is not None:
+                raise problems[0]
+            yield
+
+    def _present(self) -> set[str]:
+        """Return the names of the files of a checkpoint that are in the folder.
+
+        Raises:
+            UsageError: the folder holds something else.
+        """
+        with os_errors(self.folder):
+            found = (
+                {path.name for path in self.folder.iterdir() if not is_unfinished(path)}
+                if self.folder.is_dir()
+                else set()
+            )
+        found.discard(LOCK_NAME)
+        if found and not found & {STATE_NAME, OLD_STATE_NAME}:
+            raise UsageError(f"{self.folder} holds something else than a checkpoint; name a new or an empty folder")
+        return found
+
     def save(
         self,
         parameters: Sequence[nn.Parameter],
@@ -157,19 +199,14 @@ class Checkpoint:
             UsageError: the checkpoint is of another search, or the folder holds something else.
             ArtefactError: the checkpoint is damaged.
         """
-        with os_errors(self.folder):
-            present = (
-                {path.name for path in self.folder.iterdir() if not is_unfinished(path)} if self.folder.is_dir() else ()
-            )
+        present = self._present()
         if not present:
             return None
         if STATE_NAME in present:
             path = contained(self.folder, self.folder / STATE_NAME, str(self.folder), ArtefactError)
             tensors, about = read_state(path, format=FORMAT, version=VERSION, schema=_About)
-        elif OLD_STATE_NAME in present:
-            tensors, about = self._read_old()
         else:
-            raise UsageError(f"{self.folder} holds something else than a checkpoint; name a new or an empty folder")
+            tensors, about = self._read_old()
         if about.search.keys() != self.identity.keys():
             raise self._damaged("it does not describe a search as this release does")
         if differ := [key for key in self.identity if self.identity[key] != about.search[key]]:

@@ -74,6 +74,7 @@ def train(
 
     Raises:
         UsageError: the pairs do not fit the sites, or the checkpoint is of another search.
+        ArtefactError: another program searches in the folder of the checkpoint, or the checkpoint is damaged.
         SiteError: the model does not have a site.
 
     Example:
@@ -93,8 +94,11 @@ def train(
             stack.enter_context(frozen(module))
         search = _Search(model, pairs, parsed, method, objective, validation, gone_through, settings, optimizer, runs)
         shown = progress and search.processes.is_main_process
+        checkpoint = None if checkpoints is None else Checkpoint(checkpoints, search.identity())
+        if checkpoint is not None:
+            stack.enter_context(checkpoint.alone(search.processes))
         with progress_bar(search.total_steps, method.name, shown=shown) as bar:
-            search.run(None if checkpoints is None else Checkpoint(checkpoints, search.identity()), bar)
+            search.run(checkpoint, bar)
         return search.found()
 
 

@@ -8,11 +8,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from featurizers import Site
 from featurizers.cli import progress_bar
 from featurizers.errors import UsageError
+from featurizers.files import replacing, resolved
 from featurizers.models import Anatomy, frozen
 from torch import nn
 
@@ -27,6 +28,10 @@ from featurizers_training.search.settings import Settings
 from featurizers_training.search.training import train
 from featurizers_training.sweeps.controls import check_controls, controlled
 from featurizers_training.sweeps.report import heat_map, write_csv
+
+TABLE: Final = "table.csv"
+DATA: Final = "table.json"
+PICTURE: Final = "heatmap.png"
 
 
 @dataclass(frozen=True)
@@ -106,18 +111,21 @@ class Sweep:
         return [cell.record() for cell in self.cells]
 
     def write(self, folder: str | Path) -> Path:
-        """Write ``table.csv``, ``table.json`` and ``heatmap.png`` to a folder, and return it.
+        """Write ``table.csv``, ``table.json`` and ``heatmap.png`` to a folder in one step, and return it.
+
+        Other files in the folder are kept.
 
         Raises:
             MissingDependencyError: matplotlib is not installed.
+            ArtefactError: the folder cannot be written.
         """
-        folder = Path(folder).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_csv(self.rows(), folder / "table.csv")
         data = json.dumps({**self.about, "cells": self.rows()}, indent=2)
-        (folder / "table.json").write_text(f"{data}\n", encoding="utf-8")
-        heat_map(self.rows(), str(self.about["title"])).savefig(folder / "heatmap.png", dpi=120)
-        return folder
+        picture = heat_map(self.rows(), str(self.about["title"]))
+        with replacing(resolved(folder), {TABLE, DATA, PICTURE}.__contains__, lambda _: None) as new:
+            write_csv(self.rows(), new / TABLE)
+            (new / DATA).write_text(f"{data}\n", encoding="utf-8")
+            picture.savefig(new / PICTURE, dpi=120)
+        return Path(folder).expanduser()
 
 
 def sweep(
