@@ -43,8 +43,9 @@ WHOLE = {
 """Architectures that cannot be sliced, because a part would have other features, and why."""
 
 OTHER = {
-    "crosscoder": "crosscoders are not read here",
-    "clt": "cross-layer transcoders are read only where SAELens' catalogue names a layer of one",
+    "crosscoder": "crosscoders are read only in the files of Gemma Scope 2, one for each layer",
+    "clt": "cross-layer transcoders are read only in the files of Gemma Scope 2, one for each layer, and by the ids of "
+    "SAELens' catalogue",
 }
 """Architectures that are known, but not read, and why."""
 
