@@ -9,11 +9,11 @@ import torch
 from featurizers import DictionaryFeaturizer, Featurizer
 from featurizers.builtin import fold_input_scale
 from featurizers.errors import FeaturizerError, ManifestError, UsageError, WeightsError, explain, shown
+from featurizers_transcoder.hooks import site_of
 from pydantic import ValidationError
 from torch import Tensor
 
 from featurizers_sae_lens.matching_pursuit import MatchingPursuitConfig, MatchingPursuitFeaturizer
-from featurizers_sae_lens.sites import site_of
 
 RULES = {"standard": "relu", "gated": "gated", "topk": "topk", "abstopk": "abstopk", "jumprelu": "jumprelu"}
 """Rule of each architecture that is a dictionary."""

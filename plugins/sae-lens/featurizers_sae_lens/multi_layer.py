@@ -18,11 +18,10 @@ from featurizers.errors import FeaturizerError, ManifestError, UsageError, Weigh
 from featurizers.features import select
 from featurizers.format import ExternalFiles, TensorFile
 from featurizers_transcoder import Crosscoder, CrossLayerTranscoder
+from featurizers_transcoder.hooks import hookless, site_of_point
 from torch import Tensor
 
 from featurizers_sae_lens.scopes import OTHER_FOLDER, SKIP, gemma_2_model
-from featurizers_sae_lens.sites import site_of_point
-from featurizers_sae_lens.transcoders import hookless
 
 FILE = re.compile(r"params_layer_(0|[1-9]\d{0,2})\.safetensors")
 FOLDER_LAYERS = re.compile(r"layer((?:_\d{1,4}){1,1000})_width")

@@ -11,11 +11,11 @@ from featurizers import Site
 from featurizers.errors import FeaturizerError, ManifestError, UsageError, WeightsError, shown
 from featurizers.format import ExternalFiles
 from featurizers_transcoder import Transcoder
+from featurizers_transcoder.hooks import Read, hookless, read_of, site_of, site_of_point
 from torch import Tensor
 
 from featurizers_sae_lens.assembly import NORMALIZATIONS, flag, normalization, notes_on, of_one_dtype
 from featurizers_sae_lens.reading import check_sizes, count_features
-from featurizers_sae_lens.sites import Read, read_of, site_of, site_of_point
 from featurizers_sae_lens.yaml_files import read_yaml
 
 RULES = {
@@ -125,14 +125,6 @@ def transcoder(
     if notes:
         featurizer.metadata["notes"] = notes
     return featurizer
-
-
-def hookless(hook_in: object, hook_out: object) -> str:
-    """Return a note for a map whose hooks are not both sites."""
-    return (
-        f"It maps the activations of the hook {shown(hook_in)} to those of {shown(hook_out)}, which are not both sites "
-        "of a model that is known here; so it has no sites."
-    )
 
 
 def _read(metadata: dict[str, Any]) -> Read:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from featurizers.errors import ConversionError, FeatureIndexError, ManifestError, UsageError, WeightsError
 from featurizers_sae_lens import wrap
-from featurizers_sae_lens.sites import hook_of_read, read_of
 from featurizers_transcoder import CrossLayerTranscoder, Transcoder
+from featurizers_transcoder.hooks import hook_of_read, read_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -104,6 +104,9 @@ GEMMA_NORM = "module:{0}.layers.3.post_feedforward_layernorm:output"
             "none",
         ),
         ("gpt2", "attn.hook_z", "hook_attn_out", "attn.z:3", "attn.out:3", "none"),
+        ("gpt2", "ln1.hook_normalized", "hook_attn_out", "resid.pre:3", "attn.out:3", "standard"),
+        ("Qwen/Qwen3-4B", "ln2.hook_normalized", "hook_mlp_out", "resid.mid:3", "mlp.out:3", "rms"),
+        ("meta-llama/Llama-3.2-1B", "ln1.hook_normalized", "hook_attn_out", "resid.pre:3", "attn.out:3", "rms"),
         ("someone/model", "ln2.hook_normalized", "hook_mlp_out", None, None, "none"),
         ("gpt2", "hook_resid_post", "hook_mystery", None, None, "none"),
     ],
