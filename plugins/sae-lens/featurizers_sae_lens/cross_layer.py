@@ -47,6 +47,8 @@ def layer(source: ExternalFiles, number: str, overrides: dict[str, Any]) -> Cros
     tensors, n_features = _tensors(source, number)
     writes = range(first, first + len(tensors) - len(_own(tensors)))
     sites = {f"out-{i}": site_of(f"blocks.{i}.{hooks[1]}", model) for i in writes}
+    if None in sites.values():  # without sites it takes the hook's own activations
+        read = Read(None)
     rule = "jumprelu" if "threshold" in tensors else "relu"
     rows = source.indices
     config = {

@@ -96,7 +96,9 @@ def transcoder(
         tensors["W_skip"] = tensors["W_skip"].T
     metadata: dict[str, Any] = cfg.get("metadata") or {}
     normalize = normalization(cfg, where)
-    read = _read(metadata)
+    read, write = _read(metadata), _write(metadata)
+    if write is None:  # without sites it takes the hook's own activations
+        read = Read(None)
     plain = NORMALIZATIONS[normalize] == "none" and not skip
     if read.normalize != "none" and not plain:  # the hook's normalisation comes before these
         read = Read(None)
@@ -113,7 +115,6 @@ def transcoder(
         featurizer = Transcoder.from_weights(**arguments, numbers=numbers, slice_of=n_features)
     except FeaturizerError as error:
         raise WeightsError(where, str(error)) from error
-    write = _write(metadata)
     notes = notes_on(normalize, None, metadata.get("model_from_pretrained_kwargs"))
     if read.site is not None and write is not None:
         featurizer.reads, featurizer.writes = {"in": read.site}, {"out": write}

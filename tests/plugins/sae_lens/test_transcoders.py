@@ -109,6 +109,7 @@ GEMMA_NORM = "module:{0}.layers.3.post_feedforward_layernorm:output"
         ("meta-llama/Llama-3.2-1B", "ln1.hook_normalized", "hook_attn_out", "resid.pre:3", "attn.out:3", "rms"),
         ("someone/model", "ln2.hook_normalized", "hook_mlp_out", None, None, "none"),
         ("gpt2", "hook_resid_post", "hook_mystery", None, None, "none"),
+        ("gpt2", "ln2.hook_normalized", "hook_mystery", None, None, "none"),
     ],
 )
 def test_hooks_are_sites(sae_lens, model, hook_in, hook_out, reads, writes, normalize, tmp_path):
