@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from featurizers_transcoder import Crosscoder, CrossLayerTranscoder, Transcoder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.support.decoders import decoder
 from tests.support.sae_lens import same
 
 FIXTURES = Path(__file__).parents[2] / "fixtures/llamascopium"
@@ -242,3 +245,38 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     (folder / "sae_weights.safetensors").rename(folder / "sae_weights.pt")
     with pytest.raises(ManifestError, match="save it again with save_pretrained"):
         featurizers.load(folder)
+
+
+def test_an_edit_of_a_head_writes_its_own_layer():
+    """Features are those of a run before, and a pinned edit equals hooks that replace what the blocks return."""
+    f = featurizers.load(FIXTURES / "crosscoder-jumprelu")
+    model = decoder("llama", hidden_size=D, num_attention_heads=3, num_key_value_heads=3)
+    blocks, ids = model.model.layers, torch.arange(8)[None]
+    seen: list[Tensor] = []
+
+    def run(hook: Any) -> Tensor:
+        with ExitStack() as hooks:
+            for place, block in enumerate(blocks):
+                hooks.callback(block.register_forward_hook(functools.partial(hook, place)).remove)
+            return model(ids).logits
+
+    def read(_place: int, _module: Any, _args: Any, out: Tensor) -> None:
+        seen.append(out)
+
+    def write(place: int, _module: Any, _args: Any, _out: Tensor) -> Tensor:
+        return seen[place] + (change if place == 2 else 0)
+
+    with torch.no_grad():
+        base = run(read)
+        z = f.encode("head-2", {f"head-{i}": x for i, x in enumerate(seen)})
+        change = (2.0 - z[..., 5:6]) * f.W_dec["head-2"]["head-2"][5]
+        expected = run(write)
+        edit = {"indices": {"head-2": [5]}, "value": 2.0, "writes": "pinned"}
+        with featurizers.intervene(model, featurizers.Ablate(f, later="frozen", **edit)):
+            same(model(ids).logits, expected, 1e-5)
+        with (
+            pytest.raises(UsageError, match="later='frozen'"),
+            featurizers.intervene(model, featurizers.Ablate(f, **edit)),
+        ):
+            model(ids)
+    assert not torch.allclose(base, expected, atol=1e-3)

@@ -17,8 +17,8 @@ from featurizers_llamascopium import LorsaConfig, LorsaMap
 from featurizers_transcoder import ReadConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.support.decoders import decoder
 from tests.support.sae_lens import same
 
 FIXTURES = Path(__file__).parents[2] / "fixtures/llamascopium"
@@ -61,15 +61,8 @@ def test_padding_changes_no_token(name):
 
 
 def llama() -> Any:
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": D, "intermediate_size": 12, "num_hidden_layers": 2, "vocab_size": 30}
-    heads = {"num_attention_heads": 3, "num_key_value_heads": 3}
-    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **tokens, rms_norm_eps=1e-5))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_()
-    return model.eval()
+    """Return a random Llama of this width with the epsilon of Llama 3."""
+    return decoder("llama", hidden_size=D, num_attention_heads=3, num_key_value_heads=3, rms_norm_eps=1e-5)
 
 
 IDS = torch.randint(0, 30, (2, 7), generator=torch.Generator().manual_seed(1))
