@@ -34,7 +34,7 @@ KINDS = {
     "derived-scalars": ("derived-scalars.diagonal",),
     "dictionary": ("dictionary",),
     "identity": ("identity",),
-    "llamascopium": ("llamascopium.lorsa",),
+    "llamascopium": ("llamascopium.glu", "llamascopium.lorsa"),
     "sae-lens": ("sae-lens.matching-pursuit", "sae-lens.temporal"),
     "standardize": ("standardize",),
     "subspace": ("subspace",),

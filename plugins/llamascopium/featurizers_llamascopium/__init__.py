@@ -9,14 +9,16 @@ from featurizers.features import FeatureSpace
 from featurizers.format import ExternalFiles
 
 from featurizers_llamascopium import reading, rules
+from featurizers_llamascopium.glu import GluConfig, GluMap
 from featurizers_llamascopium.lorsa import LorsaConfig, LorsaMap
 
-__all__ = ["LorsaConfig", "LorsaMap"]
+__all__ = ["GluConfig", "GluMap", "LorsaConfig", "LorsaMap"]
 
 
 @hookimpl
 def featurizers_register(register: Any) -> None:
-    """Register the kind of sparse attention."""
+    """Register the kinds that are neither dictionaries nor linear maps."""
+    register(GluMap)
     register(LorsaMap)
 
 

@@ -171,13 +171,12 @@ def _reason_against(config: Config) -> str | None:
     if config.norm_activation == "batch-wise":
         return "batch-wise normalisation makes the features of a token depend on the others of its batch"
     one_site = isinstance(config, OneSite) and config.hook_point_in == config.hook_point_out
-    if config.norm_activation == "token-wise" and not one_site:
+    gated = isinstance(config, OneSite) and config.use_glu_encoder
+    if config.norm_activation == "token-wise" and (gated or not one_site):
         return (
             "token-wise normalisation scales what is written by the norms of the activations that are there, which is "
-            "known for an autoencoder of one site alone"
+            "known for an autoencoder of one site without a gated encoder alone"
         )
-    if isinstance(config, OneSite) and config.use_glu_encoder:
-        return "with use_glu_encoder pre-activations are products of two linear maps, which no kind here has"
     if config.act_fn == "topk" and not 1 <= config.top_k <= config.n_features:
         return f"top_k is {config.top_k}, and there are {config.n_features} features"
     if isinstance(config, CrossLayer) and len(config.hook_points_in) != len(config.hook_points_out):

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from featurizers_llamascopium.tensors import check_tensors, zeros
+
 GROUP = "features"
 _Count = Annotated[int, Field(gt=0, le=2**31)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -89,16 +91,16 @@ class LorsaMap(SiteMap[LorsaConfig]):
         self.special_tokens = tuple(config.special_tokens)
         self.rule = rule_with_options(config.rule, config.rule_options, config.n_features)
         d, n, heads = config.read.width, config.n_features, (config.n_patterns, config.d_head)
-        self.W_Q, self.W_K = _zeros(heads[0], d, heads[1]), _zeros(heads[0], d, heads[1])
-        self.b_Q, self.b_K = _zeros(*heads), _zeros(*heads)
-        self.W_V, self.b_V = _zeros(n, d), _zeros(n)
-        self.W_O, self.b_D = _zeros(n, config.d_out), _zeros(config.d_out)
+        self.W_Q, self.W_K = zeros(heads[0], d, heads[1]), zeros(heads[0], d, heads[1])
+        self.b_Q, self.b_K = zeros(*heads), zeros(*heads)
+        self.W_V, self.b_V = zeros(n, d), zeros(n)
+        self.W_O, self.b_D = zeros(n, config.d_out), zeros(config.d_out)
         if config.norm_eps is not None:
-            self.norm_Q, self.norm_K = _zeros(*heads), _zeros(*heads)
+            self.norm_Q, self.norm_K = zeros(*heads), zeros(*heads)
         if rotates:
-            self.cos = _zeros(config.n_positions, config.rotary_dim)
-            self.sin = _zeros(config.n_positions, config.rotary_dim)
-        self.rule_tensors = nn.ParameterDict({name: _zeros(n) for name in self.rule.tensors})
+            self.cos = zeros(config.n_positions, config.rotary_dim)
+            self.sin = zeros(config.n_positions, config.rotary_dim)
+        self.rule_tensors = nn.ParameterDict({name: zeros(n) for name in self.rule.tensors})
 
     @classmethod
     def from_tensors(cls, config: LorsaConfig, tensors: Mapping[str, Tensor]) -> Self:
@@ -110,12 +112,7 @@ class LorsaMap(SiteMap[LorsaConfig]):
         """
         with torch.device("meta"):
             self = cls(config)
-        expected = self.state_dict()
-        if wrong := sorted(expected.keys() ^ tensors.keys()):
-            raise ConfigError(f"{cls.kind}: missing or unknown tensors {wrong}")
-        for name, tensor in tensors.items():
-            if tensor.shape != expected[name].shape:
-                raise ShapeError(f"{name} has shape {tuple(tensor.shape)}, it must be {tuple(expected[name].shape)}")
+        check_tensors(cls.kind, self.state_dict(), tensors)
         self.load_state_dict({name: t.detach().contiguous() for name, t in tensors.items()}, assign=True)
         return self.requires_grad_(False).eval()
 
@@ -215,7 +212,3 @@ class LorsaMap(SiteMap[LorsaConfig]):
         """Restore the state, and look up the rule among the installed plugins."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.rule = rule_with_options(self.config.rule, self.config.rule_options, self.config.n_features)
-
-
-def _zeros(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(shape), requires_grad=False)

@@ -14,12 +14,13 @@ from featurizers import DictionaryFeaturizer, FeatureSpace
 from featurizers.builtin import fold_input_scale
 from featurizers.errors import FeaturizerError, UsageError, WeightsError, shown
 from featurizers.format import ExternalFiles
-from featurizers_transcoder import Transcoder
+from featurizers_transcoder import ReadConfig, Transcoder
 from featurizers_transcoder.hooks import Read, hookless
 from torch import Tensor
 
 from featurizers_llamascopium import lorsa_files, many_sites
 from featurizers_llamascopium.config import Attention, CrossLayer, ManySites, OneSite, parse
+from featurizers_llamascopium.glu import GluConfig, GluMap
 from featurizers_llamascopium.sites import Places
 from featurizers_llamascopium.weights import THRESHOLD, Weights
 
@@ -94,13 +95,16 @@ def _chosen(source: ExternalFiles) -> Callable[[list[str]], dict[str, Tensor | N
 
 def _one_site(
     config: OneSite, weights: Weights, places: Places, indices: Tensor | None
-) -> DictionaryFeaturizer | Transcoder:
-    """Read an autoencoder, or a transcoder if it writes another hook than it reads."""
+) -> DictionaryFeaturizer | Transcoder | GluMap:
+    """Read an autoencoder, or a transcoder if it writes another hook than it reads, or has a gated encoder."""
     d, n = config.d_model, config.n_features
     bias: dict[str, tuple[int, ...]] = {"b_D": (d,)} if config.use_decoder_bias else {}
     threshold: dict[str, tuple[int, ...]] = {THRESHOLD: (n,)} if weights.has_threshold else {}
-    weights.check({"W_E": (d, n), "b_E": (n,), "W_D": (n, d), **bias, **threshold})
+    glu: dict[str, tuple[int, ...]] = {"W_E_glu": (d, n), "b_E_glu": (n,)} if config.use_glu_encoder else {}
+    weights.check({"W_E": (d, n), "b_E": (n,), "W_D": (n, d), **bias, **threshold, **glu})
     rows = weights.columns(indices)
+    if glu and rows is not None:
+        raise UsageError(f"{weights.where}: a gated encoder is loaded whole; give the indices to the operation")
     W_dec = weights.read("W_D", rows=rows)
     gate = weights.gate(W_dec.norm(dim=-1), weights.read(THRESHOLD, rows=rows) if threshold else None)
     s_in, s_out = weights.factor(config.hook_point_in), weights.factor(config.hook_point_out)
@@ -113,7 +117,7 @@ def _one_site(
         "slice_of": None if rows is None else n,
         **gate.tensors,
     }
-    if config.hook_point_in == config.hook_point_out:
+    if config.hook_point_in == config.hook_point_out and not glu:
         folded = fold_input_scale({"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}, s_in)
         common["normalize"] = "constant-norm" if config.norm_activation == "token-wise" else "none"
         dictionary = DictionaryFeaturizer.from_tensors(**{**folded, **common})
@@ -122,9 +126,18 @@ def _one_site(
     read, write = places.read(config.hook_point_in), places.write(config.hook_point_out)
     if write is None:  # without sites the map takes what the hook has, which is normalised already
         read = Read(None)
-    result = Transcoder.from_weights(
-        W_enc * s_in, W_dec / s_out, b_enc, b_dec / s_out, normalize=read.normalize, eps=read.eps, **common
-    )
+    result: Transcoder | GluMap
+    if glu:
+        tensors = {"W_enc": W_enc * s_in, "W_dec": W_dec / s_out, "b_enc": b_enc, "b_dec": b_dec / s_out}
+        tensors |= {"W_gate": weights.read("W_E_glu").T * s_in, "b_gate": weights.read("b_E_glu")}
+        own = ReadConfig(width=d, normalize=read.normalize, eps=read.eps)
+        cfg = GluConfig(read=own, d_out=d, n_features=n, rule=gate.rule, rule_options=gate.options)
+        of_rule = {f"rule_tensors.{name}": tensor for name, tensor in gate.tensors.items()}
+        result = GluMap.from_tensors(cfg, {**tensors, **of_rule})
+    else:
+        result = Transcoder.from_weights(
+            W_enc * s_in, W_dec / s_out, b_enc, b_dec / s_out, normalize=read.normalize, eps=read.eps, **common
+        )
     if read.site is not None and write is not None:
         result.reads, result.writes = {"in": read.site}, {"out": write}
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import pickle
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +15,9 @@ import pytest
 import torch
 from featurizers import DictionaryFeaturizer
 from featurizers.errors import FeatureIndexError, ManifestError, UsageError, WeightsError
-from featurizers_transcoder import Crosscoder, CrossLayerTranscoder, Transcoder
+from featurizers.testing import SiteMapContract
+from featurizers_llamascopium import GluConfig, GluMap
+from featurizers_transcoder import Crosscoder, CrossLayerTranscoder, ReadConfig, Transcoder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,6 +28,7 @@ FIXTURES = Path(__file__).parents[2] / "fixtures/llamascopium"
 D, N, LAYERS = 6, 18, 3
 SAES = ("sae-relu", "sae-jumprelu", "sae-topk", "sae-token-wise")
 PLTS = ("plt-relu", "plt-jumprelu", "plt-jumprelu-plain", "plt-topk", "plt-topk-plain")
+GLUS = ("glu-jumprelu", "glu-topk-of-one-site")
 CLTS = ("clt-relu", "clt-jumprelu", "clt-jumprelu-plain", "clt-topk")
 CROSSCODERS = ("crosscoder-relu", "crosscoder-jumprelu", "crosscoder-topk")
 
@@ -75,6 +79,36 @@ def test_transcoders(name):
     same(features["features"], t["features"])
     torch.testing.assert_close(error["out"], torch.zeros_like(y), rtol=0, atol=float(1e-5 * y.abs().max()))
     assert f.sites_text == "resid.mid:1 -> mlp.out:1"
+
+
+@pytest.mark.parametrize("name", GLUS)
+def test_gated_encoders(name, tmp_path):
+    f, t = featurizers.load(FIXTURES / name), golden(name)
+    assert isinstance(f, GluMap)
+    (x,), (y,) = streams(t, "x"), streams(t, "y")
+    features, error = f.featurize({"in": x}, {"out": y})
+    same(features["features"], t["features"])
+    torch.testing.assert_close(error["out"], torch.zeros_like(y), rtol=0, atol=float(1e-5 * y.abs().max()))
+    same(f.encode("features", {"in": x}, torch.tensor([9, 2])), t["features"][:, [9, 2]])
+    assert f.sites_text == ("resid.mid:1 -> mlp.out:1" if name == GLUS[0] else "resid.post:1 -> resid.post:1")
+    again = featurizers.load(f.save_pretrained(tmp_path / "it"))
+    assert torch.equal(again.encode("features", {"in": x}), features["features"])
+    assert torch.equal(pickle.loads(pickle.dumps(f)).encode("features", {"in": x}), features["features"])
+    with pytest.raises(UsageError, match=r"loaded whole|topk compares all features"):
+        featurizers.load(FIXTURES / name, indices=[1])
+    with pytest.raises(ManifestError, match="without a gated encoder alone"):
+        featurizers.load(copied(name, tmp_path / "token-wise", norm_activation="token-wise"))
+
+
+class TestGlu(SiteMapContract):
+    @pytest.fixture
+    def site_map(self):
+        read = ReadConfig(width=8, normalize="rms", centre=True)
+        f = GluMap(GluConfig(read=read, d_out=8, n_features=16, rule="jumprelu"))
+        generator = torch.Generator().manual_seed(0)
+        for parameter in f.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        return f.eval()
 
 
 @pytest.mark.parametrize("name", CLTS)
@@ -204,7 +238,6 @@ REFUSED = {
     "layertopk": ({"act_fn": "layertopk"}, "early ones depend on what comes later"),
     "batch-wise": ({"norm_activation": "batch-wise"}, "batch-wise normalisation"),
     "token-wise": ({"norm_activation": "token-wise"}, "token-wise normalisation"),
-    "GLU": ({"use_glu_encoder": True}, "products of two linear maps"),
     "too many": ({"top_k": 19}, "top_k is 19, and there are 18 features"),
     "a width": ({"d_model": "6"}, "d_model"),
 }
