@@ -1,6 +1,7 @@
 """Make, save, load and use what one distribution provides, in an environment without the packages for development."""
 
 import contextlib
+import json
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,7 @@ from typing import Any
 
 import featurizers
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 IDS = torch.arange(12).reshape(2, 6)
@@ -164,6 +166,19 @@ def circuit_tracer() -> None:
     assert torch.equal(again.encode("layer-0", {"in-0": x}), f.encode("features", {"in": x}))
 
 
+def llamascopium() -> None:
+    """Read a transcoder of llamascopium, whose activations are normalised by an average norm of 4."""
+    config = {"sae_type": "sae", "d_model": 4, "expansion_factor": 2, "sparsity_include_decoder_norm": False}
+    hooks = {"hook_point_in": "blocks.0.mlp.hook_in", "hook_point_out": "blocks.0.mlp.hook_out"}
+    weights = {"W_E": torch.randn(4, 8), "b_E": torch.zeros(8), "W_D": torch.randn(8, 4), "b_D": torch.zeros(4)}
+    norms = {f"dataset_average_activation_norm.{hook}": torch.tensor(4.0) for hook in hooks.values()}
+    Path("llamascopium-folder").mkdir()
+    Path("llamascopium-folder/config.json").write_text(json.dumps({**config, **hooks}))
+    save_file({**weights, **norms}, "llamascopium-folder/sae_weights.safetensors")
+    f, x = featurizers.load("./llamascopium-folder"), torch.randn(3, 4)
+    torch.testing.assert_close(f.encode("features", {"in": x}), torch.relu(x / 2 @ weights["W_E"]))
+
+
 def training() -> None:
     """Search for a subspace, and evaluate what was saved."""
     import featurizers_training as training
@@ -214,6 +229,7 @@ CHECKS = {
     "derived-scalars": derived_scalars,
     "dictionary-learning": dictionary_learning,
     "identity": lambda: create("identity", d_in=8),
+    "llamascopium": llamascopium,
     "pyvene": pyvene,
     "sae-lens": sae_lens,
     "sparsify": sparsify,

@@ -62,3 +62,30 @@ def make(architecture: str, *, seed: int = 0, **options: Any) -> Any:
             if name == "W_dec" and architecture == "matching_pursuit":
                 parameter.copy_(torch.nn.functional.normalize(parameter, dim=-1))
     return sae.eval()
+
+
+def gemma(version: int) -> Any:
+    """Return a random Gemma 2 or 3 of the width of `weights` whose norms have gains."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 3,
+        "hidden_size": D,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "vocab_size": 50,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    model: Any = (
+        Gemma2ForCausalLM(Gemma2Config(**sizes)) if version == 2 else Gemma3ForCausalLM(Gemma3TextConfig(**sizes))
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layernorm" in name:
+                parameter.normal_()
+    return model.eval()

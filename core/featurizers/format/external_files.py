@@ -37,13 +37,16 @@ class TensorFile:
         """Shape of each tensor."""
         return {name: spec.shape for name, spec in self.specs.items()}
 
-    def read(self, name: str, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+    def read(
+        self, name: str, rows: Tensor | None = None, columns: Tensor | None = None, *, plane: int | None = None
+    ) -> Tensor:
         """Read a tensor, or some of its rows or columns. A whole tensor is memory-mapped if its data is aligned.
 
         Args:
             name: name of the tensor.
             rows: int64 ``(k,)``, the rows to read; no others are read.
             columns: int64 ``(k,)``, the columns to keep of a matrix, which is read in blocks of 256 rows.
+            plane: a number on the first axis, to read the tensor of the other axes there; rows and columns are its own.
 
         Raises:
             WeightsError: the file has no such tensor, or it cannot be read.
@@ -57,16 +60,31 @@ class TensorFile:
             )
         try:
             with safe_open(self.path, framework="pt") as file:
+                stored: Any = file.get_slice(name) if plane is None else _Plane(file.get_slice(name), plane)
                 if rows is not None:
-                    tensor = take_rows(file.get_slice(name), rows)
+                    tensor = take_rows(stored, rows)
                 elif columns is not None:
-                    matrix, starts = file.get_slice(name), range(0, self.specs[name].shape[0], 256)
-                    tensor = torch.cat([matrix[start : start + 256][:, columns] for start in starts])
+                    starts = range(0, self.specs[name].shape[0 if plane is None else 1], 256)
+                    tensor = torch.cat([stored[start : start + 256][:, columns] for start in starts])
+                elif plane is not None:
+                    tensor = stored[:].clone()
                 else:
                     tensor = aligned(file.get_tensor(name))
         except (SafetensorError, OSError, ValueError, RuntimeError, IndexError) as error:
             raise WeightsError(self.where, f"{self.path.name}: {name!r} cannot be read: {one_line(error)}") from error
         return tensor
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """Slice object of safetensors at a number on its first axis."""
+
+    stored: Any
+    number: int
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        plane: Tensor = self.stored[self.number, rows]
+        return plane
 
 
 @dataclass(frozen=True)

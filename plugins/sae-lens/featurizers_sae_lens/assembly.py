@@ -9,11 +9,11 @@ import torch
 from featurizers import DictionaryFeaturizer, FeatureSpace, Featurizer
 from featurizers.builtin import fold_input_scale
 from featurizers.errors import FeaturizerError, ManifestError, UsageError, WeightsError, explain, shown
+from featurizers_transcoder.hooks import site_of
 from pydantic import ValidationError
 from torch import Tensor
 
 from featurizers_sae_lens.matching_pursuit import MatchingPursuitConfig, MatchingPursuitFeaturizer
-from featurizers_sae_lens.sites import site_of
 
 RULES = {"standard": "relu", "gated": "gated", "topk": "topk", "abstopk": "abstopk", "jumprelu": "jumprelu"}
 """Rule of each architecture that is a dictionary."""
@@ -43,8 +43,9 @@ WHOLE = {
 """Architectures that cannot be sliced, because a part would have other features, and why."""
 
 OTHER = {
-    "crosscoder": "crosscoders are not read here",
-    "clt": "cross-layer transcoders are read only where SAELens' catalogue names a layer of one",
+    "crosscoder": "crosscoders are read only in the files of Gemma Scope 2, one for each layer",
+    "clt": "cross-layer transcoders are read only in the files of Gemma Scope 2, one for each layer, and by the ids of "
+    "SAELens' catalogue",
 }
 """Architectures that are known, but not read, and why."""
 

@@ -9,10 +9,10 @@ from typing import Any
 from featurizers import FeatureSpace, Featurizer
 from featurizers.errors import ManifestError, SourceError, shown
 from featurizers.format import ExternalFiles
+from featurizers_transcoder.hooks import site_of
 
 from featurizers_sae_lens import cross_layer, formats, scopes, temporal_files, torch_files, transcoders
 from featurizers_sae_lens.legacy import MAP, OVERRIDDEN
-from featurizers_sae_lens.sites import site_of
 from featurizers_sae_lens.table import Entry, Release, catalogue
 
 

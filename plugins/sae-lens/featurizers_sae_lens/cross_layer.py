@@ -7,11 +7,11 @@ from typing import Any
 from featurizers.errors import FeaturizerError, ManifestError, WeightsError, shown
 from featurizers.format import ExternalFiles, TensorFile
 from featurizers_transcoder import CrossLayerTranscoder
+from featurizers_transcoder.hooks import Read, hookless, read_of, site_of
 from torch import Tensor
 
 from featurizers_sae_lens.reading import check_indices
-from featurizers_sae_lens.sites import Read, read_of, site_of
-from featurizers_sae_lens.transcoders import hookless, of_group
+from featurizers_sae_lens.transcoders import of_group
 from featurizers_sae_lens.yaml_files import read_yaml
 
 MOST_LAYERS = 1000
@@ -47,6 +47,8 @@ def layer(source: ExternalFiles, number: str, overrides: dict[str, Any]) -> Cros
     tensors, n_features = _tensors(source, number)
     writes = range(first, first + len(tensors) - len(_own(tensors)))
     sites = {f"out-{i}": site_of(f"blocks.{i}.{hooks[1]}", model) for i in writes}
+    if None in sites.values():  # without sites it takes the hook's own activations
+        read = Read(None)
     rule = "jumprelu" if "threshold" in tensors else "relu"
     rows = source.indices
     config = {

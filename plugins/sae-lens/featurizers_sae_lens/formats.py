@@ -10,7 +10,7 @@ from featurizers import FeatureSpace
 from featurizers.errors import ManifestError, WeightsError
 from featurizers.format import ExternalFiles
 
-from featurizers_sae_lens import scopes, temporal_files, torch_files, transcoders
+from featurizers_sae_lens import multi_layer, scopes, temporal_files, torch_files, transcoders
 from featurizers_sae_lens.assembly import dtype_of, refuse_unknown
 from featurizers_sae_lens.legacy import modern
 from featurizers_sae_lens.reading import count_features, finish
@@ -29,6 +29,8 @@ def read(source: ExternalFiles) -> FeatureSpace[Any] | None:
         return scopes.gemma_scope(source, {})
     if {"params.safetensors", "config.json"} <= names:
         return scopes.gemma_scope_2(source, {})
+    if multi_layer.is_multi_layer(names):
+        return multi_layer.multi_layer(source)
     if {"hyperparams.json", "checkpoints/final.safetensors"} <= names:
         return scopes.llama_scope(source, {})
     files = [name for name in source.names if name.endswith((".pt", ".pth"))]

@@ -125,7 +125,7 @@ def gemma_scope_2(source: ExternalFiles, overrides: dict[str, Any]) -> FeatureSp
         return _gemma_scope_2_transcoder(transcoders.of_group(source, transcoders.GROUP), file, raw, overrides)
     n_features = count_features(file, "w_dec", source, axis=0)
     tensors = _gemma_scope_2_tensors(source, file)
-    cfg = jumprelu_config(overrides, _gemma_2_hook(where, raw), _gemma_2_model(where, raw.get("model_name")))
+    cfg = jumprelu_config(overrides, _gemma_2_hook(where, raw), gemma_2_model(where, raw.get("model_name")))
     cfg["metadata"]["gemma_scope_2"] = raw
     return finish(source, cfg, tensors, n_features)
 
@@ -164,7 +164,7 @@ def _gemma_scope_2_transcoder(
         "hf_hook_name": points[0],
         "hf_hook_name_out": points[1],
     }
-    cfg = jumprelu_config({**hooks, **overrides}, None, _gemma_2_model(source.where, raw.get("model_name")))
+    cfg = jumprelu_config({**hooks, **overrides}, None, gemma_2_model(source.where, raw.get("model_name")))
     cfg["architecture"] = "jumprelu_skip_transcoder" if skip else "jumprelu_transcoder"
     cfg["metadata"]["gemma_scope_2"] = raw
     return transcoders.finish(source, cfg, tensors, n_features)
@@ -186,7 +186,8 @@ def _gemma_2_hook(path: str, raw: dict[str, Any]) -> str | None:
     return f"blocks.{layer[1]}.{kind}" if layer and kind else None
 
 
-def _gemma_2_model(path: str, name: Any) -> str | None:
+def gemma_2_model(path: str, name: Any) -> str | None:
+    """Return the Hub id of the model of Gemma Scope 2, from its name or from that of the repository."""
     if not isinstance(name, str):
         repository = re.search(r"(?:^|/)gemma-scope-2-(\w++-(?:pt|it))", path)
         if repository is None:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from featurizers.errors import FeaturizerError, ManifestError, UsageError, WeightsError, explain, shown
 from featurizers.format import ExternalFiles
+from featurizers_transcoder.hooks import site_of
 from pydantic import ValidationError
 from torch import Tensor
 
 from featurizers_sae_lens.assembly import describe, flag, notes_on, number, of_one_dtype, special_tokens
-from featurizers_sae_lens.sites import site_of
 from featurizers_sae_lens.temporal import TemporalConfig, TemporalMap
 from featurizers_sae_lens.yaml_files import read_yaml
 

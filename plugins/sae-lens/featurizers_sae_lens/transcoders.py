@@ -11,6 +11,7 @@ from featurizers import Site
 from featurizers.errors import FeaturizerError, ManifestError, UsageError, WeightsError, shown
 from featurizers.format import ExternalFiles
 from featurizers_transcoder import Transcoder
+from featurizers_transcoder.hooks import Read, hookless, read_of, site_of, site_of_point
 from torch import Tensor
 
 from featurizers_sae_lens.assembly import (
@@ -23,7 +24,6 @@ from featurizers_sae_lens.assembly import (
     special_tokens,
 )
 from featurizers_sae_lens.reading import check_sizes, count_features
-from featurizers_sae_lens.sites import Read, read_of, site_of, site_of_point
 from featurizers_sae_lens.yaml_files import read_yaml
 
 RULES = {
@@ -104,7 +104,9 @@ def transcoder(
         tensors["W_skip"] = tensors["W_skip"].T
     metadata: dict[str, Any] = cfg.get("metadata") or {}
     normalize = normalization(cfg, where)
-    read = _read(metadata)
+    read, write = _read(metadata), _write(metadata)
+    if write is None:  # without sites it takes the hook's own activations
+        read = Read(None)
     plain = NORMALIZATIONS[normalize] == "none" and not skip
     if read.normalize != "none" and not plain:  # the hook's normalisation comes before these
         read = Read(None)
@@ -120,7 +122,6 @@ def transcoder(
         featurizer = Transcoder.from_weights(**arguments, numbers=numbers, slice_of=n_features)
     except FeaturizerError as error:
         raise WeightsError(where, str(error)) from error
-    write = _write(metadata)
     notes = notes_on(normalize, None, metadata.get("model_from_pretrained_kwargs"))
     if read.site is not None and write is not None:
         featurizer.reads, featurizer.writes = {"in": read.site}, {"out": write}
@@ -128,14 +129,6 @@ def transcoder(
         notes.append(hookless(metadata.get("hook_name"), metadata.get("hook_name_out")))
     describe(featurizer, cfg, notes)
     return featurizer
-
-
-def hookless(hook_in: object, hook_out: object) -> str:
-    """Return a note for a map whose hooks are not both sites."""
-    return (
-        f"It maps the activations of the hook {shown(hook_in)} to those of {shown(hook_out)}, which are not both sites "
-        "of a model that is known here; so it has no sites."
-    )
 
 
 def _read(metadata: dict[str, Any]) -> Read:

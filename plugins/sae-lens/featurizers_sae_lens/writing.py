@@ -12,13 +12,13 @@ from featurizers.builtin import plain_weights
 from featurizers.errors import ConversionError
 from featurizers.format import write_tensors
 from featurizers_transcoder import Transcoder
+from featurizers_transcoder.hooks import Read, hook_of, hook_of_read, read_of, site_of
 from torch import Tensor
 
 from featurizers_sae_lens import transcoders
 from featurizers_sae_lens.assembly import NORMALIZATIONS, RULES
 from featurizers_sae_lens.formats import CONFIG, WEIGHTS
 from featurizers_sae_lens.matching_pursuit import MatchingPursuitFeaturizer
-from featurizers_sae_lens.sites import Read, hook_of, hook_of_read, read_of, site_of
 
 VERSION = "6.0.0"
 """Version of the keys that are written. SAELens drops the metadata of a file that names an older version or none."""

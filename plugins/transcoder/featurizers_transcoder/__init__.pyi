@@ -5,3 +5,4 @@ from .kinds import Crosscoder as Crosscoder
 from .kinds import CrossLayerTranscoder as CrossLayerTranscoder
 from .kinds import Transcoder as Transcoder
 from .linear_map import LinearMap as LinearMap
+from .reads import normalized_read as normalized_read

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
-from featurizers.builtin import normalize, rule_with_options
+from featurizers.builtin import rule_with_options
 from featurizers.errors import ConfigError, ShapeError, UsageError, explain
 from featurizers.features import Group, Indices, Rule, Selection, SiteMap, columns_of, select
 from jaxtyping import Float
@@ -14,7 +14,8 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
 
-from featurizers_transcoder.config import LinearMapConfig, ReadConfig, check_names
+from featurizers_transcoder.config import LinearMapConfig, check_names
+from featurizers_transcoder.reads import normalized_read
 
 
 class LinearMap(SiteMap[LinearMapConfig]):
@@ -172,7 +173,7 @@ class LinearMap(SiteMap[LinearMapConfig]):
         x = x.to(next(self.parameters()).dtype)
         if read in self.centre:
             x = x - self.centre[read]
-        return _normalized(self.config.reads[read], x)
+        return normalized_read(self.config.reads[read], x)
 
     # ------------------------------------------------------------------ slices
     def select(self, group: str, indices: Indices, x: Tensor) -> Selection:
@@ -250,17 +251,6 @@ class LinearMap(SiteMap[LinearMapConfig]):
         """Restore the state, and look up the rules among the installed plugins."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.rules = {name: _rule(self.config, name) for name in self.config.groups}
-
-
-def _normalized(read: ReadConfig, x: Tensor) -> Tensor:
-    match read.normalize:
-        case "rms":
-            return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + read.eps)
-        case "standard":
-            centred = x - x.mean(dim=-1, keepdim=True)
-            return centred * torch.rsqrt(centred.pow(2).mean(dim=-1, keepdim=True) + read.eps)
-        case _:
-            return normalize(x, read.normalize, read.input_scale)[0]
 
 
 def _rule(config: LinearMapConfig, group: str) -> Rule:

@@ -11,7 +11,7 @@ import featurizers
 import pytest
 import torch
 from featurizers.errors import ManifestError, WeightsError
-from featurizers_sae_lens.sites import site_of
+from featurizers_transcoder.hooks import site_of
 from safetensors.torch import save_file
 from torch import Tensor
 

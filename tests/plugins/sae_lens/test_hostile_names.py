@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 from featurizers.errors import ManifestError
-from featurizers_sae_lens import formats, scopes, sites, torch_files, transcoders
+from featurizers_sae_lens import formats, multi_layer, scopes, torch_files, transcoders
 from featurizers_sae_lens.table import catalogue
+from featurizers_transcoder import hooks
 
 MOST = 10**6
 
@@ -91,20 +92,22 @@ LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 READERS: dict[str, Callable[[str], Any]] = {
     "other folders": scopes.is_transcoder,
     "Gemma Scope": lambda path: (scopes._gemma_hook(path), scopes._gemma_model(path)),
-    "Gemma Scope 2": lambda path: (scopes._gemma_2_hook(path, {}), scopes._gemma_2_model(path, None)),
+    "Gemma Scope 2": lambda path: (scopes._gemma_2_hook(path, {}), scopes.gemma_2_model(path, None)),
     "Gemma Scope 2's config.json": lambda path: (
         scopes._gemma_2_hook("", {"hf_hook_point_in": path}),
-        scopes._gemma_2_model("", path),
+        scopes.gemma_2_model("", path),
     ),
+    "folders of Gemma Scope 2's crosscoders": lambda path: multi_layer._layers(path, "crosscoder", (None, None), 3),
+    "layers in Gemma Scope 2's config.json": lambda path: multi_layer._layers("", "clt", (f"{{{path}}}",) * 2, 3),
     "Goodfire": _single_file(*(name.replace(".", "_linear.") for name in LINEAR)),
     "Qwen Scope": _single_file("W_enc", "W_dec", "b_enc", "b_dec"),
     "DeepSeek": _single_file(*LINEAR),
     "OpenAI": _single_file("encoder.weight", "decoder.weight", "latent_bias", "pre_bias"),
-    "hooks and models": lambda name: (sites.site_of(name, "gemma-2-2b"), sites.site_of("hook_embed", name)),
+    "hooks and models": lambda name: (hooks.site_of(name, "gemma-2-2b"), hooks.site_of("hook_embed", name)),
     "hooks of transcoders": lambda name: (
-        sites.read_of(name, name),
-        sites.read_of("blocks.1.ln2.hook_normalized", name),
-        sites.site_of_point(name, name),
+        hooks.read_of(name, name),
+        hooks.read_of("blocks.1.ln2.hook_normalized", name),
+        hooks.site_of_point(name, name),
         transcoders._qwen(name),
     ),
     "names of files": lambda name: formats.read(SimpleNamespace(names=(f"{name}.pt", "b.pt"), where="")),  # type: ignore[arg-type]

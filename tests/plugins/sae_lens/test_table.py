@@ -14,7 +14,7 @@ import pytest
 import torch
 from featurizers import SiteMap
 from featurizers_sae_lens import catalogue, cross_layer, featurizers_suggest, scopes, table, torch_files, transcoders
-from featurizers_sae_lens.sites import site_of
+from featurizers_transcoder.hooks import site_of
 
 PLUGIN = Path(__file__).parents[3] / "plugins/sae-lens"
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from featurizers.errors import ConversionError, FeatureIndexError, ManifestError, UsageError, WeightsError
 from featurizers_sae_lens import wrap
-from featurizers_sae_lens.sites import hook_of_read, read_of
 from featurizers_transcoder import CrossLayerTranscoder, Transcoder
+from featurizers_transcoder.hooks import hook_of_read, read_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.support.sae_lens import D_OUT, D, F, batch, make, same, weights
+from tests.support.sae_lens import D_OUT, D, F, batch, gemma, make, same, weights
 
 np = pytest.importorskip("numpy")
 
@@ -104,8 +104,12 @@ GEMMA_NORM = "module:{0}.layers.3.post_feedforward_layernorm:output"
             "none",
         ),
         ("gpt2", "attn.hook_z", "hook_attn_out", "attn.z:3", "attn.out:3", "none"),
+        ("gpt2", "ln1.hook_normalized", "hook_attn_out", "resid.pre:3", "attn.out:3", "standard"),
+        ("Qwen/Qwen3-4B", "ln2.hook_normalized", "hook_mlp_out", "resid.mid:3", "mlp.out:3", "rms"),
+        ("meta-llama/Llama-3.2-1B", "ln1.hook_normalized", "hook_attn_out", "resid.pre:3", "attn.out:3", "rms"),
         ("someone/model", "ln2.hook_normalized", "hook_mlp_out", None, None, "none"),
         ("gpt2", "hook_resid_post", "hook_mystery", None, None, "none"),
+        ("gpt2", "ln2.hook_normalized", "hook_mystery", None, None, "none"),
     ],
 )
 def test_hooks_are_sites(sae_lens, model, hook_in, hook_out, reads, writes, normalize, tmp_path):
@@ -213,33 +217,6 @@ def test_a_hook_holds_the_norm_of_known_models_alone():
 
 
 # ---------------------------------------------------------------------- Gemma Scope
-def gemma(version: int) -> Any:
-    """Return a random Gemma 2 or 3 of the width of `weights` whose norms have gains."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
-
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "num_hidden_layers": 3,
-        "hidden_size": D,
-        "intermediate_size": 24,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "vocab_size": 50,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-    model: Any = (
-        Gemma2ForCausalLM(Gemma2Config(**sizes)) if version == 2 else Gemma3ForCausalLM(Gemma3TextConfig(**sizes))
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "layernorm" in name:
-                parameter.normal_()
-    return model.eval()
-
-
 def scope(folder: Path, version: int, *, affine: bool = False, point: bool = True) -> dict[str, Tensor]:
     """Write random weights as a transcoder of Gemma Scope 1 or 2, and return them."""
     t = {**weights("threshold"), **({"affine": torch.randn(D, D)} if affine else {})}

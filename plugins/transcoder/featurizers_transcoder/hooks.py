@@ -1,4 +1,4 @@
-"""Translates TransformerLens' names of hooks and models into sites and Hub ids, and back."""
+"""Translates TransformerLens' names of hooks and models into sites and Hub ids, and back; for plugins of formats."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from featurizers import Site
+from featurizers.errors import shown
+
 from featurizers_transcoder.config import Normalization
 
 HOOK = re.compile(r"blocks\.(\d{1,5})\.([a-z0-9_.]{1,40})")
@@ -28,11 +30,15 @@ NORMED = re.compile(r"google/gemma-[23]-.+")
 TEXT_ONLY = re.compile(r"google/gemma-(?:2-.+|3-(?:270m|1b).*)")
 """Models whose blocks are ``model.layers``; multimodal models keep them in ``model.language_model.layers``."""
 NORM_MODULE = re.compile(rf"model\.(?:language_model\.)?layers\.(\d{{1,5}})\.({'|'.join(NORMS.values())})")
-MLP_NORMS: tuple[tuple[re.Pattern[str], Normalization, float], ...] = (
+MODEL_NORMS: tuple[tuple[re.Pattern[str], Normalization, float], ...] = (
     (NORMED, "rms", 1e-6),
+    (re.compile(r"Qwen/Qwen3-[0-9].*"), "rms", 1e-6),
+    (re.compile(r"meta-llama/(?:Meta-)?Llama-3.+"), "rms", 1e-5),
     (re.compile(r"openai-community/gpt2(?:-.+)?"), "standard", 1e-5),
 )
-"""Norm before the MLP without gain and bias, and its epsilon, which ``ln2.hook_normalized`` is the output of."""
+"""Norms of models without gain and bias, and their epsilon."""
+BEFORE_NORMS = {"ln1.hook_normalized": "resid.pre", "ln2.hook_normalized": "resid.mid"}
+"""Kind of the site before the norm whose output, without gain and bias, a hook is."""
 POINT = re.compile(r"model\.(?:language_model\.)?layers\.(\d{1,5})\.([a-z0-9_.]{1,60})")
 POINTS = {
     "output": "resid.post",
@@ -89,7 +95,8 @@ def read_of(hook_name: object, model_name: object, head: object = None) -> Read:
     """Return what a map from a hook reads.
 
     ``hook_mlp_in`` is a copy of the stream between attention and MLP. ``ln2.hook_normalized`` is that stream after the
-    norm and before its gain, which is no module's side, so that its norm becomes part of the encoder.
+    norm and before its gain, which is no module's side, so that its norm becomes part of the encoder; so is
+    ``ln1.hook_normalized`` of the stream before attention.
 
     Args:
         hook_name: see `site_of`, as for the others.
@@ -97,13 +104,13 @@ def read_of(hook_name: object, model_name: object, head: object = None) -> Read:
         head: see there.
     """
     match = HOOK.fullmatch(hook_name) if isinstance(hook_name, str) else None
-    if match is None or match[2] not in ("hook_mlp_in", "ln2.hook_normalized"):
+    if match is None or match[2] not in ("hook_mlp_in", *BEFORE_NORMS):
         return Read(site_of(hook_name, model_name, head))
     model = _hub_id(model_name)
-    site = Site("resid.mid", int(match[1])).at(model=model)
+    site = Site(BEFORE_NORMS.get(match[2], "resid.mid"), int(match[1])).at(model=model)
     if match[2] == "hook_mlp_in":
         return Read(site)
-    norm = next((norm for norm in MLP_NORMS if model is not None and norm[0].fullmatch(model)), None)
+    norm = next((norm for norm in MODEL_NORMS if model is not None and norm[0].fullmatch(model)), None)
     return Read(None) if norm is None else Read(site, norm[1], norm[2])
 
 
@@ -113,7 +120,8 @@ def hook_of_read(read: Read) -> str | None:
         return None
     if read.normalize == "none":
         return hook_of(read.site)
-    hook = f"blocks.{read.site.layer}.ln2.hook_normalized"
+    name = next((name for name, kind in BEFORE_NORMS.items() if kind == read.site.kind), None)
+    hook = f"blocks.{read.site.layer}.{name}"
     known = read_of(hook, read.site.model)
     return hook if (known.site, known.normalize, known.eps) == (read.site, read.normalize, read.eps) else None
 
@@ -155,3 +163,11 @@ def _hub_id(name: Any) -> str | None:
         return name if name.isprintable() and len(name) <= 256 else None
     name = "gpt2" if name == "gpt2-small" else name
     return next((owner + name for start, owner in OWNERS.items() if name.startswith(start)), None)
+
+
+def hookless(hook_in: object, hook_out: object) -> str:
+    """Return a note for a map whose hooks are not both sites."""
+    return (
+        f"It maps the activations of the hook {shown(hook_in)} to those of {shown(hook_out)}, which are not both sites "
+        "of a model that is known here; so it has no sites."
+    )
