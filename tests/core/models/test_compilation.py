@@ -218,4 +218,4 @@ def test_runs_up_to_a_module_and_from_the_middle_are_those_of_the_model_that_was
             again = model(IDS).logits
         with hooked(plain.model.layers[0], "output", lambda _: hidden):
             torch.testing.assert_close(again, plain(IDS).logits)
-        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)  # compiled kernels round otherwise
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)  # compiled
