@@ -7,14 +7,14 @@
 Both run the same model and the transcoders of the folders in ``tests/fixtures/circuit-tracer``. circuit-tracer's
 ``feature_intervention`` has two modes. Without constraints, later features are computed anew and decoded changes are
 added at every write: ``writes="additive"``. With ``constrained_layers`` for all layers, changes come from the features
-of the base alone and every MLP output is kept but for them: ``writes="pinned", later="frozen"``; it freezes attention
-patterns and the scales of norms too, which is done here with its own hooks. It keeps the MLP outputs of all tokens, an
-operation those of its own tokens, so that this mode is compared for the last token, which no other attends to. Printed
-is the largest difference of the logits, and the largest effect of the intervention.
+of the base alone and every MLP output is kept but for them: ``writes="pinned-everywhere", later="frozen"``; it freezes
+attention patterns and the scales of norms too, which is done here with its own hooks. Printed is the largest difference
+of the logits, and the largest effect of the intervention.
 """
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from huggingface_hub import constants
 FIXTURES = Path(__file__).parents[1] / "tests/fixtures/circuit-tracer"
 LAYERS, D, VOCABULARY, CPU = 3, 6, 50, torch.device("cpu")
 HOOKS = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "mlp.hook_out"}
-TOKENS = {"additive": 4, "pinned": 8}
-"""Token of the edits in each mode, of 9."""
+MODES = {"additive": "recomputed", "pinned-everywhere": "frozen"}
+TOKENS = (4, 8)
+"""Tokens of the edits, of 9."""
 EDITS = {0: [1, 7], 1: [3], 2: [0, 19]}
 """Features to set, by layer."""
 VALUE = 2.5
@@ -79,20 +80,19 @@ def main() -> None:
         f.reads = {f"in-{i}": f"module:blocks.{i}.mlp.hook_in:output" for i in every}
         f.writes = {f"out-{i}": f"module:blocks.{i}.mlp.hook_out:output" for i in every}
         indices = {f"layer-{layer}": features for layer, features in EDITS.items()}
-        for mode, token in TOKENS.items():
+        for (mode, later), token in itertools.product(MODES.items(), TOKENS):
             theirs = [(layer, token, feature, VALUE) for layer, features in EDITS.items() for feature in features]
             constraints = {"freeze_attention": False} if mode == "additive" else {"constrained_layers": every}
-            options = {"writes": mode, "later": "recomputed" if mode == "additive" else "frozen"}
-            edit = featurizers.Ablate(f, indices=indices, value=VALUE, positions=[token], **options)
+            edit = featurizers.Ablate(f, indices=indices, value=VALUE, positions=[token], writes=mode, later=later)
             with torch.no_grad():
                 base = model(ids[None])
                 expected, _ = model.feature_intervention(ids, theirs, **constraints)
                 _, hooks = model.setup_intervention_with_freeze(ids, constrained_layers=every)
                 frozen = [(hook, own) for hook, own in hooks if hook.endswith(("hook_pattern", "hook_scale"))]
-                with model.hooks(frozen if mode == "pinned" else []), featurizers.intervene(model, edit):
+                with model.hooks(frozen if later == "frozen" else []), featurizers.intervene(model, edit):
                     logits = model(ids[None])
             difference, effect = (logits - expected).abs().max().item(), (expected - base).abs().max().item()
-            print(f"{name:18} {mode:9} difference {difference:.1e}  effect {effect:.2f}")
+            print(f"{name:18} {mode:18} token {token} difference {difference:.1e}  effect {effect:.2f}")
 
 
 if __name__ == "__main__":
