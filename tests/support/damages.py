@@ -546,6 +546,20 @@ INTERVENABLE = {
     "fast 1": Damage(_of_json(lambda d: d.update(use_fast=1)), ManifestError, "'use_fast'"),
     "no places": Damage(_of_json(lambda d: d.update(representations=[])), ManifestError, "'representations'"),
     "no featurizers": Damage(_of_json(lambda d: d.update(featurizers=[])), ManifestError, "'featurizers'"),
+    "an intervention at no place": Damage(
+        _of_json(lambda d: d["interventions"].extend([d["interventions"][0]] * 4000)),
+        ManifestError,
+        "the intervention 4 is at no place",
+    ),
+    "many parts, the last of which is wrong": Damage(
+        _argument(0, subspace_partition=[[0, 5]] * 80_000 + [[6]]), ManifestError, "feature index 6 is out of rang"
+    ),
+    "20000 places": Damage(
+        _of_json(lambda d: d.update(representations=d["representations"] * 5000)), ManifestError, "larger than 1000000"
+    ),
+    "numbers of 10**9": Damage(
+        _place(max_number_of_units=10**9, low_rank_dimension=10**9, layer=10**9), ManifestError, "less than or equal"
+    ),
     "a key of a place": Damage(
         _place(intervention_type="os.system"), ManifestError, "'.*intervention_type': Extra inp"
     ),

@@ -140,9 +140,13 @@ class FeatureIntervention(SavedIntervention, TrainableIntervention):  # type: ig
 
     def check(self) -> None:
         """Raise `FeatureIndexError` if the partition has a feature that the featurizer lacks."""
-        if self.featurizer.n_features is not None:
-            for part in self.subspace_partition or ():
+        if self.featurizer.n_features is None or not self.subspace_partition:
+            return
+        for part in self.subspace_partition:
+            if len(set(part)) < len(part):
                 self.featurizer.select(part, torch.empty(0))
+        every = {index for part in self.subspace_partition for index in part}
+        self.featurizer.select(sorted(every), torch.empty(0))  # once, because there may be many parts
 
     def get_extra_state(self) -> str:
         """Return the featurizer's kind, id and config and the intervention's config, as JSON."""

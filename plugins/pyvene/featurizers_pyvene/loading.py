@@ -160,11 +160,13 @@ def _interventions(
         for name, tensor in own_tensors(cls, intervention).items()
     }
     tensors = _tensors(expected, record, files, device)
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        number, _, own = name.partition(".")
+        states.setdefault(number, {})[own] = tensor
     for i, (row, intervention) in enumerate(zip(record.interventions, interventions, strict=True)):
-        start = f"{i}."
         with _intervention_errors(row.kind, files.where):
-            state = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
-            intervention.load_state_dict(state, strict=False, assign=True)
+            intervention.load_state_dict(states.get(str(i), {}), strict=False, assign=True)
             intervention.check()
         if any(tensor.is_meta for tensor in (*intervention.parameters(), *intervention.buffers())):
             raise PluginError(

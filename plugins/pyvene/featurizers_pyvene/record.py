@@ -129,6 +129,9 @@ class IntervenableRecord(_Record):
         for intervention in self.interventions:
             if intervention.featurizer >= len(self.featurizers):
                 raise ValueError(f"there is no featurizer {intervention.featurizer}; there are {len(self.featurizers)}")
+        unused = set(range(len(self.interventions))) - {row.intervention for row in self.representations}
+        if unused:
+            raise ValueError(f"the intervention {min(unused)} is at no place; a file names those that are used")
         if len({entry.subfolder for entry in self.featurizers}) < len(self.featurizers):
             raise ValueError("two featurizers are in one subfolder; give each its own")
         groups: list[Any] = [row.group_key for row in self.representations]

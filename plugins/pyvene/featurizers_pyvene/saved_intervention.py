@@ -64,10 +64,13 @@ def on_meta(cls: type[SavedIntervention], config: BaseModel, part: Any) -> Any:
 
 
 def own_tensors(cls: type[SavedIntervention], intervention: Any) -> dict[str, Tensor]:
-    """Return the tensors of an intervention that do not belong to its shared submodule, by name."""
-    start = f"{cls.part}."
-    return {
-        name: tensor
-        for name, tensor in intervention.state_dict().items()
-        if isinstance(tensor, Tensor) and not name.startswith(start)
-    }
+    """Return the tensors of an intervention that do not belong to its shared submodule, by name.
+
+    The shared submodule is not asked for its state: that may cost a product of matrices, for each intervention.
+    """
+    state: dict[str, Any] = {}
+    intervention._save_to_state_dict(state, "", keep_vars=False)
+    for name, child in intervention.named_children():
+        if name != cls.part:
+            state |= child.state_dict(prefix=f"{name}.")
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}

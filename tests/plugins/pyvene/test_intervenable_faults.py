@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import featurizers
 import pytest
 from featurizers.errors import ArtefactError, ManifestError
 from featurizers_pyvene import interventions, load_intervenable, save_intervenable
+from torch import nn
 
 from tests.support.damages import INTERVENABLE
 from tests.support.intervenables import several
@@ -89,3 +92,25 @@ print("refused", number + 1)
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_every_damage_costs_less_than_300_mb():
     assert int(run_python(EVERY_DAMAGE, timeout=300).split()[-1]) == len(INTERVENABLE)
+
+
+def test_many_interventions_ask_their_shared_featurizer_for_its_state_once(tmp_path, monkeypatch):
+    """The state of a subspace costs a product of matrices: of 2000 interventions that share one, that adds up."""
+    folder = save_intervenable(several(), tmp_path / "it")
+    path = folder / "intervenable.json"
+    record = json.loads(path.read_text())
+    record["interventions"] += [{"kind": "interchange", "config": {}, "featurizer": 0}] * 2000
+    place = {"component": "mlp_output", "unit": "pos", "max_number_of_units": 1, "layer": 0}
+    record["representations"] += [{**place, "intervention": 4 + i} for i in range(2000)]
+    path.write_text(json.dumps(record, separators=(",", ":")))
+    asked = []
+    state_dict = nn.Module.state_dict
+
+    def counted(self, *arguments, **options):
+        asked.append(isinstance(self, featurizers.Featurizer))
+        return state_dict(self, *arguments, **options)
+
+    monkeypatch.setattr(nn.Module, "state_dict", counted)
+    loaded = load_intervenable(folder, tiny_model("gpt2"))
+    assert len(loaded.representations) == 2004
+    assert sum(asked) < 50
