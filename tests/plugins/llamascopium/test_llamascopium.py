@@ -168,6 +168,9 @@ def test_a_slice_of_several_groups():
     x = {f"head-{i}": one for i, one in enumerate(streams(t, "x"))}
     same(part.encode("head-0", x), t["features"][:, 0, [5, 1]])
     same(part.encode("head-2", x), t["features"][:, 2, [5]])
+    t = golden("clt-topk")
+    part = featurizers.load(FIXTURES / "clt-topk", indices={"layer-1": None})  # the rule compares features of a layer
+    same(part.encode("layer-1", {"in-1": streams(t, "x")[1]}), t["features"][:, 1])
     for indices in ([1], {"layer-0": [1]}):
         with pytest.raises(UsageError, match=r"by group|has the groups"):
             featurizers.load(FIXTURES / "crosscoder-jumprelu", indices=indices)

@@ -198,6 +198,9 @@ def test_a_slice_reads_its_own_rows_and_files(tmp_path):
         assert torch.equal(part.decode_change(write_name, "layer-1", change), expected)
         assert torch.equal(part.b_dec[write_name], whole.b_dec[write_name])
     assert torch.equal(part.skip_change("out-2", x), whole.skip_change("out-2", x))
+    groups = featurizers.load(folder, indices={"layer-1": None, "layer-2": [0]})
+    assert {name: group.n_features for name, group in groups.groups.items()} == {"layer-1": N, "layer-2": 1}
+    same(groups.encode("layer-1", x), whole.encode("layer-1", x))
     with pytest.raises(WeightsError):
         featurizers.load(folder)
 
