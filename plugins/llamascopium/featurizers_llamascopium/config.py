@@ -8,6 +8,8 @@ from featurizers.errors import ManifestError, explain, shown
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MAX_LAYERS = 1000
+VERSION = "2.0.0b34"
+"""Version of llamascopium whose configurations are known."""
 Hook = Annotated[str, Field(min_length=1, max_length=200)]
 Hooks = Annotated[list[Hook], Field(min_length=1, max_length=MAX_LAYERS)]
 Count = Annotated[int, Field(gt=0, le=2**31)]
@@ -64,6 +66,11 @@ class OneSite(Base):
     hook_point_out: Hook
     use_glu_encoder: bool = False
 
+    @property
+    def hooks(self) -> list[str]:
+        """All hooks."""
+        return [self.hook_point_in, self.hook_point_out]
+
 
 class CrossLayer(Base):
     """Keys of a cross-layer transcoder.
@@ -80,6 +87,11 @@ class CrossLayer(Base):
     decode_with_csr: bool = False
     sparsity_threshold_for_csr: float = 0.05
 
+    @property
+    def hooks(self) -> list[str]:
+        """All hooks."""
+        return [*self.hook_points_in, *self.hook_points_out]
+
 
 class ManySites(Base):
     """Keys of a crosscoder.
@@ -90,6 +102,11 @@ class ManySites(Base):
 
     sae_type: Literal["crosscoder"]
     hook_points: Hooks
+
+    @property
+    def hooks(self) -> list[str]:
+        """All hooks."""
+        return self.hook_points
 
 
 class Attention(Base):
@@ -132,6 +149,11 @@ class Attention(Base):
     normalization_type: Literal["LN", "RMS"] | None = None
     eps: Positive = 1e-6
 
+    @property
+    def hooks(self) -> list[str]:
+        """All hooks."""
+        return [self.hook_point_in, self.hook_point_out]
+
 
 Config: TypeAlias = OneSite | CrossLayer | ManySites | Attention
 TYPES: dict[str, type[Config]] = {
@@ -154,7 +176,9 @@ def parse(raw: dict[str, Any], where: str) -> Config:
     try:
         config = TYPES[kind].model_validate(raw)
     except ValidationError as error:
-        raise ManifestError(where, f"config.json: {explain(error)}") from error
+        raise ManifestError(
+            where, f"config.json: {explain(error)}; known are the keys of llamascopium {VERSION}"
+        ) from error
     if reason := _reason_against(config):
         raise ManifestError(where, f"it cannot be read exactly: {reason}")
     return config

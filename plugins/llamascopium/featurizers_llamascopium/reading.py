@@ -60,7 +60,7 @@ def read(source: ExternalFiles) -> FeatureSpace[Any] | None:
     result.metadata = {"llamascopium": raw}
     if places.lm_config:
         result.metadata["lm_config"] = places.lm_config
-    if notes := [*notes, *places.note()]:
+    if notes := [*notes, *places.notes(config.hooks)]:
         result.metadata["notes"] = notes
     return result
 
@@ -122,6 +122,9 @@ def _one_site(
         common["normalize"] = "constant-norm" if config.norm_activation == "token-wise" else "none"
         dictionary = DictionaryFeaturizer.from_tensors(**{**folded, **common})
         dictionary.site = places.write(config.hook_point_in)
+        if dictionary.site is None:
+            hook = shown(config.hook_point_in)
+            dictionary.metadata = {"notes": [f"The site of the hook {hook} in this model is not known; set f.site."]}
         return dictionary
     read, write = places.read(config.hook_point_in), places.write(config.hook_point_out)
     if write is None:  # without sites the map takes what the hook has, which is normalised already

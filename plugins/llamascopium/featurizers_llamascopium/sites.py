@@ -16,6 +16,10 @@ CENTRED = (
     "this model has LayerNorm, as GPT-2 and Pythia have, its own activations differ from these by their mean over the "
     "width, unless the hook is after a norm."
 )
+VALUE_BIASES = (
+    "TransformerLens adds the biases of attention's values to what attention writes, so that its hook_z lacks them: in "
+    "a model with such biases, the activations at attn.z differ from these by a constant."
+)
 
 
 class Places:
@@ -39,9 +43,10 @@ class Places:
         """Return the site of a hook that is written, None if it is not known."""
         return None if self._depends_on_model(hook) else site_of(hook, self.model)
 
-    def note(self) -> list[str]:
-        """Return a note for a model whose activations may be centred."""
-        return [] if self.model is not None and RMS.search(self.model) else [CENTRED]
+    def notes(self, hooks: list[str]) -> list[str]:
+        """Return notes on hooks whose activations may differ from those of the model."""
+        centred = [] if self.model is not None and RMS.search(self.model) else [CENTRED]
+        return [*centred, *([VALUE_BIASES] if any(hook.endswith("attn.hook_z") for hook in hooks) else [])]
 
     def _depends_on_model(self, hook: str) -> bool:
         """Return whether a hook is after a norm in some models, and the model is not known."""

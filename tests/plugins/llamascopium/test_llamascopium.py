@@ -168,6 +168,9 @@ def test_a_slice_of_several_groups():
     x = {f"head-{i}": one for i, one in enumerate(streams(t, "x"))}
     same(part.encode("head-0", x), t["features"][:, 0, [5, 1]])
     same(part.encode("head-2", x), t["features"][:, 2, [5]])
+    t = golden("clt-topk")
+    part = featurizers.load(FIXTURES / "clt-topk", indices={"layer-1": None})  # the rule compares features of a layer
+    same(part.encode("layer-1", {"in-1": streams(t, "x")[1]}), t["features"][:, 1])
     for indices in ([1], {"layer-0": [1]}):
         with pytest.raises(UsageError, match=r"by group|has the groups"):
             featurizers.load(FIXTURES / "crosscoder-jumprelu", indices=indices)
@@ -231,9 +234,28 @@ def test_hooks_are_sites(hooks, tmp_path):
     assert f.config.reads["in"].normalize == ("rms" if normed else "none")  # else it takes what the hook has
 
 
+@pytest.mark.parametrize(
+    ("hook", "model", "site", "words"),
+    [
+        ("blocks.1.hook_mlp_out", "Qwen/Qwen3-1.7B", "mlp.out:1", []),
+        ("blocks.1.hook_mlp_out", None, None, ["is not known; set f.site", "centres"]),
+        ("blocks.1.attn.hook_z", "Qwen/Qwen2.5-7B", "attn.z:1", ["biases of attention's values"]),
+        ("blocks.1.hook_resid_pre", "openai-community/gpt2", "resid.pre:1", ["centres"]),
+    ],
+)
+def test_the_site_of_an_autoencoder_and_what_differs_there(hook, model, site, words, tmp_path):
+    folder = copied("sae-relu", tmp_path / "it", hook_point_in=hook, hook_point_out=hook, norm_activation="inference")
+    (folder / "lm_config.json").write_text(json.dumps({"model_name": model}))
+    f = featurizers.load(folder)
+    assert (f.site and str(f.site)) == site
+    notes = f.metadata.get("notes", [])
+    assert len(notes) == len(words)
+    assert all(word in note for word, note in zip(words, notes, strict=True))
+
+
 REFUSED = {
     "another type": ({"sae_type": "molt"}, r"sae_type is 'molt'; known are sae, clt, crosscoder, lorsa"),
-    "an unknown key": ({"apply_decoder_bias_to_pre_encoder": True}, "apply_decoder_bias_to_pre_encoder"),
+    "an unknown key": ({"apply_decoder_bias_to_pre_encoder": True}, "known are the keys of llamascopium 2"),
     "batchtopk": ({"act_fn": "batchtopk"}, "depend on the others of its batch"),
     "layertopk": ({"act_fn": "layertopk"}, "early ones depend on what comes later"),
     "batch-wise": ({"norm_activation": "batch-wise"}, "batch-wise normalisation"),

@@ -11,7 +11,7 @@ from typing import Any
 import featurizers
 import pytest
 import torch
-from featurizers.errors import FeatureIndexError, ManifestError, UsageError, WeightsError
+from featurizers.errors import ConversionError, FeatureIndexError, ManifestError, UsageError, WeightsError
 from featurizers_transcoder import Crosscoder, CrossLayerTranscoder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -198,6 +198,9 @@ def test_a_slice_reads_its_own_rows_and_files(tmp_path):
         assert torch.equal(part.decode_change(write_name, "layer-1", change), expected)
         assert torch.equal(part.b_dec[write_name], whole.b_dec[write_name])
     assert torch.equal(part.skip_change("out-2", x), whole.skip_change("out-2", x))
+    groups = featurizers.load(folder, indices={"layer-1": None, "layer-2": [0]})
+    assert {name: group.n_features for name, group in groups.groups.items()} == {"layer-1": N, "layer-2": 1}
+    same(groups.encode("layer-1", x), whole.encode("layer-1", x))
     with pytest.raises(WeightsError):
         featurizers.load(folder)
 
@@ -273,3 +276,14 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "missing/params_layer_1.safetensors").unlink()
     with pytest.raises(ManifestError, match=r"params_layer_1\.safetensors is missing"):
         featurizers.load(tmp_path / "missing")
+
+
+def test_circuit_tracer_gets_a_causal_map_alone(tmp_path):
+    f = featurizers.load(FIXTURES / "clt" / NAMES[0])
+    assert featurizers.convert(f, tmp_path / "a", to="circuit-tracer") == ["The metadata 'gemma_scope_2' are not kept."]
+    again, x = featurizers.load(tmp_path / "a"), {f"in-{i}": torch.randn(4, 6) for i in range(LAYERS)}
+    assert torch.equal(again.encode("layer-1", x), f.encode("layer-1", x))
+    assert (again.reads, again.writes) == (f.reads, f.writes)
+    write(tmp_path / "it", LAYERS, causal=False, config=clt_config())
+    with pytest.raises(ConversionError, match="reads layer 1 and writes layer 0"):
+        featurizers.convert(featurizers.load(tmp_path / "it"), tmp_path / "b", to="circuit-tracer")
