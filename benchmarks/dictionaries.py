@@ -5,9 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -238,22 +235,6 @@ def gated(settings: Settings) -> Case:
     )
 
 
-_LOAD = """
-import sys, time, torch
-torch.set_num_threads(1)
-{imports}
-def touched():
-    with open("/proc/self/status") as file:
-        rows = [line.split() for line in file if line.startswith(("RssAnon", "RssFile"))]
-    return sum(int(row[1]) for row in rows) * 1024
-def run(folder):
-    {body}
-small = run({small!r})  # imports of the first call are not counted
-before = touched()
-start = time.perf_counter()
-large = run({folder!r})
-print(touched() - before, time.perf_counter() - start)
-"""
 _OURS = (
     "import featurizers",
     "f = featurizers.load(folder, indices=range(0, 1024, 32)); return f, f.encode(torch.randn(1, f.d_in))",
@@ -276,22 +257,15 @@ def load_rows(settings: Settings) -> Sizes:
             sae.save_model(str(Path(name, f"theirs-{folder}")))
         for side, (imports, body) in {"ours": _OURS, "theirs": _THEIRS}.items():
             paths = {folder: str(Path(name, f"{side}-{folder}")) for folder in ("small", "large")}
-            script = _LOAD.format(imports=imports, body=body, small=paths["small"], folder=paths["large"])
-            runs = [_measure(script) for _ in range(3)]
-            medians.append([statistics.median(column) for column in zip(*runs, strict=True)])
+            medians.append(touched(imports, body, small=paths["small"], large=paths["large"]))
         size = sum(path.stat().st_size for path in Path(name, "ours-large").iterdir())
     return Sizes(
         f"memory touched: load 32 of {n_features} features of a {size / 1e9:.2f} GB dictionary, encode a token",
         "sae_lens load_from_disk, and all features encoded",
-        max(int(medians[0][0]), 4096),
-        int(medians[1][0]),
+        medians[0][0],
+        medians[1][0],
         f"in {medians[0][1] * 1e3:.0f} ms here, in {medians[1][1] * 1e3:.0f} ms there",
     )
-
-
-def _measure(script: str) -> list[float]:
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return [float(number) for number in done.stdout.split()[-2:]]
 
 
 BENCHMARKS = (

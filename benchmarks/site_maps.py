@@ -13,6 +13,7 @@ import torch
 from dictionaries import ACTIVE, TOKENS, WIDTH, sae_lens
 from featurizers.features import Edit
 from featurizers_transcoder import CrossLayerTranscoder, LinearMapConfig, Transcoder
+from resident import touched
 from timing import Benchmark, Case, Settings, Sizes, Skipped, same
 from torch import Tensor
 
@@ -168,24 +169,31 @@ def edit_of_cross_layer_transcoder(settings: Settings) -> Case:
     )
 
 
-def load_slice(settings: Settings) -> Sizes:
-    """Compare the memory that loading 8 features of a cross-layer transcoder and all of it touches."""
-    import featurizers
+_SLICE = "f = featurizers.load(folder, indices={'layer-0': range(0, 64, 8)}); return f, _used(f)"
+_WHOLE = "f = featurizers.load(folder); return f, _used(f)"
+_IMPORTS = """
+import featurizers
+def _used(f):
+    return [tensor.sum() for tensor in f.state_dict().values()]
+"""
 
+
+def load_slice(settings: Settings) -> Sizes:
+    """Compare the memory that becomes resident while 8 features and all of a cross-layer transcoder are loaded."""
     layers, n, d = settings.size(LAYERS, 3), settings.size(1024, 128), settings.size(WIDTH, 64)
     with tempfile.TemporaryDirectory() as name:
-        f = CrossLayerTranscoder.from_tensors(*_cross_layer(settings, layers, n, d))
-        folder = f.save_pretrained(Path(name, "clt"))
-        del f
-        whole = featurizers.load(folder)
-        part = featurizers.load(folder, indices={"layer-0": list(range(0, 64, 8))})
-        sizes = [sum(t.numel() * t.element_size() for t in each.state_dict().values()) for each in (part, whole)]
+        folders = {}
+        for size, count in (("small", 96), ("large", n)):
+            f = CrossLayerTranscoder.from_tensors(*_cross_layer(settings, layers, count, d))
+            folders[size] = str(f.save_pretrained(Path(name, size)))
+            del f
+        (part, fast), (whole, slow) = (touched(_IMPORTS, body, **folders) for body in (_SLICE, _WHOLE))
     return Sizes(
-        f"memory of the tensors: 8 features of layer 0, and a whole cross-layer transcoder of {layers} × {n} features",
+        f"memory touched: load 8 features of a cross-layer transcoder of {layers} × {n} features, and use them",
         "the whole, loaded here",
-        sizes[0],
-        sizes[1],
-        "bytes of the loaded tensors",
+        part,
+        whole,
+        f"in {fast * 1e3:.0f} ms and in {slow * 1e3:.0f} ms",
     )
 
 
