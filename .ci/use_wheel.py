@@ -220,6 +220,11 @@ def transformer_debugger() -> None:
     assert "attn_write_norm" in command("scalars", "--list")
 
 
+def patching() -> None:
+    """Import the engine."""
+    import featurizers_patching.engine.sweep  # noqa: F401
+
+
 CHECKS = {
     "core": core,
     "autoencoder": autoencoder,
@@ -230,6 +235,7 @@ CHECKS = {
     "dictionary-learning": dictionary_learning,
     "identity": lambda: create("identity", d_in=8),
     "llamascopium": llamascopium,
+    "patching": patching,
     "pyvene": pyvene,
     "sae-lens": sae_lens,
     "sparsify": sparsify,
