@@ -221,8 +221,10 @@ def transformer_debugger() -> None:
 
 
 def patching() -> None:
-    """Import the engine."""
-    import featurizers_patching.engine.sweep  # noqa: F401
+    """Patch a grid, save it and read it again."""
+    metric = ("logit_difference", 7, 9)
+    grid = featurizers.patch(decoder(), IDS[0].tolist(), IDS[1].tolist(), metric=metric)
+    assert torch.equal(featurizers.load_grid(grid.save("grid.safetensors")).values, grid.values)
 
 
 CHECKS = {

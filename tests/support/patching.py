@@ -172,7 +172,7 @@ class Pairs:
         report = Report(batch_rows=rows)
         unknown = np.zeros(len(table.cell), dtype=bool)
         sweep = Sweep(self.model, self.prompts, table, unknown, self.sites, edits, **options)
-        sweep.run(lambda numbers, logits: found.update(zip(numbers.tolist(), logits, strict=True)), report)
+        sweep.run(lambda numbers, logits, _: found.update(zip(numbers.tolist(), logits, strict=True)), report)
         return torch.stack([found[number] for number in range(len(cells))]), report
 
     def expected(self, pair: int, site: int, tokens: Sequence[int]) -> Tensor:

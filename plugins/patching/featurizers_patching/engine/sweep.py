@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -21,8 +22,9 @@ from featurizers_patching.engine.reference import whole_runs
 from featurizers_patching.engine.scope import NotPackableError
 from featurizers_patching.engine.spots import Spot, spot_of
 
-Consume = Callable[[IntArray, Tensor], None]
-"""Takes numbers of cells, and their logits ``(cells, n, k)``; a later call for the same cells replaces an earlier."""
+Consume: TypeAlias = Callable[[IntArray, Tensor, Tensor], None]
+"""Takes numbers of cells, their logits ``(cells, n, k)``, and the clean logits of all prompts ``(prompts, n, k)``. A
+later call for the same cells replaces an earlier one."""
 
 MOST_LOGITS = 2**26
 """Numbers of logits that a chunk may make, which bounds its memory where a metric reads the whole vocabulary."""
@@ -118,7 +120,7 @@ class Sweep:
         read = clean.logits if self.columns is None else clean.logits.index_select(-1, self.columns)
         still = np.flatnonzero(~edited)
         if len(still):
-            consume(still, read[torch.as_tensor(cells.pair[still], device=read.device)])
+            consume(still, read[torch.as_tensor(cells.pair[still], device=read.device)], read)
         chosen = self._to_verify(np.flatnonzero(edited))
         kept: dict[int, Tensor] = {}
         sizes = self._sizes(cells)
@@ -127,7 +129,7 @@ class Sweep:
             logits = self._advanced(clean, cells, chunk, spots, columns, report)
             logits = logits if columns is not None or self.columns is None else logits.index_select(-1, self.columns)
             kept |= {int(cell): logits[i] for i, cell in enumerate(chunk) if cell in chosen}
-            consume(chunk, logits)
+            consume(chunk, logits, read)
             done += int(sizes[chunk].sum())
             self.progress(done / total)
         self._compare(kept, clean.logits, report)
@@ -203,7 +205,7 @@ class Sweep:
         order, done = np.argsort(sizes, kind="stable"), 0
         for chunk in _chunks(order, sizes, lambda: self._most(report, read)):
             logits = whole_runs(self.model, self.prompts, self.cells.take(chunk), self.sites, self.edits, self.freeze)
-            consume(chunk, logits if self.columns is None else logits.index_select(-1, self.columns))
+            consume(chunk, logits if self.columns is None else logits.index_select(-1, self.columns), read)
             done += int(sizes[chunk].sum())
             self.progress(done / int(sizes.sum()))
         return read
