@@ -193,6 +193,20 @@ def test_frozen_attention_patterns_are_those_of_the_clean_run() -> None:
     assert not torch.allclose(expected, pairs.expected(0, 0, [2]))
 
 
+@pytest.mark.parametrize("block", [0, 2])
+def test_the_last_norm_and_the_block_before_it_may_be_edited_alone_and_together(block: int) -> None:
+    model = packable("gpt2")
+    pairs = Pairs(model, BASE, SOURCE, ["norm.out", f"mlp.act:{block}"])
+    cells = [(0, [(0, 5)]), (1, [(1, 3)]), (0, [(1, 3), (0, 5)]), (1, [(0, 2)])]
+    logits, report = without_warnings(lambda: pairs.run(cells))
+    assert report.packed
+    torch.testing.assert_close(logits[0], pairs.expected(0, 0, [5]), rtol=0, atol=1e-10)
+    torch.testing.assert_close(logits[1], pairs.expected(1, 1, [3]), rtol=0, atol=1e-10)
+    torch.testing.assert_close(logits[3], pairs.logits(1), rtol=0, atol=1e-10)  # not a token that is read
+    with plain_hook(model, "norm.out", put([5], activations(model, SOURCE[0], "norm.out"))):
+        torch.testing.assert_close(logits[2], pairs.expected(0, 1, [3]), rtol=0, atol=1e-10)
+
+
 def test_gradients_reach_what_the_edits_return() -> None:
     model = packable("llama")
     pairs = Pairs(model, BASE[:1], SOURCE[:1], ["resid.pre:1"])

@@ -319,8 +319,12 @@ class _Chunk(Attender):
             return logits
         needed = np.unique(rows[changed])
         hidden = self.x.index_select(0, self._tensor(needed))
-        self.needed = needed
-        hooks = RowHooks(self, self._edits_at(self.n_blocks), self._seen)
+
+        def among_needed(rows: IntArray, _: int) -> IntArray:
+            found: IntArray = np.searchsorted(needed, rows)
+            return found
+
+        hooks = RowHooks(self, self._edits_at(self.n_blocks), among_needed)
         with ExitStack() as stack:
             hooks.register(stack)
             computed = unembed(self.clean.model, self, self.clean.layers, self.clean.wraps, hidden, columns)

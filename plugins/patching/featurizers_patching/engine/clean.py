@@ -122,7 +122,7 @@ class CleanRun(Attender):
             stack.enter_context(narrowed(self.model, self, at))
             inputs = self.prompts.inputs(self.device)
             logits: Tensor = self.model(**inputs, **without_cache(self.model)).logits
-        return logits
+        return logits[:, : at.shape[1]]
 
     def _noting(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a block, and note what it is given and what it returns."""

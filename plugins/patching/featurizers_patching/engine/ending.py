@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from featurizers.errors import UsageError
@@ -27,9 +27,17 @@ def checked_head(model: nn.Module) -> nn.Module:
     return head
 
 
+FEW: Final = 16
+"""Matrix products of fewer rows or columns take other kernels, which round differently."""
+
+
 @contextmanager
 def narrowed(model: nn.Module, run: object, at: Tensor) -> Iterator[None]:
-    """Let the head compute the logits of some tokens ``(batch, n)`` alone where a run is active."""
+    """Let the head compute the logits of some tokens ``(batch, n)`` alone where a run is active.
+
+    Logits after the first n of each prompt are repetitions; see `FEW`.
+    """
+    at = at.repeat(1, -(-FEW // at.numel()))
 
     def narrow(hidden: Tensor) -> Tensor:
         if active() is not run:
@@ -72,19 +80,22 @@ def unembed(
         hidden: ``(rows, d)``.
         columns: tokens whose logits to compute, if `takes_columns`; None for the whole vocabulary.
     """
+    repeated = hidden.repeat(-(-FEW // len(hidden)), 1)
     with eager(), ExitStack() as stack:
         for number, (block, wrap) in enumerate(zip(blocks, wraps, strict=True)):
             last = number == len(blocks) - 1
-            stack.enter_context(standing_in(block, run, _giving(wrap, hidden.unsqueeze(1) if last else None)))
+            stack.enter_context(standing_in(block, run, _giving(wrap, repeated.unsqueeze(1) if last else None)))
         if columns is not None:
             head: Any = checked_head(model)
-            bias = None if head.bias is None else head.bias[columns]
-            weight = head.weight[columns]
+            padded = columns.repeat(-(-FEW // len(columns)))
+            bias = None if head.bias is None else head.bias[padded]
+            weight = head.weight[padded]
             linear = nn.functional.linear
             stack.enter_context(standing_in(head, run, lambda x: linear(x, weight, bias)))
-        ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
+        ids = torch.zeros(len(repeated), 1, dtype=torch.long, device=hidden.device)
         logits: Tensor = model(input_ids=ids, **without_cache(model)).logits
-    return logits[:, 0]
+    logits = logits[: len(hidden), 0]
+    return logits if columns is None else logits[:, : len(columns)]
 
 
 def _giving(wrap: Wrap, hidden: Tensor | None) -> Callable[..., Any]:

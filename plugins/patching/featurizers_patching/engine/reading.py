@@ -45,7 +45,7 @@ class Read:
                 keep = functools.partial(self._keep, key)
                 stack.callback(hook(replace(place, columns=None), keep, only_reads=True).remove)
             stack.enter_context(narrowed(model, self, at))
-            self.logits: Tensor = model(**prompts.inputs(device), **without_cache(model)).logits
+            self.logits: Tensor = model(**prompts.inputs(device), **without_cache(model)).logits[:, : at.shape[1]]
 
     def _key(self, number: int) -> tuple[int, str, bool]:
         place = self._places[number]

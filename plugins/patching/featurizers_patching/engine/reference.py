@@ -97,7 +97,7 @@ def whole_runs(
             stack.enter_context(intervene(model, operations))
             stack.enter_context(narrowed(model, run, at))
             logits: Tensor = model(**inputs, **without_cache(model)).logits
-    return logits
+    return logits[:, : at.shape[1]]
 
 
 def _by_example(cells: Cells, spot: int) -> tuple[Tensor, IntArray]:
