@@ -65,6 +65,11 @@ COMMANDS = {
         "Show the largest scalars of a prompt: direct effects, attributions, norms, edges, of heads, neurons, "
         "features.",
     ),
+    "patch": Command(
+        "patching",
+        "featurizers-patching",
+        "Patch activations of one prompt into another, site by site and token by token, and show where it matters.",
+    ),
     "train": Command(
         "training",
         "featurizers-training",

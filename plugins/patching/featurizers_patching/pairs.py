@@ -49,7 +49,7 @@ def pairs_of(base: Any, source: Any, tokenizer: Any) -> list[Pair]:
 
     Args:
         base: a text, token ids, inputs of a model with ``input_ids``, a list of texts or of token ids; or records,
-            such as `featurizers_training.Pairs` or a list of mappings, and then no source.
+            such as `featurizers_training.Pairs` or a list of mappings, or a list of `Pair`, and then no source.
         source: the same.
         tokenizer: of the model, for texts.
 
@@ -57,6 +57,8 @@ def pairs_of(base: Any, source: Any, tokenizer: Any) -> list[Pair]:
         UsageError: the prompts are none of these, or are not as many bases as sources.
     """
     records = getattr(base, "records", None) or (base if _are_records(base) else None)
+    if source is None and isinstance(base, list) and base and all(isinstance(each, Pair) for each in base):
+        return base
     if records is not None:
         if source is not None:
             raise UsageError("the records have their sources; leave the argument source out")
