@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -122,6 +122,13 @@ class GridRun:
         return None if 8 * len(read) > vocabulary else torch.tensor(sorted(read), device=device)
 
     def _measured(self, scored: Scored, where: str) -> Iterator[Tensor]:
+        """Yield each metric of some runs, ``(runs,)``, computed in float32 or better.
+
+        Raises:
+            UsageError: a metric is no finite number.
+        """
+        if scored.logits.dtype in (torch.float16, torch.bfloat16):
+            scored = replace(scored, logits=scored.logits.float(), clean=scored.clean.float())
         for name, each in self.metrics.items():
             found = each(scored).to("cpu", torch.float64)
             if not bool(found.isfinite().all()):

@@ -164,6 +164,18 @@ def test_frozen_modules_give_what_they_gave_before(name: str, freeze: tuple[str,
     assert moved > 1e-3
 
 
+@pytest.mark.parametrize("token", [1, 4])
+def test_the_attention_that_an_edit_is_inside_of_is_not_frozen(token: int) -> None:
+    model = packable("llama")
+    site = "module:model.layers.1.self_attn.v_proj:output"
+    pairs = Pairs(model, BASE[:1], SOURCE[:1], [site])
+    logits, report = without_warnings(lambda: pairs.run([(0, [(0, token)])], freeze=("attn.out",)))
+    assert report.verified == 1
+    clean = put(range(6), activations(model, BASE[0], "attn.out:2"))  # of the block after it alone
+    with plain_hook(model, "attn.out:2", clean):
+        torch.testing.assert_close(logits[0], pairs.expected(0, 0, [token]), rtol=0, atol=1e-10)
+
+
 def test_frozen_attention_patterns_are_those_of_the_clean_run() -> None:
     model = packable("gpt2")
     pairs = Pairs(model, BASE[:1], SOURCE[:1], ["resid.pre:1"])

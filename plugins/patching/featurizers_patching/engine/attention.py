@@ -115,7 +115,8 @@ def attention(config: Any) -> Iterator[None]:
         NotPackableError: the model does not choose its attention by its config, or by one that is not known.
     """
     with _lock:
-        name, users = _replaced.get(id(config), (getattr(config, "_attn_implementation", None), 0))
+        name, users = _replaced.get(id(config), ("", 0))
+        name = name if users else getattr(config, "_attn_implementation", None)
         if name not in KNOWN:
             raise NotPackableError(f"its attention is {name!r}; load it with attn_implementation='sdpa'")
         _replaced[id(config)] = name, users + 1
@@ -125,10 +126,8 @@ def attention(config: Any) -> Iterator[None]:
     finally:
         with _lock:
             name, users = _replaced[id(config)]
-            if users > 1:
-                _replaced[id(config)] = name, users - 1
-            else:
-                del _replaced[id(config)]
+            _replaced[id(config)] = name, users - 1  # kept, for threads that are about to call the function
+            if users == 1:
                 config._attn_implementation_internal = name
 
 
