@@ -115,6 +115,7 @@ def attention(config: Any) -> Iterator[None]:
         NotPackableError: the model does not choose its attention by its config, or by one that is not known.
     """
     with _lock:
+        name: Any
         name, users = _replaced.get(id(config), ("", 0))
         name = name if users else getattr(config, "_attn_implementation", None)
         if name not in KNOWN:
