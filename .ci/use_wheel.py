@@ -220,6 +220,13 @@ def transformer_debugger() -> None:
     assert "attn_write_norm" in command("scalars", "--list")
 
 
+def patching() -> None:
+    """Patch a grid, save it and read it again."""
+    metric = ("logit_difference", 7, 9)
+    grid = featurizers.patch(decoder(), IDS[0].tolist(), IDS[1].tolist(), metric=metric)
+    assert torch.equal(featurizers.load_grid(grid.save("grid.safetensors")).values, grid.values)
+
+
 CHECKS = {
     "core": core,
     "autoencoder": autoencoder,
@@ -230,6 +237,7 @@ CHECKS = {
     "dictionary-learning": dictionary_learning,
     "identity": lambda: create("identity", d_in=8),
     "llamascopium": llamascopium,
+    "patching": patching,
     "pyvene": pyvene,
     "sae-lens": sae_lens,
     "sparsify": sparsify,

@@ -14,6 +14,7 @@ import das
 import derived_scalars
 import dictionaries
 import hooks
+import patching
 import report
 import site_maps
 import swapping
@@ -25,7 +26,18 @@ from rich.console import Console
 
 BENCHMARKS = {
     benchmark.name: benchmark
-    for theme in (das, artefacts, collecting, swapping, dictionaries, hooks, training, derived_scalars, site_maps)
+    for theme in (
+        das,
+        artefacts,
+        collecting,
+        swapping,
+        dictionaries,
+        hooks,
+        patching,
+        training,
+        derived_scalars,
+        site_maps,
+    )
     for benchmark in theme.BENCHMARKS
 }
 

@@ -24,6 +24,8 @@ from .models.operations import Interchange as Interchange
 from .models.operations import Mask as Mask
 from .models.operations import Steer as Steer
 from .models.replacing import replaced as replaced
+from .patching import load_grid as load_grid
+from .patching import patch as patch
 from .pyvene import SavedIntervention as SavedIntervention
 from .pyvene import load_intervenable as load_intervenable
 from .pyvene import push_intervenable as push_intervenable

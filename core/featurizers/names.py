@@ -18,6 +18,7 @@ FIRST_PARTY = {
     "dictionary-learning": "featurizers-dictionary-learning",
     "identity": "featurizers-identity",
     "llamascopium": "featurizers-llamascopium",
+    "patching": "featurizers-patching",
     "pyvene": "featurizers-pyvene",
     "sae-lens": "featurizers-sae-lens",
     "sparsify": "featurizers-sparsify",
@@ -63,6 +64,11 @@ COMMANDS = {
         "featurizers-derived-scalars",
         "Show the largest scalars of a prompt: direct effects, attributions, norms, edges, of heads, neurons, "
         "features.",
+    ),
+    "patch": Command(
+        "patching",
+        "featurizers-patching",
+        "Patch activations of one prompt into another, site by site and token by token, and show where it matters.",
     ),
     "train": Command(
         "training",

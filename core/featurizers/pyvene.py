@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from featurizers.errors import MissingDependencyError, UnknownKindError
-from featurizers.registry.plugin_host import host
+from featurizers.registry.forwarding import forwarded
 
 
 def __getattr__(name: str) -> Any:
@@ -21,9 +20,4 @@ def __getattr__(name: str) -> Any:
     """
     if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        module = host().module("pyvene")
-    except UnknownKindError as error:
-        purpose = f"featurizers.pyvene.{name}"
-        raise MissingDependencyError(purpose, "featurizers-pyvene", "pip install 'featurizers[pyvene]'") from error
-    return getattr(module, name)
+    return forwarded("pyvene", name, f"featurizers.pyvene.{name}")

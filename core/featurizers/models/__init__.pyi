@@ -17,6 +17,7 @@ from .calling import takes as takes
 from .calling import takes_cache as takes_cache
 from .calling import without_cache as without_cache
 from .compilation import eager as eager
+from .contexts import unedited as unedited
 from .hooks import gather as gather
 from .hooks import hook as hook
 from .hooks import scatter as scatter
@@ -32,6 +33,7 @@ from .operations import Ablate as Ablate
 from .operations import Collect as Collect
 from .operations import Interchange as Interchange
 from .operations import Mask as Mask
+from .operations import Operation as Operation
 from .operations import SourcedOperation as SourcedOperation
 from .operations import Steer as Steer
 from .operations import given as given

@@ -1,0 +1,216 @@
+"""`Grid`: the result of patching, values by metric, site, pair and position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from featurizers import Site
+from featurizers.errors import MissingDependencyError, UsageError, did_you_mean, printable, shown
+from torch import Tensor
+
+from featurizers_patching.grid_files import read_grid, write_grid
+from featurizers_patching.pictures import heat_map
+
+
+class GridCell(NamedTuple):
+    """One cell of a grid, over its pairs.
+
+    Attributes:
+        site: where.
+        position: label of the column.
+        token: text or id of the token there, if it is known.
+        value: mean over the pairs.
+        stderr: standard error of the mean; NaN for one pair.
+        n: number of pairs that have the position.
+    """
+
+    site: Site
+    position: str
+    token: str
+    value: float
+    stderr: float
+    n: int
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Effects of patching.
+
+    Attributes:
+        raw: metric after each edit, ``(metrics, sites, pairs, positions)``; NaN where a prompt has no such token.
+        base: metric of each base without edits, ``(metrics, pairs)``.
+        source: metric of each source, ``(metrics, pairs)``.
+        metrics: names of the first axis.
+        sites: second axis.
+        positions: labels of the last axis.
+        labels: what to write under each position: its token, where there is one pair.
+        prompts: base and source of each pair, as token ids.
+        normalized: whether `values` are 0 for the base and 1 for the source.
+        about: the model, the operation and how the cells were computed, as JSON.
+    """
+
+    raw: Tensor
+    base: Tensor
+    source: Tensor
+    metrics: tuple[str, ...]
+    sites: tuple[Site, ...]
+    positions: tuple[str, ...]
+    labels: tuple[str, ...]
+    prompts: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    normalized: bool
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def values(self) -> Tensor:
+        """Effects ``(metrics, sites, pairs, positions)``: normalized, or `raw`; NaN where base and source are equal."""
+        if not self.normalized:
+            return self.raw
+        base, source = self.base[:, None, :, None], self.source[:, None, :, None]
+        return torch.where(base == source, torch.nan, (self.raw - base) / (source - base))
+
+    @property
+    def axes(self) -> dict[str, tuple[Any, ...]]:
+        """Names of each axis of `values`, in order."""
+        pairs = tuple(range(self.raw.shape[2]))
+        return {"metrics": self.metrics, "sites": self.sites, "pairs": pairs, "positions": self.positions}
+
+    def mean(self) -> Tensor:
+        """Return means over the pairs ``(metrics, sites, positions)``; NaN where no pair has the position."""
+        return self.values.nanmean(dim=2)
+
+    def stderr(self) -> Tensor:
+        """Return standard errors of the means ``(metrics, sites, positions)``; NaN for fewer than two pairs."""
+        n = self.counts()
+        deviations = (self.values - self.mean().unsqueeze(2)).square().nansum(dim=2)
+        return torch.where(n > 1, (deviations / (n - 1).clamp_min(1) / n.clamp_min(1)).sqrt(), torch.nan)
+
+    def counts(self) -> Tensor:
+        """Return how many pairs each mean is over, ``(metrics, sites, positions)``."""
+        return (~self.values.isnan()).sum(dim=2)
+
+    def top(self, k: int = 10, metric: str | None = None) -> list[GridCell]:
+        """Return the cells with the largest absolute means.
+
+        Args:
+            k: how many.
+            metric: name; None for the first.
+
+        Raises:
+            UsageError: there is no such metric.
+        """
+        number = self._metric(metric)
+        means, errors, counts = self.mean()[number], self.stderr()[number], self.counts()[number]
+        order = means.abs().nan_to_num(-1.0).flatten().argsort(descending=True, stable=True)
+        found = []
+        for flat in order[:k].tolist():
+            site, position = divmod(flat, len(self.positions))
+            if counts[site, position]:
+                numbers = float(means[site, position]), float(errors[site, position]), int(counts[site, position])
+                found.append(GridCell(self.sites[site], self.positions[position], self.labels[position], *numbers))
+        return found
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield one mapping for each value that there is, in the long form of a table."""
+        values = self.values
+        for m, s, b, p in (~values.isnan()).nonzero().tolist():
+            yield {
+                "metric": self.metrics[m],
+                "site": str(self.sites[s]),
+                "pair": b,
+                "position": self.positions[p],
+                "value": float(values[m, s, b, p]),
+                "raw": float(self.raw[m, s, b, p]),
+                "base": float(self.base[m, b]),
+                "source": float(self.source[m, b]),
+            }
+
+    def to_pandas(self) -> Any:
+        """Return `rows` as a data frame.
+
+        Raises:
+            MissingDependencyError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingDependencyError("Grid.to_pandas", "pandas", "pip install pandas") from error
+        return pandas.DataFrame(list(self.rows()))
+
+    def plot(self, metric: str | None = None, ax: Any = None) -> Any:
+        """Draw the means of a metric as a heat map, and return matplotlib's axes.
+
+        Args:
+            metric: name; None for the first.
+            ax: axes to draw on; None for new ones.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed.
+        """
+        means = self.mean()[self._metric(metric)]
+        return heat_map(means, list(map(str, self.sites)), self.labels, self.title(metric), ax)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the grid to a safetensors file, which `load_grid` reads; return its path.
+
+        Raises:
+            ArtefactError: the file cannot be written.
+        """
+        path = Path(path).expanduser()
+        record = {
+            "metrics": list(self.metrics),
+            "sites": [str(site) for site in self.sites],
+            "positions": list(self.positions),
+            "labels": list(self.labels),
+            "normalized": self.normalized,
+            "about": dict(self.about),
+        }
+        tensors = {"raw": self.raw, "base": self.base, "source": self.source}
+        write_grid(path, tensors, self.prompts, record)
+        return path
+
+    def title(self, metric: str | None = None) -> str:
+        """Return what was measured, with both baselines."""
+        number = self._metric(metric)
+        base, source = float(self.base[number].mean()), float(self.source[number].mean())
+        what = f"{self.metrics[number]}: base {base:.4g}, source {source:.4g}"
+        return f"{what}; 0 is the base, 1 the source" if self.normalized else what
+
+    def __repr__(self) -> str:
+        """Show the size and the largest cells."""
+        sizes = f"{len(self.sites)} sites × {len(self.positions)} positions × {self.raw.shape[2]} pairs"
+        lines = [f"Grid of {sizes}, {self.title()}"]
+        for cell in self.top(5):
+            error = "" if cell.n < 2 else f" ± {cell.stderr:.2g}"
+            token = "" if cell.token == cell.position else f" {shown(cell.token, 20)}"
+            lines.append(f"  {cell.site!s:14} {printable(cell.position, 20)}{token}: {cell.value:+.4g}{error}")
+        return "\n".join(lines)
+
+    def _metric(self, name: str | None) -> int:
+        if name is None:
+            return 0
+        if name not in self.metrics:
+            raise UsageError(f"the grid has no metric {shown(name)}. {did_you_mean(name, self.metrics)}")
+        return self.metrics.index(name)
+
+
+def load_grid(path: str | Path) -> Grid:
+    """Read a grid that `Grid.save` wrote.
+
+    Raises:
+        ArtefactError: the file is no grid, or is damaged.
+    """
+    tensors, prompts, sites, record = read_grid(Path(path).expanduser())
+    return Grid(
+        **tensors,
+        metrics=record.metrics,
+        sites=sites,
+        positions=record.positions,
+        labels=record.labels,
+        prompts=prompts,
+        normalized=record.normalized,
+        about=record.about,
+    )

@@ -1,0 +1,196 @@
+"""`patch`: the effect of each edit of a grid, sites × pairs × positions."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+from featurizers import Anatomy, Featurizer, SiteMap
+from featurizers.errors import UsageError, shown
+from torch import Tensor, nn
+
+from featurizers_patching.engine.ending import checked_head
+from featurizers_patching.grid import Grid
+from featurizers_patching.grid_run import GridRun
+from featurizers_patching.metrics import metrics_of
+from featurizers_patching.operations import Options
+from featurizers_patching.pairs import Pair, pairs_of
+from featurizers_patching.positions import Column, PatchPositions, columns_of, read_tokens
+from featurizers_patching.sites import sites_of
+
+FREEZES: Final = ("attn.out", "mlp.out", "attn.pattern")
+CPU_ROWS, DEVICE_ROWS = 1024, 16384
+"""Rows that run together by default: a CPU computes no faster with more."""
+
+
+@torch.no_grad()
+def patch(
+    model: nn.Module,
+    base: Any,
+    source: Any = None,
+    sites: Any = "resid.pre",
+    *,
+    positions: PatchPositions = None,
+    featurizer: Featurizer[Any] | SiteMap[Any] | None = None,
+    operation: str | Callable[[Tensor, Tensor], Tensor] = "interchange",
+    indices: Any = None,
+    value: float | Tensor = 0.0,
+    gate: Tensor | None = None,
+    metric: Any = "logit_difference",
+    at: Any = -1,
+    normalize: bool = True,
+    freeze: Sequence[str] | str = (),
+    batch_rows: int | None = None,
+    skip_equal: bool = True,
+    verify: int = 4,
+    tokenizer: Any = None,
+    progress: Callable[[float], None] | None = None,
+) -> Grid:
+    """Run ``base`` with the activations of ``source`` at each site and position, one at a time, and measure the effect.
+
+    All cells run together and only where they change something; the numbers are those of `featurizers.intervene`, a
+    cell at a time. A few cells are compared with it. A model that cannot run so is run whole for each cell, with one
+    warning. All runs are of the model without the operations of any `intervene` context around the call.
+
+    Args:
+        model: a decoder of `transformers` with its language-model head, in evaluation mode.
+        base: prompt or prompts to edit: texts, token ids or model inputs. Or records with base, source and label, such
+            as `featurizers_training.Pairs`, and then no source.
+        source: prompt for each base, from which activations are taken.
+        sites: a site; a kind such as ``resid.pre`` for all blocks; ``attn.z:*:*`` for all heads; a list of these, or a
+            mapping from these to featurizers.
+        positions: None for each token in a column of its own; a list of columns, each a number, a name of the records
+            or a list of numbers that are patched together; ``"all"``; or a mapping from labels to these.
+        featurizer: to patch through; None for the whole activations.
+        operation: ``interchange``; ``ablate``, with ``value``; ``mask``, with ``gate``; or a function of the
+            activations of base and source, ``(k, d)`` each.
+        indices: features to change; None for all.
+        value: that ``ablate`` sets features to.
+        gate: of ``mask``.
+        metric: ``logit_difference``, ``probability``, ``loss``, ``accuracy`` or ``kl``; a tuple of a name and its
+            answers, as in ``("logit_difference", " Paris", " Tokyo")``; a `Metric`; a function of logits ``(runs,
+            vocabulary)``; or a mapping of these by name.
+        at: token, or tokens, whose logits are measured.
+        normalize: give values as 0 for the base alone and 1 for the source alone; the grid keeps the raw values too.
+        freeze: ``attn.out``, ``mlp.out`` and ``attn.pattern``: keep these as in the base's clean run, from the block of
+            each edit on, so that its effect goes around them.
+        batch_rows: tokens that run together, which bounds the memory; None for a default of the device. It is halved
+            where memory runs out.
+        skip_equal: do not run cells of tokens before the first one in which base and source differ.
+        verify: number of cells to compare with whole runs.
+        tokenizer: of the model, for texts and labels.
+        progress: is called with the share of the work that is done.
+
+    Raises:
+        UsageError: an argument is wrong, or a metric gives NaN.
+        SiteError: the model does not have a site.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=20)).eval()
+        >>> grid = patch(model, [1, 2, 3], [4, 5, 3], "resid.post", metric=("logit_difference", 7, 9))
+        >>> grid.values.shape
+        torch.Size([1, 2, 1, 3])
+    """
+    if model.training:
+        raise UsageError("the model is in training mode, so that its runs differ; call model.eval()")
+    checked_head(model)
+    pairs = pairs_of(base, source, tokenizer)
+    _check_vocabulary(model, pairs)
+    anatomy = Anatomy(model)
+    rows = sites_of(anatomy, sites, featurizer)
+    options = Options(operation, indices, value, gate)
+    bound = {name: each.bound(pairs, tokenizer) for name, each in metrics_of(metric).items()}
+    run = GridRun(
+        model=model,
+        pairs=pairs,
+        sites=[site for site, _ in rows],
+        through=[each for _, each in rows],
+        columns=columns_of(positions, pairs),
+        at=read_tokens(at, pairs),
+        options=options,
+        metrics=bound,
+        freeze=_freeze(freeze),
+        batch_rows=_rows(batch_rows, next(model.parameters()).device),
+        skip_equal=skip_equal,
+        verify=verify,
+        progress=progress or (lambda _: None),
+    )
+    values, baselines, report = run.results()
+    labels = _labels(run.columns, pairs, tokenizer) if positions is None else [column.label for column in run.columns]
+    about = {
+        "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
+        "operation": operation if isinstance(operation, str) else "function",
+        "featurizers": sorted({each.id for each in run.through if each is not None and each.id}),
+        "freeze": list(run.freeze),
+        "packed": report.packed,
+        "reason": report.reason,
+        "verified": report.verified,
+        "difference": report.difference,
+    }
+    grid = Grid(
+        raw=values,
+        base=baselines[0],
+        source=baselines[1],
+        metrics=tuple(bound),
+        sites=tuple(run.sites),
+        positions=tuple(column.label for column in run.columns),
+        labels=tuple(labels),
+        prompts=tuple((pair.base, pair.source) for pair in pairs),
+        normalized=normalize,
+        about=about,
+    )
+    if normalize:
+        _warn_of_small(grid)
+    return grid
+
+
+def _freeze(freeze: Sequence[str] | str) -> tuple[str, ...]:
+    found = (freeze,) if isinstance(freeze, str) else tuple(freeze)
+    if unknown := [each for each in found if each not in FREEZES]:
+        raise UsageError(f"{shown(unknown[0])} cannot be frozen; freeze some of {', '.join(FREEZES)}")
+    return found
+
+
+def _rows(batch_rows: int | None, device: torch.device) -> int:
+    if batch_rows is None:
+        return CPU_ROWS if device.type == "cpu" else DEVICE_ROWS
+    if type(batch_rows) is not int or batch_rows < 1:
+        raise UsageError(f"batch_rows is a number of tokens from 1, not {shown(batch_rows)}")
+    return batch_rows
+
+
+def _check_vocabulary(model: nn.Module, pairs: Sequence[Pair]) -> None:
+    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    size = getattr(embeddings, "num_embeddings", None)
+    for number, pair in enumerate(pairs):
+        largest = max(*pair.base, *pair.source)
+        if size is not None and largest >= size:
+            raise UsageError(
+                f"pair {number} has the token {largest}, and the model's vocabulary has {size}, counted from 0; use "
+                "the model's own tokenizer"
+            )
+
+
+def _labels(columns: Sequence[Column], pairs: Sequence[Pair], tokenizer: Any) -> list[str]:
+    """Return what is written under each column: tokens, if there is one pair; else positions."""
+    if len(pairs) > 1:
+        return [column.label for column in columns]
+    ids = [pairs[0].base[int(column.label)] for column in columns]
+    return [str(each) for each in ids] if tokenizer is None else [tokenizer.decode([each]) for each in ids]
+
+
+def _warn_of_small(grid: Grid) -> None:
+    for name, base, source in zip(grid.metrics, grid.base, grid.source, strict=True):
+        small = (source - base).abs() <= 1e-3 * torch.maximum(source.abs(), base.abs()).clamp_min(1e-9)
+        if small.any():
+            pair = int(small.nonzero()[0, 0])
+            both = f"{float(base[pair]):.4g} and {float(source[pair]):.4g} in pair {pair}"
+            more = f" and {int(small.sum()) - 1} others" if int(small.sum()) > 1 else ""
+            warnings.warn(
+                f"{name}: base and source give nearly the same ({both}{more}), so that values between them mean "
+                "little; choose another metric or pair, or normalize=False",
+                stacklevel=4,
+            )
