@@ -19,7 +19,7 @@ When the context ends, also by an error, its hooks are removed; with the last co
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeAlias, TypeVar, overload
 
@@ -30,7 +30,7 @@ from featurizers.errors import UsageError
 from featurizers.features.featurizer import Featurizer
 from featurizers.features.site_map import SiteMap
 from featurizers.format.sites import Site
-from featurizers.models.anatomy import Anatomy
+from featurizers.models.anatomy import Anatomy, Place
 from featurizers.models.calling import with_position_ids
 from featurizers.models.checkpointing import uncheckpointed
 from featurizers.models.collecting import Collection, acts_on, check_generate
@@ -118,13 +118,18 @@ def _intervening(model: nn.Module, operations: Any) -> Iterator[dict[Any, Any]]:
         watch = hooks.enter_context(watching(anatomy))
         edits = _Edits(of_sites, context, watch, sources, collection, collected, isinstance(operations, Mapping))
         hooks.enter_context(watch.telling(context.acts, edits))
+        at_places: list[tuple[Place, Callable[[Tensor], Tensor]]] = []
         for key, own in plan:
             if isinstance(key, SiteMap):
                 through = MapEdits(key, own, anatomy, context, watch, sources, collection, collected)
                 hooks.enter_context(watch.telling(context.acts, through))
-                through.register(hooks)
+                through.begin_passes(hooks)
+                at_places += through.edits()
             else:
-                hooks.callback(hook(places[key], functools.partial(edits.carry_out, key, own)).remove)
+                at_places.append((places[key], functools.partial(edits.carry_out, key, own)))
+        # a sum is edited after its summands, whatever the order in which they are given
+        for place, edit in sorted(at_places, key=lambda each: each[0].stream is not None):
+            hooks.callback(hook(place, edit).remove)
         watch.note_opened()
         hooks.enter_context(context.entered())
         yield collected

@@ -117,6 +117,7 @@ def _hook_on_sum(
     """Register hooks that pass a sum of two places through ``edit``: the change is added to the second summand.
 
     The model computes the sum itself. That it is this sum is checked in the first pass, at the module that reads it.
+    Hooks that edit one of the two places are to be registered before these.
 
     Args:
         added: place whose activations are added to the stream.
@@ -127,10 +128,12 @@ def _hook_on_sum(
         only_reads: whether ``edit`` changes nothing, so that it may be called where the sum is read.
 
     Raises:
-        SiteError: in the pass, if the module reads something else, as in parallel blocks.
+        SiteError: in the pass, if the module reads something else, as in parallel blocks, or if a later hook edits a
+            summand.
     """
     local = threading.local()
     is_checked = False
+    hooks_of_added: Mapping[int, Any] = added.module._forward_hooks
 
     def note(hidden: Tensor) -> Tensor:
         local.stream = hidden
@@ -150,20 +153,25 @@ def _hook_on_sum(
         nonlocal is_checked
         if not is_checked:
             is_checked = torch.equal(hidden, local.expected)
-            # hooks of other contexts may come between, which check for themselves
-            alone = _is_last(handles[1], added.module._forward_hooks) and _is_last(
-                handles[2], dict(reversed(reader.module._forward_pre_hooks.items()))
-            )
-            if not is_checked and alone:
+            last = list(hooks_of_added.values())[-1]
+            if not is_checked and (last is own or not hasattr(last, _ON_SUM)):  # a later one on the sum checks it too
                 raise SiteError(
-                    f"resid.mid: the input of {reader.path!r} is not the sum of {stream.path!r} and {added.path!r}, so "
-                    "that this block has no stream between attention and MLP, or scales it; choose another site"
+                    f"resid.mid: the input of {reader.path!r} is not the sum of {stream.path!r} and {added.path!r}. "
+                    "Either this block has no stream between attention and MLP, or scales it: choose another site. Or "
+                    "a hook that was registered later edits one of the two: give both edits to one intervene"
                 )
         return edit(hidden) if only_reads else hidden
 
     places = [(stream, note), (replace(added, stream=None, sum_reader=None), on_added), (reader, on_reader)]
-    handles = [hook(place, function, first=first and place is places[1][0]) for place, function in places]
+    before = [(first and function is on_added) or function is on_reader for _, function in places]
+    handles: list[Any] = [hook(p, function, first=b) for (p, function), b in zip(places, before, strict=True)]
+    own = hooks_of_added[handles[1].id]
+    setattr(own, _ON_SUM, True)
     return _Handles(handles)
+
+
+_ON_SUM = "featurizers_acts_on_a_sum"
+"""Attribute of hooks that act on a sum of two places."""
 
 
 def _hook_on_router(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -20,7 +20,7 @@ from featurizers.format.sites import Site
 from featurizers.models.anatomy import Anatomy, Place
 from featurizers.models.collecting import Collection, acts_on, check_generate
 from featurizers.models.contexts import Context
-from featurizers.models.hooks import gather, hook, scatter
+from featurizers.models.hooks import gather, scatter
 from featurizers.models.map_edits import MapEdit, overlaid
 from featurizers.models.operations import Collect, Operation, SourcedOperation, Writes, given
 from featurizers.models.positions import Pass, are_tokens, columns
@@ -121,11 +121,13 @@ class MapEdits:
         """Return the object itself: a copy of a model in a context is edited as the model is."""
         return self
 
-    def register(self, hooks: ExitStack) -> None:
-        """Put the hooks on the model, and take them off when ``hooks`` closes."""
+    def begin_passes(self, hooks: ExitStack) -> None:
+        """Be told of each pass before the first block runs, until ``hooks`` closes."""
         hooks.callback(self._anatomy.decoder.register_forward_pre_hook(self._begin).remove)
-        for place, reads, writes in self._places:
-            hooks.callback(hook(place, functools.partial(self._pass_through, reads, writes)).remove)
+
+    def edits(self) -> list[tuple[Place, Callable[[Tensor], Tensor]]]:
+        """Return what to do at each place: read features, or write, or both."""
+        return [(place, functools.partial(self._pass_through, reads, writes)) for place, reads, writes in self._places]
 
     def begin_generate(self, options: GenerateOptions) -> None:
         """Raise if an operation cannot be carried out with these options of ``generate``."""
