@@ -28,6 +28,7 @@ from tests.support.serving import request, saved
 WIDTH, VOCABULARY, NEW = 64, 256, 24
 SITES = ["resid.post:1", "mlp.out:0", "attn.out:2"]
 TOLERANCE = 1e-4
+CONFIGS = {"GPT2LMHeadModel": "GPT2Config", "Gemma3ForCausalLM": "Gemma3TextConfig"}
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -42,25 +43,26 @@ ENVIRONMENT = {
 def make(folder: Path, architecture: str) -> None:
     """Write a tiny model with random weights, featurizers for it, and the settings of a server."""
     import transformers
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
 
     torch.manual_seed(0)
-    config = getattr(transformers, architecture.replace("ForCausalLM", "Config"))(
-        hidden_size=WIDTH,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-        dtype="float32",
-    )
+    shared = {"vocab_size": VOCABULARY, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2}
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512, "pad_token_id": 0}
+    if architecture.startswith("GPT2"):
+        sizes = {"n_embd": WIDTH, "n_layer": 4, "n_head": 2, "n_positions": 512}
+    elif architecture.startswith("Gemma"):
+        sizes |= {"query_pre_attn_scalar": 32, "sliding_window": 32}
+    else:
+        sizes |= {"tie_word_embeddings": False}
+    kind = getattr(transformers, CONFIGS.get(architecture, architecture.replace("ForCausalLM", "Config")))
+    config = kind(**shared, **sizes, dtype="float32")
     getattr(transformers, architecture)(config).eval().save_pretrained(folder / "model")
+    words = Tokenizer(WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
+    words.pre_tokenizer = Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0").save_pretrained(folder / "model")
     allowed = saved(folder, WIDTH)
     special = featurizers.load(folder / "relu")
     special.special_tokens = tuple(range(0, VOCABULARY, 3))
@@ -223,6 +225,14 @@ def cache(folder: Path, **options: Any) -> bool:
         (output,) = ask(llm, [(ids, asked[name])], 8, prompt=False)
         cached[turn] = output.num_cached_tokens
         right.append(compare(f"{name} ({cached[turn]} cached)", output, reference(ids, asked[name], 8), clean, ids))
+    for name in ("steer, positions", "interchange", "ablate, subspace"):  # two turns of a chat
+        (first,) = ask(llm, [(ids[:250], asked[name])], 40, prompt=False)
+        longer = [*ids[:250], *first.outputs[0].token_ids, *ids[:10]]
+        (output,) = ask(llm, [(longer, asked[name])], 8, prompt=False)
+        wanted, clean = reference(longer, asked[name], 8), reference(longer, {}, 8)
+        right.append(
+            compare(f"a second turn: {name} ({output.num_cached_tokens} cached)", output, wanted, clean, longer)
+        )
     shared = [cached[turn] > 0 for turn in range(5)]
     print(f"{'right' if shared == [False, False, False, True, True] else 'WRONG'}: each shares with its own alone")
     return all(right) and shared == [False, False, False, True, True]
@@ -230,8 +240,8 @@ def cache(folder: Path, **options: Any) -> bool:
 
 def preemption(folder: Path, **options: Any) -> bool:
     """Compare requests that are preempted and computed again, because the cache is too small for all of them."""
-    block = 2 * 4 * 2 * 32 * 4 * 16  # keys and values of 16 tokens, in bytes
-    llm = engine(folder, kv_cache_memory_bytes=24 * block, max_model_len=128, block_size=16, **options)
+    block = 2 * 4 * 2 * 32 * 4 * 32  # keys and values of 32 tokens, in bytes
+    llm = engine(folder, kv_cache_memory_bytes=12 * block, max_model_len=128, block_size=32, **options)
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     count, preempt = [0], scheduler._preempt_request
 

@@ -55,6 +55,11 @@ class Edit:
         """True if every token of the request is edited."""
         return self.positions is None and not self.prompt_only and not self.special_tokens
 
+    @property
+    def depends_on_length(self) -> bool:
+        """True if which tokens are edited depends on where the prompt ends."""
+        return self.prompt_only or any(position < 0 for position in self.positions or ())
+
     def check_prompt(self, length: int) -> None:
         """Raise a RequestError if a prompt of ``length`` tokens lacks a position."""
         for position in self.positions or ():

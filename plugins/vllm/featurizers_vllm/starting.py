@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import hmac
+import importlib
+import json
 import secrets
 from typing import Any
 
@@ -41,8 +43,6 @@ def register() -> None:
         ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest"),
         ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest"),
     ):
-        import importlib
-
         refuse_beams(getattr(importlib.import_module(module), name), VLLMValidationError)
 
 
@@ -98,11 +98,18 @@ def admitted(request: Any, running: Server) -> Any:
         raise RequestError("a prompt of embeddings has no tokens to edit")
     if request.resumable:
         raise RequestError("a prompt that is given in parts has no length, so its activations are not edited")
+    length = len(request.prompt_token_ids)
     for edit in edits:
-        edit.check_prompt(len(request.prompt_token_ids))
-    message = f"{len(request.cache_salt or '')}:{request.cache_salt or ''}{raw}"
-    request.cache_salt = hmac.new(_SECRET, message.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+        edit.check_prompt(length)
+    # a longer prompt that begins alike, as the next turn of a chat does, is edited at other tokens
+    of_length = length if any(edit.depends_on_length for edit in edits) else None
+    request.cache_salt = salt(request.cache_salt, raw, of_length)
     return request
+
+
+def salt(*parts: str | int | None) -> str:
+    """Return a salt that nobody can name who does not know this process' secret."""
+    return hmac.new(_SECRET, json.dumps(parts).encode(), hashlib.sha256).hexdigest()
 
 
 def refuse_beams(protocol: type[Any], refusal: type[Exception]) -> None:

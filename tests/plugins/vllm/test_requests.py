@@ -264,6 +264,23 @@ def test_requests_share_cached_keys_and_values_only_with_the_same_edits_and_salt
     assert edits() not in str(distinct)  # a client cannot name the salt of another's edits
 
 
+def test_a_second_turn_shares_the_first_ones_keys_and_values_only_if_the_same_tokens_are_edited(processor):
+    """The answer of a first turn belongs to the prompt of the second, whose last token is another one."""
+    mask = {"featurizer": "owner/relu", "do": "mask", "indices": [1], "features": 1.0, "gate": 0.5}
+    interchange = {"featurizer": "owner/relu", "do": "interchange", "indices": [1], "features": 1.0}
+
+    def shares(raw: str) -> bool:
+        first, second = (processor.process_inputs([7] * n, parameters(raw)).cache_salt for n in (5, 9))
+        assert first == processor.process_inputs([8] * 5, parameters(raw)).cache_salt
+        return first == second
+
+    assert shares(edits())
+    assert shares(edits(positions=[0, 4]))
+    assert not shares(edits(positions=[0, -1]))
+    assert not shares(request(mask))
+    assert not shares(request(STEER, interchange))
+
+
 def test_a_position_that_the_prompt_lacks_is_refused_and_no_other(processor):
     for positions in ([0, 4], [-5]):
         assert processor.process_inputs([7] * 5, parameters(edits(positions=positions))).cache_salt
