@@ -9,9 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
 from featurizers_vllm import server, v1
+
+try:
+    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
+except ImportError:  # another version of vLLM, which this package leaves alone unless the operator arms sites
+    from vllm.v1.sample.logits_processor import LogitsProcessor
 
 
 class RequestEdits(LogitsProcessor):  # type: ignore[misc]

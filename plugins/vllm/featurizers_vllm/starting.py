@@ -8,6 +8,7 @@ import hmac
 import importlib
 import json
 import secrets
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from featurizers_vllm import server, spec
@@ -18,6 +19,7 @@ from featurizers_vllm.models import PREFIX
 from featurizers_vllm.server import Server
 from featurizers_vllm.settings import Settings
 
+_MARK = "_featurizers_vllm"  # of what is wrapped already
 _SECRET = secrets.token_bytes(32)
 
 
@@ -39,14 +41,20 @@ def register() -> None:
     for architecture in ARCHITECTURES:
         vllm.ModelRegistry.register_model(architecture, f"featurizers_vllm.models:{PREFIX}{architecture}")
     watch_requests(InputProcessor, running, VLLMValidationError)
-    for module, name in (
-        ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest"),
-        ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest"),
-    ):
-        refuse_beams(getattr(importlib.import_module(module), name), VLLMValidationError)
 
 
-def watch_requests(processor: type[Any], running: Server, refusal: type[Exception]) -> None:
+def http_bodies() -> Iterator[type[Any]]:
+    """Yield vLLM's classes of HTTP requests that can ask for a beam search."""
+    for module, name in (("completion", "CompletionRequest"), ("chat_completion", "ChatCompletionRequest")):
+        yield getattr(importlib.import_module(f"vllm.entrypoints.openai.{module}.protocol"), name)
+
+
+def watch_requests(
+    processor: type[Any],
+    running: Server,
+    refusal: type[Exception],
+    bodies: Callable[[], Iterable[type[Any]]] = http_bodies,
+) -> None:
     """Wrap vLLM's ``InputProcessor``, which makes each request for the engine, where the prompt's length is known.
 
     The one change of a private method of vLLM that edits need: its keys and values of an edited prompt must not be
@@ -56,8 +64,9 @@ def watch_requests(processor: type[Any], running: Server, refusal: type[Exceptio
         processor: the class.
         running: server of this process.
         refusal: error that vLLM answers with HTTP 400.
+        bodies: classes of HTTP requests, looked up in the process that makes a processor.
     """
-    if hasattr(processor.process_inputs, "__wrapped__"):
+    if hasattr(processor.process_inputs, _MARK):
         return
     make, original = processor.__init__, processor.process_inputs
 
@@ -65,6 +74,8 @@ def watch_requests(processor: type[Any], running: Server, refusal: type[Exceptio
     def __init__(self: Any, *arguments: Any, **options: Any) -> None:
         make(self, *arguments, **options)
         running.admission  # noqa: B018  # the featurizers are read now, as in the engine
+        for each in bodies():
+            refuse_beams(each, refusal)
 
     @functools.wraps(original)
     def process_inputs(self: Any, *arguments: Any, **options: Any) -> Any:
@@ -74,6 +85,7 @@ def watch_requests(processor: type[Any], running: Server, refusal: type[Exceptio
         except RequestError as error:
             raise refusal(str(error)) from error
 
+    setattr(process_inputs, _MARK, True)
     processor.__init__, processor.process_inputs = __init__, process_inputs
 
 
@@ -119,7 +131,7 @@ def refuse_beams(protocol: type[Any], refusal: type[Exception]) -> None:
         protocol: class of the request's body.
         refusal: error that vLLM answers with HTTP 400.
     """
-    if hasattr(protocol.to_beam_search_params, "__wrapped__"):
+    if hasattr(protocol.to_beam_search_params, _MARK):
         return
     original = protocol.to_beam_search_params
 
@@ -129,4 +141,5 @@ def refuse_beams(protocol: type[Any], refusal: type[Exception]) -> None:
             raise refusal("vLLM does not hand the edits of a request on in a beam search; leave out use_beam_search")
         return original(self, *arguments, **options)
 
+    setattr(to_beam_search_params, _MARK, True)
     protocol.to_beam_search_params = to_beam_search_params

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -226,12 +227,23 @@ class Refused(Exception):
     pass
 
 
+def decorated(method: Any) -> Any:
+    """Wrap a method as vLLM's own decorators do."""
+
+    @functools.wraps(method)
+    def wrapper(*arguments: Any, **options: Any) -> Any:
+        return method(*arguments, **options)
+
+    return wrapper
+
+
 class InputProcessor:
     """As vLLM's, which turns a prompt into a request."""
 
     def __init__(self) -> None:
         self.made = True
 
+    @decorated
     def process_inputs(self, tokens: list[int] | None, params: Any, **changes: Any) -> Any:
         given = {"prompt_token_ids": tokens, "sampling_params": params, "cache_salt": None, "resumable": False}
         return SimpleNamespace(**{**given, **changes})
@@ -241,9 +253,9 @@ class InputProcessor:
 def processor(folder):
     kind = type("Processor", (InputProcessor,), {"process_inputs": InputProcessor.process_inputs})
     running = Server(settings(folder))
-    starting.watch_requests(kind, running, Refused)
-    starting.watch_requests(kind, running, Refused)  # as when vLLM loads its plugins again
-    assert not hasattr(kind.process_inputs.__wrapped__, "__wrapped__")
+    starting.watch_requests(kind, running, Refused, tuple)
+    starting.watch_requests(kind, running, Refused, tuple)  # as when vLLM loads its plugins again
+    assert kind.process_inputs.__wrapped__ is InputProcessor.process_inputs
     return kind()
 
 
