@@ -23,6 +23,8 @@ class Architecture(NamedTuple):
 
 _MODELS = "vllm.model_executor.models"
 ARCHITECTURES: Final = {
+    "GPT2LMHeadModel": Architecture(f"{_MODELS}.gpt2", layers="transformer.h", attention="attn"),
     "LlamaForCausalLM": Architecture(f"{_MODELS}.llama"),
+    "Qwen2ForCausalLM": Architecture(f"{_MODELS}.qwen2"),
 }
 """By the name of the architecture; each was compared with `featurizers.intervene` on transformers."""
