@@ -26,5 +26,6 @@ ARCHITECTURES: Final = {
     "GPT2LMHeadModel": Architecture(f"{_MODELS}.gpt2", layers="transformer.h", attention="attn"),
     "LlamaForCausalLM": Architecture(f"{_MODELS}.llama"),
     "Qwen2ForCausalLM": Architecture(f"{_MODELS}.qwen2"),
+    "Qwen3ForCausalLM": Architecture(f"{_MODELS}.qwen3"),
 }
 """By the name of the architecture; each was compared with `featurizers.intervene` on transformers."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from featurizers import Site
 from featurizers_vllm import Settings, server, v1, v2
-from featurizers_vllm.architectures import Architecture
+from featurizers_vllm.architectures import ARCHITECTURES, Architecture
 from featurizers_vllm.bank import Bank
 from featurizers_vllm.errors import ServerError
 from featurizers_vllm.models import edited
@@ -424,3 +426,8 @@ def test_weights_that_are_not_the_artefacts_own_stop_the_server(tmp_path):
     (tmp_path / "b" / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
     with pytest.raises(ServerError, match="featurizer 'a'"):
         Server(Settings.parse(written(), "settings.json", tmp_path)).build(configuration())
+
+
+def test_the_page_of_serving_lists_the_architectures():
+    page = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \| \d", page, re.MULTILINE)) == set(ARCHITECTURES)
