@@ -227,6 +227,31 @@ def patching() -> None:
     assert torch.equal(featurizers.load_grid(grid.save("grid.safetensors")).values, grid.values)
 
 
+def vllm() -> None:
+    """Admit a request of ordinary operations, and edit a batch without vLLM."""
+    import json
+
+    import numpy as np
+    from featurizers_vllm import Settings, extra_args
+    from featurizers_vllm.admission import Admission
+    from featurizers_vllm.bank import Bank
+    from featurizers_vllm.rows import Rows
+
+    f = dictionary("relu")
+    f.save_pretrained("it")
+    steer = featurizers.Ablate(f, value=2.0, indices=[5])
+    given = {"version": 1, "sites": ["resid.post:1"], "featurizers": [{"id": "owner/name", "path": "it"}]}
+    admission = Admission(Settings.parse(json.dumps(given).encode(), "settings.json", Path.cwd()))
+    (edit,) = admission.of(extra_args({"resid.post:1": steer}, names={f: "owner/name"}))
+    rows = Rows({edit.site: Bank(8, features=8, requests=2, tokens=16, stages=2)}, 2)
+    rows.add(1, [edit], 3)
+    rows.fill(np.array([0, 1]), np.array([0, 2, 5]), torch.arange(5), torch.arange(5))
+    x = torch.randn(5, 8)
+    found = rows.banks[edit.site](x, None)
+    assert torch.equal(found[:2], x[:2])
+    torch.testing.assert_close(found[2:], f.ablate(x[2:], value=2.0, indices=[5]))
+
+
 CHECKS = {
     "core": core,
     "autoencoder": autoencoder,
@@ -245,6 +270,7 @@ CHECKS = {
     "training": training,
     "transcoder": transcoder,
     "transformer-debugger": transformer_debugger,
+    "vllm": vllm,
 }
 
 

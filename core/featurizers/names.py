@@ -27,6 +27,7 @@ FIRST_PARTY = {
     "training": "featurizers-training",
     "transcoder": "featurizers-transcoder",
     "transformer-debugger": "featurizers-transformer-debugger",
+    "vllm": "featurizers-vllm",
 }
 # Kinds of this project's distributions, by plugin; a plugin that is not here provides none.
 KINDS = {
