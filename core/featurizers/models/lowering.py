@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featurizers.errors import LoweringError
+from featurizers.errors import LoweringError, shown
 from featurizers.features.featurizer import Featurizer
 from featurizers.features.indices import values_like
 from featurizers.features.programs import FeatureRows, Gate, Program
@@ -102,7 +102,7 @@ def _positions(operation: Operation, name: str) -> tuple[int, ...] | None:
         return None
     tensor = torch.as_tensor(positions)
     if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
-        raise LoweringError(f"{name} has other positions for each prompt; give one list of integers")
+        raise LoweringError(f"{name} has the positions {shown(positions)}; give one list of integers for all prompts")
     return tuple(tensor.tolist())
 
 
