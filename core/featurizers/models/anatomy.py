@@ -76,7 +76,7 @@ class Anatomy:
         >>> Anatomy(GPT2Model(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=5))).place("attn.z:1:0").path
         'h.1.attn.c_proj'
         >>> Anatomy(GPT2Model(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=5)))  # doctest: +ELLIPSIS
-        Anatomy(GPT2Model, 2 layers with resid.pre, resid.post, attn.out, attn.z (2 heads), ...; embed, norm.out)
+        Anatomy(GPT2Model, 2 layers with resid.pre, resid.post, attn.out, attn.q (2 heads), ...; embed, norm.out)
     """
 
     def __init__(self, model: nn.Module) -> None:

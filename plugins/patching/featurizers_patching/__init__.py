@@ -3,34 +3,17 @@
 `patch` is the entry. The files, lowest first: `engine` (runs of many edits at once), `pairs`, `positions` and `sites`
 (the axes of a grid), `operations` and `metrics`, `grid` with its files and pictures, `grid_run`,
 `patching`, `command`.
+
+``__init__.pyi`` lists the public names. A name is imported when it is first used. This module has no ``__dir__``,
+because pluggy would get each name that it lists, and so import the engine and `transformers`.
 """
 
 from typing import Any
 
+import lazy_loader
 from featurizers import hookimpl
 
-from featurizers_patching.grid import Grid, GridCell, load_grid
-from featurizers_patching.metrics import KL, METRICS, Accuracy, LogitDifference, Loss, Metric, Probability, Scored
-from featurizers_patching.pairs import Pair, pairs_of, read_pairs
-from featurizers_patching.patching import patch
-
-__all__ = [
-    "KL",
-    "METRICS",
-    "Accuracy",
-    "Grid",
-    "GridCell",
-    "LogitDifference",
-    "Loss",
-    "Metric",
-    "Pair",
-    "Probability",
-    "Scored",
-    "load_grid",
-    "pairs_of",
-    "patch",
-    "read_pairs",
-]
+__getattr__, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 
 @hookimpl

@@ -34,6 +34,7 @@ COMMANDS = [
     "convert",
     "fit causal-basis",
     "scalars",
+    "patch",
     "train",
     "evaluate",
     "sweep",

@@ -63,9 +63,13 @@ def test_gemma_scope_by_its_path(path, scaled, site, tmp_path):
 @pytest.mark.parametrize(
     ("path", "name", "words"),
     [
-        ("gemma-scope-2b-pt-crosscoders/layer_3/width_16k", "params.npz", "crosscoders are not read here"),
-        ("crosscoder/layer_0", "params.safetensors", "crosscoders are not read here"),
-        ("clt/width_16k", "params.safetensors", "only where SAELens' catalogue names a layer"),
+        (
+            "gemma-scope-2b-pt-crosscoders/layer_3/width_16k",
+            "params.npz",
+            "crosscoders are read only in the files of Gemma Scope 2",
+        ),
+        ("crosscoder/layer_0", "params.safetensors", "crosscoders are read only in the files"),
+        ("clt/width_16k", "params.safetensors", "read only in the files of Gemma Scope 2"),
     ],
 )
 def test_gemma_scope_of_several_layers(path, name, words, tmp_path):

@@ -1,0 +1,15 @@
+from .grid import Grid as Grid
+from .grid import GridCell as GridCell
+from .grid import load_grid as load_grid
+from .metrics import KL as KL
+from .metrics import METRICS as METRICS
+from .metrics import Accuracy as Accuracy
+from .metrics import LogitDifference as LogitDifference
+from .metrics import Loss as Loss
+from .metrics import Metric as Metric
+from .metrics import Probability as Probability
+from .metrics import Scored as Scored
+from .pairs import Pair as Pair
+from .pairs import pairs_of as pairs_of
+from .pairs import read_pairs as read_pairs
+from .patching import patch as patch
