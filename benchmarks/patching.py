@@ -43,7 +43,7 @@ class Grid:
         """Number of tokens."""
         return self.base.shape[1]
 
-    def ours(self) -> Tensor:
+    def packed(self) -> Tensor:
         """Return the logit differences ``(sites, tokens)``."""
         grid = featurizers.patch(
             self.model,
@@ -154,9 +154,9 @@ def _llama(settings: Settings) -> Grid:
 
 def _against(grid: Grid, peer: str, theirs: Callable[[], Tensor]) -> Case:
     def check() -> str:
-        return same(grid.ours().float().cpu(), theirs().float().cpu(), 1e-4, "logit differences")
+        return same(grid.packed().float().cpu(), theirs().float().cpu(), 1e-4, "logit differences")
 
-    return Case(grid.what, peer, grid.ours, theirs, check)
+    return Case(grid.what, peer, grid.packed, theirs, check)
 
 
 def hooks(settings: Settings) -> Case:
@@ -174,7 +174,7 @@ def batches(settings: Settings) -> Case:
 def forwards(settings: Settings) -> Case:
     """Compare with one forward pass: the ratio is the cost of the grid in forward passes."""
     grid = _gpt2(settings)
-    return Case(grid.what, "one forward pass", grid.ours, grid.forward, _against(grid, "", grid.batches).check)
+    return Case(grid.what, "one forward pass", grid.packed, grid.forward, _against(grid, "", grid.batches).check)
 
 
 def subspace(settings: Settings) -> Case:

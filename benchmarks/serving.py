@@ -1,4 +1,4 @@
-"""What an armed site costs a server: the bank beside the layer that it edits, and tokens a second inside vLLM.
+"""Cost of an armed site in a server: the bank beside the layer that it edits, and tokens a second inside vLLM.
 
     python benchmarks/serving.py bank                                    # torch alone
     plugins/vllm/checks/environment /tmp/vllm-env

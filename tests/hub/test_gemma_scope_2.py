@@ -1,4 +1,4 @@
-"""Maps of several layers of Gemma Scope 2 in a repository, of which a slice downloads the files that it needs."""
+"""Maps of several layers of Gemma Scope 2 in a repository: a slice downloads only the files that it needs."""
 
 from __future__ import annotations
 

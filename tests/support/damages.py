@@ -551,7 +551,7 @@ INTERVENABLE = {
         ManifestError,
         "the intervention 4 is at no place",
     ),
-    "many parts, the last of which is wrong": Damage(
+    "many parts, and the last is wrong": Damage(
         _argument(0, subspace_partition=[[0, 5]] * 80_000 + [[6]]), ManifestError, "feature index 6 is out of rang"
     ),
     "20000 places": Damage(

@@ -265,10 +265,8 @@ class DictionaryFeaturizer(LinearDecoderFeaturizer[DictionaryConfig]):
             LoweringError: the normalisation depends on the token.
         """
         if self._normalization in ("layer-norm", "constant-norm"):
-            raise LoweringError(
-                f"{self.id!r} normalises each token by its own {self._normalization}, so that an edit of its features "
-                "has no fixed form"
-            )
+            how = f"{self.id!r} normalises each token by its own {self._normalization}"
+            raise LoweringError(f"{how}, so that an edit of its features has no fixed form")
         encoder = self._encoder()
         where = slice(None) if columns is None else columns
         read, write = encoder.weight[where] * self._input_scale, self.W_dec[where] / self._input_scale

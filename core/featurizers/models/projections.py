@@ -37,26 +37,24 @@ def input_width(module: nn.Module) -> int | None:
     The module's own number comes first: a packed weight of four bits has another shape, and some quantised modules have
     no ``weight``.
     """
-    for name in ("in_features", "nx"):  # nn.Linear and what stands in for it; Conv1D of transformers
-        width = getattr(module, name, None)
-        if isinstance(width, int):
-            return width
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
-        return None
-    return weight.shape[0] if _is_transposed(module) else weight.shape[1]
+    return _width(module, ("in_features", "nx"), axis=1)  # nn.Linear and what stands in for it; Conv1D of transformers
 
 
 def output_width(module: nn.Module) -> int | None:
     """Return the number of outputs of a projection, or None if the module does not say it; as `input_width`."""
-    for name in ("out_features", "nf"):
+    return _width(module, ("out_features", "nf"), axis=0)
+
+
+def _width(module: nn.Module, names: tuple[str, ...], *, axis: int) -> int | None:
+    """Return the first of the named numbers that a module has, else the size of an axis of its weight."""
+    for name in names:
         width = getattr(module, name, None)
         if isinstance(width, int):
             return width
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         return None
-    return weight.shape[1] if _is_transposed(module) else weight.shape[0]
+    return weight.shape[1 - axis if _is_transposed(module) else axis]
 
 
 def _is_transposed(module: nn.Module) -> bool:

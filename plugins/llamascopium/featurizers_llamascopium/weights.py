@@ -21,7 +21,7 @@ THRESHOLD = "activation_function.log_jumprelu_threshold"
 
 
 class Gate(NamedTuple):
-    """What an activation function is in this library.
+    """Activation function as a rule of this library.
 
     Attributes:
         rule: name of the activation rule.
@@ -35,7 +35,7 @@ class Gate(NamedTuple):
 
 
 class Weights:
-    """The file of a folder.
+    """Tensors of a folder's file.
 
     Attributes:
         where: name of the folder in errors.

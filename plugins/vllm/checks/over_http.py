@@ -61,7 +61,8 @@ def answer(client: OpenAI, ids: list[int], arguments: dict[str, str], **options:
         model="tiny", prompt=ids, max_tokens=24, temperature=0, logprobs=1, extra_body=body, **options
     )
     logprobs = found.choices[0].logprobs
-    assert logprobs is not None
+    if logprobs is None:
+        raise SystemExit("the server returned no log probabilities")
     return [int(token.removeprefix("token_id:")) for token in logprobs.tokens or []]
 
 

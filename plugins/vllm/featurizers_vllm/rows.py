@@ -1,4 +1,4 @@
-"""`Rows`: which requests of a worker are edited, and which tokens of each forward pass are theirs.
+"""`Rows`: the edited requests of a worker, and their tokens in each forward pass.
 
 The adapters of vLLM's two model runners tell it of requests that come, move and go, and of each pass.
 """
@@ -78,7 +78,7 @@ class Rows:
         self.swap(source, target)
 
     def swap(self, one: int, other: int) -> None:
-        """Exchange the numbers of two requests, of which any may be clean."""
+        """Exchange the numbers of two requests; either may have no edits."""
         first, second = self._requests.pop(one, None), self._requests.pop(other, None)
         if first:
             self._requests[other] = first

@@ -1,4 +1,4 @@
-"""The lock on the folder of a long run: one holder at a time, and none that outlives its process."""
+"""The lock on the folder of a long run: one process at a time holds it, and it ends with that process."""
 
 from __future__ import annotations
 

@@ -225,7 +225,7 @@ def test_a_map_may_read_a_head_and_write_all_queries_of_the_same_projection():
 
 
 class Unknown(torch.nn.Module):
-    """An attention of another library: one projection of which nobody says what it returns."""
+    """Attention of another library, with one projection whose layout is not known."""
 
     def __init__(self):
         super().__init__()
