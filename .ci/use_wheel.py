@@ -252,6 +252,19 @@ def vllm() -> None:
     torch.testing.assert_close(found[2:], f.ablate(x[2:], value=2.0, indices=[5]))
 
 
+def transformer_lens() -> None:
+    """Read a hook point of an object that looks like a bridge: TransformerLens itself need not be installed."""
+    of_lens = {"__module__": "transformer_lens.stand_in"}
+    point = type("HookPoint", (nn.Identity,), of_lens)
+    bridge = type("TransformerBridge", (nn.Module,), {**of_lens, "forward": lambda self, input: self.ln_final(input)})()
+    bridge.ln_final = nn.Sequential()
+    bridge.ln_final.hook_out = point()
+    vars(bridge).update(original_model=decoder(), _weights_processed=False)
+    x = torch.randn(2, 3, 8)
+    found = featurizers.collect(bridge, {"input_ids": x}, ["norm.out", "ln_final.hook_out"])
+    assert all(torch.equal(each, x) for each in found.values())
+
+
 CHECKS = {
     "core": core,
     "autoencoder": autoencoder,
@@ -270,6 +283,7 @@ CHECKS = {
     "training": training,
     "transcoder": transcoder,
     "transformer-debugger": transformer_debugger,
+    "transformer-lens": transformer_lens,
     "vllm": vllm,
 }
 

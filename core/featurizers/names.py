@@ -27,8 +27,11 @@ FIRST_PARTY = {
     "training": "featurizers-training",
     "transcoder": "featurizers-transcoder",
     "transformer-debugger": "featurizers-transformer-debugger",
+    "transformer-lens": "featurizers-transformer-lens",
     "vllm": "featurizers-vllm",
 }
+# Plugins of this project for a library that holds models: named after the package of that library.
+HOLDERS = ("interp-engine", "nnsight", "transformer-lens")
 # Kinds of this project's distributions, by plugin; a plugin that is not here provides none.
 KINDS = {
     "causal-basis": ("causal-basis",),

@@ -97,12 +97,12 @@ class FeatureSpace(nn.Module, ABC, Generic[ConfigT]):
 
     # ------------------------------------------------------------------ artefacts
     @final
-    def attach(self, model: nn.Module, *, any_model: bool = False) -> featurizers.Attached:
+    def attach(self, model: object, *, any_model: bool = False) -> featurizers.Attached:
         """Attach this feature space to its sites in a model, ready to intervene with; see `featurizers.attach`."""
         return featurizers.attach(model, self, any_model=any_model)
 
     @final
-    def save_pretrained(self, folder: str | Path, *, model: nn.Module | None = None) -> Path:
+    def save_pretrained(self, folder: str | Path, *, model: object | None = None) -> Path:
         """Write an artefact and return its folder; see `featurizers.save`."""
         return featurizers.save(self, folder, model=model)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from featurizers.errors import FeaturizerError, PluginError, SiteError, did_you_mean
 from featurizers.format.sites import BLOCK_KINDS, HEAD_KINDS, MODEL_KINDS, Blocks, Side, Site
 from featurizers.models.attention_parts import PARTS, Part, find_part
+from featurizers.models.backends import NativeBackend, backend_of, check_part
 from featurizers.models.detection import (
     EMBEDDING,
     FINAL_NORM,
@@ -25,37 +27,9 @@ from featurizers.models.detection import (
     unwrapped,
     why_missing,
 )
-from featurizers.models.holders import check_coordinates, check_module
+from featurizers.models.places import Place
 from featurizers.models.projections import input_width
 from featurizers.registry.plugin_host import host
-
-
-@dataclass(frozen=True)
-class Place:
-    """A site in one model.
-
-    Attributes:
-        path: name of the module in ``model.named_modules()``.
-        module: the module.
-        side: ``input`` for its first input, ``output`` for its (first) output.
-        columns: part of the last axis that belongs to the site; None for the whole axis.
-        groups: number of equal parts of the last axis that each have these columns. It is above 1 only for a projection
-            that returns queries, keys and values head by head.
-        stream: for ``resid.mid``, which no module returns: the place whose activations are added to those of this one.
-        sum_reader: for ``resid.mid``, the place that must have the sum.
-        tokens: for ``mlp.router``, the place that has the axes of the batch and the sequence.
-        experts: for ``mlp.router``, the place of the experts, which must take what the router returns.
-    """
-
-    path: str
-    module: nn.Module
-    side: Side
-    columns: slice | None = None
-    groups: int = 1
-    stream: Place | None = None
-    sum_reader: Place | None = None
-    tokens: Place | None = None
-    experts: Place | None = None
 
 
 class Anatomy:
@@ -65,11 +39,17 @@ class Anatomy:
     some microseconds.
 
     Args:
-        model: a decoder of `transformers`, with or without its language-model head, or a module that a plugin's
-            ``featurizers_anatomy`` hook knows.
+        model: a decoder of `transformers`, with or without its language-model head; a module that a plugin's
+            ``featurizers_anatomy`` hook knows; or an object of another library that holds a model, which a plugin's
+            ``featurizers_backend`` hook knows.
+
+    Attributes:
+        backend: how the model is held.
+        model: the module that is called and takes hooks: ``backend.module``.
 
     Raises:
-        UsageError: the model is no torch module.
+        UsageError: the model is no torch module, and no plugin knows it.
+        FeaturizerError: the plugin of its library refuses it, fails, or is not installed.
 
     Example:
         >>> from transformers import GPT2Config, GPT2Model
@@ -79,9 +59,9 @@ class Anatomy:
         Anatomy(GPT2Model, 2 layers with resid.pre, resid.post, attn.out, attn.q (2 heads), ...; embed, norm.out)
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        check_module(model)
-        self.model = model
+    def __init__(self, model: object) -> None:
+        self.backend = backend_of(model)
+        self.model = self.backend.module
         self._of_plugin = False
         """True if a plugin says where the parts of all blocks are."""
         self._parts: dict[int, Blocks] = {}
@@ -116,8 +96,14 @@ class Anatomy:
 
     @functools.cached_property
     def _config(self) -> Any:
-        config: Any = getattr(self.model, "config", None)
+        config: Any = getattr(self.backend.model, "config", None)
         return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+    @property
+    def width(self) -> int | None:
+        """Width of the residual stream, None if the config does not say."""
+        width = getattr(self._config, "hidden_size", None)
+        return width if isinstance(width, int) else None
 
     @functools.cached_property
     def blocks(self) -> Blocks:
@@ -149,10 +135,18 @@ class Anatomy:
     @property
     def decoder(self) -> nn.Module:
         """Module that owns the blocks and is called with the attention mask; the model if it has no blocks."""
+        return self.watched[-1]
+
+    @property
+    def watched(self) -> Sequence[nn.Module]:
+        """Modules from the model down to the decoder, both included."""
+        if (watched := self.backend.watched()) is not None:
+            return watched
         try:
-            return submodule(self.model, self.blocks.decoder)
+            names = self.blocks.decoder.split(".") if self.blocks.decoder else []
         except SiteError:  # module sites need no blocks
-            return self.model
+            names = []
+        return [submodule(self.model, ".".join(names[:depth])) for depth in range(len(names) + 1)]
 
     @property
     def n_layers(self) -> int:
@@ -162,10 +156,15 @@ class Anatomy:
     def place(self, site: Site | str | None) -> Place:
         """Return the module, side and columns that a site means in this model.
 
+        Args:
+            site: a `Site`, its string, or the name that the library of the model has for it.
+
         Raises:
             SiteError: the model does not have the site, or the site is None; the message names what is missing.
         """
-        site = Site.parse(site)
+        site = self.site(site)
+        if (place := self.backend.place(site)) is not None:
+            return place
         if site.kind == "resid.mid":
             return self._middle(site)
         if site.kind in PARTS:
@@ -180,6 +179,26 @@ class Anatomy:
         if site.kind == "mlp.router":
             return self._router(site, path, module)
         return Place(path, module, side, None if site.head is None else self._head(site, site.head, module))
+
+    def site(self, text: Site | str | None) -> Site:
+        """Return the site that a text means, if its activations here are those of the original model.
+
+        Raises:
+            SiteError: it means none, or its activations are in other coordinates.
+        """
+        named = self.backend.parse(text) if isinstance(text, str) else None
+        site = Site.parse(text) if named is None else named
+        if site.kind != "module" and (why := self.backend.other_coordinates(site)) is not None:
+            raise SiteError(
+                f"{site}: {why}. For a featurizer that was found in this very model, name the module: "
+                "'module:PATH:output'"
+            )
+        return site
+
+    def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return inputs by the names that the arguments of the model's ``forward`` have."""
+        names = self.backend.argument_names
+        return {names.get(name, name): value for name, value in inputs.items()}
 
     def _router(self, site: Site, path: str, module: nn.Module) -> Place:
         """Return the place of a router, with the experts that it chooses from."""
@@ -236,7 +255,7 @@ class Anatomy:
         Raises:
             SiteError: the model does not have the site, or it is a head or another part of what a module returns.
         """
-        place = self.place(site := Site.parse(site))
+        place = self.place(site := self.site(site))
         if place.stream is not None:
             raise SiteError(f"{site}: it is the sum of two places, which pyvene has no component for")
         if place.experts is not None:
@@ -253,8 +272,9 @@ class Anatomy:
             return site.module, site.side
         if site.layer is None:
             names = EMBEDDING if site.kind == "embed" else FINAL_NORM
-            if (name := first_child(self.decoder, names)) is None:
-                raise SiteError(f"{site}: no such module was found in {type(self.decoder).__name__}. {_HELP}")
+            decoder = submodule(self.model, self.blocks.decoder)
+            if (name := first_child(decoder, names)) is None:
+                raise SiteError(f"{site}: no such module was found in {type(decoder).__name__}. {_HELP}")
             return join(self.blocks.decoder, name), "output"
         if site.layer >= self.n_layers:
             raise SiteError(f"{site}: {type(self.model).__name__} has {self.n_layers} layers, 0 to {self.n_layers - 1}")
@@ -314,7 +334,6 @@ class Anatomy:
             raise SiteError(f"{site}: {type(module).__name__} {path!r} is never called; it holds {parts}. {_HELP}")
 
     def _find_blocks(self) -> Blocks:
-        check_coordinates(self.model)
         try:
             if (blocks := host().anatomy(self.model)) is not None:
                 self._of_plugin = True
@@ -333,7 +352,8 @@ class Anatomy:
             self._refuse(f"no list of {getattr(self._config, 'num_hidden_layers', '?')} blocks was found")
         if len(lists) > 1:
             self._refuse(f"several lists look like its blocks: {', '.join(lists)}")
-        check_coordinates(self.model, submodule(self.model, f"{lists[0]}.0"))
+        if type(self.backend) is NativeBackend:
+            check_part(self.model, submodule(self.model, f"{lists[0]}.0"))
         return blocks_at(self.model, lists[0])
 
     def _lists(self) -> list[str]:
@@ -344,15 +364,3 @@ class Anatomy:
 
 
 _HELP = "Name the module itself, as in 'module:PATH:output', or write a plugin with the hook featurizers_anatomy."
-
-
-def first_tensor(output: Any) -> Tensor:
-    """Return the activations in a module's input or output: the tensor itself, or the first of a tuple.
-
-    Raises:
-        SiteError: there is no tensor.
-    """
-    tensor = output[0] if isinstance(output, tuple) and output else output
-    if not isinstance(tensor, Tensor):
-        raise SiteError(f"the site carries {type(output).__name__}, not a tensor of activations; choose another module")
-    return tensor

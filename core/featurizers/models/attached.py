@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from featurizers.errors import ShapeError, UsageError, shown
 from featurizers.features.feature_space import FeatureSpace
@@ -17,7 +17,6 @@ from featurizers.features.indices import select
 from featurizers.features.site_map import SiteMap
 from featurizers.models.anatomy import Anatomy
 from featurizers.models.backend import collect, intervene, site_of
-from featurizers.models.calling import as_named
 from featurizers.models.operations import Collect, Interchange, Mask, Operation, Writes
 from featurizers.models.passport import KEY, check_passport, dtype_of
 from featurizers.models.positions import Inputs, Positions
@@ -39,7 +38,7 @@ class Attached:
     its ``site.position`` (at all if that is None).
     """
 
-    def __init__(self, model: nn.Module, featurizers: Sequence[FeatureSpace[Any]]) -> None:
+    def __init__(self, model: object, featurizers: Sequence[FeatureSpace[Any]]) -> None:
         self.model = model
         self.featurizers = tuple(featurizers)
 
@@ -94,7 +93,7 @@ class Attached:
     ) -> Any:
         """Run the model on the base with the selected features of the source; arguments as in `interchange`."""
         with self.interchange(source, positions=positions, source_positions=source_positions):
-            return self.model(**as_named(self.model, base))
+            return _run(self.model, base)
 
     def collect(self, inputs: Inputs, *, positions: Positions = None) -> list[Any]:
         """Return the selected features of inputs, ``(batch, n_positions, k)`` for each featurizer.
@@ -116,7 +115,7 @@ class Attached:
 
 
 def attach(
-    model: nn.Module, featurizers: FeatureSpace[Any] | Iterable[FeatureSpace[Any]], *, any_model: bool = False
+    model: object, featurizers: FeatureSpace[Any] | Iterable[FeatureSpace[Any]], *, any_model: bool = False
 ) -> Attached:
     """Bind featurizers to the sites of a model that their artefacts name, ready for interventions.
 
@@ -154,12 +153,12 @@ def attach(
             anatomy.place(site_of(featurizer))
         selected(featurizer)
         if not any_model:
-            _check_model(model, featurizer)
+            _check_model(anatomy, featurizer)
             check_passport(model, featurizer)
     return Attached(model, attached)
 
 
-def fit_in_words(model: nn.Module, featurizer: FeatureSpace[Any]) -> str:
+def fit_in_words(model: object, featurizer: FeatureSpace[Any]) -> str:
     """Attach a featurizer to a model, and say whether its activations were compared.
 
     Raises:
@@ -169,7 +168,7 @@ def fit_in_words(model: nn.Module, featurizer: FeatureSpace[Any]) -> str:
     record = featurizer.metadata.get(KEY)
     if record is None:
         return "its sites are in the model; it has no passport, so that activations were not compared"
-    stored, given = shown(record["dtype"]), shown(dtype_of(model))
+    stored, given = shown(record["dtype"]), shown(dtype_of(Anatomy(model).backend.model))
     return f"its passport fits the model{'' if stored == given else f', which is {given} and was {stored}'}"
 
 
@@ -244,13 +243,19 @@ def _positions(featurizer: FeatureSpace[Any]) -> Positions:
 
 
 def _collected_of_map(
-    model: nn.Module, inputs: Inputs, site_map: FeatureSpace[Any], chosen: Tensor | None, positions: Positions
+    model: object, inputs: Inputs, site_map: FeatureSpace[Any], chosen: Tensor | None, positions: Positions
 ) -> Any:
     """Return the features of a map."""
     operation = Collect(site_map, indices=chosen, positions=positions)  # type: ignore[arg-type]  # checked there
     with torch.no_grad(), intervene(model, [operation]) as collected:
-        model(**as_named(model, inputs))
+        _run(model, inputs)
     return collected[operation]
+
+
+def _run(model: object, inputs: Inputs) -> Any:
+    """Call a model with inputs by their names in `transformers`."""
+    anatomy = Anatomy(model)
+    return anatomy.model(**anatomy.arguments(inputs))
 
 
 def _check_widths(anatomy: Anatomy, site_map: SiteMap[Any]) -> None:
@@ -265,12 +270,12 @@ def _check_widths(anatomy: Anatomy, site_map: SiteMap[Any]) -> None:
                 )
 
 
-def _check_model(model: nn.Module, featurizer: FeatureSpace[Any]) -> None:
+def _check_model(anatomy: Anatomy, featurizer: FeatureSpace[Any]) -> None:
     """Raise UsageError if the sites name several models, or another model of the Hub than the one given."""
     named = {site.model for site in featurizer.sites.values() if site.model is not None}
     if len(named) > 1:
         raise UsageError(f"{featurizer.id!r} has sites in several models: {', '.join(sorted(map(shown, named)))}")
-    loaded_from = getattr(getattr(model, "config", None), "_name_or_path", None)
+    loaded_from = getattr(getattr(anatomy.backend.model, "config", None), "_name_or_path", None)
     found_in = next(iter(named), None)
     if found_in and loaded_from and found_in != loaded_from and all(n.count("/") == 1 for n in (found_in, loaded_from)):
         if Path(loaded_from).exists():  # a folder

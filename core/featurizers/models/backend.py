@@ -24,22 +24,24 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from featurizers.errors import UsageError
 from featurizers.features.featurizer import Featurizer
 from featurizers.features.site_map import SiteMap
 from featurizers.format.sites import Site
-from featurizers.models.anatomy import Anatomy, Place
+from featurizers.models.anatomy import Anatomy
 from featurizers.models.calling import with_position_ids
+from featurizers.models.carrying import carry_out, features_of
 from featurizers.models.checkpointing import uncheckpointed
 from featurizers.models.collecting import Collection, acts_on, check_generate
 from featurizers.models.compilation import eager
 from featurizers.models.contexts import Context
-from featurizers.models.hooks import gather, hook, scatter
+from featurizers.models.hooks import hook
 from featurizers.models.operations import Collect, Operation
-from featurizers.models.positions import Inputs, Positions, are_tokens, columns
-from featurizers.models.reading import Sources, fit, read
+from featurizers.models.places import Place
+from featurizers.models.positions import Inputs, Positions
+from featurizers.models.reading import Sources, read
 from featurizers.models.site_maps import MapEdits, places_of
 from featurizers.models.watching import GenerateOptions, Watch, watching
 
@@ -50,14 +52,14 @@ Plan: TypeAlias = "list[tuple[Any, tuple[Operation, ...]]]"
 
 @overload
 def intervene(
-    model: nn.Module, operations: Mapping[SiteT, Operation | Sequence[Operation]]
+    model: object, operations: Mapping[SiteT, Operation | Sequence[Operation]]
 ) -> AbstractContextManager[dict[SiteT, Tensor]]: ...
 @overload
 def intervene(
-    model: nn.Module, operations: Operation | Sequence[Operation]
+    model: object, operations: Operation | Sequence[Operation]
 ) -> AbstractContextManager[dict[Operation, Any]]: ...
 def intervene(
-    model: nn.Module, operations: Mapping[SiteT, Operation | Sequence[Operation]] | Operation | Sequence[Operation]
+    model: object, operations: Mapping[SiteT, Operation | Sequence[Operation]] | Operation | Sequence[Operation]
 ) -> AbstractContextManager[dict[Any, Any]]:
     """Carry out operations at sites of a model while the context lasts.
 
@@ -68,7 +70,8 @@ def intervene(
     the context ends, also by an error, its hooks are removed; no other hook is touched.
 
     Args:
-        model: a decoder of `transformers`, or any module that `Anatomy` understands.
+        model: a decoder of `transformers`, any module that `Anatomy` understands, or an object of another library that
+            holds a model, if the library's plugin is installed.
         operations: an operation, or several, for each site; a site is a `Site` or its string. A featurizer's ``site``
             may be None to a type checker, so that None is accepted as a key and refused when it is one. Or one
             operation or a sequence of operations whose featurizers know their sites, which is how maps between sites
@@ -101,7 +104,7 @@ def intervene(
 
 
 @contextmanager
-def _intervening(model: nn.Module, operations: Any) -> Iterator[dict[Any, Any]]:
+def _intervening(model: object, operations: Any) -> Iterator[dict[Any, Any]]:
     anatomy = Anatomy(model)
     plan: Plan = _plan(operations)
     of_sites: Plan = [(key, own) for key, own in plan if not isinstance(key, SiteMap)]
@@ -113,7 +116,7 @@ def _intervening(model: nn.Module, operations: Any) -> Iterator[dict[Any, Any]]:
     collection = Collection()
     collected: dict[Any, Any] = {}
     with eager(), ExitStack() as hooks:
-        hooks.enter_context(uncheckpointed(model, [*(place.path for place in places.values()), *map_paths]))
+        hooks.enter_context(uncheckpointed(anatomy.model, [*(place.path for place in places.values()), *map_paths]))
         context = Context()
         watch = hooks.enter_context(watching(anatomy))
         edits = _Edits(of_sites, context, watch, sources, collection, collected, isinstance(operations, Mapping))
@@ -136,7 +139,7 @@ def _intervening(model: nn.Module, operations: Any) -> Iterator[dict[Any, Any]]:
 
 
 def collect(
-    model: nn.Module,
+    model: object,
     inputs: Inputs,
     sites: Iterable[SiteT] | Mapping[SiteT, Featurizer[Any]],
     *,
@@ -147,7 +150,7 @@ def collect(
 
     Args:
         model: as in `intervene`.
-        inputs: keyword arguments of the model.
+        inputs: keyword arguments of the model, by their names in `transformers`.
         sites: sites whose activations to return, or a mapping from sites to featurizers whose features to return.
         positions: tokens of each prompt; None for all columns, padding included.
         grad: whether to keep the graph.
@@ -172,8 +175,9 @@ def collect(
             f"inputs are the keyword arguments of the model, such as {{'input_ids': …}}, not {type(inputs).__name__}"
         )
     featurizers = dict(sites) if isinstance(sites, Mapping) else dict.fromkeys(sites)
+    anatomy = Anatomy(model)
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-        return read(Anatomy(model), with_position_ids(model, inputs), featurizers, positions)
+        return read(anatomy, with_position_ids(anatomy.model, inputs), featurizers, positions)
 
 
 def _plan(
@@ -263,17 +267,12 @@ class _Edits:
         source = self._sources.of(key, operation, current)
         if not acts_on(operation, key, current, self._context, has_source=source is not None):
             return hidden
-        chosen = columns(operation.positions, hidden, current, prompt_only=source is not None)
-        base = gather(hidden, chosen)
         if isinstance(operation, Collect):
             result_key = key if self._by_site else operation
-            features = operation.apply(base, None)
+            features = features_of(operation, hidden, current)
             self._collection.keep(self._collected, result_key, (operation, key), features, current.start)
             return hidden
-        edited = operation.apply(base, None if source is None else fit(source, base, key))
-        if special := operation.featurizer.special_tokens:
-            edited = torch.where(are_tokens(special, hidden, chosen, current), base, edited)
-        return edited if chosen is None else scatter(hidden, chosen, edited)
+        return carry_out(operation, hidden, current, source, name=key)
 
     def begin_generate(self, options: GenerateOptions) -> None:
         """Raise if the operations cannot be carried out with these options of ``generate``."""

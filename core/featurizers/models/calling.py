@@ -52,19 +52,6 @@ def is_keys(layer: Any) -> bool:
     return isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.dim() == values.dim() == 4
 
 
-def as_named(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return inputs by the names of the model's ``forward``: token ids are ``input`` in a bridge of TransformerLens."""
-    named = signature(type(model).forward).parameters.get("input")  # a module without a forward of its own has *input
-    if (
-        "input_ids" in inputs
-        and named is not None
-        and named.kind is not named.VAR_POSITIONAL
-        and not takes(model, "input_ids")
-    ):
-        return {"input" if name == "input_ids" else name: value for name, value in inputs.items()}
-    return dict(inputs)
-
-
 def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call of a module by their names."""
     if not args:

@@ -1,4 +1,4 @@
-"""Hooks on the activations of a place, and the columns of activations that an edit concerns."""
+"""Hooks on the activations of a place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from featurizers.errors import SiteError
-from featurizers.models.anatomy import Place, first_tensor
+from featurizers.models.places import Place, edit_columns, first_tensor
 from featurizers.models.routing import check_router, rerouted
 
 
@@ -20,30 +20,6 @@ class Handle(Protocol):
 
     def remove(self) -> None:
         """Take the hook off."""
-
-
-def scatter(hidden: Tensor, chosen: Tensor, edited: Tensor) -> Tensor:
-    """Replace columns of activations: the inverse of `gather`.
-
-    Args:
-        hidden: activations, ``(batch, sequence, d)``.
-        chosen: columns, ``(batch, n)``.
-        edited: what to put there, ``(batch, n, d)``.
-    """
-    rows = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(-1)
-    return hidden.index_put((rows, chosen), edited)
-
-
-def gather(hidden: Tensor, chosen: Tensor | None) -> Tensor:
-    """Return columns of activations, ``(batch, n, d)``.
-
-    Args:
-        hidden: activations, ``(batch, sequence, d)``.
-        chosen: columns, ``(batch, n)``; None for all of ``hidden``.
-    """
-    if chosen is None:
-        return hidden
-    return hidden.gather(1, chosen.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
 def hook(place: Place, edit: Callable[[Tensor], Tensor], *, first: bool = False, only_reads: bool = False) -> Handle:
@@ -66,15 +42,7 @@ def hook(place: Place, edit: Callable[[Tensor], Tensor], *, first: bool = False,
         return _hook_on_router(place, place.tokens, place.experts, edit, first=first)
 
     def part(hidden: Tensor) -> Tensor:
-        if place.columns is None:
-            return edit(hidden)
-        grouped = _in_groups(hidden, place.groups)
-        chosen = grouped[..., place.columns].flatten(-2)
-        edited = edit(chosen)
-        if edited is chosen:
-            return hidden
-        before, after = grouped[..., : place.columns.start], grouped[..., place.columns.stop :]
-        return torch.cat([before, _in_groups(edited, place.groups), after], dim=-1).flatten(-2)
+        return edit_columns(place, hidden, edit)
 
     def on_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         hidden = first_tensor(output)
@@ -92,11 +60,6 @@ def hook(place: Place, edit: Callable[[Tensor], Tensor], *, first: bool = False,
     if place.side == "output":
         return place.module.register_forward_hook(on_output, prepend=first)
     return place.module.register_forward_pre_hook(on_input, with_kwargs=True, prepend=first)
-
-
-def _in_groups(hidden: Tensor, groups: int) -> Tensor:
-    """Split the last axis into groups and their columns."""
-    return hidden.reshape(*hidden.shape[:-1], groups, hidden.shape[-1] // groups)
 
 
 class _Handles:

@@ -76,7 +76,7 @@ class Passport(BaseModel):
         return self
 
 
-def passport_of(model: nn.Module, featurizer: FeatureSpace[Any]) -> Passport:
+def passport_of(model: object, featurizer: FeatureSpace[Any]) -> Passport:
     """Return the passport of a featurizer's sites in a model; costs one forward pass of six tokens.
 
     Raises:
@@ -85,16 +85,17 @@ def passport_of(model: nn.Module, featurizer: FeatureSpace[Any]) -> Passport:
     """
     if not featurizer.sites:
         raise UsageError(f"{featurizer.id!r} does not say where it belongs, so that it cannot have a passport")
-    size = _vocabulary(model)
+    anatomy = Anatomy(model)
+    size = _vocabulary(anatomy.backend.model)
     if size is None:
         raise UsageError(f"the vocabulary of {type(model).__name__} is not known, so that it cannot have a passport")
     tokens = [(number + 1) * 2_654_435_761 % size for number in range(N_TOKENS)]
-    activations = _read(Anatomy(model), dict(featurizer.sites), tokens)
+    activations = _read(anatomy, dict(featurizer.sites), tokens)
     sites = {name: _numbers(values) for name, values in activations.items()}
-    return Passport(tokens=tokens, dtype=dtype_of(model), sites=sites)
+    return Passport(tokens=tokens, dtype=dtype_of(anatomy.backend.model), sites=sites)
 
 
-def check_passport(model: nn.Module, featurizer: FeatureSpace[Any]) -> None:
+def check_passport(model: object, featurizer: FeatureSpace[Any]) -> None:
     """Compare the passport in a featurizer's metadata, if there is one, with a model.
 
     Raises:
@@ -116,7 +117,7 @@ def check_passport(model: nn.Module, featurizer: FeatureSpace[Any]) -> None:
         )
 
 
-def compare(model: nn.Module, featurizer: FeatureSpace[Any], stored: Passport) -> str | None:
+def compare(model: object, featurizer: FeatureSpace[Any], stored: Passport) -> str | None:
     """Return what differs between a passport and a model, None if nothing does; one forward pass if nothing does.
 
     Args:
@@ -124,11 +125,11 @@ def compare(model: nn.Module, featurizer: FeatureSpace[Any], stored: Passport) -
         featurizer: whose sites to read.
         stored: passport of the model in which it was found.
     """
-    size = _vocabulary(model)
+    anatomy = Anatomy(model)
+    size = _vocabulary(anatomy.backend.model)
     if size is not None and max(stored.tokens) >= size:
         return f"its vocabulary has {size} tokens, and the passport has token {max(stored.tokens)}: another model"
     names = [name for name in featurizer.sites if name in stored.sites]
-    anatomy = Anatomy(model)
     try:
         found = _read(anatomy, {name: featurizer.sites[name] for name in names}, stored.tokens)
     except FeaturizerError:
@@ -138,7 +139,7 @@ def compare(model: nn.Module, featurizer: FeatureSpace[Any], stored: Passport) -
             f"the passport of {featurizer.id!r} cannot be compared, because {type(model).__name__} does not run on "
             f"token ids alone ({type(error).__name__}: {one_line(error)}); attach it with any_model=True"
         ) from error
-    allowed = max(TOLERANCE.get(dtype, QUANTIZED) for dtype in (stored.dtype, dtype_of(model)))
+    allowed = max(TOLERANCE.get(dtype, QUANTIZED) for dtype in (stored.dtype, dtype_of(anatomy.backend.model)))
     for name in names:
         numbers = stored.sites[name]
         if _difference(numbers, _numbers(found[name])) > allowed:

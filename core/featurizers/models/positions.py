@@ -39,9 +39,9 @@ class Pass:
         call: outermost module that was called, and its arguments by name.
     """
 
-    start: int
-    began: int
-    attention_mask: Tensor | None
+    start: int = 0
+    began: int = 0
+    attention_mask: Tensor | None = None
     opaque_mask: bool = False
     prompt_columns: int | None = None
     tokens: Tensor | None = None

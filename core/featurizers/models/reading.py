@@ -11,17 +11,18 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from featurizers.errors import PositionError, ShapeError, UsageError
+from featurizers.errors import PositionError, UsageError
 from featurizers.features.featurizer import Featurizer
 from featurizers.features.site_map import SiteMap
 from featurizers.format.sites import Site
 from featurizers.models.anatomy import Anatomy
 from featurizers.models.caches import CACHE_NAMES
-from featurizers.models.calling import as_named, with_position_ids, without_cache
+from featurizers.models.calling import with_position_ids, without_cache
+from featurizers.models.carrying import gather
 from featurizers.models.checkpointing import uncheckpointed
 from featurizers.models.compilation import eager
 from featurizers.models.contexts import is_reading, reading, unedited
-from featurizers.models.hooks import gather, hook
+from featurizers.models.hooks import hook
 from featurizers.models.operations import Operation, SourcedOperation
 from featurizers.models.positions import Inputs, Pass, Positions, columns
 from featurizers.models.stopping import stoppable
@@ -73,7 +74,8 @@ def read(
         for key, place in places.items():
             hooks.callback(hook(place, functools.partial(keep, key, watch, mark, stop), only_reads=True).remove)
         called = anatomy.model if module is None else module
-        called(**{**without_cache(called), **as_named(called, inputs)})
+        arguments = inputs if called is not anatomy.model else anatomy.arguments(inputs)
+        called(**{**without_cache(called), **arguments})
     if missing := [str(key) for key in places if key not in activations]:
         raise UsageError(f"the model ran without passing through {', '.join(missing)}")
     return activations
@@ -161,19 +163,3 @@ class Sources:
 
 def _is_padded(current: Pass) -> bool:
     return current.attention_mask is not None and not bool((current.attention_mask != 0).all())
-
-
-def fit(source: Tensor, base: Tensor, key: object) -> Tensor:
-    """Expand a source to the shape of base: a single position or example is repeated."""
-    if source.dim() == 2 and base.shape[1] == 1:
-        source = source.unsqueeze(1)
-    try:
-        if source.dim() == 2 and source.shape[0] != 1:
-            raise RuntimeError("its rows may be examples or positions")
-        return source.to(base.device).expand_as(base)
-    except RuntimeError as error:
-        raise ShapeError(
-            f"{key}: the source has shape {tuple(source.shape)}, but the activations to edit have shape "
-            f"{tuple(base.shape)} (batch, positions, width); give source_positions, or repeat the source where "
-            "generate repeats the prompts"
-        ) from error

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from featurizers.errors import ShapeError, UsageError
 from featurizers.features.precision import without_autocast
@@ -28,7 +28,7 @@ from featurizers.models.watching import Watch, watching
 
 @contextmanager
 def replaced(
-    model: nn.Module, maps: SiteMap[Any] | Iterable[SiteMap[Any]], *, error: Literal["dropped", "kept"] = "dropped"
+    model: object, maps: SiteMap[Any] | Iterable[SiteMap[Any]], *, error: Literal["dropped", "kept"] = "dropped"
 ) -> Iterator[None]:
     """Run a model with what maps reconstruct in the place of its own activations, while the context lasts.
 
@@ -59,7 +59,7 @@ def replaced(
     for each in several:
         check_order(each)
     with eager(), ExitStack() as hooks:
-        hooks.enter_context(uncheckpointed(model, [place.path for own in places for place, *_ in own]))
+        hooks.enter_context(uncheckpointed(anatomy.model, [place.path for own in places for place, *_ in own]))
         context, watch = Context(), hooks.enter_context(watching(anatomy))
         for each, own in zip(several, places, strict=True):
             hooks.enter_context(_Replacement(each, own, error == "kept", context, watch).on_model())

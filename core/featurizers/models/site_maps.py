@@ -17,14 +17,15 @@ from featurizers.features.indices import Selection
 from featurizers.features.precision import is_half, without_autocast
 from featurizers.features.site_map import Edit, SiteMap
 from featurizers.format.sites import Site
-from featurizers.models.anatomy import Anatomy, Place
+from featurizers.models.anatomy import Anatomy
+from featurizers.models.carrying import fit, gather, scatter
 from featurizers.models.collecting import Collection, acts_on, check_generate
 from featurizers.models.contexts import Context
-from featurizers.models.hooks import gather, scatter
 from featurizers.models.map_edits import MapEdit, overlaid
 from featurizers.models.operations import Collect, Operation, SourcedOperation, Writes, given
+from featurizers.models.places import Place
 from featurizers.models.positions import Pass, are_tokens, columns
-from featurizers.models.reading import Sources, fit, read_again
+from featurizers.models.reading import Sources, read_again
 from featurizers.models.site_order import check_order
 from featurizers.models.watching import GenerateOptions, Watch
 

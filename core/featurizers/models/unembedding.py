@@ -12,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from featurizers.errors import FeaturizerError, SiteError, one_line
-from featurizers.models.anatomy import Anatomy, Place
+from featurizers.models.anatomy import Anatomy
 from featurizers.models.calling import without_cache
 from featurizers.models.compilation import eager
 from featurizers.models.hooks import hook
 from featurizers.models.modes import evaluating
+from featurizers.models.places import Place
 from featurizers.models.projections import projection
 from featurizers.models.restart import head_of
 

@@ -21,13 +21,10 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from featurizers.errors import SiteError
 from featurizers.models.anatomy import Anatomy
 from featurizers.models.caches import CacheLog, cache_of
 from featurizers.models.calling import bound, signature
 from featurizers.models.contexts import counter
-from featurizers.models.detection import submodule
-from featurizers.models.holders import inside_bridge
 from featurizers.models.positions import Pass
 
 
@@ -89,7 +86,8 @@ class Watch:
     """Records a `Pass` before each forward pass of a model's decoder, as ``current``."""
 
     def __init__(self, anatomy: Anatomy) -> None:
-        self._model, self._path = anatomy.model, _path(anatomy)
+        self._backend, self._model, self._path = anatomy.backend, anatomy.model, anatomy.watched
+        self._ids_name = self._backend.argument_names.get("input_ids", "input_ids")
         self._members: list[tuple[Callable[[], bool], Member]] = []
         self._users = 0
         self._when_opened: list[Callable[[], None]] = []
@@ -144,6 +142,7 @@ class Watch:
 
     def start(self) -> None:
         """Register the hooks and wrap ``generate``."""
+        self._exit.enter_context(self._backend.prepared())
         for depth, module in enumerate(self._path[:-1]):
             before = functools.partial(self._note_outer, depth)
             self._exit.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -161,7 +160,7 @@ class Watch:
         self._exit.close()
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        names = ("inputs", "input_ids", "inputs_embeds", "input")
+        names = ("inputs", "input_ids", "inputs_embeds", self._ids_name)
         prompt = args[0] if args else next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
         columns = prompt.shape[1] if isinstance(prompt, Tensor) and prompt.dim() > 1 else None
         options = replace(self._options(columns, kwargs), texts=are_texts(prompt))
@@ -212,7 +211,7 @@ class Watch:
         if state.outer is not None and state.outer.depth < depth:
             return
         if "attention_mask" in arguments or "attention_mask" in signature(type(module).forward).parameters:
-            ids = arguments.get("input_ids", arguments.get("input"))  # the latter in bridges of TransformerLens
+            ids = arguments.get("input_ids", arguments.get(self._ids_name))
             has_ids = arguments.get("position_ids") is not None
             state.outer = _Outer(depth, arguments.get("attention_mask"), ids, has_ids)
 
@@ -285,17 +284,6 @@ def watching(anatomy: Anatomy) -> Iterator[Watch]:
             if not watch._users:
                 del _watches[model]
                 watch.stop()
-
-
-def _path(anatomy: Anatomy) -> list[nn.Module]:
-    """Return the modules from the model down to its decoder, both included."""
-    if (inside := inside_bridge(anatomy.model)) is not None:
-        return [anatomy.model, inside]
-    try:
-        names = anatomy.blocks.decoder.split(".") if anatomy.blocks.decoder else []
-    except SiteError:  # module sites need no blocks
-        names = []
-    return [submodule(anatomy.model, ".".join(names[:depth])) for depth in range(len(names) + 1)]
 
 
 def _restore(model: nn.Module, wrapper: object, before: object) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from featurizers.format.sites import Site
 from featurizers.models.anatomy import Anatomy
 from featurizers.models.attention_parts import PARTS
@@ -22,10 +20,7 @@ def width_of(anatomy: Anatomy, site: Site) -> int | None:
     if place.columns is not None:
         return int(place.columns.stop - place.columns.start) * place.groups
     if site.kind in _STREAM:
-        config: Any = getattr(anatomy.model, "config", None)
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        width = getattr(config, "hidden_size", None)
-        return width if isinstance(width, int) else None
+        return anatomy.width
     if site.kind in (*PARTS, "mlp.router"):
         return output_width(place.module)
     return input_width(place.module) if place.side == "input" else None

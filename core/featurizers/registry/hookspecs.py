@@ -46,6 +46,18 @@ def featurizers_anatomy(model: nn.Module) -> Blocks | None:
     """
 
 
+@hookspec(firstresult=True)
+def featurizers_backend(model: object, part: nn.Module | None) -> Any:
+    """Return how the library of this plugin holds a model, a `featurizers.models.Backend`; ``None`` for any other.
+
+    Called whenever a model is given to `featurizers.intervene` and its like, in the plugin that is named after the
+    package of the model's class or of one of its bases (``my_library`` belongs to the plugin ``my-library``), and then
+    in the plugins that are loaded. ``part`` is None then. If the model's blocks are of a class of another package, its
+    plugin is called with the first block as ``part``, to refuse the model if need be. Raise a `FeaturizerError` to
+    refuse a model. The library is imported already if the model is of it.
+    """
+
+
 @hookspec
 def featurizers_rules(register: Callable[[Rule], None]) -> None:
     """Register the activation rules of this plugin: ``register(rule)`` for each; see `featurizers.activation_rule`.

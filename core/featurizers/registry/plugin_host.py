@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from featurizers.errors import (
     ConfigError,
+    MissingDependencyError,
     PluginError,
     UnknownKindError,
     UsageError,
@@ -15,7 +16,7 @@ from featurizers.errors import (
     explain,
     shown,
 )
-from featurizers.names import FIRST_PARTY, KIND, KINDS, NAME, OWNERS, install_command, install_hint
+from featurizers.names import FIRST_PARTY, HOLDERS, KIND, KINDS, NAME, OWNERS, install_command, install_hint
 from featurizers.registry.loader import PluginInfo, PluginLoader
 
 if TYPE_CHECKING:  # listing the plugins must not import torch
@@ -101,6 +102,34 @@ class PluginHost(PluginLoader):
         blocks: Blocks | None = self._first("featurizers_anatomy", None, {"model": model})
         return blocks
 
+    def backend(self, model: object, part: nn.Module | None = None) -> Any:
+        """Ask the plugin of a model's library, and the loaded plugins, how the model is held.
+
+        Args:
+            model: given by the user.
+            part: module of the model whose library to ask; None for that of the model itself.
+
+        Returns:
+            What the first plugin returns that knows the model; None if none does. Plugins are not asked about classes
+            of torch and `transformers`.
+
+        Raises:
+            MissingDependencyError: the plugin of this project for the library is not installed.
+            PluginError: a plugin cannot be used, or fails.
+        """
+        cls, arguments = type(model if part is None else part), {"model": model, "part": part}
+        packages = _packages(cls)  # type: ignore[arg-type]  # a class is hashable
+        for name in packages:
+            if name in FIRST_PARTY and name not in HOLDERS:
+                continue  # it holds no models
+            if name in self._entries or name in self._refused:
+                if (found := self.ask("featurizers_backend", name, **arguments)) is not None:
+                    return found
+            elif name in FIRST_PARTY:
+                purpose = f"a model with a {cls.__name__} of {shown(cls.__module__.partition('.')[0])}"
+                raise MissingDependencyError(purpose, FIRST_PARTY[name], f"pip install {FIRST_PARTY[name]}")
+        return self._first("featurizers_backend", None, arguments) if packages else None
+
     def _collect(self, name: str) -> None:
         classes: dict[str, type[FeatureSpace[Any]]] = {}
         rules: dict[str, Rule] = {}
@@ -121,6 +150,21 @@ class PluginHost(PluginLoader):
         self._classes = {kind: cls for kind, cls in self._classes.items() if kind.partition(".")[0] != name}
         owned = self._owned_rules.pop(name, set())  # the names of the core's rules do not tell their plugin
         self._rules = {title: rule for title, rule in self._rules.items() if title not in owned}
+
+
+@functools.cache
+def _packages(cls: type) -> tuple[str, ...]:
+    """Return the plugins that may belong to the packages of a class and its bases; none for torch's and transformers'.
+
+    Args:
+        cls: class of a model.
+    """
+    packages = dict.fromkeys(base.__module__.partition(".")[0] for base in cls.__mro__)
+    return tuple(name.replace("_", "-") for name in packages if name not in _ASKED_NOBODY)
+
+
+_ASKED_NOBODY = frozenset({"abc", "builtins", "peft", "torch", "transformers", "typing"})
+"""Packages whose classes are modules of torch, or bases of any class."""
 
 
 @functools.cache

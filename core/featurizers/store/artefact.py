@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from featurizers.errors import (
     ArtefactError,
@@ -52,7 +52,7 @@ MAX_SET_NUMBERS = 2**16
 """Most numbers for each feature that a stored feature set may have."""
 
 
-def save(featurizer: FeatureSpace[Any], folder: str | Path, *, model: nn.Module | None = None) -> Path:
+def save(featurizer: FeatureSpace[Any], folder: str | Path, *, model: object | None = None) -> Path:
     """Write a featurizer as an artefact and return its folder.
 
     The files are written to a new folder, which then replaces the old artefact: a save that fails leaves the old one

@@ -35,7 +35,6 @@ from featurizers.version import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd
-    from torch import nn
 
     from featurizers.features.feature_space import FeatureSpace
 
@@ -138,7 +137,7 @@ def _commit(
 
 
 def push_featurizer(
-    featurizer: FeatureSpace[Any], repo_id: str, *, model: nn.Module | None = None, **options: Any
+    featurizer: FeatureSpace[Any], repo_id: str, *, model: object | None = None, **options: Any
 ) -> CommitInfo:
     """Save a featurizer to a temporary folder, with the passport of a model as `save` does, and `push` that."""
     from featurizers.store.artefact import save  # which imports torch
