@@ -301,8 +301,8 @@ WEIGHTS = {
     **_damages(WeightsError, tensors, TENSORS),
     **_damages(WeightsError, _options, TOO_WIDE),
     "cut in the header": Damage(_cut("model.safetensors", 20), WeightsError, "not a whole safetensors file"),
-    "cut in the data": Damage(_cut("model.safetensors", -1), WeightsError, "has 167 bytes, its header promises 168"),
-    "trailing bytes": Damage(_append("model.safetensors", b"\0"), WeightsError, "169 bytes, its header promises 168"),
+    "cut in the data": Damage(_cut("model.safetensors", -1), WeightsError, "has 223 bytes, its header promises 224"),
+    "trailing bytes": Damage(_append("model.safetensors", b"\0"), WeightsError, "225 bytes, its header promises 224"),
     "zip": Damage(_zip, WeightsError, "it is a zip archive, such as torch.save writes"),
     "only pickle": Damage(
         _only_pickle, WeightsError, "model.safetensors is missing; other weight formats are not read"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ FLOATS: Final = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": 
 OTHERS: Final = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
 DTYPES: Final = {**FLOATS, **OTHERS}
 """Torch's name of each safetensors dtype that an artefact may hold."""
+
+_CODES: Final = {name: code for code, name in DTYPES.items()}
+"""Name of a dtype in a header, by torch's name."""
 
 ITEM_BYTES: Final = {
     "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8
@@ -317,24 +321,49 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, where: str) -> str:
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, where: str, metadata: dict[str, str] | None = None) -> None:
     """Write tensors and strings to a safetensors file, with the mode that the umask gives.
 
-    Raises:
-        WeightsError: a tensor has a dtype that no artefact holds, or the file cannot be written.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    The header is padded with spaces to whole multiples of `ALIGNMENT`, so that a tensor of such a size begins at an
+    aligned address when the file is mapped, and is not copied. Nothing is held in memory but one tensor at a time.
 
+    Raises:
+        WeightsError: a tensor has a dtype that no artefact holds, or the data cannot be written.
+        OSError: the file cannot be made.
+    """
     for name, tensor in tensors.items():
         if (dtype := str(tensor.dtype).removeprefix("torch.")) not in DTYPES.values():
             raise WeightsError(where, f"tensor {name!r} is {dtype}; an artefact holds {', '.join(DTYPES.values())}")
-    path.touch()
-    mode = path.stat().st_mode  # save_file sets 0600 whatever the umask
-    # clones, because safetensors refuses views and shared storage
-    stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    try:
-        save_file(stored, path, metadata)
-    except SafetensorError as error:  # above all for a full disk
-        raise WeightsError(where, f"{path.name} cannot be written: {one_line(error)}") from error
-    path.chmod(mode)
+    # tensors of whole multiples of the alignment come first, so that each begins at one; the rest by their item size
+    ordered = sorted(
+        tensors.items(), key=lambda item: (item[1].nbytes % ALIGNMENT != 0, -item[1].element_size(), item[0])
+    )
+    header: dict[str, Any] = {} if metadata is None else {METADATA: metadata}
+    end = 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _CODES[str(tensor.dtype).removeprefix("torch.")],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    written += b" " * (-(len(written) + 8) % ALIGNMENT)  # the length of the header takes eight bytes
+    with path.open("wb") as file:
+        try:
+            file.write(len(written).to_bytes(8, "little") + written)
+            for _, tensor in ordered:
+                file.write(_little_endian(tensor))
+            file.flush()
+        except OSError as error:  # above all a full disk
+            raise WeightsError(where, f"{path.name} cannot be written: {one_line(error)}") from error
+
+
+def _little_endian(tensor: Tensor) -> Any:
+    """Return the bytes of a tensor in its logical order, as a buffer."""
+    import torch
+
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    if sys.byteorder == "big":
+        data = data.reshape(-1, tensor.element_size()).flip(-1).contiguous()
+    return data.numpy()
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
