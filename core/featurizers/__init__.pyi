@@ -15,6 +15,7 @@ from .models.attached import Attached as Attached
 from .models.attached import attach as attach
 from .models.backend import collect as collect
 from .models.backend import intervene as intervene
+from .models.backend import prepare as prepare
 from .models.loading import LanguageModel as LanguageModel
 from .models.loading import load_model as load_model
 from .models.lowering import lower as lower

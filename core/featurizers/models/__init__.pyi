@@ -5,8 +5,10 @@ from .attached import Attached as Attached
 from .attached import attach as attach
 from .attached import fit_in_words as fit_in_words
 from .attached import interchange as interchange
+from .backend import Prepared as Prepared
 from .backend import collect as collect
 from .backend import intervene as intervene
+from .backend import prepare as prepare
 from .backend import site_of as site_of
 from .backends import Backend as Backend
 from .backends import NativeBackend as NativeBackend

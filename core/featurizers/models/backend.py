@@ -19,8 +19,10 @@ When the context ends, also by an error, its hooks are removed; with the last co
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
@@ -37,8 +39,9 @@ from featurizers.models.checkpointing import uncheckpointed
 from featurizers.models.collecting import Collection, acts_on, check_generate
 from featurizers.models.compilation import eager
 from featurizers.models.contexts import Context
+from featurizers.models.detection import submodule
 from featurizers.models.hooks import hook
-from featurizers.models.operations import Collect, Operation
+from featurizers.models.operations import Collect, Operation, SourcedOperation
 from featurizers.models.places import Place
 from featurizers.models.positions import Inputs, Positions
 from featurizers.models.reading import Sources, read
@@ -105,37 +108,155 @@ def intervene(
 
 @contextmanager
 def _intervening(model: object, operations: Any) -> Iterator[dict[Any, Any]]:
-    anatomy = Anatomy(model)
-    plan: Plan = _plan(operations)
-    of_sites: Plan = [(key, own) for key, own in plan if not isinstance(key, SiteMap)]
-    of_maps: Plan = [(key, own) for key, own in plan if isinstance(key, SiteMap)]
-    places = {key: anatomy.place(key) for key, _ in of_sites}
-    map_paths = [place.path for key, _ in of_maps for place, *_ in places_of(anatomy, key)]
-    of_reads = [(site, own) for key, own in of_maps for site in set(key.reads.values())]
-    sources = Sources(anatomy, [*of_sites, *of_reads])
-    collection = Collection()
-    collected: dict[Any, Any] = {}
-    with eager(), ExitStack() as hooks:
-        hooks.enter_context(uncheckpointed(anatomy.model, [*(place.path for place in places.values()), *map_paths]))
-        context = Context()
-        watch = hooks.enter_context(watching(anatomy))
-        edits = _Edits(of_sites, context, watch, sources, collection, collected, isinstance(operations, Mapping))
-        hooks.enter_context(watch.telling(context.acts, edits))
-        at_places: list[tuple[Place, Callable[[Tensor], Tensor]]] = []
-        for key, own in plan:
-            if isinstance(key, SiteMap):
-                through = MapEdits(key, own, anatomy, context, watch, sources, collection, collected)
-                hooks.enter_context(watch.telling(context.acts, through))
-                through.begin_passes(hooks)
-                at_places += through.edits()
-            else:
-                at_places.append((places[key], functools.partial(edits.carry_out, key, own)))
-        # a sum is edited after its summands, whatever the order in which they are given
-        for place, edit in sorted(at_places, key=lambda each: each[0].stream is not None):
-            hooks.callback(hook(place, edit).remove)
-        watch.note_opened()
-        hooks.enter_context(context.entered())
+    with Prepared(model, operations) as collected:
         yield collected
+
+
+def prepare(
+    model: object, operations: Mapping[SiteT, Operation | Sequence[Operation]] | Operation | Sequence[Operation]
+) -> Prepared:
+    """Look up the sites, check the operations and read the sources of `intervene` once, to enter it many times.
+
+    Args:
+        model: as in `intervene`.
+        operations: as in `intervene`.
+
+    Raises:
+        SiteError, PositionError, ShapeError: as in `intervene`.
+
+    Example:
+        >>> import torch, featurizers
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=20)).eval()
+        >>> swap = featurizers.Interchange(featurizers.create("identity", d_in=8), source=torch.zeros(1, 8))
+        >>> edit = featurizers.prepare(model, {"resid.post:1": swap})
+        >>> for base in torch.tensor([[[1, 2]], [[3, 4]]]):
+        ...     edit.sources(torch.ones(1, 8))
+        ...     with edit:
+        ...         logits = model(base).logits
+    """
+    return Prepared(model, operations)
+
+
+def _with(source: Tensor | Inputs, operation: Operation) -> Operation:
+    return replace(operation, source=source) if isinstance(operation, SourcedOperation) else operation
+
+
+class _Entered(threading.local):
+    """Contexts that a thread has entered, the latest last."""
+
+    def __init__(self) -> None:
+        self.stack: list[AbstractContextManager[Any]] = []
+
+
+class Prepared:
+    """Operations at sites of a model, with all that `intervene` finds out before it puts hooks on the model.
+
+    Enter it as often as you like, also within itself or in several threads; each time yields new results. The model
+    must keep its modules: an edit of a module that was replaced is refused. Sources in the form of inputs were read
+    when the object was made; call `sources` after the weights have changed.
+
+    Args:
+        model: as in `intervene`.
+        operations: as in `intervene`.
+
+    Raises:
+        SiteError, PositionError, ShapeError: as in `intervene`.
+    """
+
+    def __init__(self, model: object, operations: Any) -> None:
+        self._anatomy: Anatomy = Anatomy(model)
+        self._by_site = isinstance(operations, Mapping)
+        self._plan: Plan = _plan(operations)
+        self._places = {key: self._anatomy.place(key) for key, _ in self._of_sites}
+        self._sources = self._read_sources()
+        self._entered = _Entered()
+
+    @property
+    def _of_sites(self) -> Plan:
+        return [(key, own) for key, own in self._plan if not isinstance(key, SiteMap)]
+
+    def _read_sources(self) -> Sources:
+        of_maps: Plan = [(key, own) for key, own in self._plan if isinstance(key, SiteMap)]
+        return Sources(
+            self._anatomy,
+            [*self._of_sites, *((site, own) for key, own in of_maps for site in set(key.reads.values()))],
+        )
+
+    def sources(self, source: Tensor | Inputs | None = None) -> None:
+        """Read the sources again, or give all operations that have a source another one.
+
+        Args:
+            source: activations or inputs of the model, as in `Interchange`; None for those of before.
+
+        Raises:
+            PositionError, ShapeError: as in `intervene`.
+        """
+        if source is not None:
+            self._plan = [
+                (
+                    key,
+                    tuple(replace(each, source=source) if isinstance(each, SourcedOperation) else each for each in own),
+                )
+                for key, own in self._plan
+            ]
+        self._sources = self._read_sources()
+
+    def __enter__(self) -> dict[Any, Any]:
+        """Put the hooks on the model; return the results of `Collect`, as `intervene` does."""
+        entered = self._intervening()
+        collected = entered.__enter__()
+        self._entered.stack.append(entered)
+        return collected
+
+    def __exit__(self, *error: Any) -> bool | None:
+        """Remove the hooks that were put on last in this thread."""
+        return self._entered.stack.pop().__exit__(*error)
+
+    @contextmanager
+    def _intervening(self) -> Iterator[dict[Any, Any]]:
+        anatomy, sources = self._anatomy, self._sources
+        self._check_modules()
+        map_paths = [
+            place.path for key, _ in self._plan if isinstance(key, SiteMap) for place, *_ in places_of(anatomy, key)
+        ]
+        collection = Collection()
+        collected: dict[Any, Any] = {}
+        with eager(), ExitStack() as hooks:
+            paths = [*(place.path for place in self._places.values()), *map_paths]
+            hooks.enter_context(uncheckpointed(anatomy.model, paths))
+            context = Context()
+            watch = hooks.enter_context(watching(anatomy))
+            edits = _Edits(self._of_sites, context, watch, sources, collection, collected, self._by_site)
+            hooks.enter_context(watch.telling(context.acts, edits))
+            at_places: list[tuple[Place, Callable[[Tensor], Tensor]]] = []
+            for key, own in self._plan:
+                if isinstance(key, SiteMap):
+                    through = MapEdits(key, own, anatomy, context, watch, sources, collection, collected)
+                    hooks.enter_context(watch.telling(context.acts, through))
+                    through.begin_passes(hooks)
+                    at_places += through.edits()
+                else:
+                    at_places.append((self._places[key], functools.partial(edits.carry_out, key, own)))
+            # a sum is edited after its summands, whatever the order in which they are given
+            for place, edit in sorted(at_places, key=lambda each: each[0].stream is not None):
+                hooks.callback(hook(place, edit).remove)
+            watch.note_opened()
+            hooks.enter_context(context.entered())
+            yield collected
+
+    def _check_modules(self) -> None:
+        """Raise UsageError if a module was replaced since it was looked up."""
+        for key, place in self._places.items():
+            try:
+                module = submodule(self._anatomy.model, place.path)
+            except AttributeError:
+                module = None
+            if module is not place.module:
+                raise UsageError(
+                    f"{key}: the module {place.path!r} was replaced since the operations were prepared; call "
+                    "featurizers.prepare again"
+                )
 
 
 def collect(

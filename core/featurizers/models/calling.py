@@ -57,6 +57,10 @@ def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     if not args:
         return kwargs
     parameters = signature(type(module).forward)
+    if len(args) == 1:  # as most models are called
+        _, first, *_ = parameters.parameters.values()
+        if first.kind is first.POSITIONAL_OR_KEYWORD:
+            return {first.name: args[0], **kwargs}
     arguments = parameters.bind_partial(module, *args, **kwargs).arguments
     for name, parameter in parameters.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:

@@ -68,8 +68,7 @@ def scatter(hidden: Tensor, chosen: Tensor, edited: Tensor) -> Tensor:
         chosen: columns, ``(batch, n)``.
         edited: what to put there, ``(batch, n, d)``.
     """
-    rows = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(-1)
-    return hidden.index_put((rows, chosen), edited)
+    return hidden.scatter(1, chosen.unsqueeze(-1).expand_as(edited), edited)
 
 
 def gather(hidden: Tensor, chosen: Tensor | None) -> Tensor:

@@ -21,6 +21,25 @@ Inputs: TypeAlias = "Mapping[str, Any]"
 
 
 @dataclass(frozen=True)
+class Padding:
+    """Where the tokens of padded prompts are.
+
+    Attributes:
+        lengths: number of tokens of each prompt, ``(batch, 1)``.
+        order: columns ``(batch, columns)``, those of tokens first, in their order.
+    """
+
+    lengths: Tensor
+    order: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Padding:
+        """Return the same of a mask ``(batch, columns)``, True for a token."""
+        # a stable sort puts the columns of tokens, in their order, before those of padding
+        return cls(mask.sum(-1, keepdim=True), torch.argsort((~mask).int(), dim=-1, stable=True))
+
+
+@dataclass(frozen=True)
 class Pass:
     """State of one forward pass.
 
@@ -49,6 +68,22 @@ class Pass:
     added_columns: int = 0
     in_chunks: bool = False
     call: tuple[nn.Module, Mapping[str, Any]] | None = field(default=None, repr=False)
+    _paddings: dict[int, Padding | None] = field(default_factory=dict, repr=False, compare=False)
+
+    def padding(self, length: int) -> Padding | None:
+        """Return where the tokens of each prompt are, if some column is padding; else None.
+
+        Found once for all sites of a pass, on the CPU: a mask on another device is copied once.
+
+        Args:
+            length: number of columns of the prompt.
+        """
+        if self.attention_mask is None:
+            return None
+        if length not in self._paddings:
+            mask = self.attention_mask[:, :length].to("cpu") != 0
+            self._paddings[length] = None if mask.all() else Padding.of(mask)
+        return self._paddings[length]
 
 
 def columns(positions: Positions, hidden: Tensor, current: Pass, *, prompt_only: bool = False) -> Tensor | None:
@@ -93,37 +128,49 @@ def columns(positions: Positions, hidden: Tensor, current: Pass, *, prompt_only:
     batch = hidden.shape[0]
     if positions is None:
         return torch.arange(length, device=hidden.device).expand(batch, -1)
+    if current.opaque_mask:
+        raise PositionError(
+            "the model was given texts, or an attention mask that is not of shape (batch, sequence), so padding cannot "
+            "be told from tokens; pass token ids and a two-dimensional mask, or use positions=None"
+        )
+    padding = current.padding(length)
+    if padding is None and isinstance(positions, list | tuple) and all(type(each) is int for each in positions):
+        found: list[int] = [each + length if each < 0 else each for each in positions]
+        if all(0 <= each < length for each in found):  # the usual case, in plain Python: it is many times as fast
+            return torch.tensor(found, dtype=torch.long, device=hidden.device).expand(batch, -1)
+    indices = _integers(positions, batch)
+    lengths = torch.full((1, 1), length) if padding is None else padding.lengths
+    from_start = torch.where(indices < 0, indices + lengths, indices)
+    bad = (from_start < 0) | (from_start >= lengths)
+    if bad.any():
+        row, column = bad.expand(batch, -1).nonzero()[0].tolist()
+        raise PositionError(
+            f"position {int(indices.expand(batch, -1)[row, column])} is not in prompt {row}, which has "
+            f"{int(lengths.expand(batch, 1)[row])} tokens"
+        )
+    chosen = from_start if padding is None else padding.order.gather(-1, from_start.expand(batch, -1))
+    return chosen.to(hidden.device, non_blocking=True).expand(batch, -1)
+
+
+def _integers(positions: Sequence[int] | Sequence[Sequence[int]] | Tensor, batch: int) -> Tensor:
+    """Return positions as integers ``(1, n)`` or ``(batch, n)`` on the CPU, where they are checked without waiting.
+
+    Raises:
+        PositionError: they are something else.
+    """
     try:
-        indices = torch.as_tensor(positions, device=hidden.device)
+        indices = torch.as_tensor(positions, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise PositionError(
             f"positions must be a list of integers or one such list of equal length an example, not {positions!r}"
         ) from error
     if indices.is_floating_point() or indices.dtype == torch.bool or indices.dim() not in (1, 2):
         raise PositionError(f"positions must be a list of integers or one such list an example, not {positions!r}")
-    if indices.dim() == 2 and indices.shape[0] != batch:
+    if indices.dim() == 1:
+        return indices.unsqueeze(0)
+    if indices.shape[0] != batch:
         raise PositionError(f"positions are given for {indices.shape[0]} examples, but the batch has {batch}")
-    indices = indices.expand(batch, -1)
-    if current.opaque_mask:
-        raise PositionError(
-            "the model was given texts, or an attention mask that is not of shape (batch, sequence), so padding cannot "
-            "be told from tokens; pass token ids and a two-dimensional mask, or use positions=None"
-        )
-    mask = current.attention_mask
-    if mask is None:
-        mask = torch.ones(batch, length, dtype=torch.long, device=hidden.device)
-    mask = mask.to(hidden.device)[:, :length] != 0
-    lengths = mask.sum(-1, keepdim=True)
-    from_start = torch.where(indices < 0, indices + lengths, indices)
-    bad = (from_start < 0) | (from_start >= lengths)
-    if bad.any():
-        row, column = bad.nonzero()[0].tolist()
-        raise PositionError(
-            f"position {int(indices[row, column])} is not in prompt {row}, which has {int(lengths[row])} tokens"
-        )
-    # a stable sort puts the columns of tokens, in their order, before those of padding
-    order = torch.argsort((~mask).int(), dim=-1, stable=True)
-    return order.gather(-1, from_start)
+    return indices
 
 
 def are_tokens(ids: Sequence[int], hidden: Tensor, chosen: Tensor | None, current: Pass) -> Tensor:
