@@ -227,6 +227,22 @@ def patching() -> None:
     assert torch.equal(featurizers.load_grid(grid.save("grid.safetensors")).values, grid.values)
 
 
+def nnsight() -> None:
+    """Edit inside a trace, and make a function for a server."""
+    from featurizers_nnsight import edit, remote_edit
+    from nnsight import NNsight
+
+    model = decoder()
+    steer, lm = featurizers.Steer(dictionary("relu"), delta=2.0, positions=[-1]), NNsight(model)
+    with featurizers.intervene(model, {"resid.post:1": steer}):
+        expected = model(IDS).logits
+    with lm.trace(input_ids=IDS):
+        edit(lm, {"resid.post:1": steer})
+        logits = lm.output.logits.save()
+    assert torch.equal(logits, expected)
+    assert callable(remote_edit(lm, {"resid.post:1": steer}))
+
+
 def vllm() -> None:
     """Admit a request of ordinary operations, and edit a batch without vLLM."""
     import json
@@ -275,6 +291,7 @@ CHECKS = {
     "dictionary-learning": dictionary_learning,
     "identity": lambda: create("identity", d_in=8),
     "llamascopium": llamascopium,
+    "nnsight": nnsight,
     "patching": patching,
     "pyvene": pyvene,
     "sae-lens": sae_lens,

@@ -18,6 +18,7 @@ FIRST_PARTY = {
     "dictionary-learning": "featurizers-dictionary-learning",
     "identity": "featurizers-identity",
     "llamascopium": "featurizers-llamascopium",
+    "nnsight": "featurizers-nnsight",
     "patching": "featurizers-patching",
     "pyvene": "featurizers-pyvene",
     "sae-lens": "featurizers-sae-lens",
