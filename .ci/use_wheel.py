@@ -227,6 +227,20 @@ def patching() -> None:
     assert torch.equal(featurizers.load_grid(grid.save("grid.safetensors")).values, grid.values)
 
 
+def interp_engine() -> None:
+    """Collect at a point of an eager model, and steer it by specs."""
+    from featurizers_interp_engine import to_specs
+    from interp_engine import EagerModel, steer
+
+    model = decoder()
+    engine = EagerModel("tiny", hf_model=model, tokenizer=object(), device="cpu")
+    edit = featurizers.Steer(dictionary("relu"), delta=2.0)
+    with featurizers.intervene(engine, {"resid_post.1": edit}):
+        expected = model(IDS).logits
+    with steer(engine, to_specs(edit, site="resid.post:1")):
+        torch.testing.assert_close(model(IDS).logits, expected)
+
+
 def nnsight() -> None:
     """Edit inside a trace, and make a function for a server."""
     from featurizers_nnsight import edit, remote_edit
@@ -290,6 +304,7 @@ CHECKS = {
     "derived-scalars": derived_scalars,
     "dictionary-learning": dictionary_learning,
     "identity": lambda: create("identity", d_in=8),
+    "interp-engine": interp_engine,
     "llamascopium": llamascopium,
     "nnsight": nnsight,
     "patching": patching,

@@ -17,6 +17,7 @@ FIRST_PARTY = {
     "derived-scalars": "featurizers-derived-scalars",
     "dictionary-learning": "featurizers-dictionary-learning",
     "identity": "featurizers-identity",
+    "interp-engine": "featurizers-interp-engine",
     "llamascopium": "featurizers-llamascopium",
     "nnsight": "featurizers-nnsight",
     "patching": "featurizers-patching",
