@@ -4,7 +4,7 @@
 fixed edits into its steering specs, which its vLLM models take too.
 """
 
-from featurizers_interp_engine.points import point_of
-from featurizers_interp_engine.specs import to_specs
+import lazy_loader
 
-__all__ = ["point_of", "to_specs"]
+# interp-engine imports transformers, and so is not imported with the plugin
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

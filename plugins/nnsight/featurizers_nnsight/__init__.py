@@ -3,7 +3,7 @@
 `featurizers.intervene`, `collect` and `attach` take a model of nnsight as well; `plugin` says how it holds a model.
 """
 
-from featurizers_nnsight.editing import edit
-from featurizers_nnsight.remote import remote_edit
+import lazy_loader
 
-__all__ = ["edit", "remote_edit"]
+# nnsight changes torch when it is imported, and so is not imported with the plugin
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
