@@ -197,6 +197,17 @@ def training() -> None:
         command(name, "--help")
 
 
+def control_vectors() -> None:
+    """Write a steering edit as a control vector, and read it again."""
+    from featurizers_control_vectors import read_gguf, to_gguf
+
+    f, x = dictionary("relu"), torch.randn(3, 8)
+    to_gguf({"resid.post:1": featurizers.Steer(f, delta=2.0, indices=[5])}, "vector.gguf")
+    ((site, again),) = read_gguf("vector.gguf").items()
+    assert str(site) == "resid.post:1"
+    torch.testing.assert_close(again.steer(x, 1.0), f.steer(x, 2.0, [5]))
+
+
 def derived_scalars() -> None:
     """Measure direct effects, in the model's own bases and through a featurizer."""
     from featurizers_derived_scalars import Scalars, logit_difference, scalars
@@ -301,6 +312,7 @@ CHECKS = {
     "causal-basis": causal_basis,
     "causalab": causalab,
     "circuit-tracer": circuit_tracer,
+    "control-vectors": control_vectors,
     "derived-scalars": derived_scalars,
     "dictionary-learning": dictionary_learning,
     "identity": lambda: create("identity", d_in=8),

@@ -14,6 +14,7 @@ FIRST_PARTY = {
     "causal-basis": "featurizers-causal-basis",
     "causalab": "featurizers-causalab",
     "circuit-tracer": "featurizers-circuit-tracer",
+    "control-vectors": "featurizers-control-vectors",
     "derived-scalars": "featurizers-derived-scalars",
     "dictionary-learning": "featurizers-dictionary-learning",
     "identity": "featurizers-identity",

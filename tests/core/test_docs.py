@@ -78,6 +78,8 @@ def test_examples_run(path, tmp_path, monkeypatch, request):
         pytest.importorskip("pyvene")
     if path.name in ("nnsight.md", "interp-engine.md"):
         pytest.importorskip(path.stem.replace("-", "_"))
+    if path.parent.name == "control-vectors":
+        pytest.importorskip("gguf")
     namespace = {"__name__": "an_example"}
     if path == ROOT / "README.md":
         namespace.update(request.getfixturevalue("names_of_the_readmes_first_example"))
