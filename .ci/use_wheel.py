@@ -197,6 +197,17 @@ def training() -> None:
         command(name, "--help")
 
 
+def control_vectors() -> None:
+    """Write a steering edit as a control vector, and read it again."""
+    from featurizers_control_vectors import read_gguf, to_gguf
+
+    f, x = dictionary("relu"), torch.randn(3, 8)
+    to_gguf({"resid.post:1": featurizers.Steer(f, delta=2.0, indices=[5])}, "vector.gguf")
+    ((site, again),) = read_gguf("vector.gguf").items()
+    assert str(site) == "resid.post:1"
+    torch.testing.assert_close(again.steer(x, 1.0), f.steer(x, 2.0, [5]))
+
+
 def derived_scalars() -> None:
     """Measure direct effects, in the model's own bases and through a featurizer."""
     from featurizers_derived_scalars import Scalars, logit_difference, scalars
@@ -225,6 +236,36 @@ def patching() -> None:
     metric = ("logit_difference", 7, 9)
     grid = featurizers.patch(decoder(), IDS[0].tolist(), IDS[1].tolist(), metric=metric)
     assert torch.equal(featurizers.load_grid(grid.save("grid.safetensors")).values, grid.values)
+
+
+def interp_engine() -> None:
+    """Collect at a point of an eager model, and steer it by specs."""
+    from featurizers_interp_engine import to_specs
+    from interp_engine import EagerModel, steer
+
+    model = decoder()
+    engine = EagerModel("tiny", hf_model=model, tokenizer=object(), device="cpu")
+    edit = featurizers.Steer(dictionary("relu"), delta=2.0)
+    with featurizers.intervene(engine, {"resid_post.1": edit}):
+        expected = model(IDS).logits
+    with steer(engine, to_specs(edit, site="resid.post:1")):
+        torch.testing.assert_close(model(IDS).logits, expected)
+
+
+def nnsight() -> None:
+    """Edit inside a trace, and make a function for a server."""
+    from featurizers_nnsight import edit, remote_edit
+    from nnsight import NNsight
+
+    model = decoder()
+    steer, lm = featurizers.Steer(dictionary("relu"), delta=2.0, positions=[-1]), NNsight(model)
+    with featurizers.intervene(model, {"resid.post:1": steer}):
+        expected = model(IDS).logits
+    with lm.trace(input_ids=IDS):
+        edit(lm, {"resid.post:1": steer})
+        logits = lm.output.logits.save()
+    assert torch.equal(logits, expected)
+    assert callable(remote_edit(lm, {"resid.post:1": steer}))
 
 
 def vllm() -> None:
@@ -271,10 +312,13 @@ CHECKS = {
     "causal-basis": causal_basis,
     "causalab": causalab,
     "circuit-tracer": circuit_tracer,
+    "control-vectors": control_vectors,
     "derived-scalars": derived_scalars,
     "dictionary-learning": dictionary_learning,
     "identity": lambda: create("identity", d_in=8),
+    "interp-engine": interp_engine,
     "llamascopium": llamascopium,
+    "nnsight": nnsight,
     "patching": patching,
     "pyvene": pyvene,
     "sae-lens": sae_lens,

@@ -13,4 +13,6 @@ that ``import featurizers`` does not import torch.
 
 import lazy_loader
 
+from .store import save as save  # not when it is first used; see there
+
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
