@@ -8,8 +8,10 @@ from typing import Any, Final
 from featurizers import Anatomy, Featurizer, Site, SiteMap
 from featurizers.errors import SiteError, UsageError, shown
 
+HEADS: Final = ("attn.q", "attn.k", "attn.v", "attn.z")
+"""Kinds that each head has."""
 KINDS: Final = (
-    "resid.pre", "resid.mid", "resid.post", "attn.z", "attn.out", "mlp.in", "mlp.act", "mlp.out",
+    "resid.pre", "resid.mid", "resid.post", *HEADS, "attn.out", "mlp.in", "mlp.router", "mlp.act", "mlp.out",
 )  # fmt: skip
 """Kinds that each block has."""
 
@@ -63,7 +65,7 @@ def _expanded(anatomy: Anatomy, pattern: Any) -> list[Site]:
     if kind not in KINDS or ("*" not in numbers and numbers):
         return [_checked(anatomy, Site.parse(pattern))]
     block, head = [*numbers, "*", None][:2] if numbers else ("*", None)
-    if len(numbers) > 2 or (head is not None and kind != "attn.z"):
+    if len(numbers) > 2 or (head is not None and kind not in HEADS):
         raise SiteError(f"cannot read the sites {shown(pattern)}; write 'resid.pre', 'mlp.out:*' or 'attn.z:*:*'")
     blocks = range(anatomy.n_layers) if block == "*" else [Site.parse(f"{kind}:{block}").layer]
     head = numbers[1] if len(numbers) == 2 else None

@@ -206,6 +206,9 @@ class _Chunk(Attender):
         path = self.clean.anatomy.parts(block).mlp
         if path is None or ("mlp.out" in self.freeze and not self._own("mlp.out", block).any()):
             return
+        here = self.cells.spot[self.block_of_edit == block]
+        if any(self.spots[number].place.tokens is not None for number in here):  # a router, which counts tokens
+            return
         needed = np.flatnonzero(self.is_read.ravel()[self.slots])
         mlp = self.clean.layers[block].get_submodule(path)
         narrow = functools.partial(self._narrow, mlp.forward, needed, self._tensor(needed))
