@@ -47,6 +47,12 @@ def patch_command(
     featurizer: Annotated[str | None, typer.Option(help="Featurizer to patch through: id or folder.")] = None,
     indices: Annotated[str | None, typer.Option(help="Its features to patch, such as 3,17.")] = None,
     freeze: Annotated[str | None, typer.Option(help="Some of attn.out,mlp.out,attn.pattern.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="exact; gradient or integrated estimate all cells by backward passes. exact by default."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Gradients that integrated averages.")] = 5,
+    screen: Annotated[int | None, typer.Option(min=1, help="Cells with the largest estimates to run exactly.")] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Show the metric itself, not 0 for the base and 1 for the source.")
     ] = False,
@@ -81,6 +87,9 @@ def patch_command(
             normalize=not raw,
             freeze=[part.strip() for part in freeze.split(",")] if freeze else (),
             batch_rows=batch_rows,
+            method=method,
+            steps=steps,
+            screen=screen,
             tokenizer=loaded.tokenizer,
             progress=_advance(bar),
         )
@@ -92,7 +101,10 @@ def patch_command(
                     "cells": [_json(cell) for cell in cells]})  # fmt: skip
         return
     Console(emoji=False).print(_table(grid, cells))
-    print(f"{grid.about['verified']} cells were compared with whole runs of the model.")
+    if note := grid.note_of_estimates():
+        print(note)
+    if grid.exact.any():
+        print(f"{grid.about['verified']} cells were compared with whole runs of the model.")
     if out is not None:
         picture = ", heatmap.png" if find_spec("matplotlib") is not None else " (the heat map needs matplotlib)"
         print(f"Written: {out}/grid.safetensors, table.csv{picture}")
@@ -134,7 +146,8 @@ def _table(grid: Grid, cells: list[GridCell]) -> Table:
     for cell in cells:
         token = "" if cell.token == cell.position else printable(repr(cell.token), 30)
         more = [f"{cell.stderr:.3f}", str(cell.n)] if several else []
-        table.add_row(str(cell.site), escape(printable(cell.position, 30)), escape(token), f"{cell.value:+.3f}", *more)
+        value = f"{'' if cell.exact else '~'}{cell.value:+.3f}"
+        table.add_row(str(cell.site), escape(printable(cell.position, 30)), escape(token), value, *more)
     return table
 
 

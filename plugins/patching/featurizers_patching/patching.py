@@ -8,16 +8,18 @@ from typing import Any, Final
 
 import torch
 from featurizers import Anatomy, Featurizer, SiteMap
-from featurizers.errors import UsageError, shown
+from featurizers.errors import UsageError, did_you_mean, shown
 from torch import Tensor, nn
 
 from featurizers_patching.engine.ending import checked_head
+from featurizers_patching.estimates import METHODS
 from featurizers_patching.grid import Grid
 from featurizers_patching.grid_run import GridRun
 from featurizers_patching.metrics import metrics_of
 from featurizers_patching.operations import Options
 from featurizers_patching.pairs import Pair, pairs_of
 from featurizers_patching.positions import Column, PatchPositions, columns_of, read_tokens
+from featurizers_patching.request import Method, Request
 from featurizers_patching.sites import sites_of
 
 FREEZES: Final = ("attn.out", "mlp.out", "attn.pattern")
@@ -25,6 +27,7 @@ CPU_ROWS, DEVICE_ROWS = 1024, 16384
 """Rows that run together by default: a CPU computes no faster with more."""
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def patch(
     model: nn.Module,
@@ -45,6 +48,9 @@ def patch(
     batch_rows: int | None = None,
     skip_equal: bool = True,
     verify: int = 4,
+    method: str | None = None,
+    steps: int = 5,
+    screen: int | None = None,
     tokenizer: Any = None,
     progress: Callable[[float], None] | None = None,
 ) -> Grid:
@@ -80,6 +86,11 @@ def patch(
             where memory runs out.
         skip_equal: do not run cells of tokens before the first one in which base and source differ.
         verify: number of cells to compare with whole runs.
+        method: ``exact`` runs each cell. ``gradient`` estimates all cells at once, by a first-order expansion at the
+            base: one forward and one backward pass. ``integrated`` takes the mean of gradients between the token
+            embeddings of base and source. None for ``exact``, or for ``gradient`` with ``screen``.
+        steps: number of gradients of ``integrated``.
+        screen: number of cells with the largest estimates to run exactly; `Grid.exact` says which these are.
         tokenizer: of the model, for texts and labels.
         progress: is called with the share of the work that is done.
 
@@ -103,7 +114,7 @@ def patch(
     rows = sites_of(anatomy, sites, featurizer)
     options = Options(operation, indices, value, gate)
     bound = {name: each.bound(pairs, tokenizer) for name, each in metrics_of(metric).items()}
-    run = GridRun(
+    request = Request(
         model=model,
         pairs=pairs,
         sites=[site for site, _ in rows],
@@ -116,30 +127,36 @@ def patch(
         batch_rows=_rows(batch_rows, next(model.parameters()).device),
         skip_equal=skip_equal,
         verify=verify,
+        normalize=normalize,
         progress=progress or (lambda _: None),
+        method=_method(method, steps, screen),
     )
-    values, baselines, report = run.results()
-    labels = _labels(run.columns, pairs, tokenizer) if positions is None else [column.label for column in run.columns]
+    results = GridRun(request).run()
+    columns, report = request.columns, results.report
+    labels = _labels(columns, pairs, tokenizer) if positions is None else [column.label for column in columns]
     about = {
         "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
         "operation": operation if isinstance(operation, str) else "function",
-        "featurizers": sorted({each.id for each in run.through if each is not None and each.id}),
-        "freeze": list(run.freeze),
+        "featurizers": sorted({each.id for each in request.through if each is not None and each.id}),
+        "freeze": list(request.freeze),
+        "method": request.method.name,
         "packed": report.packed,
         "reason": report.reason,
         "verified": report.verified,
         "difference": report.difference,
     }
     grid = Grid(
-        raw=values,
-        base=baselines[0],
-        source=baselines[1],
+        raw=results.values,
+        base=results.baselines[0],
+        source=results.baselines[1],
         metrics=tuple(bound),
-        sites=tuple(run.sites),
-        positions=tuple(column.label for column in run.columns),
+        sites=tuple(request.sites),
+        positions=tuple(column.label for column in columns),
         labels=tuple(labels),
         prompts=tuple((pair.base, pair.source) for pair in pairs),
         normalized=normalize,
+        exact=results.exact,
+        estimate=results.estimate,
         about=about,
     )
     if normalize:
@@ -152,6 +169,20 @@ def _freeze(freeze: Sequence[str] | str) -> tuple[str, ...]:
     if unknown := [each for each in found if each not in FREEZES]:
         raise UsageError(f"{shown(unknown[0])} cannot be frozen; freeze some of {', '.join(FREEZES)}")
     return found
+
+
+def _method(name: str | None, steps: int, screen: int | None) -> Method:
+    name = name or ("exact" if screen is None else "gradient")
+    if name not in METHODS:
+        raise UsageError(f"there is no method {shown(name)}. {did_you_mean(name, METHODS)}")
+    if screen is not None and (type(screen) is not int or screen < 1 or name == "exact"):
+        raise UsageError(
+            f"screen is a number of cells from 1 to run after an estimate, and goes with 'gradient' and 'integrated'; "
+            f"not {shown(screen)} with {name!r}"
+        )
+    if type(steps) is not int or steps < 1:
+        raise UsageError(f"steps is a number from 1, not {shown(steps)}")
+    return Method(name, steps, screen)
 
 
 def _rows(batch_rows: int | None, device: torch.device) -> int:

@@ -82,6 +82,19 @@ def test_a_featurizer_is_loaded(folder: Path, tmp_path: Path) -> None:
     assert found["base"][0] == pytest.approx(grid.base[0].tolist(), abs=1e-4)
 
 
+def test_cells_are_screened(folder: Path) -> None:
+    code, text, error = run("patch", folder, *TEXTS, *METRIC, "--screen", 2, "--top", 18)
+    assert code == 0, error
+    grid = expected(screen=2)
+    for cell in grid.top(18):
+        assert f"{'' if cell.exact else '~'}{cell.value:+.3f}" in text
+    assert "2 of 18 cells were run, where the estimates are off by" in " ".join(text.split())
+    found = as_json("patch", folder, *TEXTS, *METRIC, "--method", "integrated", "--steps", 2)
+    best = expected(method="integrated", steps=2).top(1)[0]
+    assert found["cells"][0]["value"] == pytest.approx(best.value, abs=1e-4)
+    assert not any(cell["exact"] for cell in found["cells"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

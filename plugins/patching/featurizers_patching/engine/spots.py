@@ -94,13 +94,14 @@ def own_columns(place: Place, whole: Tensor) -> Tensor:
     """Return the columns of a place, given the activations ``(rows, d)`` of its module."""
     if place.columns is None:
         return whole
-    return whole.unflatten(-1, (place.groups, -1))[..., place.columns].flatten(-2)
+    grouped: Tensor = whole.reshape(len(whole), place.groups, -1)[..., place.columns]
+    return grouped.flatten(-2)
 
 
 def with_columns(place: Place, whole: Tensor, new: Tensor) -> Tensor:
     """Return activations ``(rows, d)`` of a place's module with ``new`` in the columns of the place."""
     if place.columns is None:
         return new
-    whole, new = (x.unflatten(-1, (place.groups, -1)) for x in (whole, new))
+    whole, new = (x.reshape(len(whole), place.groups, -1) for x in (whole, new))
     start, stop = place.columns.start, place.columns.stop
     return torch.cat([whole[..., :start], new, whole[..., stop:]], dim=-1).flatten(-2)
