@@ -46,6 +46,9 @@ def patch_command(
     counter: Annotated[str | None, typer.Option(help="Token to compare with; else the records' base_label.")] = None,
     featurizer: Annotated[str | None, typer.Option(help="Featurizer to patch through: id or folder.")] = None,
     indices: Annotated[str | None, typer.Option(help="Its features to patch, such as 3,17.")] = None,
+    receivers: Annotated[
+        str | None, typer.Option(help="Path patching: sites that alone read the edits, such as attn.q:9:6,attn.q:9:9.")
+    ] = None,
     freeze: Annotated[str | None, typer.Option(help="Some of attn.out,mlp.out,attn.pattern.")] = None,
     method: Annotated[
         str | None,
@@ -85,6 +88,7 @@ def patch_command(
             indices=None if indices is None else _numbers(indices),
             metric=measured,
             normalize=not raw,
+            receivers=None if receivers is None else [part.strip() for part in receivers.split(",")],
             freeze=[part.strip() for part in freeze.split(",")] if freeze else (),
             batch_rows=batch_rows,
             method=method,

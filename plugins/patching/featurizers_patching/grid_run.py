@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from featurizers import Anatomy
+from featurizers.errors import UsageError
 from torch import Tensor
 
 from featurizers_patching.engine.cells import IntArray
+from featurizers_patching.engine.receiving import Receiving, Senders
+from featurizers_patching.engine.scope import NotPackableError
 from featurizers_patching.engine.sweep import Report, Sweep
 from featurizers_patching.estimates import check_estimable, estimated
 from featurizers_patching.group import Group
@@ -144,7 +148,30 @@ class GridRun:
             verify=verify,
             progress=lambda share: request.progress((number + share) / count),
         )
+        if request.receivers:
+            sweep = self._of_receivers(sweep)
         self._measure_baselines(group, sweep.run(consume, self.results.report))
+
+    def _of_receivers(self, sweep: Sweep) -> Sweep:
+        """Run the senders, and return a sweep that gives the receivers what they read then."""
+        receivers, report = self.request.receivers, self.results.report
+        senders = Senders(sweep.cells, sweep.sites, sweep.equal, sweep.prompts.at.max(axis=1))
+        try:
+            receiving = Receiving(Anatomy(self.request.model), senders, receivers, report)
+        except NotPackableError as error:
+            raise UsageError(f"paths cannot be patched: {error}") from error
+        replace(
+            sweep,
+            cells=receiving.cells,
+            equal=receiving.equal,
+            sites=receiving.sites,
+            edits=[*sweep.edits, *receiving.reading()],
+            progress=lambda _: None,
+            reads=receiving.reads,
+        ).run(lambda *_: None, report)
+        cells, edits = receiving.giving()
+        equal = np.zeros(len(cells.cell), dtype=bool)
+        return replace(sweep, cells=cells, equal=equal, sites=receivers, edits=edits, freeze=())
 
     def _measure_baselines(self, group: Group, clean: Tensor) -> None:
         every = np.arange(len(group.prompts))

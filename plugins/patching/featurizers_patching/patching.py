@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
-from featurizers import Anatomy, Featurizer, SiteMap
+from featurizers import Anatomy, Featurizer, Site, SiteMap
 from featurizers.errors import UsageError, did_you_mean, shown
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from featurizers_patching.operations import Options
 from featurizers_patching.pairs import Pair, pairs_of
 from featurizers_patching.positions import Column, PatchPositions, columns_of, read_tokens
 from featurizers_patching.request import Method, Request
-from featurizers_patching.sites import sites_of
+from featurizers_patching.sites import receivers_of, sites_of
 
 FREEZES: Final = ("attn.out", "mlp.out", "attn.pattern")
 CPU_ROWS, DEVICE_ROWS = 1024, 16384
@@ -44,6 +44,7 @@ def patch(
     metric: Any = "logit_difference",
     at: Any = -1,
     normalize: bool = True,
+    receivers: Any = None,
     freeze: Sequence[str] | str = (),
     batch_rows: int | None = None,
     skip_equal: bool = True,
@@ -80,6 +81,9 @@ def patch(
             vocabulary)``; or a mapping of these by name.
         at: token, or tokens, whose logits are measured.
         normalize: give values as 0 for the base alone and 1 for the source alone; the grid keeps the raw values too.
+        receivers: path patching: sites such as ``attn.q:9:6``, written as ``sites``. Each edit is made in a run in
+            which attention and MLPs keep their clean outputs; then a run of the base is measured in which the receivers
+            get what they read in that run. With ``freeze="attn.out"`` the MLPs between are computed.
         freeze: ``attn.out``, ``mlp.out`` and ``attn.pattern``: keep these as in the base's clean run, from the block of
             each edit on, so that its effect goes around them.
         batch_rows: tokens that run together, which bounds the memory; None for a default of the device. It is halved
@@ -112,6 +116,7 @@ def patch(
     _check_vocabulary(model, pairs)
     anatomy = Anatomy(model)
     rows = sites_of(anatomy, sites, featurizer)
+    to = receivers_of(anatomy, receivers)
     options = Options(operation, indices, value, gate)
     bound = {name: each.bound(pairs, tokenizer) for name, each in metrics_of(metric).items()}
     request = Request(
@@ -123,13 +128,14 @@ def patch(
         at=read_tokens(at, pairs),
         options=options,
         metrics=bound,
-        freeze=_freeze(freeze),
+        freeze=_freeze(freeze, to),
         batch_rows=_rows(batch_rows, next(model.parameters()).device),
         skip_equal=skip_equal,
         verify=verify,
         normalize=normalize,
         progress=progress or (lambda _: None),
-        method=_method(method, steps, screen),
+        method=_method(method, steps, screen, to),
+        receivers=to,
     )
     results = GridRun(request).run()
     columns, report = request.columns, results.report
@@ -139,6 +145,7 @@ def patch(
         "operation": operation if isinstance(operation, str) else "function",
         "featurizers": sorted({each.id for each in request.through if each is not None and each.id}),
         "freeze": list(request.freeze),
+        "receivers": list(map(str, to)),
         "method": request.method.name,
         "packed": report.packed,
         "reason": report.reason,
@@ -164,14 +171,21 @@ def patch(
     return grid
 
 
-def _freeze(freeze: Sequence[str] | str) -> tuple[str, ...]:
+def _freeze(freeze: Sequence[str] | str, receivers: tuple[Site, ...]) -> tuple[str, ...]:
     found = (freeze,) if isinstance(freeze, str) else tuple(freeze)
     if unknown := [each for each in found if each not in FREEZES]:
         raise UsageError(f"{shown(unknown[0])} cannot be frozen; freeze some of {', '.join(FREEZES)}")
-    return found
+    if not receivers:
+        return found
+    if found and ("attn.out" not in found or "attn.pattern" in found):
+        raise UsageError(
+            f"freeze={shown(freeze)} does not go with receivers; between a sender and its receivers 'attn.out' is "
+            "frozen, and 'mlp.out' too or not"
+        )
+    return found or ("attn.out", "mlp.out")
 
 
-def _method(name: str | None, steps: int, screen: int | None) -> Method:
+def _method(name: str | None, steps: int, screen: int | None, receivers: tuple[Site, ...]) -> Method:
     name = name or ("exact" if screen is None else "gradient")
     if name not in METHODS:
         raise UsageError(f"there is no method {shown(name)}. {did_you_mean(name, METHODS)}")
@@ -180,6 +194,8 @@ def _method(name: str | None, steps: int, screen: int | None) -> Method:
             f"screen is a number of cells from 1 to run after an estimate, and goes with 'gradient' and 'integrated'; "
             f"not {shown(screen)} with {name!r}"
         )
+    if receivers and name != "exact":
+        raise UsageError(f"the effect of paths is not estimated; leave receivers or method={name!r} out")
     if type(steps) is not int or steps < 1:
         raise UsageError(f"steps is a number from 1, not {shown(steps)}")
     return Method(name, steps, screen)

@@ -51,6 +51,7 @@ class Request:
         normalize: whether the values of the grid are shares of the difference of base and source.
         progress: is called with the share of the work that is done.
         method: how effects are found.
+        receivers: sites that alone read what the edits change; empty for all.
     """
 
     model: nn.Module
@@ -68,3 +69,4 @@ class Request:
     normalize: bool
     progress: Callable[[float], None]
     method: Method = Method()
+    receivers: tuple[Site, ...] = ()

@@ -16,6 +16,33 @@ KINDS: Final = (
 """Kinds that each block has."""
 
 
+RECEIVERS: Final = ("attn.q", "attn.k", "attn.v", "mlp.in", "resid.pre", "resid.post")
+"""Kinds that may be the end of a path: what attention and MLPs read, and the residual stream."""
+
+
+def receivers_of(anatomy: Anatomy, receivers: Any) -> tuple[Site, ...]:
+    """Return the receivers of path patching.
+
+    Args:
+        anatomy: of the model.
+        receivers: as the sites of `sites_of`; None for none.
+
+    Raises:
+        SiteError: the model does not have a site.
+        UsageError: a site is no receiver.
+    """
+    if receivers is None:
+        return ()
+    found = tuple(site for site, _ in sites_of(anatomy, receivers, None))
+    for site in found:
+        if site.kind not in RECEIVERS:
+            raise UsageError(
+                f"{site} cannot be a receiver; take what a module reads: {', '.join(RECEIVERS)}. The direct effect on "
+                "the logits is freeze=('attn.out', 'mlp.out') without receivers"
+            )
+    return found
+
+
 def sites_of(anatomy: Anatomy, sites: Any, featurizer: Any) -> list[tuple[Site, Featurizer[Any] | None]]:
     """Return the sites of a grid, each with the featurizer to patch through; None for whole activations.
 

@@ -95,6 +95,14 @@ def test_cells_are_screened(folder: Path) -> None:
     assert not any(cell["exact"] for cell in found["cells"])
 
 
+def test_paths_are_patched(folder: Path) -> None:
+    options = ("--sites", "attn.z:0:*", "--receivers", "attn.q:1:2,attn.v:2", "--raw")
+    found = as_json("patch", folder, *TEXTS, *METRIC, *options)
+    grid = expected(sites="attn.z:0:*", receivers=["attn.q:1:2", "attn.v:2"], normalize=False)
+    assert found["about"]["receivers"] == ["attn.q:1:2", "attn.v:2"]
+    assert found["cells"][0]["value"] == pytest.approx(grid.top(1)[0].value, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -41,6 +41,7 @@ class Spot:
         block: number of the block that it is in; `BEFORE_BLOCKS`, or the number of blocks for the final norm.
         mixes: whether later tokens attend to it in the block, so that an edit of one token reaches them there.
         part: output of the module that it is inside of, or that it is; None for the residual stream.
+        reads: whether its edits change nothing and only read: no module is computed for their sake that is frozen.
     """
 
     site: Site
@@ -48,6 +49,7 @@ class Spot:
     block: int
     mixes: bool
     part: Part | None = None
+    reads: bool = False
 
 
 def spot_of(anatomy: Anatomy, site: Site | str) -> Spot:
