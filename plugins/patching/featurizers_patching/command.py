@@ -34,15 +34,21 @@ def patch_command(
     base: Annotated[str | None, typer.Option(help="Prompt to edit.")] = None,
     source: Annotated[str | None, typer.Option(help="Prompt to take activations from.")] = None,
     pairs: Annotated[str | None, typer.Option(help="File of JSON lines, one pair each, instead of the two.")] = None,
-    sites: Annotated[str, typer.Option(help="Such as resid.pre, resid.pre:8,mlp.out or 'attn.z:*:*'.")] = "resid.pre",
+    sites: Annotated[
+        str | None,
+        typer.Option(help="Such as resid.pre:8,mlp.out or 'attn.z:*:*'; resid.pre by default, attn.z with --heads."),
+    ] = None,
+    heads: Annotated[str | None, typer.Option(help="all, or numbers such as 0,7: patch head by head.")] = None,
     positions: Annotated[
         str | None,
         typer.Option(help="Tokens or names of the records, such as -1,subject,0+1 or all; each by default."),
     ] = None,
     metric: Annotated[
-        str, typer.Option(help="logit-difference, probability, loss, accuracy or kl.")
+        str, typer.Option(help="logit-difference, log-probability, probability, loss, accuracy or kl.")
     ] = "logit-difference",
-    answer: Annotated[str | None, typer.Option(help="Token that the metric measures; else the records' label.")] = None,
+    answer: Annotated[
+        str | None, typer.Option(help="Answer that the metric measures; else the records' label.")
+    ] = None,
     counter: Annotated[str | None, typer.Option(help="Token to compare with; else the records' base_label.")] = None,
     featurizer: Annotated[str | None, typer.Option(help="Featurizer to patch through: id or folder.")] = None,
     indices: Annotated[str | None, typer.Option(help="Its features to patch, such as 3,17.")] = None,
@@ -82,10 +88,11 @@ def patch_command(
         grid = patch(
             loaded.model,
             read,
-            sites=[part.strip() for part in sites.split(",")],
+            sites=None if sites is None else [part.strip() for part in sites.split(",")],
+            heads=heads if heads in (None, "all") else _numbers(heads, "heads"),
             positions=None if positions is None else [_position(part.strip()) for part in positions.split(",")],
             featurizer=f,
-            indices=None if indices is None else _numbers(indices),
+            indices=None if indices is None else _numbers(indices, "indices"),
             metric=measured,
             normalize=not raw,
             receivers=None if receivers is None else [part.strip() for part in receivers.split(",")],
@@ -131,11 +138,11 @@ def _position(text: str) -> int | str | list[int]:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(text: str, what: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise UsageError(f"indices are numbers of features, such as 3,17, not {text!r}") from error
+        raise UsageError(f"--{what} takes numbers such as 3,17, not {text!r}") from error
 
 
 def _advance(bar: ProgressBar) -> Any:

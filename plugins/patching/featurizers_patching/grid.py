@@ -172,16 +172,50 @@ class Grid:
             raise MissingDependencyError("Grid.to_pandas", "pandas", "pip install pandas") from error
         return pandas.DataFrame(list(self.rows()))
 
-    def plot(self, metric: str | None = None, ax: Any = None) -> Any:
+    def by_head(self, metric: str | None = None, position: str | None = None) -> tuple[Tensor, list[int]]:
+        """Return the means of one position as ``(blocks, heads)``, NaN where the grid has no such head, and the blocks.
+
+        Args:
+            metric: name; None for the first.
+            position: label; None for the only one.
+
+        Raises:
+            UsageError: there is no such metric or position, or the sites are not heads of one kind.
+        """
+        means = self.mean()[self._metric(metric)][:, self._column(position)]
+        blocks, heads = zip(*((site.layer or 0, site.head) for site in self.sites), strict=True)
+        if None in heads or len({site.kind for site in self.sites}) > 1:
+            raise UsageError("the sites of this grid are not heads of one kind; patch with heads='all'")
+        rows = sorted(set(blocks))
+        found = torch.full((len(rows), max(heads) + 1), torch.nan, dtype=means.dtype)
+        for block, head, value in zip(blocks, heads, means, strict=True):
+            found[rows.index(block), head] = value
+        return found, rows
+
+    def plot(self, metric: str | None = None, ax: Any = None, *, position: str | None = None) -> Any:
         """Draw the means of a metric as a heat map, and return matplotlib's axes; estimates are marked with a dot.
+
+        Rows are sites and columns positions. Heads at one position are drawn as blocks × heads.
 
         Args:
             metric: name; None for the first.
             ax: axes to draw on; None for new ones.
+            position: label of the position whose heads are drawn; None for all positions.
 
         Raises:
             MissingDependencyError: matplotlib is not installed.
+            UsageError: there is no such metric or position, or the sites are not heads of one kind.
         """
+        are_heads = len({site.kind for site in self.sites}) == 1 and None not in {site.head for site in self.sites}
+        if position is not None or (are_heads and len(self.positions) == 1):
+            values, blocks = self.by_head(metric, position)
+            label = self.positions[self._column(position)]
+            title = f"{self.sites[0].kind}, position {label}; {self.title(metric)}"
+            rows, columns = [str(block) for block in blocks], [str(head) for head in range(values.shape[1])]
+            axes = heat_map(values, rows, columns, title, ax)
+            axes.set_xlabel("head")
+            axes.set_ylabel("block")
+            return axes
         means = self.mean()[self._metric(metric)]
         estimated = None if self.exact.all() else ~self.exact
         return heat_map(means, list(map(str, self.sites)), self.labels, self.title(metric), ax, estimated)
@@ -236,6 +270,14 @@ class Grid:
         return (
             f"{note} were run, where the estimates are off by {self.relative_error(metric):.0%} of the effects' norm."
         )
+
+    def _column(self, label: str | None) -> int:
+        if label is None and len(self.positions) == 1:
+            return 0
+        if label is None or str(label) not in self.positions:
+            near = did_you_mean(str(label), self.positions, f"The positions are {', '.join(self.positions[:20])}.")
+            raise UsageError(f"name one position of the grid, not {shown(label)}. {near}")
+        return self.positions.index(str(label))
 
     def _metric(self, name: str | None) -> int:
         if name is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,6 +38,37 @@ class Results:
     exact: Tensor
     estimate: Tensor | None
     report: Report
+
+    def by_metric(self, names: Iterable[str]) -> dict[str, Results]:
+        """Return the results of each metric, given their names."""
+        found = {}
+        for m, name in enumerate(names):
+            estimate = None if self.estimate is None else self.estimate[m : m + 1]
+            one = replace(
+                self, values=self.values[m : m + 1], baselines=self.baselines[:, m : m + 1], estimate=estimate
+            )
+            found[name] = one
+        return found
+
+    @classmethod
+    def of(cls, parts: Sequence[Results]) -> Results:
+        """Return the results of several metrics as one, with the report of all their runs."""
+        reports = list({id(part.report): part.report for part in parts}.values())
+        estimates = [part.estimate for part in parts if part.estimate is not None]
+        report = Report(
+            packed=all(each.packed for each in reports),
+            reason=next((each.reason for each in reports if each.reason), ""),
+            batch_rows=min(each.batch_rows for each in reports),
+            verified=sum(each.verified for each in reports),
+            difference=max(each.difference for each in reports),
+        )
+        return cls(
+            values=torch.cat([part.values for part in parts]),
+            baselines=torch.cat([part.baselines for part in parts], dim=1),
+            exact=parts[0].exact,
+            estimate=torch.cat(estimates) if estimates else None,
+            report=report,
+        )
 
 
 class GridRun:

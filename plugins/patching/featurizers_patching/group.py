@@ -130,12 +130,13 @@ def columns_read(metrics: dict[str, Metric], logits: Tensor) -> Tensor | None:
     Raises:
         UsageError: the model has no such token.
     """
+    vocabulary = logits.shape[-1]
+    largest = max((token for each in metrics.values() for token in each.named), default=0)
+    if largest >= vocabulary:
+        raise UsageError(f"there is no token {largest} to measure; the model has {vocabulary} logits")
     read: set[int] = set()
     for each in metrics.values():
         if each.reads is None:
             return None
         read |= each.reads
-    vocabulary = logits.shape[-1]
-    if read and max(read) >= vocabulary:
-        raise UsageError(f"there is no token {max(read)} to measure; the model has {vocabulary} logits")
     return None if 8 * len(read) > vocabulary else torch.tensor(sorted(read), device=logits.device)

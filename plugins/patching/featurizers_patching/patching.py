@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -11,16 +13,17 @@ from featurizers import Anatomy, Featurizer, Site, SiteMap
 from featurizers.errors import UsageError, did_you_mean, shown
 from torch import Tensor, nn
 
+from featurizers_patching.answers import prompts_of
 from featurizers_patching.engine.ending import checked_head
 from featurizers_patching.estimates import METHODS
 from featurizers_patching.grid import Grid
-from featurizers_patching.grid_run import GridRun
+from featurizers_patching.grid_run import GridRun, Results
 from featurizers_patching.metrics import metrics_of
 from featurizers_patching.operations import Options
 from featurizers_patching.pairs import Pair, pairs_of
-from featurizers_patching.positions import Column, PatchPositions, columns_of, read_tokens
+from featurizers_patching.positions import Column, PatchPositions, columns_of
 from featurizers_patching.request import Method, Request
-from featurizers_patching.sites import receivers_of, sites_of
+from featurizers_patching.sites import by_head, receivers_of, sites_of
 
 FREEZES: Final = ("attn.out", "mlp.out", "attn.pattern")
 CPU_ROWS, DEVICE_ROWS = 1024, 16384
@@ -33,8 +36,9 @@ def patch(
     model: nn.Module,
     base: Any,
     source: Any = None,
-    sites: Any = "resid.pre",
+    sites: Any = None,
     *,
+    heads: str | Sequence[int] | None = None,
     positions: PatchPositions = None,
     featurizer: Featurizer[Any] | SiteMap[Any] | None = None,
     operation: str | Callable[[Tensor, Tensor], Tensor] = "interchange",
@@ -67,7 +71,8 @@ def patch(
             as `featurizers_training.Pairs`, and then no source.
         source: prompt for each base, from which activations are taken.
         sites: a site; a kind such as ``resid.pre`` for all blocks; ``attn.z:*:*`` for all heads; a list of these, or a
-            mapping from these to featurizers.
+            mapping from these to featurizers. None for ``resid.pre``, and with heads for ``attn.z``.
+        heads: ``"all"``, or numbers of heads: each site is patched head by head.
         positions: None for each token in a column of its own; a list of columns, each a number, a name of the records
             or a list of numbers that are patched together; ``"all"``; or a mapping from labels to these.
         featurizer: to patch through; None for the whole activations.
@@ -76,9 +81,10 @@ def patch(
         indices: features to change; None for all.
         value: that ``ablate`` sets features to.
         gate: of ``mask``.
-        metric: ``logit_difference``, ``probability``, ``loss``, ``accuracy`` or ``kl``; a tuple of a name and its
-            answers, as in ``("logit_difference", " Paris", " Tokyo")``; a `Metric`; a function of logits ``(runs,
-            vocabulary)``; or a mapping of these by name.
+        metric: ``logit_difference``, ``log_probability``, ``probability``, ``loss``, ``accuracy`` or ``kl``; a tuple
+            of a name and its answers, as in ``("logit_difference", " Paris", " Tokyo")``; a `Metric`; a function of
+            logits ``(runs, vocabulary)``; or a mapping of these by name. Answers may have several tokens, but for
+            ``logit_difference``.
         at: token, or tokens, whose logits are measured.
         normalize: give values as 0 for the base alone and 1 for the source alone; the grid keeps the raw values too.
         receivers: path patching: sites such as ``attn.q:9:6``, written as ``sites``. Each edit is made in a run in
@@ -115,17 +121,21 @@ def patch(
     pairs = pairs_of(base, source, tokenizer)
     _check_vocabulary(model, pairs)
     anatomy = Anatomy(model)
-    rows = sites_of(anatomy, sites, featurizer)
+    sites = ("resid.pre" if heads is None else "attn.z") if sites is None else sites
+    rows = sites_of(anatomy, sites if heads is None else by_head(sites, heads), featurizer)
     to = receivers_of(anatomy, receivers)
     options = Options(operation, indices, value, gate)
     bound = {name: each.bound(pairs, tokenizer) for name, each in metrics_of(metric).items()}
+    columns = columns_of(positions, pairs)
+    found: dict[str, Results] = {}
+    groups = list(prompts_of(bound, pairs, at))
     request = Request(
         model=model,
         pairs=pairs,
         sites=[site for site, _ in rows],
         through=[each for _, each in rows],
-        columns=columns_of(positions, pairs),
-        at=read_tokens(at, pairs),
+        columns=columns,
+        at=[],
         options=options,
         metrics=bound,
         freeze=_freeze(freeze, to),
@@ -137,8 +147,15 @@ def patch(
         method=_method(method, steps, screen, to),
         receivers=to,
     )
-    results = GridRun(request).run()
-    columns, report = request.columns, results.report
+    if len(groups) > 1 and screen is not None:
+        raise UsageError("a screen is of metrics that are read in the same runs; give each answer a call of its own")
+    for number, (metrics, prompts, read) in enumerate(groups):
+        _check_vocabulary(model, prompts)  # with the answers after them
+        share = functools.partial(_share, request.progress, number, len(groups))
+        one = replace(request, pairs=prompts, at=read, metrics=metrics, progress=share)
+        found |= GridRun(one).run().by_metric(metrics)
+    results = Results.of([found[name] for name in bound])
+    report = results.report
     labels = _labels(columns, pairs, tokenizer) if positions is None else [column.label for column in columns]
     about = {
         "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
@@ -169,6 +186,10 @@ def patch(
     if normalize:
         _warn_of_small(grid)
     return grid
+
+
+def _share(progress: Callable[[float], None], number: int, count: int, share: float) -> None:
+    progress((number + share) / count)
 
 
 def _freeze(freeze: Sequence[str] | str, receivers: tuple[Site, ...]) -> tuple[str, ...]:

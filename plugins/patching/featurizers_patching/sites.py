@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from featurizers import Anatomy, Featurizer, Site, SiteMap
@@ -76,6 +76,30 @@ def sites_of(anatomy: Anatomy, sites: Any, featurizer: Any) -> list[tuple[Site, 
     if not found:
         raise UsageError("there are no sites to patch; give one such as 'resid.pre'")
     return list(found.items())
+
+
+def by_head(sites: Any, heads: str | Sequence[int]) -> Any:
+    """Return sites with heads, from a site, a list or a mapping of sites without, such as ``attn.z`` or ``attn.z:3``.
+
+    Raises:
+        UsageError: a site has no heads, or names one; or heads are none.
+    """
+    if heads == "all":
+        numbers: list[Any] = ["*"]
+    elif isinstance(heads, Sequence) and heads and all(type(each) is int and each >= 0 for each in heads):
+        numbers = list(heads)
+    else:
+        raise UsageError(f"heads are 'all' or a list of numbers from 0, not {shown(heads)}")
+
+    def of(site: Any) -> list[str]:
+        kind, *block = str(site).split(":")
+        if kind not in HEADS or len(block) > 1:
+            raise UsageError(f"heads= is for sites such as 'attn.z' and 'attn.q:3', of {', '.join(HEADS)}; not {site}")
+        return [":".join((kind, *(block or ["*"]), str(number))) for number in numbers]
+
+    if isinstance(sites, Mapping):
+        return {pattern: through for site, through in sites.items() for pattern in of(site)}
+    return [pattern for site in ([sites] if isinstance(sites, str | Site) else sites) for pattern in of(site)]
 
 
 def _check_featurizer(featurizer: Any) -> None:

@@ -95,6 +95,18 @@ def test_cells_are_screened(folder: Path) -> None:
     assert not any(cell["exact"] for cell in found["cells"])
 
 
+def test_heads_and_answers_of_several_tokens(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "heads"
+    options = ("--heads", "all", "--positions", "all", "--metric", "log-probability", "--answer", "w7 w3", "--raw")
+    found = as_json("patch", folder, *TEXTS, *options, "--device", "cpu", "--out", out)
+    model = fresh_model("llama").requires_grad_(False)
+    options_here: dict[str, Any] = {"metric": ("log_probability", [[7, 3]]), "normalize": False}
+    grid = patch(model, BASE, SOURCE, heads="all", positions=["all"], **options_here)
+    assert found["cells"][0]["value"] == pytest.approx(grid.top(1)[0].value, abs=1e-4)
+    assert found["base"][0] == pytest.approx(grid.base[0].tolist(), abs=1e-4)
+    assert (out / "heatmap.png").exists()
+
+
 def test_paths_are_patched(folder: Path) -> None:
     options = ("--sites", "attn.z:0:*", "--receivers", "attn.q:1:2,attn.v:2", "--raw")
     found = as_json("patch", folder, *TEXTS, *METRIC, *options)
@@ -113,7 +125,7 @@ def test_paths_are_patched(folder: Path) -> None:
             (*TEXTS, "--metric", "kl", "--answer", "w7", "--counter", "w9"),
             "--counter is for the metric",
         ),
-        ((*TEXTS, *METRIC, "--indices", "a"), "indices are numbers of features"),
+        ((*TEXTS, *METRIC, "--indices", "a"), "--indices takes numbers"),
         (("--pairs", "nothing.jsonl", "--device", "cpu"), "cannot read pairs"),
     ],
 )
