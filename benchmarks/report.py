@@ -144,7 +144,11 @@ def _times(ratio: float) -> str:
 
 
 def _amount(value: float, unit: str) -> str:
-    steps = ((1, "s"), (1e-3, "ms"), (1e-6, "µs")) if unit == "s" else ((2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+    steps = {
+        "s": ((1, "s"), (1e-3, "ms"), (1e-6, "µs")),
+        "bytes": ((2**20, "MiB"), (2**10, "KiB"), (1, "B")),
+        "FLOP": ((1e9, "GFLOP"), (1e6, "MFLOP"), (1, "FLOP")),
+    }[unit]
     size, name = next((step for step in steps if value >= step[0]), steps[-1])
     return f"{value / size:.3g} {name}" if value / size < 1000 else f"{value / size:.0f} {name}"
 

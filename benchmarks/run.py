@@ -57,6 +57,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="Small sizes, to check that everything runs.")] = False,
     pairs: Annotated[int, typer.Option(help="Number of samples of each side.", min=2)] = 15,
     threads: Annotated[int, typer.Option(help="Of torch on the CPU; more than one needs an idle machine.", min=1)] = 1,
+    processor: Annotated[bool, typer.Option(help="Ratios in CPU time, on a machine that others use too.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
     docs: Annotated[bool, typer.Option(help="Write the table into docs/benchmarks.md.")] = False,
     table: Annotated[
@@ -83,27 +84,29 @@ def main(
         quick,
         pairs=min(pairs, 3) if quick else pairs,
         sample=0.01 if quick else 0.05,
+        processor=processor,
     )
     before = os.getloadavg()[0]
-    rows = []
-    for benchmark in chosen:
-        row = timing.run(benchmark, settings)
-        console.print(f"{row.name}: {row.skipped or f'{row.ratio:.3g}'}", style="dim", highlight=False)
-        rows.append(row)
     result = report.Report(
         device=settings.device.type,
         dtype=dtype.value,
         quick=quick,
         pairs=settings.pairs,
         machine=report.Machine.here(settings),
-        load=(before, os.getloadavg()[0]),
-        rows=rows,
+        load=(before, before),
+        rows=[],
         table=table,
     )
-    result.print(console)
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_text(result.model_dump_json(indent=2) + "\n")
+    for benchmark in chosen:
+        row = timing.run(benchmark, settings)
+        console.print(f"{row.name}: {row.skipped or f'{row.ratio:.3g}'}", style="dim", highlight=False)
+        result.rows.append(row)
+        result.load = before, os.getloadavg()[0]
+        if json is not None:  # after each row, so that a run that is ended keeps the rows that it has
+            json.write_text(result.model_dump_json(indent=2) + "\n")
+    result.print(console)
     if docs:
         report.write_document(result)
 

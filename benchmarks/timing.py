@@ -39,6 +39,7 @@ class Settings:
         quick: use small sizes and few samples, to check that everything runs.
         pairs: number of samples of each side; a slow case has three.
         sample: least duration of a sample in seconds; a fast side is called many times.
+        processor: take ratios and their spread in CPU time, on a machine that others use too.
     """
 
     device: torch.device
@@ -46,6 +47,7 @@ class Settings:
     quick: bool = False
     pairs: int = 15
     sample: float = 0.05
+    processor: bool = False
 
     def size(self, full: int, quick: int) -> int:
         """Return the full size, or the small one in a quick run."""
@@ -77,6 +79,7 @@ class Case:
         check: compares the results of both; returns how close they are, or raises `Unequal`.
         after: for calls that last minutes: describes the results of the timed calls, or raises `Unequal`. Such calls
             have no warm-up, and at most three samples.
+        share: of the work that a call of the peer does, whose times are divided by it.
     """
 
     what: str
@@ -85,18 +88,27 @@ class Case:
     theirs: Callable[[], object]
     check: Callable[[], str]
     after: Callable[[], str] | None = None
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Seconds that a call took in another process; a call that returns this is not timed here."""
+
+    wall: float
+    cpu: float
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Two sizes of the same content, or the time of a part and that of the whole."""
+    """Two sizes of the same content, the time of a part and that of the whole, or two amounts of work."""
 
     what: str
     peer: str
     ours: float
     theirs: float
     checked: str
-    unit: Literal["s", "bytes"] = "bytes"
+    unit: Literal["s", "bytes", "FLOP"] = "bytes"
 
 
 @dataclass(frozen=True)
@@ -133,7 +145,7 @@ class Row(BaseModel):
     name: str
     what: str = ""
     peer: str = ""
-    unit: Literal["s", "bytes"] = "s"
+    unit: Literal["s", "bytes", "FLOP"] = "s"
     sense: Sense = "at least"
     required: float | None = None
     ours: float = 0.0
@@ -192,15 +204,19 @@ def _time(case: Case, row: Row, settings: Settings) -> None:
     ours, theirs = [], []
     for _ in range(row.pairs):
         ours += _samples(case.ours, ours_calls, 1, settings)
-        theirs += _samples(case.theirs, theirs_calls, 1, settings)
+        theirs += [
+            (wall / case.share, cpu / case.share) for wall, cpu in _samples(case.theirs, theirs_calls, 1, settings)
+        ]
     row.ours, row.ours_cpu = (statistics.median(column) for column in zip(*ours, strict=True))
     row.theirs, row.theirs_cpu = (statistics.median(column) for column in zip(*theirs, strict=True))
     row.ratio = _ratio(row.ours, row.theirs, row.sense)
     if settings.device.type == "cpu":
         row.cpu_ratio = _ratio(row.ours_cpu, row.theirs_cpu, row.sense)
+        row.ratio = row.cpu_ratio if settings.processor else row.ratio
     else:
         row.ours_cpu = row.theirs_cpu = None
-    row.spread = _spread([_ratio(a, b, row.sense) for (a, _), (b, _) in zip(ours, theirs, strict=True)])
+    clock = int(settings.processor)
+    row.spread = _spread([_ratio(a[clock], b[clock], row.sense) for a, b in zip(ours, theirs, strict=True)])
     if case.after is not None:
         row.outcome = case.after()
 
@@ -242,8 +258,11 @@ def _samples(call: Callable[[], object], calls: int, samples: int, settings: Set
             settings.synchronize()
             wall, cpu = time.perf_counter(), time.process_time()
             for _ in range(calls):
-                call()
+                result = call()
             settings.synchronize()
+            if isinstance(result, Elsewhere):
+                yield result.wall, result.cpu
+                continue
             yield (time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls
         finally:
             gc.enable()

@@ -5,6 +5,7 @@ from .metrics import KL as KL
 from .metrics import METRICS as METRICS
 from .metrics import Accuracy as Accuracy
 from .metrics import LogitDifference as LogitDifference
+from .metrics import LogProbability as LogProbability
 from .metrics import Loss as Loss
 from .metrics import Metric as Metric
 from .metrics import Probability as Probability

@@ -34,19 +34,34 @@ def patch_command(
     base: Annotated[str | None, typer.Option(help="Prompt to edit.")] = None,
     source: Annotated[str | None, typer.Option(help="Prompt to take activations from.")] = None,
     pairs: Annotated[str | None, typer.Option(help="File of JSON lines, one pair each, instead of the two.")] = None,
-    sites: Annotated[str, typer.Option(help="Such as resid.pre, resid.pre:8,mlp.out or 'attn.z:*:*'.")] = "resid.pre",
+    sites: Annotated[
+        str | None,
+        typer.Option(help="Such as resid.pre:8,mlp.out or 'attn.z:*:*'; resid.pre by default, attn.z with --heads."),
+    ] = None,
+    heads: Annotated[str | None, typer.Option(help="all, or numbers such as 0,7: patch head by head.")] = None,
     positions: Annotated[
         str | None,
         typer.Option(help="Tokens or names of the records, such as -1,subject,0+1 or all; each by default."),
     ] = None,
     metric: Annotated[
-        str, typer.Option(help="logit-difference, probability, loss, accuracy or kl.")
+        str, typer.Option(help="logit-difference, log-probability, probability, loss, accuracy or kl.")
     ] = "logit-difference",
-    answer: Annotated[str | None, typer.Option(help="Token that the metric measures; else the records' label.")] = None,
+    answer: Annotated[
+        str | None, typer.Option(help="Answer that the metric measures; else the records' label.")
+    ] = None,
     counter: Annotated[str | None, typer.Option(help="Token to compare with; else the records' base_label.")] = None,
     featurizer: Annotated[str | None, typer.Option(help="Featurizer to patch through: id or folder.")] = None,
     indices: Annotated[str | None, typer.Option(help="Its features to patch, such as 3,17.")] = None,
+    receivers: Annotated[
+        str | None, typer.Option(help="Path patching: sites that alone read the edits, such as attn.q:9:6,attn.q:9:9.")
+    ] = None,
     freeze: Annotated[str | None, typer.Option(help="Some of attn.out,mlp.out,attn.pattern.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="exact; gradient or integrated estimate all cells by backward passes. exact by default."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Gradients that integrated averages.")] = 5,
+    screen: Annotated[int | None, typer.Option(min=1, help="Cells with the largest estimates to run exactly.")] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Show the metric itself, not 0 for the base and 1 for the source.")
     ] = False,
@@ -73,14 +88,19 @@ def patch_command(
         grid = patch(
             loaded.model,
             read,
-            sites=[part.strip() for part in sites.split(",")],
+            sites=None if sites is None else [part.strip() for part in sites.split(",")],
+            heads=heads if heads in (None, "all") else _numbers(heads, "heads"),
             positions=None if positions is None else [_position(part.strip()) for part in positions.split(",")],
             featurizer=f,
-            indices=None if indices is None else _numbers(indices),
+            indices=None if indices is None else _numbers(indices, "indices"),
             metric=measured,
             normalize=not raw,
+            receivers=None if receivers is None else [part.strip() for part in receivers.split(",")],
             freeze=[part.strip() for part in freeze.split(",")] if freeze else (),
             batch_rows=batch_rows,
+            method=method,
+            steps=steps,
+            screen=screen,
             tokenizer=loaded.tokenizer,
             progress=_advance(bar),
         )
@@ -92,7 +112,10 @@ def patch_command(
                     "cells": [_json(cell) for cell in cells]})  # fmt: skip
         return
     Console(emoji=False).print(_table(grid, cells))
-    print(f"{grid.about['verified']} cells were compared with whole runs of the model.")
+    if note := grid.note_of_estimates():
+        print(note)
+    if grid.exact.any():
+        print(f"{grid.about['verified']} cells were compared with whole runs of the model.")
     if out is not None:
         picture = ", heatmap.png" if find_spec("matplotlib") is not None else " (the heat map needs matplotlib)"
         print(f"Written: {out}/grid.safetensors, table.csv{picture}")
@@ -115,11 +138,11 @@ def _position(text: str) -> int | str | list[int]:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(text: str, what: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise UsageError(f"indices are numbers of features, such as 3,17, not {text!r}") from error
+        raise UsageError(f"--{what} takes numbers such as 3,17, not {text!r}") from error
 
 
 def _advance(bar: ProgressBar) -> Any:
@@ -134,7 +157,8 @@ def _table(grid: Grid, cells: list[GridCell]) -> Table:
     for cell in cells:
         token = "" if cell.token == cell.position else printable(repr(cell.token), 30)
         more = [f"{cell.stderr:.3f}", str(cell.n)] if several else []
-        table.add_row(str(cell.site), escape(printable(cell.position, 30)), escape(token), f"{cell.value:+.3f}", *more)
+        value = f"{'' if cell.exact else '~'}{cell.value:+.3f}"
+        table.add_row(str(cell.site), escape(printable(cell.position, 30)), escape(token), value, *more)
     return table
 
 

@@ -38,7 +38,7 @@ def write_grid(
 
     Args:
         path: of the file.
-        tensors: ``raw``, ``base`` and ``source``.
+        tensors: ``raw``, ``base``, ``source`` and ``exact``; ``estimate`` if there is one.
         prompts: base and source of each pair.
         record: fields of `GridRecord`.
 
@@ -66,7 +66,10 @@ def read_grid(path: Path) -> tuple[dict[str, Tensor], tuple[Any, ...], tuple[Sit
         "raw": (torch.float64, sizes),
         "base": (torch.float64, (sizes[0], pairs)),
         "source": (torch.float64, (sizes[0], pairs)),
+        "exact": (torch.bool, (sizes[1], sizes[3])),
     }
+    if "estimate" in tensors:
+        expected["estimate"] = expected["raw"]
     tokens = [tensors.pop(name, torch.empty(0)) for name in ("base_tokens", "source_tokens")]
     found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     whole = all(x.dtype == torch.int64 and x.dim() == 2 and len(x) == pairs for x in tokens)

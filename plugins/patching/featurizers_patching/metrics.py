@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from featurizers_patching.pairs import Pair, Tokens, answer_ids
 
-Answer: TypeAlias = "None | str | int | Sequence[str | int]"
-"""A token, as text or id, for all pairs; a list with one for each pair; None for the records' own labels."""
+Answer: TypeAlias = "None | str | int | Sequence[str | int | Sequence[int]]"
+"""An answer, as text or token id, for all pairs; a list with one for each pair, which may also be several ids; None for
+the records' own labels."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,16 @@ class Metric(ABC):
         """Tokens whose logits a bound metric reads; None for the whole vocabulary."""
         return None
 
+    @property
+    def named(self) -> frozenset[int]:
+        """Tokens that the answers of a bound metric are made of."""
+        return self.reads or frozenset()
+
+    @property
+    def continuation(self) -> tuple[Tokens, ...] | None:
+        """Tokens that have to follow each prompt so that a bound metric can be read; None if none have to."""
+        return None
+
     @abstractmethod
     def __call__(self, scored: Scored) -> Tensor:
         """Return a number for each run, ``(runs,)``."""
@@ -93,44 +104,83 @@ class LogitDifference(Metric):
 
 
 @dataclass(frozen=True)
-class Probability(Metric):
-    """Probability of the answer.
+class LogProbability(Metric):
+    """Log probability of the answer, in nats: of several tokens the sum, each after those before it.
 
     Attributes:
         answer: None for the records' ``label``.
     """
 
-    name: ClassVar[str] = "probability"
+    name: ClassVar[str] = "log_probability"
     answer: Answer = None
 
-    def bound(self, pairs: Sequence[Pair], tokenizer: Any) -> Probability:
+    def bound(self, pairs: Sequence[Pair], tokenizer: Any) -> LogProbability:
         """Return the metric with token ids."""
-        return replace(self, answer=_tokens(self.answer, pairs, tokenizer, "label"))
+        return replace(self, answer=_answers(self.answer, pairs, tokenizer, "label"))
+
+    @property
+    def named(self) -> frozenset[int]:
+        """The tokens of all answers."""
+        return frozenset(token for answer in _sequences(self.answer) for token in answer)
+
+    @property
+    def continuation(self) -> tuple[Tokens, ...] | None:
+        """All tokens of each answer but the last, if one has several."""
+        before = tuple(answer[:-1] for answer in _sequences(self.answer))
+        return before if any(before) else None
 
     def __call__(self, scored: Scored) -> Tensor:
-        """Return the mean probability."""
-        return (scored.of(_ids(self.answer)) - scored.logits.logsumexp(-1)).exp().mean(-1)
+        """Return the log probability; the mean over tokens that are read for an answer of one token."""
+        return self.log_probability(scored).mean(-1)
+
+    def log_probability(self, scored: Scored) -> Tensor:
+        """Return log probabilities of the answer, ``(runs, n)``; ``(runs, 1)`` for answers of several tokens."""
+        tokens, counts = self._tokens(scored)
+        found = scored.logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - scored.logits.logsumexp(-1)
+        return found if self.continuation is None else (found * counts).sum(-1, keepdim=True)
+
+    def _tokens(self, scored: Scored) -> tuple[Tensor, Tensor]:
+        """Return the token of the answer at each token that is read, ``(runs, n)``, and whether it counts there."""
+        n, device = scored.logits.shape[1], scored.logits.device
+        answers = _sequences(self.answer)
+        repeated = torch.tensor([[*answer, *[answer[-1]] * n][:n] for answer in answers], device=device)
+        lengths = torch.tensor([n if self.continuation is None else len(answer) for answer in answers], device=device)
+        pairs = scored.pairs.to(device)
+        return repeated[pairs], torch.arange(n, device=device) < lengths[pairs].unsqueeze(-1)
 
 
-class Loss(Probability):
-    """Cross-entropy of the answer, in nats."""
+class Probability(LogProbability):
+    """Probability of the answer; of several tokens the product."""
+
+    name: ClassVar[str] = "probability"
+
+    def __call__(self, scored: Scored) -> Tensor:
+        """Return the probability."""
+        return self.log_probability(scored).exp().mean(-1)
+
+
+class Loss(LogProbability):
+    """Cross-entropy of the answer, in nats; of several tokens the sum."""
 
     name: ClassVar[str] = "loss"
 
     def __call__(self, scored: Scored) -> Tensor:
-        """Return the mean loss."""
-        return (scored.logits.logsumexp(-1) - scored.of(_ids(self.answer))).mean(-1)
+        """Return the loss."""
+        return -self.log_probability(scored).mean(-1)
 
 
-class Accuracy(Probability):
-    """Whether the answer is the most probable token: 1 or 0."""
+class Accuracy(LogProbability):
+    """Whether the answer is the most probable token: 1 or 0; of several tokens, whether each is after the others."""
 
     name: ClassVar[str] = "accuracy"
 
     def __call__(self, scored: Scored) -> Tensor:
-        """Return the share of the tokens that are read at which it is."""
-        chosen = torch.tensor(_ids(self.answer), device=scored.logits.device)[scored.pairs.to(scored.logits.device)]
-        return (scored.logits.argmax(-1) == chosen.unsqueeze(-1)).to(scored.logits.dtype).mean(-1)
+        """Return the share of the tokens that are read at which it is; 1 or 0 for answers of several tokens."""
+        tokens, counts = self._tokens(scored)
+        right = scored.logits.argmax(-1) == tokens
+        if self.continuation is not None:
+            return (right | ~counts).all(-1).to(scored.logits.dtype)
+        return right.to(scored.logits.dtype).mean(-1)
 
 
 @dataclass(frozen=True)
@@ -166,7 +216,7 @@ class Custom(Metric):
 
 
 METRICS: Final[dict[str, type[Metric]]] = {
-    metric.name: metric for metric in (LogitDifference, Probability, Loss, Accuracy, KL)
+    metric.name: metric for metric in (LogitDifference, LogProbability, Probability, Loss, Accuracy, KL)
 }
 
 
@@ -214,6 +264,22 @@ def _tokens(answer: Answer, pairs: Sequence[Pair], tokenizer: Any, key: str) -> 
     Raises:
         UsageError: it is not known, or has several tokens.
     """
+    found = _answers(answer, pairs, tokenizer, key)
+    for number, ids in enumerate(found):
+        if len(ids) != 1:
+            raise UsageError(
+                f"pair {number}: the answer {shown(ids)} has {len(ids)} tokens, and the metric reads one; give its "
+                "first token, or take 'log_probability', which reads several"
+            )
+    return tuple(token for (token,) in found)
+
+
+def _answers(answer: Answer, pairs: Sequence[Pair], tokenizer: Any, key: str) -> tuple[Tokens, ...]:
+    """Return the tokens of the answer for each pair.
+
+    Raises:
+        UsageError: it is not known.
+    """
     if answer is None:
         of_pairs: list[Any] = [getattr(pair, key) for pair in pairs]
         if None in of_pairs:
@@ -227,18 +293,14 @@ def _tokens(answer: Answer, pairs: Sequence[Pair], tokenizer: Any, key: str) -> 
         of_pairs = list(answer)
         if len(of_pairs) != len(pairs):
             raise UsageError(f"there are {len(of_pairs)} answers and {len(pairs)} pairs; give one answer for each")
-    found = []
-    for number, each in enumerate(of_pairs):
-        ids = answer_ids(each, tokenizer, f"pair {number}: the answer")
-        if len(ids) != 1:
-            raise UsageError(
-                f"pair {number}: the answer {shown(each)} has {len(ids)} tokens, and the metric reads one; give its "
-                "first token, or a function of logits"
-            )
-        found.append(ids[0])
-    return tuple(found)
+    return tuple(answer_ids(each, tokenizer, f"pair {n}: the answer") for n, each in enumerate(of_pairs))
 
 
 def _ids(answer: Any) -> Tokens:
     """Return the token ids of a bound metric."""
+    return answer  # type: ignore[no-any-return]
+
+
+def _sequences(answer: Any) -> tuple[Tokens, ...]:
+    """Return the tokens of each answer of a bound metric."""
     return answer  # type: ignore[no-any-return]

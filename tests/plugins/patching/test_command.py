@@ -82,6 +82,39 @@ def test_a_featurizer_is_loaded(folder: Path, tmp_path: Path) -> None:
     assert found["base"][0] == pytest.approx(grid.base[0].tolist(), abs=1e-4)
 
 
+def test_cells_are_screened(folder: Path) -> None:
+    code, text, error = run("patch", folder, *TEXTS, *METRIC, "--screen", 2, "--top", 18)
+    assert code == 0, error
+    grid = expected(screen=2)
+    for cell in grid.top(18):
+        assert f"{'' if cell.exact else '~'}{cell.value:+.3f}" in text
+    assert "2 of 18 cells were run, where the estimates are off by" in " ".join(text.split())
+    found = as_json("patch", folder, *TEXTS, *METRIC, "--method", "integrated", "--steps", 2)
+    best = expected(method="integrated", steps=2).top(1)[0]
+    assert found["cells"][0]["value"] == pytest.approx(best.value, abs=1e-4)
+    assert not any(cell["exact"] for cell in found["cells"])
+
+
+def test_heads_and_answers_of_several_tokens(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "heads"
+    options = ("--heads", "all", "--positions", "all", "--metric", "log-probability", "--answer", "w7 w3", "--raw")
+    found = as_json("patch", folder, *TEXTS, *options, "--device", "cpu", "--out", out)
+    model = fresh_model("llama").requires_grad_(False)
+    options_here: dict[str, Any] = {"metric": ("log_probability", [[7, 3]]), "normalize": False}
+    grid = patch(model, BASE, SOURCE, heads="all", positions=["all"], **options_here)
+    assert found["cells"][0]["value"] == pytest.approx(grid.top(1)[0].value, abs=1e-4)
+    assert found["base"][0] == pytest.approx(grid.base[0].tolist(), abs=1e-4)
+    assert (out / "heatmap.png").exists()
+
+
+def test_paths_are_patched(folder: Path) -> None:
+    options = ("--sites", "attn.z:0:*", "--receivers", "attn.q:1:2,attn.v:2", "--raw")
+    found = as_json("patch", folder, *TEXTS, *METRIC, *options)
+    grid = expected(sites="attn.z:0:*", receivers=["attn.q:1:2", "attn.v:2"], normalize=False)
+    assert found["about"]["receivers"] == ["attn.q:1:2", "attn.v:2"]
+    assert found["cells"][0]["value"] == pytest.approx(grid.top(1)[0].value, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -92,7 +125,7 @@ def test_a_featurizer_is_loaded(folder: Path, tmp_path: Path) -> None:
             (*TEXTS, "--metric", "kl", "--answer", "w7", "--counter", "w9"),
             "--counter is for the metric",
         ),
-        ((*TEXTS, *METRIC, "--indices", "a"), "indices are numbers of features"),
+        ((*TEXTS, *METRIC, "--indices", "a"), "--indices takes numbers"),
         (("--pairs", "nothing.jsonl", "--device", "cpu"), "cannot read pairs"),
     ],
 )

@@ -12,7 +12,7 @@ import featurizers
 import pytest
 import torch
 from featurizers.errors import PluginError, SiteError, UsageError
-from featurizers_patching import KL, Accuracy, Grid, LogitDifference, Loss, Metric, Probability, Scored, patch
+from featurizers_patching import patch
 from torch import Tensor
 
 from tests.support.models import tiny_model
@@ -86,34 +86,6 @@ def test_tokens_before_the_first_difference_change_nothing(model: Any, skip_equa
     assert (grid.values[0, :, 0, 2:-1].abs() > 1e-9).any()
 
 
-def test_metrics_are_those_of_torch(model: Any) -> None:
-    metrics: dict[str, Any] = {
-        "difference": LogitDifference(7, 9),
-        "probability": Probability(7),
-        "loss": Loss(7),
-        "accuracy": Accuracy(7),
-        "kl": KL(),
-        "mine": lambda logits: logits[:, 3].square(),
-    }
-    grid = patch(model, BASE, SOURCE, "resid.mid:1", metric=metrics, positions=[3], normalize=False)
-    f = featurizers.create("identity")
-    with featurizers.intervene(
-        model, {"resid.mid:1": featurizers.Interchange(f, source={"input_ids": torch.tensor([SOURCE])}, positions=[3])}
-    ):
-        after = logits_of(model, BASE)
-    clean = torch.distributions.Categorical(logits=logits_of(model, BASE))
-    expected = [
-        after[7] - after[9],
-        after.softmax(-1)[7],
-        torch.nn.functional.cross_entropy(after, torch.tensor(7)),
-        after.argmax() == 7,
-        torch.distributions.kl_divergence(clean, torch.distributions.Categorical(logits=after)),
-        after[3] ** 2,
-    ]
-    for name, found, each in zip(grid.metrics, grid.values[:, 0, 0, 0], expected, strict=True):
-        assert math.isclose(found, float(each), abs_tol=1e-9), name
-
-
 def test_only_the_columns_that_are_read_give_the_same_as_the_whole_head(model: Any) -> None:
     columns = patch(model, BASE, SOURCE, metric=("logit_difference", 7, 9), normalize=False)
     whole = patch(model, BASE, SOURCE, metric=lambda logits: logits[:, 7] - logits[:, 9], normalize=False)
@@ -176,15 +148,6 @@ def test_names_and_spans_are_columns(model: Any) -> None:
     )
     assert same.positions == ("subject", "end")
     assert torch.equal(same.values[:, :, 0], grid.values[:, :, 0])
-
-
-def test_several_tokens_may_be_read(model: Any) -> None:
-    grid = patch(
-        model, BASE, SOURCE, "resid.pre:1", positions=[2, 4], at=[3, -1], metric=Probability(7), normalize=False
-    )
-    for column, token in enumerate((2, 4)):
-        after = torch.stack([swapped(model, BASE, SOURCE, "resid.pre:1", [token], at) for at in (3, -1)])
-        assert math.isclose(grid.values[0, 0, 0, column], after.softmax(-1)[:, 7].mean(), abs_tol=1e-10)
 
 
 def through(model: Any, operation: Any) -> Tensor:
@@ -276,57 +239,6 @@ def test_pairs_in_several_groups_give_the_same(model: Any) -> None:
         )
 
 
-def test_means_and_errors_over_pairs_are_those_of_torch(model: Any) -> None:
-    bases, sources = [BASE, SHORT, SHORT_SOURCE], [SOURCE, SHORT_SOURCE, SHORT]
-    grid = patch(model, bases, sources, metric=("logit_difference", 7, 9))
-    assert grid.mean().shape == grid.stderr().shape == (1, 3, 6)
-    first = grid.values[0, 1, :, 2]
-    torch.testing.assert_close(grid.mean()[0, 1, 2], first.mean())
-    torch.testing.assert_close(grid.stderr()[0, 1, 2], first.std() / math.sqrt(3))
-    assert grid.stderr()[0, 1, 5].isnan()  # one pair alone has that token
-    assert grid.counts()[0, 1].tolist() == [3, 3, 3, 3, 1, 1]
-    best = grid.top(1)[0]
-    assert abs(best.value) == float(grid.mean().abs().nan_to_num().max())
-    assert len(list(grid.rows())) == 3 * (6 + 4 + 4)
-    assert "resid.pre:" in repr(grid)
-
-
-def test_a_grid_is_saved_and_loaded(model: Any, tmp_path: Any) -> None:
-    from featurizers.errors import ArtefactError
-    from safetensors.torch import load_file, save_file
-
-    grid = patch(model, [BASE, SHORT], [SOURCE, SHORT_SOURCE], ["resid.pre", "attn.z:0:1"], metric=("probability", 7))
-    path = grid.save(tmp_path / "grid.safetensors")
-    again = featurizers.load_grid(path)
-    assert isinstance(again, Grid)
-    assert torch.equal(again.raw.nan_to_num(-9), grid.raw.nan_to_num(-9))
-    for name in ("metrics", "sites", "positions", "labels", "prompts", "normalized", "about"):
-        assert getattr(again, name) == getattr(grid, name)
-    assert repr(again) == repr(grid)
-    tensors = load_file(path)
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = file.read(size)
-    import json
-
-    metadata = json.loads(header)["__metadata__"]
-    save_file({**tensors, "base": tensors["base"][:, :1].clone()}, path, metadata=metadata)
-    with pytest.raises(ArtefactError, match="sizes"):
-        featurizers.load_grid(path)
-    save_file(tensors, path)
-    with pytest.raises(ArtefactError, match="expected a grid of patching"):
-        featurizers.load_grid(path)
-
-
-def test_a_heat_map_shows_the_means(model: Any) -> None:
-    grid = patch(model, BASE, SOURCE, metric=("logit_difference", 7, 9))
-    axes = grid.plot()
-    torch.testing.assert_close(torch.tensor(axes.images[0].get_array()), grid.mean()[0])
-    low, high = axes.images[0].get_clim()
-    assert low == -high
-    assert [label.get_text() for label in axes.get_xticklabels()] == list(map(str, BASE))
-
-
 def test_contexts_around_the_call_do_not_reach_its_runs(model: Any) -> None:
     expected = patch(model, BASE, SOURCE, metric=("logit_difference", 7, 9))
     zero = featurizers.Ablate(featurizers.create("identity"))
@@ -402,15 +314,6 @@ def test_baselines_that_are_equal_are_warned_of(model: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         patch(model, BASE, BASE, metric=("logit_difference", 7, 9), normalize=False)
-
-
-def test_own_metrics_know_the_pair(model: Any) -> None:
-    class Answer(Metric):
-        def __call__(self, scored: Scored) -> Tensor:
-            return scored.of((7, 9))[:, 0]
-
-    grid = patch(model, [BASE, SHORT], [SOURCE, SHORT_SOURCE], "resid.pre:0", metric=Answer(), normalize=False)
-    assert math.isclose(grid.base[0, 1], logits_of(model, SHORT)[9], abs_tol=1e-10)
 
 
 def test_the_core_names_the_package_if_it_is_missing() -> None:

@@ -9,5 +9,6 @@ gives each cell the clean keys and values of its prompt with its own written ove
 The files, lowest first: `scope` (which run is active in a thread, and stand-ins for ``forward``), `spots` (where in
 the model a site is), `cells` (the table of edits), `attention`, `clean` (the clean run), `frozen`, `editing` (hooks
 that edit packed rows), `ending` (from the last block to the logits), `advance` (the run of a chunk of cells),
-`reference` (the same cells through `featurizers.intervene`), `sweep` (chunks, memory, verification).
+`reference` (the same cells through `featurizers.intervene`), `sweep` (chunks, memory, verification), `receiving` (path
+patching). `reading` reads activations and `gradients` takes gradients at sites in whole runs without edits.
 """

@@ -81,8 +81,8 @@ class _Chunk(Attender):
         self.at = clean.prompts.at[cells.pair]  # (cells, n)
         self.block_of_edit = np.array([spot.block for spot in spots])[cells.spot]
         self.mixes = np.array([spot.mixes for spot in spots])[cells.spot]
-        self.own_attention = np.array([spot.part == "attn.out" for spot in spots])[cells.spot]
-        self.own_mlp = np.array([spot.part == "mlp.out" for spot in spots])[cells.spot]
+        self.own_attention = np.array([spot.part == "attn.out" and not spot.reads for spot in spots])[cells.spot]
+        self.own_mlp = np.array([spot.part == "mlp.out" and not spot.reads for spot in spots])[cells.spot]
         self.slot_of_edit = cells.cell * self.width + cells.token
         self.is_read = np.zeros((len(cells), self.width), dtype=bool)
         np.put_along_axis(self.is_read, self.at, True, axis=1)
@@ -198,13 +198,18 @@ class _Chunk(Attender):
         place = self.clean.anatomy.place(Site(kind, block))
         clean = self.clean.frozen[kind, block].index_select(0, self._tensor(self._clean_rows(self.slots)))
         own = self._own(kind, block)
-        of_rows = self._tensor(own) if own.any() else None
+        here = self.cells.spot[self.block_of_edit == block]
+        is_read = any(self.spots[number].reads and self.spots[number].part == kind for number in here)
+        of_rows = self._tensor(own) if own.any() or is_read else None
         stack.enter_context(frozen_output(self, place, self.clean.frozen_wraps[kind, block], clean, of_rows))
 
     def _narrow_mlp(self, stack: ExitStack, block: int) -> None:
         """Let the MLP of the last block compute the rows that are read, and no others."""
         path = self.clean.anatomy.parts(block).mlp
         if path is None or ("mlp.out" in self.freeze and not self._own("mlp.out", block).any()):
+            return
+        here = self.cells.spot[self.block_of_edit == block]
+        if any(self.spots[number].place.tokens is not None for number in here):  # a router, which counts tokens
             return
         needed = np.flatnonzero(self.is_read.ravel()[self.slots])
         mlp = self.clean.layers[block].get_submodule(path)

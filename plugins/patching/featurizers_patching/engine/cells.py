@@ -78,6 +78,7 @@ def with_effect(cells: Cells, spots: Sequence[Spot], at: IntArray, n_blocks: int
         n_blocks: of the model.
         attends: whether attention moves what was edited, rather than being frozen.
     """
+    attends = attends or any(spot.reads for spot in spots)  # what is read may be used where nothing is frozen
     pair = cells.pair[cells.cell]
     is_read = (at[pair] == cells.token[:, None]).any(axis=1)
     block = np.array([spot.block for spot in spots])[cells.spot]

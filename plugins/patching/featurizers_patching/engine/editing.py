@@ -13,7 +13,7 @@ from torch import Tensor
 
 from featurizers_patching.engine.cells import Edit, IntArray
 from featurizers_patching.engine.scope import NotPackableError, active
-from featurizers_patching.engine.spots import Spot
+from featurizers_patching.engine.spots import Spot, own_columns, with_columns
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class RowHooks:
         """Register the hooks, which the stack removes."""
         # sums last: their hooks check what the next module reads, after all other edits
         for key, group in sorted(self._groups.items(), key=lambda each: not each[0][2]):
-            stack.callback(hook(replace(group[0].spot.place, columns=None), self._hook(key, group)).remove)
+            stack.callback(hook(replace(group[0].spot.place, columns=None, groups=1), self._hook(key, group)).remove)
 
     def check(self) -> None:
         """Raise NotPackableError if a module was not called."""
@@ -78,13 +78,11 @@ class RowHooks:
     def _edited(self, flat: Tensor, rows: Tensor, each: SpotEdits) -> Tensor:
         place: Place = each.spot.place
         whole = flat.index_select(0, rows)
-        base = whole if place.columns is None else whole[:, place.columns]
+        base = own_columns(place, whole)
         new = each.edit(base, each.numbers)
         if new.shape != base.shape:
             raise ShapeError(f"{each.spot.site}: the edit of {tuple(base.shape)} gives {tuple(new.shape)}")
-        new = new.to(flat.dtype)
-        if place.columns is not None:
-            new = torch.cat([whole[:, : place.columns.start], new, whole[:, place.columns.stop :]], dim=-1)
+        new = with_columns(place, whole, new.to(flat.dtype))
         return (
             flat.index_copy(0, rows, new) if flat.requires_grad or new.requires_grad else flat.index_copy_(0, rows, new)
         )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from featurizers_patching.engine.clean import Prompts
 from featurizers_patching.engine.ending import narrowed
 from featurizers_patching.engine.scope import active, entered
+from featurizers_patching.engine.spots import own_columns
 
 
 class Read:
@@ -43,7 +44,7 @@ class Read:
             # sums last: their hooks check what the next module reads, if no other hook comes after them
             for key, place in sorted(by_key.items(), key=lambda each: not each[0][2]):
                 keep = functools.partial(self._keep, key)
-                stack.callback(hook(replace(place, columns=None), keep, only_reads=True).remove)
+                stack.callback(hook(replace(place, columns=None, groups=1), keep, only_reads=True).remove)
             stack.enter_context(narrowed(model, self, at))
             self.logits: Tensor = model(**prompts.inputs(device), **without_cache(model)).logits[:, : at.shape[1]]
 
@@ -70,5 +71,4 @@ class Read:
         if found is None or len(found) != self._shape[0] * self._shape[1]:
             raise ShapeError(f"{self._sites[site]}: it has no activations for each token, so that none can be patched")
         rows = found.index_select(0, row.to(found.device))
-        columns = self._places[site].columns
-        return rows if columns is None else rows[:, columns]
+        return own_columns(self._places[site], rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,6 +63,7 @@ def whole_runs(
     sites: Sequence[Site],
     edits: Sequence[Edit],
     freeze: Sequence[str],
+    reads: Collection[int] = (),
 ) -> Tensor:
     """Return the logits of cells ``(cells, n, vocabulary)`` by one whole run of the model on a batch of their prompts.
 
@@ -73,6 +74,7 @@ def whole_runs(
         sites: of the sweep.
         edits: one for each site.
         freeze: "attn.out", "mlp.out"; see `advance`.
+        reads: numbers of the sites whose edits change nothing and only read.
 
     Raises:
         UsageError: attention patterns cannot be frozen by whole runs.
@@ -84,7 +86,7 @@ def whole_runs(
     identity = featurizers.create("identity")
     with unedited(), eager():
         if freeze:
-            for site, operation in _freezes(model, inputs, cells, sites, freeze, identity).items():
+            for site, operation in _freezes(model, inputs, cells, sites, freeze, reads, identity).items():
                 operations.setdefault(site, []).append(operation)
         for number in np.unique(cells.spot):
             positions, numbers = _by_example(cells, int(number))
@@ -124,6 +126,7 @@ def _freezes(
     cells: Cells,
     sites: Sequence[Site],
     freeze: Sequence[str],
+    reads: Collection[int],
     identity: Featurizer[Any],
 ) -> dict[Site, Operation]:
     if "attn.pattern" in freeze:
@@ -142,7 +145,7 @@ def _freezes(
         frozen = np.repeat((start <= site.layer)[:, None], width, axis=1)
         for cell, spot, token in zip(cells.cell, cells.spot, cells.token, strict=True):
             where = spots[spot]
-            if where.part == site.kind and where.block == site.layer:  # the edit is inside of this module
+            if spot not in reads and (where.part, where.block) == (site.kind, site.layer):  # inside of this module
                 frozen[cell] &= (tokens < token) if where.mixes else (tokens != token)
         operations[site] = _FreezeOperation(identity, clean=clean[site], frozen=frozen)
     return operations

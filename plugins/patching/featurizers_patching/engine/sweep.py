@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -66,6 +66,7 @@ class Sweep:
         columns: tokens whose logits are read; None for all.
         verify: number of cells to compare with whole runs.
         progress: is called with the share of the work that is done.
+        reads: numbers of the sites whose edits change nothing and only read.
     """
 
     model: nn.Module
@@ -78,6 +79,7 @@ class Sweep:
     columns: Tensor | None = None
     verify: int = 4
     progress: Callable[[float], None] = field(default=lambda _: None)
+    reads: frozenset[int] = frozenset()
 
     def run(self, consume: Consume, report: Report) -> Tensor:
         """Run the cells, hand their logits on, and return the clean logits ``(prompts, n, k)``.
@@ -109,7 +111,7 @@ class Sweep:
 
     def _packed(self, consume: Consume, report: Report) -> Tensor:
         anatomy = Anatomy(self.model)
-        spots = [spot_of(anatomy, site) for site in self.sites]
+        spots = [replace(spot_of(anatomy, site), reads=n in self.reads) for n, site in enumerate(self.sites)]
         clean = CleanRun(self.model, anatomy, self.prompts, self.freeze)
         columns = self.columns if takes_columns(self.model) else None
         attends = "attn.out" not in self.freeze
@@ -184,7 +186,7 @@ class Sweep:
         if not kept:
             return
         numbers = np.array(sorted(kept))
-        whole = whole_runs(self.model, self.prompts, self.cells.take(numbers), self.sites, self.edits, self.freeze)
+        whole = self._runs(self.cells.take(numbers))
         whole = whole if self.columns is None else whole.index_select(-1, self.columns)
         packed = torch.stack([kept[int(number)] for number in numbers])
         scale = float(clean.float().std().clamp_min(1e-12))
@@ -197,6 +199,9 @@ class Sweep:
         report.verified += len(numbers)
         report.difference = max(report.difference, difference)
 
+    def _runs(self, cells: Cells) -> Tensor:
+        return whole_runs(self.model, self.prompts, cells, self.sites, self.edits, self.freeze, self.reads)
+
     def _whole(self, consume: Consume, report: Report) -> Tensor:
         nothing = Cells.of(np.arange(len(self.prompts)), [], [], [])
         read = whole_runs(self.model, self.prompts, nothing, self.sites, self.edits, ())
@@ -204,7 +209,7 @@ class Sweep:
         sizes = np.array([len(self.prompts.tokens[pair]) for pair in self.cells.pair])
         order, done = np.argsort(sizes, kind="stable"), 0
         for chunk in _chunks(order, sizes, lambda: self._most(report, read)):
-            logits = whole_runs(self.model, self.prompts, self.cells.take(chunk), self.sites, self.edits, self.freeze)
+            logits = self._runs(self.cells.take(chunk))
             consume(chunk, logits if self.columns is None else logits.index_select(-1, self.columns), read)
             done += int(sizes[chunk].sum())
             self.progress(done / int(sizes.sum()))
