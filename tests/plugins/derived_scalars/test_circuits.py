@@ -246,6 +246,13 @@ def test_sites_of_the_core_are_places():
         Need("logits", layers=frozenset({0}))
 
 
+def test_a_place_outside_the_blocks_is_in_none(captured):
+    circuit, _ = captured
+    for kind in ("resid.embed", "resid.final"):
+        with pytest.raises(SiteError, match=f"{kind} is in no block"):
+            circuit.block(Place(kind))
+
+
 def test_misuse_is_named(captured):
     circuit, raw = captured
     x = raw[Place("resid.pre", 1), "forward"]
