@@ -42,6 +42,8 @@ TESTS = {
     ],
     "core/featurizers/models": ["tests/plugins/transcoder/test_interventions.py"],
     "plugins/derived-scalars": ["tests/plugins/patching/test_patch.py"],
+    "plugins/sae-lens": [f"tests/hub/test_{name}.py" for name in ("sae_lens_catalogue", "gemma_scope_2")],
+    "plugins/sparsify": ["tests/hub/test_sparsify.py"],
 }
 """Tests beside those that lie as the code does: ``tests/core/<room>`` and ``tests/plugins/<plugin>``."""
 NEAREST = {

@@ -181,6 +181,15 @@ def test_logits_are_the_final_stream_unembedded(captured):
             assert head.scale == pytest.approx(factor)
 
 
+def test_logits_of_a_model_without_a_final_norm_are_the_last_stream_times_the_head():
+    model = decoder("opt", torch.float64, _remove_final_layer_norm=True)
+    circuit = Circuit(model)
+    [raw] = capture(circuit, tokens(), [Need("logits"), Need("resid.final")])
+    final = raw[Place("resid.final"), "forward"]
+    close(circuit.unembed(final), final @ model.lm_head.weight.T)
+    close(raw[Place("logits"), "forward"], final @ model.lm_head.weight.T)
+
+
 # ---- where things are
 
 
