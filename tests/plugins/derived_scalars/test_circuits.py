@@ -229,6 +229,10 @@ def test_granites_factor_is_found_and_used():
     assert Circuit(shared_decoder("llama")).factor(Place("attn.delta", 1)) == 1.0
     [raw] = capture(circuit, tokens(), [Need("mlp.out"), Need("mlp.delta")])
     assert torch.equal(raw[Place("mlp.out", 1), "forward"] * 0.4, raw[Place("mlp.delta", 1), "forward"])
+    doubled = Circuit(decoder("granite", torch.float64, residual_multiplier=2.0))
+    [raw] = capture(doubled, tokens(), [Need("mlp.delta"), Need("attn.delta"), Need("resid.pre"), Need("resid.post")])
+    written = raw[Place("mlp.delta", 1), "forward"] + raw[Place("attn.delta", 1), "forward"]
+    close(raw[Place("resid.pre", 1), "forward"] + written, raw[Place("resid.post", 1), "forward"])
 
 
 def test_sites_of_the_core_are_places():
