@@ -30,26 +30,43 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 TESTS = {
     "core/featurizers/builtin": ["tests/plugins/dictionary_learning/test_files.py", "tests/plugins/sparsify"],
-    "core/featurizers/features": ["tests/core/builtin", "tests/plugins/subspace", "tests/plugins/identity"],
+    "core/featurizers/features": [
+        *("tests/core/builtin", "tests/plugins/subspace", "tests/plugins/identity", "tests/plugins/transcoder"),
+        *("tests/core/models/test_lowering.py", "tests/core/models/test_operations.py"),
+    ],
     "core/featurizers/format": ["tests/core/store"],
     "core/featurizers/files": ["tests/core/store/test_limits.py"],
     "core/featurizers/store": [
         *(f"tests/hub/test_{name}.py" for name in ("load", "push", "sae_lens_catalogue", "sparsify", "circuit_tracer")),
         "tests/core/registry/test_plugins.py",
     ],
-    "core/featurizers/models": [],
+    "core/featurizers/models": ["tests/plugins/transcoder/test_interventions.py"],
+    "plugins/derived-scalars": ["tests/plugins/patching/test_patch.py"],
+    "plugins/sae-lens": [f"tests/hub/test_{name}.py" for name in ("sae_lens_catalogue", "gemma_scope_2")],
+    "plugins/sparsify": ["tests/hub/test_sparsify.py"],
 }
 """Tests beside those that lie as the code does: ``tests/core/<room>`` and ``tests/plugins/<plugin>``."""
 NEAREST = {
     "core/featurizers/builtin": ["tests/core/builtin/test_dictionary.py"],
     "core/featurizers/features": ["tests/core/builtin/test_dictionary.py", "tests/core/features/test_edits.py"],
+    "core/featurizers/features/programs.py": ["tests/core/models/test_lowering.py"],
+    "core/featurizers/features/site_map.py": [
+        f"tests/plugins/transcoder/test_{name}.py" for name in ("linear_map", "interventions")
+    ],
     "core/featurizers/files": ["tests/core/files/test_files.py", "tests/core/files/test_torch_files.py"],
     "core/featurizers/format": ["tests/core/format/test_manifest.py", "tests/core/store/test_artefact.py"],
     "core/featurizers/models": ["tests/core/models/test_operations.py"],
+    "core/featurizers/models/hooks.py": [
+        f"tests/core/models/test_{name}.py" for name in ("operations", "routing", "attention_parts")
+    ],
     "core/featurizers/store": ["tests/core/store/test_artefact.py", "tests/core/store/test_limits.py"],
     "core/featurizers/store/loading.py": [
         *("tests/core/store/test_artefact.py", "tests/core/store/test_limits.py"),
         "tests/hub/test_sae_lens_catalogue.py",
+    ],
+    "core/featurizers/store/converting.py": [
+        "tests/core/store/test_artefact.py",
+        "tests/plugins/sparsify/test_sparsify.py",
     ],
     "core/featurizers/store/suggestions.py": ["tests/core/registry/test_plugins.py"],
     "core/featurizers/store/pushing.py": ["tests/hub/test_push.py"],
@@ -58,13 +75,30 @@ NEAREST = {
         "tests/plugins/causal_basis/test_distributed.py"
     ],
     "plugins/derived-scalars": ["tests/plugins/derived_scalars/test_algebra.py"],
+    "plugins/derived-scalars/featurizers_derived_scalars/quantities/of_nodes.py": [
+        f"tests/plugins/derived_scalars/test_{name}.py" for name in ("algebra", "edges")
+    ],
+    "plugins/derived-scalars/featurizers_derived_scalars/quantities/tracing.py": [
+        f"tests/plugins/derived_scalars/test_{name}.py" for name in ("algebra", "edges", "capture")
+    ],
     "plugins/training": ["tests/plugins/training/test_search.py"],
+    **{
+        f"plugins/training/featurizers_training/methods/{name}.py": [
+            f"tests/plugins/training/test_{test}.py" for test in ("methods", "search")
+        ]
+        for name in ("base", "gates", "searches")
+    },
     **{
         f"plugins/derived-scalars/featurizers_derived_scalars/{room}": [f"tests/plugins/derived_scalars/test_{name}.py"]
         for room, name in (("capturing", "capture"), ("circuit", "circuits"), ("featurize", "latents"))
     },
 }
-"""Tests to try first for files that have none of their own name. Those of a single file may run it elsewhere."""
+"""Tests to try first for files that have none of their own name."""
+IN_PROCESSES = {
+    "core/featurizers/store/suggestions.py",
+    "plugins/causal-basis/featurizers_causal_basis/solve/processes.py",
+}
+"""Files that tests run in other processes, where lines are not traced."""
 LEFT_OUT = {
     f"test_{name}.py"
     for name in ("command", "compilation", "demo", "distributed", "docs", "fuzzing", "page", "replacing", "sweep")
@@ -112,30 +146,35 @@ class Bench:
                 __import__(library)
 
     def run(self, pending: list[Mutant], *, wide: bool) -> Iterator[Tried]:
-        """Yield results as they come; if wide, mutants that the nearest tests do not kill meet the others that fit."""
+        """Yield results as they come; if wide, mutants that the first tests do not kill meet the others that fit.
+
+        A stage of a mutant is the tests of its nearest files, then those of one file after the other.
+        """
         free, running = list(self.copies), list[Job]()
-        stages = deque((mutant, 0) for mutant in pending)
+        stages = deque((mutant, 0, 0) for mutant in pending)
         while stages or running:
             if free and stages:
-                mutant, stage = stages.popleft()
-                files = fitting(mutant.file, self.copies[0])[: None if wide else 1]
-                chosen = self._chosen(mutant, files[stage], last=wide and stage + 1 == len(files))
-                if chosen:
-                    running.append(self._started(mutant, chosen, free.pop(), stage))
-                elif stage + 1 < len(files):
-                    stages.appendleft((mutant, stage + 1))
+                mutant, stage, count = stages.popleft()
+                files = fitting(mutant.file, self.copies[0])
+                if chosen := self._chosen(mutant, files[stage]):
+                    running.append(self._started(mutant, chosen, free.pop(), stage, count))
+                elif stage + 1 < len(files) and (wide or not count):
+                    stages.appendleft((mutant, stage + 1, count))
                 else:
-                    yield _tried(mutant, "survived", 0.0, "no test runs it", 0)
+                    yield _tried(mutant, "survived", 0.0, "" if count else "no test runs it", count)
                 continue
             for job, tried in self._finished(running, free):
-                stages_of_file = len(fitting(job.mutant.file, self.copies[0]))
-                if wide and tried["status"] == "survived" and job.stage + 1 < stages_of_file:
-                    stages.appendleft((job.mutant, job.stage + 1))
+                is_last = job.stage + 1 == len(fitting(job.mutant.file, self.copies[0]))
+                if wide and tried["status"] == "survived" and not is_last:
+                    stages.appendleft((job.mutant, job.stage + 1, job.count))
                 else:
                     yield tried
 
-    def _chosen(self, mutant: Mutant, files: list[str], *, last: bool) -> list[tuple[str, float]]:
-        """Return tests to run with their CPU seconds, fastest first: those that run its lines, at last all that fit."""
+    def _chosen(self, mutant: Mutant, files: list[str]) -> list[tuple[str, float]]:
+        """Return tests to run with their CPU seconds, fastest first.
+
+        They are those that run the mutant's lines; all, if none does and the lines run at import or in another process.
+        """
         of_file, of_lines = {}, {}
         for test_file in files:
             for name, test in self._trace(test_file).items():
@@ -143,7 +182,7 @@ class Bench:
                 lines = test["ran"].get(mutant.file, ())
                 if any(mutant.lines[0] <= line <= mutant.lines[1] for line in lines):
                     of_lines[name] = test["seconds"]
-        elsewhere = last or mutant.file in NEAREST or mutant.function == "<module>"  # run by another process, or once
+        elsewhere = mutant.file in IN_PROCESSES or mutant.at_import
         chosen, total = [], 0.0
         for name, seconds in sorted((of_lines or (of_file if elsewhere else {})).items(), key=lambda item: item[1]):
             total += seconds
@@ -184,7 +223,7 @@ class Bench:
         self.traces[test_file] = json.loads(kept.read_text())["tests"]
         return self.traces[test_file]
 
-    def _started(self, mutant: Mutant, chosen: list[tuple[str, float]], copy: Path, stage: int) -> Job:
+    def _started(self, mutant: Mutant, chosen: list[tuple[str, float]], copy: Path, stage: int, count: int) -> Job:
         text = mutant.applied(self.sources[mutant.file])
         (copy / mutant.file).write_bytes(text)
         report = copy.with_suffix(".json")
@@ -192,7 +231,7 @@ class Bench:
         environment = {"MUTANT_FILE": str(copy / mutant.file), "MUTANT_REPORT": str(report), "MUTANT_ROOTS": ""}
         pid = _fork(copy, [name for name, _ in chosen], environment, copy.with_suffix(".txt"), "-x")
         limit = 60 + 10 * sum(seconds for _, seconds in chosen)
-        return Job(pid, time.monotonic(), limit, report, copy, mutant, sha256(text), len(chosen), stage)
+        return Job(pid, time.monotonic(), limit, report, copy, mutant, sha256(text), count + len(chosen), stage)
 
     def _finished(self, running: list[Job], free: list[Path]) -> Iterator[tuple[Job, Tried]]:
         time.sleep(0.02)
@@ -290,10 +329,10 @@ def _fork(copy: Path, tests: list[str], environment: dict[str, str], output: Pat
 
 
 def fitting(file: str, root: Path) -> list[list[str]]:
-    """Return the files of tests that fit a file, by convention and the tables: those to try first, and the others."""
+    """Return the files of tests that fit a file, by convention and the tables: those to try first, then each other."""
     parts = Path(file).parts
     own = f"tests/core/{parts[2]}" if parts[0] == "core" else f"tests/plugins/{parts[1].replace('-', '_')}"
-    paths = [own, *TESTS.get("/".join(parts[:3]), [])]
+    paths = [own, *(test for length in (2, 3) for test in TESTS.get("/".join(parts[:length]), []))]
     found: dict[str, None] = {}
     for path in map(root.joinpath, paths):
         for test in sorted(path.glob("test_*.py")) if path.is_dir() else [path]:
@@ -303,7 +342,7 @@ def fitting(file: str, root: Path) -> list[list[str]]:
     tables = [NEAREST.get("/".join(parts[:length]), []) for length in (len(parts), 4, 3, 2)]
     first = [test for test in named if test in found] or next(filter(None, tables), [])
     rest = [test for test in found if test not in first]
-    return [tests for tests in (first, rest) if tests]
+    return [tests for tests in (first, *([test] for test in rest)) if tests]
 
 
 def _copied(copy: Path) -> Path:

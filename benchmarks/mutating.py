@@ -49,6 +49,7 @@ class Mutant:
         kind: what is changed.
         change: old and new text; the second such change in a function ends in ``#2``, and so on.
         lines: first and last line of the code that must run for the change to matter.
+        at_import: the code runs when the file is imported: it is in no function.
         start: first byte that is replaced.
         end: byte after the last one.
         new: text in their place.
@@ -59,6 +60,7 @@ class Mutant:
     kind: str
     change: str
     lines: tuple[int, int]
+    at_import: bool
     start: int
     end: int
     new: str
@@ -96,6 +98,7 @@ class _Finder(ast.NodeVisitor):
             self.starts.append(self.starts[-1] + len(line))
         self.names: list[str] = []
         self.lines = (1, 1)
+        self.functions = 0
         self.found: list[Mutant] = []
 
     def visit(self, node: ast.AST) -> None:
@@ -112,9 +115,12 @@ class _Finder(ast.NodeVisitor):
         for name, value in ast.iter_fields(node):
             if name in ("annotation", "returns", "decorator_list", "type_params", "format_spec"):
                 continue
+            is_run_later = name == "body" and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            self.functions += is_run_later
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST) and not isinstance(child, (ast.Raise, ast.JoinedStr)):
                     self.visit(child)
+            self.functions -= is_run_later
 
     def _scope(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> None:
         self.names.append(node.name)
@@ -206,7 +212,8 @@ class _Finder(ast.NodeVisitor):
         start = self.starts[node.lineno - 1] + node.col_offset
         end = self.starts[(node.end_lineno or node.lineno) - 1] + (node.end_col_offset or 0)
         function = ".".join(self.names) or "<module>"
-        self.found.append(Mutant(self.file, function, kind, change, self.lines, start, end, text))
+        at_import = self.functions == 0
+        self.found.append(Mutant(self.file, function, kind, change, self.lines, at_import, start, end, text))
 
 
 def _is_text(node: ast.AST) -> bool:

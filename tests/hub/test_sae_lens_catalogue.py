@@ -454,6 +454,8 @@ def test_layers_that_cannot_be_read(hub):
         (clt(23, threshold=torch.ones(F - 1)), "'threshold_23' has 63 features"),
         (clt(23, gain=torch.ones(F)), r"unknown tensors \['gain_23'\]"),
         ({"W_dec_23.safetensors": save({"W_dec_23": torch.ones(F, D)})}, "not 3 dimensions"),
+        ({"W_dec_23.safetensors": save({"W_dec_23": torch.ones(F, 0, D)})}, "writes 0 layers; at most 1000"),
+        ({"W_dec_23.safetensors": save({"W_dec_23": torch.ones(F, 1001, D)})}, "writes 1001 layers; at most 1000"),
         ({"W_dec_23.safetensors": save({"W_dec_2": torch.ones(F, 2, D)})}, "W_dec_2"),
         ({"config.yaml": b"[1, 2"}, r"config\.yaml is not YAML"),
         ({"config.yaml": b"- 1"}, "holds a list, not a mapping"),

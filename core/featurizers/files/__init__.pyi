@@ -7,6 +7,8 @@ from .replacement import filling as filling
 from .replacement import os_errors as os_errors
 from .replacement import recover as recover
 from .replacement import refuse_full as refuse_full
+from .replacement import refuse_unwritable as refuse_unwritable
 from .replacement import replacing as replacing
 from .replacement import resolved as resolved
+from .replacement import temporary_folder as temporary_folder
 from .torch_files import load_torch as load_torch

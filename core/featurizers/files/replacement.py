@@ -16,6 +16,7 @@ import re
 import shutil
 import stat
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -100,9 +101,42 @@ def filling(folder: str | Path) -> Iterator[Path]:
 
 
 def refuse_full(folder: Path) -> None:
-    """Raise an `ArtefactError` unless the folder is empty or does not exist."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtefactError(str(folder), "it is there already; choose a new or an empty folder")
+    """Raise an `ArtefactError` unless the folder is empty or does not exist, and can be made where it is to be."""
+    with os_errors(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ArtefactError(str(folder), "it is there already; choose a new or an empty folder")
+    refuse_unwritable(folder, folder.absolute().parent)
+
+
+def refuse_unwritable(path: Path, folder: Path) -> None:
+    """Raise an `ArtefactError` if this user may not write to a folder; if it does not exist, to the one to make it in.
+
+    Args:
+        path: named in the error: what is to be written.
+        folder: where it is to be written.
+    """
+    with os_errors(path):
+        there = next(above for above in (folder, *folder.absolute().parents) if above.exists())
+        if not there.is_dir():
+            raise ArtefactError(str(path), f"it cannot be written: {str(there)!r} is no folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ArtefactError(str(path), f"it cannot be written: this user may not write to {str(there)!r}")
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yield a new folder, which is removed afterwards.
+
+    Raises:
+        ArtefactError: it cannot be made.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    except OSError as error:
+        problem = f"it cannot be made: {one_line(error)}; set TMPDIR to a folder that can be written"
+        raise ArtefactError("temporary folder", problem) from error
+    with folder as name:
+        yield Path(name)
 
 
 def resolved(folder: str | Path) -> Path:

@@ -118,6 +118,12 @@ def _translate(error: Exception, where: str) -> FeaturizerError:
         missing = HubNotFoundError(where, f"a file is not in the repository: {_message(cause)}")
         missing.what = "file"
         return missing
+    if isinstance(cause, OSError) and cause.filename is not None and status is None:
+        return HubError(
+            where,
+            f"a file cannot be written or read on this machine: {_message(cause)}; set HF_HOME to a folder that this "
+            "user may write to, if it is in the Hub's cache",
+        )
     if status == 412:
         return HubConflictError(where, "someone else pushed meanwhile; nothing was changed, so try again")
     if status in (401, 403):

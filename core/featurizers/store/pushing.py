@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurizers.errors import ArtefactError, ManifestError, UsageError, WeightsError, explain
 from featurizers.files.regular import contained, opened, read_bytes
+from featurizers.files.replacement import os_errors, temporary_folder
 from featurizers.format import card
 from featurizers.format.companion import Companion, read_companion
 from featurizers.format.manifest import (
@@ -82,10 +82,10 @@ def push(
         raise ManifestError(str(local), "a collection is pushed to the root of a repository, not to a subfolder")
     if branch and create_pr:
         raise UsageError("a pull request is opened against the default branch; leave out branch or create_pr")
-    with tempfile.TemporaryDirectory() as staging:
+    with temporary_folder() as staging:
         return _commit(
             repo_id,
-            lambda parent: _operations(repo_id, token, parent, local, record, subfolder, Path(staging)),
+            lambda parent: _operations(repo_id, token, parent, local, record, subfolder, staging),
             title=commit_message or f"Upload {subfolder or 'featurizer'} with featurizers",
             private=private,
             branch=branch,
@@ -142,8 +142,8 @@ def push_featurizer(
     """Save a featurizer to a temporary folder, with the passport of a model as `save` does, and `push` that."""
     from featurizers.store.artefact import save  # which imports torch
 
-    with tempfile.TemporaryDirectory() as folder:
-        return push(save(featurizer, Path(folder) / "artefact", model=model), repo_id, **options)
+    with temporary_folder() as folder:
+        return push(save(featurizer, folder / "artefact", model=model), repo_id, **options)
 
 
 def _operations(
@@ -277,12 +277,13 @@ def _card(
 ) -> Path:
     """Update the card of the repository, or else of the folder, and return the file to upload."""
     target = staging / part / CARD_NAME
-    target.parent.mkdir(parents=True, exist_ok=True)
     old_card = existing(part, CARD_NAME, MAX_CARD_BYTES) or (local and local / CARD_NAME)
-    if old_card is not None and old_card.exists():
-        target.write_bytes(read_bytes(old_card, str(old_card.parent), ArtefactError, MAX_CARD_BYTES))
-    if isinstance(record, Index):
-        card.write_collection(record, target, source=repo_id, intervenable=intervenable)
-    else:
-        card.write(record, target, source=repo_id, subfolder=part)
+    with os_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if old_card is not None and old_card.exists():
+            target.write_bytes(read_bytes(old_card, str(old_card.parent), ArtefactError, MAX_CARD_BYTES))
+        if isinstance(record, Index):
+            card.write_collection(record, target, source=repo_id, intervenable=intervenable)
+        else:
+            card.write(record, target, source=repo_id, subfolder=part)
     return target

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurizers.errors import UsageError, explain
+from featurizers.files import temporary_folder
 from featurizers.format import INTERVENABLE_NAME, INTERVENABLE_WEIGHTS_NAME, write_tensors
 from featurizers.hub import REPO_ID
 from featurizers.store import push, writing_collection
@@ -97,8 +97,8 @@ def push_intervenable(intervenable: Any, repo_id: str, **options: Any) -> Commit
         UsageError: as `save_intervenable`.
         HubError: the Hub refused or did not answer.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = save_intervenable(intervenable, Path(scratch) / "intervenable")
+    with temporary_folder() as scratch:
+        folder = save_intervenable(intervenable, scratch / "intervenable")
         return push(folder, repo_id, **{"commit_message": "Upload intervenable with featurizers", **options})
 
 

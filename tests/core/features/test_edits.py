@@ -39,3 +39,17 @@ def test_a_float16_featurizer_is_mapped_by_vmap_as_one_batch():
     torch.testing.assert_close(found, f.interchange(x, source), rtol=1e-3, atol=1e-3)
     q = f.orthonormal_basis().detach().float()
     torch.testing.assert_close(found, x + (source - x) @ q @ q.T, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("base_dtype", "source_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)]
+)
+def test_some_features_of_a_source_in_another_dtype_are_those_that_torch_would_assign(base_dtype, source_dtype):
+    f = featurizers.create("identity", d_in=16)
+    base, source = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    base, source = base.to(base_dtype), source.to(source_dtype)
+    expected = base.clone()
+    expected[:, [2, 7]] = source[:, [2, 7]].to(base_dtype)
+    found = f.interchange(base, source, [2, 7])
+    assert found.dtype == base_dtype
+    assert torch.equal(found, expected)

@@ -245,6 +245,18 @@ def test_a_block_that_does_not_use_what_the_router_returns_is_refused_in_the_fir
         model(**BASE)
 
 
+def test_a_hook_of_the_user_that_copies_what_the_experts_take_is_run_after_the_check():
+    model, delta = build("Mixtral"), torch.tensor([0.0, 3.0, -1.0, 0.5])
+    with torch.no_grad(), intervene(model, {SITE: Steer(F, delta=delta)}):
+        wanted = model(**BASE).logits
+    handle = parts(model)[1].register_forward_pre_hook(lambda _, args: tuple(arg.clone() for arg in args))
+    try:
+        with torch.no_grad(), intervene(model, {SITE: Steer(F, delta=delta)}):
+            assert torch.equal(model(**BASE).logits, wanted)
+    finally:
+        handle.remove()
+
+
 def test_a_block_without_experts_has_no_router():
     for model, name in ((fresh_model("llama"), "LlamaMLP"), (build("DeepseekV3"), "DeepseekV3MLP")):
         with pytest.raises(SiteError, match=rf"mlp\.router:0: .*its {name} has .* and no router beside experts"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import featurizers
@@ -566,3 +568,9 @@ def test_products_round_as_before(tmp_path, d_in):
         assert [t.data_ptr() % 64 for t in loaded.state_dict().values()] == [0] * len(loaded.state_dict())
         for indices in (None, [0], [2, 5, 7]):
             assert torch.equal(f.interchange(x, source, indices), loaded.interchange(x, source, indices))
+
+
+def test_a_config_names_the_distributions_that_wrote_it(tmp_path):
+    folder = subspace().save_pretrained(tmp_path / "a")
+    versions = {name: metadata.version(name) for name in ("featurizers", "featurizers-subspace")}
+    assert json.loads((folder / "config.json").read_text())["saved_with"] == versions

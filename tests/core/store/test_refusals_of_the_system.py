@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from pathlib import Path
 
 import featurizers
 import pytest
 from featurizers.errors import ArtefactError, HubError, UsageError
+from featurizers.files import refuse_full
 from featurizers.hub.transport import within
 
 from tests.support.hub import subspace
@@ -55,10 +57,55 @@ def test_a_cache_of_the_hub_that_cannot_be_written_is_one_line(code):
     def download():
         raise OSError(code, os.strerror(code), "/cache/\x1b[31m")
 
-    with pytest.raises(HubError, match="the Hub could not be used") as caught:
+    with pytest.raises(HubError, match=r"cannot be written or read on this machine: .*; set HF_HOME") as caught:
         within(10, "owner/name", download)
     assert os.strerror(code) in str(caught.value)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
+def test_a_push_without_a_temporary_folder_is_one_line(monkeypatch, code):
+    def refused(*_):
+        raise OSError(code, os.strerror(code), "/tmp/\x1b[31m")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refused)
+    with pytest.raises(ArtefactError, match=r"temporary folder: it cannot be made: .*; set TMPDIR") as caught:
+        subspace().push_to_hub("owner/name")
+    assert os.strerror(code) in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def not_writable(monkeypatch, folder):
+    """Let the system say what it says of a folder of another user, or on a read-only disk; root may write to any."""
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode, **how: Path(path) != folder and real(path, mode, **how))
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    refuse_full(tmp_path / "new" / "deep")
+    not_writable(monkeypatch, tmp_path)
+    for out in (tmp_path / "new", tmp_path / "new" / "deep"):
+        with pytest.raises(ArtefactError, match=r"it cannot be written: this user may not write to '.*'") as caught:
+            refuse_full(out)
+        assert str(tmp_path) in str(caught.value)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ArtefactError, match="file' is no folder"):
+        refuse_full(tmp_path / "file" / "new")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtefactError, match="it cannot be written"):
+        refuse_full(Path("new"))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write to every folder")
+def test_a_folder_without_the_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(ArtefactError, match="this user may not write to"):
+            refuse_full(tmp_path / "new")
+        with pytest.raises(ArtefactError, match="it cannot be written: Permission denied"):
+            subspace().save_pretrained(tmp_path / "new")
+    finally:
+        tmp_path.chmod(0o700)
 
 
 def test_subfolders_that_differ_by_case_are_refused(tmp_path):

@@ -255,6 +255,32 @@ def test_the_iterations_of_all_rounds_are_those_of_the_winner(monkeypatch):
     assert iterations[2] > 2
 
 
+@pytest.mark.parametrize(("value", "slope"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan"))])
+def test_a_point_without_a_finite_energy_counts_as_zero(value, slope):
+    """The first of two ascents begins there, and must neither win nor spread NaN."""
+
+    class Broken:
+        tokens = Tokens.of(hiddens(), "mean", Processes(), 0)
+
+        def value_and_grad(self, v: Tensor) -> tuple[float, Tensor]:
+            if float(v[0]) > 0.9:
+                return value, torch.full_like(v, slope)
+            return float(v[1] ** 2), 2 * v[1] * torch.eye(D).double()[1]
+
+    starts = [torch.eye(D).double()[0], torch.full((D,), D**-0.5, dtype=torch.float64)]
+    result = search(
+        Broken(), torch.zeros(D, 0, dtype=torch.float64), starts, Preset("short", rounds=((2, 1),)), 50, print
+    )
+    assert abs(float(result.vector[1])) > 0.999
+    assert torch.equal(result.losers[0], starts[0])
+
+
+def test_artefacts_record_the_schedule_that_the_documentation_was_measured_with():
+    record = PRESETS["multi"].record()
+    wanted = {"restarts": 24, "picked": 2, "losers": 1, "rounds": "6 iterations keep 2, 10 iterations keep 1"}
+    assert {name: record[name] for name in wanted} == wanted
+
+
 def test_the_best_loser_of_a_step_is_tried_again_at_the_next(monkeypatch):
     starts, losers = [], []
 

@@ -144,6 +144,13 @@ def test_maps_and_combinations_say_what_they_are(hand):
         Deriver("nothing", (), (), double)
 
 
+def test_layers_that_are_chosen_twice_are_those_of_both_choices(hand):
+    made = value(NEURONS)
+    assert list(made.only([0, 1]).derive(hand)) == [("value:mlp.neurons", 0), ("value:mlp.neurons", 1)]
+    for both in (made.only([0, 1]).without([1]), made.without([1]).only([0, 1]), made.only([0, 2]).only([1, 0])):
+        assert [layer for _, layer in both.derive(hand)] == [0]
+
+
 def test_what_was_not_captured_is_named(hand):
     with pytest.raises(SiteError, match=re.escape("capture mlp.neurons (backward)")):
         act_times_grad(NEURONS).derive(hand)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 
 import pytest
 import torch
@@ -367,6 +368,12 @@ def test_only_what_is_needed_is_kept_and_run():
     capture(circuit, tokens(), [Need("norm.final.scale")])
     assert ran == [0, 1, 2]
     assert (Place("norm.final.scale"), "forward") in capture(circuit, tokens(), [Need("resid.final")])[0]
+    model.lm_head.register_forward_hook(lambda *_: ran.append("head"))
+    ran.clear()
+    capture(circuit, tokens(), [Need("resid.final"), Need("norm.final.scale")])
+    assert ran == [0, 1, 2]
+    capture(circuit, tokens(), [Need("logits")])
+    assert ran == [0, 1, 2, 0, 1, 2, "head"]
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -457,6 +464,19 @@ def test_no_graph_is_left_behind(name):
     alive = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and each.grad_fn is not None]
     assert not [each for each in alive if each.shape[:1] in ((1,), (7,))]
     assert raw
+
+
+def test_the_arguments_of_attention_have_no_graph():
+    def tensors(value):
+        if isinstance(value, Tensor):
+            return [value]
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+        return [tensor for part in parts for tensor in tensors(part)]
+
+    [raw] = capture(decoder("gemma3"), tokens(), [Need("resid.pre", "backward")], metric=METRIC)
+    kept = [tensor for each in raw.arguments.values() for tensor in tensors((each.positional, each.named))]
+    assert kept
+    assert not any(tensor.requires_grad for tensor in kept)
 
 
 def test_device_and_dtype_of_what_is_kept():
@@ -579,6 +599,37 @@ def test_an_ablated_place_has_a_gradient_and_cuts_what_is_before_it():
         capture(circuit, tokens(), [], edits=[Edit(place, lambda x: x[:1])])
     with pytest.raises(SiteError, match="derived from other places"):
         Edit(Place("attn.logits", 1), torch.zeros_like)
+
+
+def test_what_an_edit_returned_stays_as_it_was():
+    circuit, place = Circuit(shared_decoder("llama")), Place("resid.post", 1)
+    constant = torch.ones(7, circuit.d_model, dtype=torch.float64)
+    [raw] = capture(
+        circuit, tokens(), [Need("resid.post", "backward")], metric=METRIC, edits=[Edit(place, lambda _: constant)]
+    )
+    assert backward(raw, "resid.post", 1).any()
+    assert not constant.requires_grad
+
+
+def test_a_pass_in_another_thread_during_a_capture_is_that_of_the_model():
+    circuit, found = Circuit(shared_decoder("llama")), []
+    model = circuit.model
+    with torch.no_grad():
+        expected = model(tokens()[None]).logits
+
+    def run() -> None:
+        with torch.no_grad():
+            found.append(model(tokens(seed=0)[None]).logits)
+
+    def meanwhile(x: Tensor) -> Tensor:
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        return x
+
+    capture(circuit, tokens(), [Need("logits")], edits=[Edit(Place("attn.probs", 1), meanwhile)])
+    assert len(found) == 1
+    close(found[0], expected)
 
 
 # ---- what a person can get wrong

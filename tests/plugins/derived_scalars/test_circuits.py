@@ -181,6 +181,15 @@ def test_logits_are_the_final_stream_unembedded(captured):
             assert head.scale == pytest.approx(factor)
 
 
+def test_logits_of_a_model_without_a_final_norm_are_the_last_stream_times_the_head():
+    model = decoder("opt", torch.float64, _remove_final_layer_norm=True)
+    circuit = Circuit(model)
+    [raw] = capture(circuit, tokens(), [Need("logits"), Need("resid.final")])
+    final = raw[Place("resid.final"), "forward"]
+    close(circuit.unembed(final), final @ model.lm_head.weight.T)
+    close(raw[Place("logits"), "forward"], final @ model.lm_head.weight.T)
+
+
 # ---- where things are
 
 
@@ -220,6 +229,10 @@ def test_granites_factor_is_found_and_used():
     assert Circuit(shared_decoder("llama")).factor(Place("attn.delta", 1)) == 1.0
     [raw] = capture(circuit, tokens(), [Need("mlp.out"), Need("mlp.delta")])
     assert torch.equal(raw[Place("mlp.out", 1), "forward"] * 0.4, raw[Place("mlp.delta", 1), "forward"])
+    doubled = Circuit(decoder("granite", torch.float64, residual_multiplier=2.0))
+    [raw] = capture(doubled, tokens(), [Need("mlp.delta"), Need("attn.delta"), Need("resid.pre"), Need("resid.post")])
+    written = raw[Place("mlp.delta", 1), "forward"] + raw[Place("attn.delta", 1), "forward"]
+    close(raw[Place("resid.pre", 1), "forward"] + written, raw[Place("resid.post", 1), "forward"])
 
 
 def test_sites_of_the_core_are_places():
@@ -244,6 +257,13 @@ def test_sites_of_the_core_are_places():
         Need("attn.z", "both")
     with pytest.raises(SiteError, match="has no layer"):
         Need("logits", layers=frozenset({0}))
+
+
+def test_a_place_outside_the_blocks_is_in_none(captured):
+    circuit, _ = captured
+    for kind in ("resid.embed", "resid.final"):
+        with pytest.raises(SiteError, match=f"{kind} is in no block"):
+            circuit.block(Place(kind))
 
 
 def test_misuse_is_named(captured):

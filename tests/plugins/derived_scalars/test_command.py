@@ -1,8 +1,10 @@
 """``featurizers scalars``: what it prints and writes, and how it fails."""
 
 import base64
+import os
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import featurizers
 import pytest
@@ -177,6 +179,15 @@ def test_a_page_needs_nothing_else(out, folder):
     assert all(f"w{i}" in page.texts for i in IDS)
     code, _, err = run(*TO, "--out", out)
     assert (code, "is there already; name another --out" in err) == (1, True)
+
+
+@pytest.mark.parametrize("out", ["page.html", "folder"])
+def test_a_page_that_cannot_be_written_is_refused_before_the_model_is_loaded(out, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    code, _, error = run("--out", tmp_path / out, model="./no-such-model")
+    assert code == 1
+    assert "it cannot be written: this user may not write to" in error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_the_prompt_says_is_text_on_the_page(folder):

@@ -86,8 +86,9 @@ def test_topk_is_loaded_whole(tmp_path):
     identity = saved(tmp_path / "identity", "IdentityDict", {}, activation_dim=None, dict_size=None)
     f = featurizers.load(identity)
     assert (f.kind, f.d_in) == ("identity", None)
-    with pytest.raises(UsageError, match="an IdentityDict is loaded whole"):
-        featurizers.load(identity, indices=[1])
+    for indices in ([1], [100_000]):  # it has no width
+        with pytest.raises(UsageError, match="an IdentityDict is loaded whole"):
+            featurizers.load(identity, indices=indices)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ EMBEDDING = "gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6"
             "module:model.layers.3.post_feedforward_layernorm:output",
         ),
         ("somewhere", False, "None"),
+        ("gemma-scope-2b-pt-other/layer_3/width_16k", False, "None"),
+        ("gemma-scope-2b-pt-res/layer_x/width_16k", False, "None"),
     ],
 )
 def test_gemma_scope_by_its_path(path, scaled, site, tmp_path):

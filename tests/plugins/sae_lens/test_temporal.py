@@ -152,3 +152,16 @@ def test_what_a_temporal_autoencoder_cannot_be(sae_lens, tmp_path):
         f.encode("novel", {"in": batch(4)})
     with pytest.raises(featurizers.errors.ConversionError, match="no architecture for the kind"):
         featurizers.convert(f, tmp_path / "x", to="sae-lens")
+
+
+def test_a_change_of_features_is_decoded_in_the_dtype_of_the_weights(sae_lens):
+    f = wrap(autoencoder(kval_topk=5))
+    change = torch.randn(2, 3, F, generator=torch.Generator().manual_seed(0))
+    expected = change @ f.W_dec
+    for dtype in (torch.float64, torch.float32):
+        same(f.decode_change("out", "novel", change.to(dtype)), expected, 1e-5)
+    same(
+        f.decode_change("out", "novel", change[..., [3, 1]].double(), torch.tensor([3, 1])),
+        change[..., [3, 1]] @ f.W_dec[[3, 1]],
+        1e-5,
+    )

@@ -37,6 +37,15 @@ def write(folder: Path, activation: str = "topk", drop: str = "", **changes: Any
     return folder
 
 
+@pytest.mark.parametrize("length", [1.0, 1.002, -1.0, 2.0, 0.1])
+def test_a_decoder_is_said_to_be_normalised_if_its_rows_have_length_one(length, tmp_path):
+    decoder = length * torch.nn.functional.normalize(golden("topk")["W_dec"], dim=-1)
+    f = featurizers.load(write(tmp_path / "layers.10", W_dec=decoder))
+    featurizers.convert(f, tmp_path / "again", "sparsify")
+    written = json.loads((tmp_path / "again" / "cfg.json").read_text())
+    assert written["normalize_decoder"] == (abs(length) == 1.0)
+
+
 @pytest.mark.parametrize("activation", ["topk", "groupmax", "signed"])
 @pytest.mark.parametrize(
     "count", [{}, {"num_latents": 64, "expansion_factor": 1}, {"normalize_decoder": False}], ids=str

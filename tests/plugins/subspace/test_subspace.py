@@ -175,6 +175,14 @@ class TestStiefel:
         stiefel.retract_(w)
         assert torch.equal(w, before)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_the_retraction_of_a_matrix_in_half_precision_is_the_exact_one_rounded(self, dtype):
+        w = (normal(64, 6) * torch.linspace(0.5, 2, 6)).to(dtype)
+        u, _, vh = torch.linalg.svd(w.double(), full_matrices=False)
+        stiefel.retract_(w)
+        assert w.dtype == dtype
+        torch.testing.assert_close(w.double(), u @ vh, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
     def test_gradients_equal_finite_differences(self):
         w = normal(7, 3, dtype=torch.float64).requires_grad_()
         assert torch.autograd.gradcheck(stiefel.polar, (w,), check_forward_ad=True)

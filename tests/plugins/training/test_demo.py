@@ -1,13 +1,15 @@
 """Demo: it finds the planted variable in the embedded task, and runs on a language model from a folder."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import featurizers
 import pytest
 import torch
-from featurizers.errors import FeaturizerError, SiteError, UsageError
+from featurizers.errors import ArtefactError, FeaturizerError, SiteError, UsageError
 from featurizers_training.demo import english
 from featurizers_training.demo import toy as toy_task
 from featurizers_training.demo.main import run
@@ -41,6 +43,15 @@ def test_the_artefact_gives_the_same_accuracy_and_says_where_it_belongs(toy):
     loaded = featurizers.load(out / "artefact", verify=True)
     assert str(loaded.site) == result["best"]
     assert loaded.metadata["accuracy"] == result["accuracy"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_task, "make_task", None)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    for out in (tmp_path, tmp_path / "new"):
+        with pytest.raises(ArtefactError, match="it cannot be written: this user may not write to"):
+            run(None, out, quiet=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_picture_is_a_picture(toy):

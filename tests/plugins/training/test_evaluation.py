@@ -6,6 +6,7 @@ import featurizers
 import pytest
 import torch
 from featurizers_training import Accuracy, Pairs, clustered_mean, evaluate
+from featurizers_training.evaluation import accuracy_alone
 
 from tests.support.models import prompts, tiny_model
 
@@ -40,3 +41,15 @@ def test_an_accuracy_knows_which_pairs_are_answered_correctly():
     assert accuracy == Accuracy(7, 10)
     clusters = [i // 2 for i in range(10)]
     assert accuracy.clustered(clusters) == clustered_mean([float(i not in wrong) for i in range(10)], clusters)
+
+
+def test_a_prompt_is_answered_by_the_tokens_that_the_model_generates() -> None:
+    model = tiny_model("llama")
+    rows = [prompts(1, length, seed=length) for length in (3, 5, 6, 4)]
+    told = [
+        model.generate(row, max_new_tokens=2, do_sample=False, pad_token_id=0)[0, row.shape[1] :].tolist()
+        for row in rows
+    ]
+    labels = [tuple(told[0]), tuple(told[1][:1]), (told[2][0], (told[2][1] + 1) % 64), tuple(told[3])]
+    asked = [(tuple(row[0].tolist()), label) for row, label in zip(rows, labels, strict=True)]
+    assert accuracy_alone(model, asked, batch_size=3) == Accuracy(3, 4)

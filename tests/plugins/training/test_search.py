@@ -471,6 +471,21 @@ def test_mixed_precision_finds_much_the_same(precision: str) -> None:
     assert found.history[-1]["loss"] < found.history[0]["loss"]
 
 
+def test_the_gradient_that_is_clipped_is_that_of_the_loss_in_float16_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+    clip = nn.utils.clip_grad_norm_
+
+    def noted(*args: Any) -> Tensor:
+        norms.append(float(clip(*args)))
+        return torch.tensor(norms[-1])
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", noted)
+    for precision in ("fp32", "fp16"):
+        quick(pairs=FEW[:8], settings={"precision": precision, "epochs": 1, "clip": 1.0})
+    assert len(norms) == 2
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_in_half_precision_is_searched_with_a_basis_in_single(dtype: torch.dtype) -> None:
     half = fresh_model("llama").to(dtype)

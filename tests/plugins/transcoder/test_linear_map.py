@@ -105,3 +105,14 @@ def test_a_map_is_pickled():
 def test_weights_that_do_not_fit_are_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_sites_in_short_are_there_once_reads_and_writes_are():
+    f = linear_map(CrossLayerTranscoder, {i: ([f"in-{i}"], [f"out-{i}"]) for i in range(3)}, width=D, n=N)
+    f.reads = {}
+    assert f.sites_text is None
+    f.reads = {f"in-{i}": f"mlp.in:{i}" for i in range(3)}
+    f.writes = {}
+    assert f.sites_text is None
+    f.writes = {f"out-{i}": f"mlp.out:{i}" for i in range(3)}
+    assert f.sites_text == "mlp.in:0 … mlp.in:2 -> mlp.out:0 … mlp.out:2"

@@ -13,6 +13,7 @@ import torch
 import typer
 from featurizers.cli import dtype_named, layer_numbers, progress_bar
 from featurizers.errors import UsageError
+from featurizers.files import os_errors, refuse_unwritable
 from featurizers.models import load_model
 from rich.console import Console
 from rich.table import Table
@@ -196,8 +197,11 @@ def _new_page(out: Path) -> Path:
 
     Raises:
         UsageError: it exists.
+        ArtefactError: it cannot be written.
     """
     file = out if out.suffix == ".html" else out / "index.html"
-    if file.exists():
-        raise UsageError(f"{file} is there already; name another --out")
+    with os_errors(file):
+        if file.exists():
+            raise UsageError(f"{file} is there already; name another --out")
+    refuse_unwritable(file, file.parent)
     return file

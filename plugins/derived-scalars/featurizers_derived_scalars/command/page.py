@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurizers.errors import MissingDependencyError, printable
+from featurizers.files import os_errors
 from jinja2 import Environment, StrictUndefined
 
 from featurizers_derived_scalars.capturing import RawActivations
@@ -84,6 +85,7 @@ def write_page(file: Path, page: Page) -> None:
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
+        ArtefactError: the file cannot be written.
     """
     pictures = {name: [(drawn, _png(drawn.figure)) for drawn in _pictures(page, name)] for name in page.rows}
     source = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
@@ -97,8 +99,9 @@ def write_page(file: Path, page: Page) -> None:
         vocabulary=list(_vocabulary(page)),
         versions=[f"{name} {metadata.version(name)}" for name in SHOWN],
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"{text}\n", encoding="utf-8")
+    with os_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n", encoding="utf-8")
 
 
 def _about(name: str) -> tuple[str, str, str]:

@@ -12,6 +12,7 @@ import torch
 from featurizers import Featurizer
 from featurizers.cli import layer_numbers
 from featurizers.errors import MissingDependencyError, UsageError
+from featurizers.files import os_errors, refuse_unwritable
 from rich.console import Console
 from rich.table import Table
 
@@ -49,9 +50,11 @@ def run(
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
+        ArtefactError: the folder cannot be written.
         FeaturizerError: the model cannot be used, or cannot do the task.
     """
     _need_matplotlib()
+    refuse_unwritable(out, out)
     numbers = None if layers is None else layer_numbers(layers)
     if model is None and numbers is not None:
         raise UsageError("layers are chosen with --model; the embedded task searches all layers of its own model")
@@ -91,9 +94,10 @@ def run(
     if cosine is not None:
         say(f"Cosine between the found and the planted direction: {cosine:.2f}")
 
-    out.mkdir(parents=True, exist_ok=True)
     picture = out / "accuracy.png"
-    heat_map(result.rows(), task.title).savefig(picture, dpi=120)
+    with os_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        heat_map(result.rows(), task.title).savefig(picture, dpi=120)
     found.featurizer.id = f"{task.title} ({best.site})"[:200]
     found.featurizer.metadata["accuracy"] = accuracy
     folder = found.save(out / "artefact")
