@@ -37,6 +37,9 @@ PACKAGES = (
     "interp-engine",
 )
 
+LIBRARIES = ("TransformerLens", "nnsight", "interp-engine")
+"""Begins of titles that stand last in the table."""
+
 
 def main(
     holder: Annotated[list[str] | None, typer.Option(help="Text of titles; these are tried again.")] = None,
@@ -114,7 +117,8 @@ def _versions() -> dict[str, str]:
 def _table(store: dict[str, Any]) -> str:
     lines = [f"| holder | {' | '.join(GROUPS)} |", "|---" * (len(GROUPS) + 1) + "|"]
     notes: list[str] = []
-    for title, tried in store.items():
+    for title in sorted(store, key=lambda title: title.startswith(LIBRARIES)):
+        tried = store[title]
         texts = [_of_group(tried["cells"], group, notes) for group in GROUPS]
         lines.append(f"| {title} | {' | '.join(texts)} |")
     versions = {name: number for tried in store.values() for name, number in tried["versions"].items()}

@@ -14,19 +14,10 @@ from featurizers.testing import Held, HolderContract
 from torch import Tensor, nn
 
 from tests.support import unusual_models
+from tests.support.holders import places
 from tests.support.models import HEAD_WIDTH, MODULES, fresh_model
 
 torch.set_num_threads(1)
-
-
-def places(modules: Mapping[str, tuple[str, str]], head_width: int, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the modules of the contract's sites, from paths by kind in which '{}' is the layer."""
-    found: dict[str, Any] = {}
-    for kind, (path, side) in modules.items():
-        found[kind if kind in ("embed", "norm.out") else f"{kind}:1"] = (path.format(1), side, None)
-    if "attn.z:1" in found:
-        found["attn.z:1:1"] = (*found["attn.z:1"][:2], slice(head_width, 2 * head_width))
-    return {site: place for site, place in found.items() if site not in without}
 
 
 def held(architecture: str, wrap: Callable[[nn.Module], Any] = lambda model: model, kind: type[Held] = Held) -> Held:
@@ -461,7 +452,8 @@ class TestMamba(HolderContract):
 
 
 class TestDataParallel(HolderContract):
-    title = "DataParallel"
+    title = "torch, DataParallel"
+    refused: ClassVar = {"*": "pass model.module"}
 
     @classmethod
     def make(cls) -> Held:

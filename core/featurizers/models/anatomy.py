@@ -360,7 +360,9 @@ class Anatomy:
         return block_lists(self.model, getattr(self._config, "num_hidden_layers", None))
 
     def _refuse(self, problem: str) -> NoReturn:
-        raise SiteError(f"{type(self.model).__name__}: {problem}. {_HELP}")
+        held = self.model._modules.get("module")  # as in wrappers of torch for several processes
+        way_out = "" if held is None else f"Pass the {type(held).__name__} that it wraps, model.module. "
+        raise SiteError(f"{type(self.model).__name__}: {problem}. {way_out}{_HELP}")
 
 
 _HELP = "Name the module itself, as in 'module:PATH:output', or write a plugin with the hook featurizers_anatomy."

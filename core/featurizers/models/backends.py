@@ -112,7 +112,7 @@ def backend_of(model: object) -> Backend:
         model: a torch module, or an object of a library whose plugin knows it.
 
     Raises:
-        UsageError: it is no torch module, and no plugin knows it.
+        UsageError: it is no torch module, and no plugin knows it; or it runs copies of a model.
         MissingDependencyError: it belongs to a library whose plugin is not installed.
         PluginError: the plugin fails, or returns something else.
         FeaturizerError: the plugin refuses the model.
@@ -122,6 +122,11 @@ def backend_of(model: object) -> Backend:
         return _checked(found, model)
     if not isinstance(model, nn.Module):
         raise UsageError(_no_module(model))
+    if isinstance(model, nn.DataParallel):
+        raise UsageError(
+            "DataParallel runs copies of the model at once, each on a part of the batch, so that positions and sources "
+            "are not known; pass model.module, which runs whole batches"
+        )
     return NativeBackend(model)
 
 

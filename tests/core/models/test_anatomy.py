@@ -258,3 +258,13 @@ def test_a_site_of_none_is_one_error_of_every_operation():
     ):
         with pytest.raises(SiteError, match=r"the site is None.*set f\.site"):
             call()
+
+
+def test_a_wrapper_of_a_model_is_refused_with_the_name_of_the_model() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    with pytest.raises(SiteError, match="Pass the GPT2LMHeadModel that it wraps, model.module"):
+        Anatomy(Wrapper(fresh_model("gpt2"))).place("resid.post:1")
