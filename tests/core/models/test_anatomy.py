@@ -266,5 +266,5 @@ def test_a_wrapper_of_a_model_is_refused_with_the_name_of_the_model() -> None:
             super().__init__()
             self.module = module
 
-    with pytest.raises(SiteError, match="Pass the GPT2LMHeadModel that it wraps, model.module"):
+    with pytest.raises(SiteError, match=r"Pass the GPT2LMHeadModel that it wraps, model\.module"):
         Anatomy(Wrapper(fresh_model("gpt2"))).place("resid.post:1")
