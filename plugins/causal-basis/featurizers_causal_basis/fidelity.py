@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from featurizers import Anatomy, Site
 from featurizers.errors import UsageError
-from featurizers.models import Inputs, Place, collect, eager, hook
+from featurizers.models import Inputs, Place, collect, eager, hook, last_clean_block
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from featurizers_causal_basis.featurizer import CausalBasisFeaturizer
 from featurizers_causal_basis.inputs import batches, checked_inputs, derange, refuse_training, warn_of_massive
+from featurizers_causal_basis.solve.remainder import Remainder
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ def causal_fidelity(
 
     Each direction is ablated as the record says: to its value in the stored mean, to zero, or to its value in another
     token. Belrose et al. 2023 (arXiv:2303.08112), section 4.2, compare the two energies by their rank correlation.
-    Cost: 2 k + 1 forward passes of the prompts.
+    Cost: 2 k + 1 passes of the prompts through the blocks from the site on, and two whole passes.
 
     Args:
         basis: with a site.
@@ -88,18 +89,25 @@ def causal_fidelity(
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise UsageError(f"batch_size is a number of prompts, 1 or more, not {batch_size!r}")
     inputs, selected, _ = checked_inputs({"input_ids": tokens} if isinstance(tokens, Tensor) else tokens, mask)
-    place = Anatomy(model).place(basis.site)
+    anatomy = Anatomy(model)
+    place, depth = anatomy.place(basis.site), last_clean_block(anatomy, basis.site) + 1
     parts = [(batch, selected[rows]) for rows, batch in batches(inputs, batch_size)]
     own = copy.deepcopy(basis).to(next(model.parameters()).device)
     bases = [own, _control(own, seed)]
     values = _ablated_values(bases, model, parts, basis.site, seed)
     totals = torch.zeros(2, basis.n_features, dtype=torch.float64)
     for number, (batch, chosen) in enumerate(parts):
-        clean = _log_probs(model, batch, chosen)
+        rest = Remainder(model, batch, depth)
+        clean = _log_probs(rest(rest.hidden), chosen)
         for i, f in enumerate(bases):
             for j in range(f.n_features):
-                with _ablated(place, f, j, values[i][number][..., [j]], chosen):
-                    edited = _log_probs(model, batch, chosen)
+                edit = _ablation(f, j, values[i][number][..., [j]], chosen)
+                if basis.site.kind == "resid.post":  # where the rest of the model begins
+                    logits = rest(edit(rest.hidden))
+                else:
+                    with _hooked(place, edit):
+                        logits = rest(rest.hidden)
+                edited = _log_probs(logits, chosen)
                 totals[i, j] += float((clean.exp() * (clean - edited)).sum(-1, dtype=torch.float64).sum())
     n_tokens = int(selected.sum())
     model_kl, control_kl = totals / n_tokens
@@ -157,9 +165,8 @@ def _resampled(features: list[Tensor], masks: list[Tensor], seed: int) -> list[T
     return [part.index_put((mask,), new) for part, mask, new in zip(features, masks, rows, strict=True)]
 
 
-@contextmanager
-def _ablated(place: Place, f: CausalBasisFeaturizer, j: int, value: Tensor, mask: Tensor) -> Iterator[None]:
-    """Set feature j of the selected tokens to a value while the context lasts."""
+def _ablation(f: CausalBasisFeaturizer, j: int, value: Tensor, mask: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a function of activations that sets feature j of the selected tokens to a value."""
     column = torch.tensor([j], device=f.directions.device)
 
     def edit(hidden: Tensor) -> Tensor:
@@ -167,6 +174,12 @@ def _ablated(place: Place, f: CausalBasisFeaturizer, j: int, value: Tensor, mask
         edited = torch.where(mask.to(hidden.device).unsqueeze(-1), value, features)
         return f.apply_edit(hidden, features, edited, column)
 
+    return edit
+
+
+@contextmanager
+def _hooked(place: Place, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Edit the activations of a place while the context lasts."""
     with eager():
         handle = hook(place, edit)
         try:
@@ -175,8 +188,7 @@ def _ablated(place: Place, f: CausalBasisFeaturizer, j: int, value: Tensor, mask
             handle.remove()
 
 
-def _log_probs(model: nn.Module, inputs: Inputs, mask: Tensor) -> Float[Tensor, "n vocabulary"]:
+def _log_probs(logits: Tensor, mask: Tensor) -> Float[Tensor, "n vocabulary"]:
     """Return the log-probabilities of the selected tokens."""
-    logits = model(**inputs).logits
     selected: Tensor = logits[mask.to(logits.device)]
     return selected.to(torch.promote_types(selected.dtype, torch.float32)).log_softmax(-1)
