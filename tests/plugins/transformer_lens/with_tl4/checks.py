@@ -6,6 +6,7 @@ TransformerLens 4 cannot be installed beside SAELens, and so is not in the envir
 from __future__ import annotations
 
 import functools
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -373,3 +374,13 @@ def test_the_sites_of_a_bridge_are_printed_with_their_heads() -> None:
         f"Anatomy(TransformerBridge, {LAYERS} layers with resid.pre, resid.post, attn.out, attn.q, attn.k, attn.v, "
         "attn.z (4 heads), resid.mid, mlp.in, mlp.out, mlp.act; embed, norm.out)"
     )
+
+
+def test_the_examples_of_the_page_run() -> None:
+    page = (Path(__file__).parents[4] / "docs" / "transformer-lens.md").read_text()
+    names = {"torch": torch, "featurizers": featurizers, "folder": str(_folder("llama")), "tokens": IDS}
+    names["f"] = featurizers.create("subspace", d_in=WIDTH, n_features=8, seed=0)
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for example in examples:
+        exec(example, names)
+    assert len(examples) == 2
