@@ -9,7 +9,7 @@ from typing import Any
 import featurizers
 import torch
 from models import gpt2, prompts
-from peers import pyvene_model
+from peers import pyvene_model, transformer_bridge
 from timing import Benchmark, Case, Settings, same, tolerance
 from torch import Tensor, nn
 
@@ -149,6 +149,35 @@ def tiny(settings: Settings) -> Case:
     return _against_plain(patching, patching.source, 2, "inputs")
 
 
+def transformer_lens(settings: Settings) -> Case:
+    """Compare an edit of a TransformerBridge with a hook function that TransformerLens runs on the same hook point."""
+    patching = _large(settings, 2)
+    bridge = transformer_bridge(patching.model)
+    swap = featurizers.Interchange(patching.featurizer, source=patching.activations, positions=[-1])
+
+    def patch(hidden: Tensor, **_: object) -> Tensor:
+        hidden = hidden.clone()
+        hidden[:, -1] = patching.activations[:, 0]
+        return hidden
+
+    @torch.no_grad()
+    def ours() -> Tensor:
+        with featurizers.intervene(bridge, {"blocks.2.hook_resid_post": swap}):
+            return bridge(patching.base["input_ids"])
+
+    @torch.no_grad()
+    def theirs() -> Tensor:
+        return bridge.run_with_hooks(patching.base["input_ids"], fwd_hooks=[("blocks.2.hook_resid_post", patch)])
+
+    return Case(
+        f"patch one position of a TransformerBridge: {patching.what}",
+        "TransformerLens' run_with_hooks",
+        ours,
+        theirs,
+        lambda: same(ours(), theirs(), 0.0, "logits"),
+    )
+
+
 BENCHMARKS = (
     Benchmark("hooks-inputs-last", inputs_last, "at most", 1.02),
     Benchmark("hooks-inputs-middle", inputs_middle, "at most", 1.02),
@@ -157,4 +186,5 @@ BENCHMARKS = (
     Benchmark("hooks-pyvene", pyvene_large),
     Benchmark("hooks-tiny", tiny, "at most"),
     Benchmark("hooks-tiny-pyvene", pyvene_tiny),
+    Benchmark("hooks-transformer-lens", transformer_lens, "at most"),
 )

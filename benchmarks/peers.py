@@ -1,10 +1,11 @@
-"""The peers: pyvene, and a rotation under torch's orthogonal parametrization, as in pyvene's interventions."""
+"""The peers: pyvene, a rotation under torch's orthogonal parametrization as in pyvene, and TransformerLens."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import io
+import tempfile
 from typing import Any, TypeAlias
 
 import torch
@@ -143,3 +144,25 @@ class Trainer:
         loss.backward()
         optimizer.step()
         return loss.item()
+
+
+def transformer_bridge(model: Any) -> Any:
+    """Return a TransformerBridge of a copy of a model, which is written to a folder with a small tokenizer.
+
+    Raises:
+        Skipped: TransformerLens is not installed.
+    """
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    except ImportError as error:
+        raise Skipped(f"TransformerLens cannot be imported: {error}") from error
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(8)}, unk_token="w0"))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        special = {"pad_token": "w0", "bos_token": "w1", "eos_token": "w2"}
+        PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+        bridge = TransformerBridge.boot_transformers(folder, device=str(model.device), dtype=model.dtype)
+    return bridge.requires_grad_(False)

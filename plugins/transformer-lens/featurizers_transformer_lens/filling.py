@@ -64,9 +64,10 @@ def refusing_empty_caches(decoder: nn.Module) -> Iterator[None]:
                 "generate with use_past_kv_cache=False (use_cache=False in `generate` of transformers)"
             )
 
-    def after(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], ___: Any) -> None:
-        if (cache := _cache(kwargs)) is not None and _is_empty(cache):
-            unfilled.add(cache)
+    def after(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        for values in (kwargs, output):  # the first pass may make its cache itself
+            if (cache := _cache(values)) is not None and _is_empty(cache):
+                unfilled.add(cache)
 
     handles = [
         decoder.register_forward_pre_hook(before, with_kwargs=True),
@@ -79,9 +80,10 @@ def refusing_empty_caches(decoder: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _cache(kwargs: dict[str, Any]) -> Any:
-    """Return the cache object among the arguments of a decoder; None if there is none."""
-    cache = next((kwargs[name] for name in NAMES if kwargs.get(name) is not None), None)
+def _cache(values: Any) -> Any:
+    """Return the cache object among the arguments or outputs of a decoder; None if there is none."""
+    names = values.keys() if hasattr(values, "keys") else ()
+    cache = next((values[name] for name in NAMES if name in names and values[name] is not None), None)
     return cache if hasattr(cache, "get_seq_length") else None
 
 
