@@ -323,3 +323,18 @@ def test_a_trace_after_a_refused_edit_is_clean(gpt2: tuple[nn.Module, Any]) -> N
         logits = lm.output.logits.save()
     assert torch.equal(logits, model(IDS).logits)
     assert not lm.interleaver.interleaving
+
+
+def test_an_edit_that_nnsight_keeps_for_later_traces_sees_each_prompt(gpt2: tuple[nn.Module, Any]) -> None:
+    model, lm = gpt2
+    steer = Steer(identity(), delta=2.0 * WAVE, positions=[-1])
+    with lm.edit() as (_, edited):
+        edit(lm, {"resid.post:1": steer})
+    for ids in (IDS, IDS[:, :4], IDS[:1]):
+        with edited.trace(ids):
+            logits = edited.output.logits.save()
+        assert torch.equal(logits, hooked(model, at([-1], 2.0))(ids).logits)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0]] * 2)
+    with edited.trace({"input_ids": IDS, "attention_mask": mask}):
+        logits = edited.output.logits.save()
+    assert torch.equal(logits[:, :4], hooked(model, at([3], 2.0))(IDS, attention_mask=mask).logits[:, :4])
