@@ -20,6 +20,7 @@ import site_maps
 import swapping
 import timing
 import torch
+import tracing
 import training
 import typer
 from rich.console import Console
@@ -34,6 +35,7 @@ BENCHMARKS = {
         dictionaries,
         hooks,
         patching,
+        tracing,
         training,
         derived_scalars,
         site_maps,

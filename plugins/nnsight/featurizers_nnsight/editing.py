@@ -52,7 +52,7 @@ def edit(lm: Envoy, operations: Operations) -> dict[Any, Tensor]:
     mediator_of(lm)
     if not isinstance(operations, Mapping):
         raise UsageError(f"operations are a mapping from sites to operations, not {type(operations).__name__}")
-    anatomy = Anatomy(lm)
+    anatomy = Anatomy(lm._module)
     collected: dict[Any, Tensor] = {}
     requests = []
     for key, value in operations.items():

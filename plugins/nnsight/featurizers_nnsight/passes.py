@@ -10,8 +10,8 @@ from weakref import WeakKeyDictionary
 
 from featurizers.errors import PositionError, UsageError
 from featurizers.models import Operation, Pass, SourcedOperation
+from greenlet import getcurrent, greenlet
 from nnsight.intervention.envoy import Envoy
-from nnsight.intervention.interleaver import Mediator
 from torch import Tensor, nn
 
 from featurizers_nnsight.requests import Call, mediator_of, step_of
@@ -36,7 +36,8 @@ class _Read:
     prompt_columns: int | None = None
 
 
-_read: WeakKeyDictionary[Mediator, _Read] = WeakKeyDictionary()
+_read: WeakKeyDictionary[greenlet, _Read] = WeakKeyDictionary()
+"""By the greenlet that runs the body; a body that nnsight keeps for later traces has another in each."""
 
 
 def call_of(lm: Envoy) -> Call:
@@ -50,7 +51,7 @@ def call_of(lm: Envoy) -> Call:
 
 def _current(lm: Envoy) -> _Read:
     mediator = mediator_of(lm)
-    step, read = step_of(lm, mediator), _read.setdefault(mediator, _Read())
+    step, read = step_of(lm, mediator), _read.setdefault(getcurrent(), _Read())
     if read.step == step:
         return read
     if mediator.occurrence(f"{lm.path}.input") > step:

@@ -13,6 +13,8 @@ from featurizers.errors import UsageError
 from featurizers.models import Backend, NativeBackend
 from torch import nn
 
+from featurizers_nnsight.weights import are_missing
+
 
 @hookimpl
 def featurizers_backend(model: object) -> Backend | None:
@@ -25,7 +27,7 @@ def featurizers_backend(model: object) -> Backend | None:
     if envoys is None or not isinstance(model, envoys.Envoy):
         return None
     module: nn.Module = model._module
-    if any(parameter.is_meta for parameter in module.parameters()):
+    if are_missing(module):
         raise UsageError(
             f"the weights of this {type(model).__name__} are not loaded: call its dispatch() first, or make it with "
             "dispatch=True"

@@ -20,6 +20,8 @@ from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.interleaver import Mediator
 from torch import Tensor, nn
 
+from featurizers_nnsight.weights import are_missing
+
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Arguments of a call, without and with names."""
 Location = tuple[str, Literal["input", "output"]]
@@ -124,8 +126,8 @@ def _ranks(lm: Envoy, call: Callable[[], Call]) -> dict[Location, int]:
     module: nn.Module = lm._module
     if module not in _known:
         if takes(module, "input_ids"):
-            parameter = next(module.parameters(), None)
-            device = "cpu" if parameter is None else parameter.device
+            devices = (parameter.device for parameter in module.parameters() if not parameter.is_meta)
+            device = "meta" if are_missing(module) else next(devices, "cpu")  # accelerate moves inputs itself
             given: Call = (), {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=device)}
         else:
             given = call()
@@ -158,7 +160,7 @@ def _measured(lm: Envoy, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> di
 
 def _fake_where_meta(module: nn.Module) -> AbstractContextManager[Any]:
     """Return a context in which a model without weights runs, as nnsight's ``scan`` runs it: with shapes alone."""
-    if not any(parameter.is_meta for parameter in module.parameters()):
+    if not are_missing(module):
         return nullcontext()
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -292,6 +292,29 @@ def test_what_cannot_be_right_is_refused(gpt2: tuple[nn.Module, Any]) -> None:
         generate_of(lm, "resid.post:0", last, slice(1, 3), use_cache=False)
 
 
+def test_a_router_is_not_edited_in_a_trace() -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.MixtralConfig(num_local_experts=4, num_key_value_heads=2, vocab_size=48, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    lm, f = nnsight.NNsight(copy.deepcopy(model)), featurizers.create("identity", d_in=4)
+    steer = Steer(f, delta=torch.tensor([4.0, 0.0, 0.0, -4.0]))
+    with pytest.raises(SiteError, match=r"featurizers\.intervene\(lm, …\)"):
+        trace_by_keyword(lm, "mlp.router:1", steer)
+    with featurizers.intervene(model, {"mlp.router:1": steer}):
+        expected = model(input_ids=IDS).logits
+    with featurizers.intervene(lm, {"mlp.router:1": steer}), lm.trace(input_ids=IDS):
+        logits = lm.output.logits.save()
+    assert torch.equal(logits, expected)
+
+
+def trace_by_keyword(lm: Any, site: str, operation: Any) -> None:
+    with lm.trace(input_ids=IDS):
+        edit(lm, {site: operation})
+
+
 def test_a_trace_after_a_refused_edit_is_clean(gpt2: tuple[nn.Module, Any]) -> None:
     model, lm = gpt2
     with pytest.raises(PositionError):
@@ -300,3 +323,18 @@ def test_a_trace_after_a_refused_edit_is_clean(gpt2: tuple[nn.Module, Any]) -> N
         logits = lm.output.logits.save()
     assert torch.equal(logits, model(IDS).logits)
     assert not lm.interleaver.interleaving
+
+
+def test_an_edit_that_nnsight_keeps_for_later_traces_sees_each_prompt(gpt2: tuple[nn.Module, Any]) -> None:
+    model, lm = gpt2
+    steer = Steer(identity(), delta=2.0 * WAVE, positions=[-1])
+    with lm.edit() as (_, edited):
+        edit(lm, {"resid.post:1": steer})
+    for ids in (IDS, IDS[:, :4], IDS[:1]):
+        with edited.trace(ids):
+            logits = edited.output.logits.save()
+        assert torch.equal(logits, hooked(model, at([-1], 2.0))(ids).logits)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0]] * 2)
+    with edited.trace({"input_ids": IDS, "attention_mask": mask}):
+        logits = edited.output.logits.save()
+    assert torch.equal(logits[:, :4], hooked(model, at([3], 2.0))(IDS, attention_mask=mask).logits[:, :4])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import featurizers
@@ -111,6 +112,19 @@ def test_remote_edits_do_without_the_weights(llama: tuple[nn.Module, Any], tmp_p
     with featurizers.intervene(model, operations):
         expected = model(IDS).logits
     assert torch.allclose(remotely(lm, change), expected, atol=1e-5)
+
+
+def test_weights_that_accelerate_keeps_elsewhere_are_not_missing() -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = model_of("llama")
+    lm = nnsight.NNsight(accelerate.cpu_offload(copy.deepcopy(model)))
+    assert all(parameter.is_meta for parameter in lm._module.parameters())
+    f = featurizers.create("identity", d_in=32)
+    operations = {site: Steer(f, delta=WAVE, positions=[-1]) for site in ("resid.post:1", "resid.post:0")}
+    with featurizers.intervene(model, operations):
+        expected = model(input_ids=IDS).logits
+    with featurizers.intervene(lm, operations):
+        assert torch.allclose(lm._module(input_ids=IDS).logits, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
