@@ -185,10 +185,21 @@ class GridRun:
 
     def _of_receivers(self, sweep: Sweep) -> Sweep:
         """Run the senders, and return a sweep that gives the receivers what they read then."""
-        receivers, report = self.request.receivers, self.results.report
+        report = self.results.report
+        was_packed = report.packed
+        receiving = self._received(sweep)
+        if was_packed and not report.packed:
+            receiving = self._received(sweep)
+        cells, edits = receiving.giving()
+        equal = np.zeros(len(cells.cell), dtype=bool)
+        return replace(sweep, cells=cells, equal=equal, sites=self.request.receivers, edits=edits, freeze=())
+
+    def _received(self, sweep: Sweep) -> Receiving:
+        """Run the senders."""
+        report = self.results.report
         senders = Senders(sweep.cells, sweep.sites, sweep.equal, sweep.prompts.at.max(axis=1))
         try:
-            receiving = Receiving(Anatomy(self.request.model), senders, receivers, report)
+            receiving = Receiving(Anatomy(self.request.model), senders, self.request.receivers, report)
         except NotPackableError as error:
             raise UsageError(f"paths cannot be patched: {error}") from error
         replace(
@@ -200,9 +211,7 @@ class GridRun:
             progress=lambda _: None,
             reads=receiving.reads,
         ).run(lambda *_: None, report)
-        cells, edits = receiving.giving()
-        equal = np.zeros(len(cells.cell), dtype=bool)
-        return replace(sweep, cells=cells, equal=equal, sites=receivers, edits=edits, freeze=())
+        return receiving
 
     def _measure_baselines(self, group: Group, clean: Tensor) -> None:
         every = np.arange(len(group.prompts))

@@ -10,16 +10,17 @@ from typing import Any
 import featurizers
 import pytest
 import torch
+from featurizers import Anatomy
 from featurizers.errors import UsageError
 from featurizers_patching import patch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tests.support.models import fresh_model
 from tests.support.patching import activations, packable, plain_hook, put
 
 BASE, SOURCE = [5, 9, 3, 7, 11, 2], [6, 2, 14, 3, 9, 7]
 SHORT, SHORT_SOURCE = [8, 1, 4, 6], [3, 12, 5, 1]
 METRIC: dict[str, Any] = {"metric": ("logit_difference", 7, 9), "normalize": False}
-BLOCKS = range(3)
 
 
 def three_passes(
@@ -39,7 +40,7 @@ def three_passes(
     every module gives its clean output, except the sender's own where it is computed from the edit. In the third the
     receivers get what they read in the second.
     """
-    everywhere = [f"{kind}:{block}" for kind in frozen for block in BLOCKS]
+    everywhere = [f"{kind}:{block}" for kind in frozen for block in range(Anatomy(model).n_layers)]
     clean = {site: activations(model, base, site) for site in everywhere}
     new = activations(model, source, sender) if value is None else value
     own = dict.fromkeys(("attn.z", "attn.q", "attn.v", "attn.k", "attn.out"), "attn.out")
@@ -111,14 +112,16 @@ def test_any_site_sends_through_mlps_or_around_them(name: str, frozen: tuple[str
     assert check(name, senders, receivers, [2, 5], freeze=frozen) > 1e-3
 
 
-def test_keys_and_values_send_from_later_tokens_too() -> None:
+@pytest.mark.parametrize("receivers", [["attn.v:1:1"], ["mlp.in:0"], ["attn.k:2:0", "attn.v:1:1", "mlp.in:1"]])
+def test_keys_and_values_send_from_later_tokens_too(receivers: list[str]) -> None:
     senders = ["attn.k:0:1", "attn.v:0:0", "attn.v:1", "attn.q:0:3"]
-    assert check("llama", senders, ["attn.k:2:0", "attn.v:1:1", "mlp.in:1", "resid.post:2"], range(6)) > 1e-3
+    assert check("llama", senders, receivers, [0, 3, 5]) > 1e-3
 
 
 def test_the_residual_stream_receives() -> None:
     assert check("llama", ["attn.z:0:1", "mlp.out:1"], ["resid.pre:2"], range(6)) > 1e-3
     assert check("llama", ["mlp.act:1", "attn.z:2:0"], ["resid.post:2"], [0, 5]) > 1e-3
+    assert check("gpt2", ["resid.pre:1", "attn.q:1"], ["resid.pre:1", "attn.q:1:2"], [2, 5]) > 1e-3  # a sender receives
 
 
 def test_without_receivers_after_it_a_sender_has_no_effect() -> None:
@@ -153,6 +156,30 @@ def test_featurizers_spans_and_chunks() -> None:
         torch.testing.assert_close(patch(model, BASE, SOURCE, batch_rows=rows, **options).raw, grid.raw)
     span = patch(model, BASE, SOURCE, positions=[[1, 3], "all"], **options)
     assert not torch.allclose(span.raw[..., 0], grid.raw[..., 1])
+
+
+class Shifted(nn.Module):
+    """A norm that adds a part of the token before."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        return x + 0.5 * nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+def test_receivers_that_read_other_tokens_are_noticed() -> None:
+    model: Any = fresh_model("llama").double().requires_grad_(False)
+    for layer in model.model.layers:
+        layer.input_layernorm = Shifted(layer.input_layernorm)
+    with pytest.warns(UserWarning, match="cannot be patched on packed rows .*attn.v:1 differs from"):
+        grid = patch(model, BASE, SOURCE, "mlp.out:0", receivers="attn.v:1", **METRIC)
+    assert grid.about["packed"] is False
+    for token in (0, 4):
+        expected = three_passes(model, BASE, SOURCE, "mlp.out:0", token, ["attn.v:1"])
+        assert abs(float(grid.raw[0, 0, 0, token]) - expected) < 1e-6
 
 
 def test_a_model_off_packed_rows_gives_the_same_paths() -> None:

@@ -48,7 +48,8 @@ class Receiving:
         anatomy: of the model.
         senders: what is edited in the first sweep.
         receivers: sites that are read in the first sweep and edited in the second.
-        report: of the sweeps.
+        report: of the sweeps. Where it says that tokens meet outside of attention too, receivers are read at all later
+            tokens.
 
     Attributes:
         cells: of the first sweep: the edits of the senders, and after them edits that read.
@@ -71,9 +72,9 @@ class Receiving:
             chosen = (given.spot == number) & ~senders.equal
             changed = given.cell[chosen], given.token[chosen]
             later = _until_last(senders, *changed)
-            if spot.mixes and spot.part == "attn.out":
+            if not report.packed or (spot.mixes and spot.part == "attn.out"):
                 changed = later
-            after = [r for r, receiver in enumerate(to) if _is_after(receiver, spot)]
+            after = [r for r, receiver in enumerate(to) if receiver.block >= spot.block]
             earliest = min((_order(to[r]) for r in after), default=None)
             for r in after:
                 cell, token = changed if _order(to[r]) == earliest else later
@@ -146,12 +147,6 @@ class Receiving:
 def _order(spot: Spot) -> tuple[int, int]:
     """Return a key that sorts receivers in the order in which a block computes them, queries, keys and values alike."""
     return spot.block, _WITHIN_BLOCK[spot.site.kind]
-
-
-def _is_after(receiver: Spot, sender: Spot) -> bool:
-    """Return whether a receiver may read what a sender changes."""
-    same = (receiver.site.kind, receiver.block) == (sender.site.kind, sender.block)
-    return receiver.block >= sender.block and not same
 
 
 def _until_last(senders: Senders, cell: IntArray, token: IntArray) -> tuple[IntArray, IntArray]:
