@@ -20,7 +20,7 @@ from models import gpt2, prompts
 from pydantic import BaseModel
 from rich.console import Console
 
-TOKENS, LAYERS = (4, 8, 16, 32), (3, 6, 12, 24)
+TOKENS, LAYERS = (4, 8, 16, 32), (3, 6, 12)
 LENGTH, DEPTH = 16, 12
 
 HERE = Path(__file__).resolve().parent
