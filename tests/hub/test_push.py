@@ -212,3 +212,23 @@ def test_pushing_another_collection_keeps_what_the_first_listed(hub, tmp_path):
         featurizers.push(featurizers.save_collection({name: subspace()}, tmp_path / name), "alice/x")
     assert list(featurizers.list_artefacts("alice/x")) == ["a", "b"]
     assert featurizers.load("alice/x", subfolder="a").kind == "subspace"
+
+
+@pytest.mark.parametrize("branch", [None, "draft"])
+def test_a_repository_and_a_branch_that_another_program_makes_meanwhile_are_used(hub, monkeypatch, branch):
+    from huggingface_hub import HfApi
+
+    real = {name: getattr(HfApi, name) for name in ("create_repo", "create_branch")}
+
+    def create_repo(self, *args, **options):
+        real["create_repo"](HfApi(), "alice/x")
+        return real["create_repo"](self, *args, **options)
+
+    def create_branch(self, *args, **options):
+        real["create_branch"](HfApi(), "alice/x", branch="draft")
+        return real["create_branch"](self, *args, **options)
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "create_branch", create_branch)
+    subspace().push_to_hub("alice/x", branch=branch)
+    assert set(hub.files("alice/x", f"refs/heads/{branch or 'main'}")) == ARTEFACT

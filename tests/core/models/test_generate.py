@@ -312,3 +312,13 @@ def test_generate_is_the_models_own_again_after_the_context():
             generate(model)
         assert "generate" in vars(model)
     assert "generate" not in vars(model)
+
+
+def test_a_text_that_begins_with_the_first_token_alone_is_that_of_a_prompt_of_one_token():
+    model, delta = tiny_model("llama"), torch.linspace(-2, 2, WIDTH)
+    options = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad(), intervene(model, {SITE: Steer(identity(), delta=delta)}):
+        wanted = model.generate(torch.tensor([[1]]), **options)
+        assert torch.equal(model.generate(bos_token_id=1, **options), wanted)
+    with torch.no_grad():
+        assert not torch.equal(model.generate(torch.tensor([[1]]), **options), wanted)

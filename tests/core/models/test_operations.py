@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -628,3 +629,10 @@ def test_positions_of_a_module_whose_output_has_other_axes_are_refused():
 def test_inputs_that_are_no_arguments_of_the_model_are_refused(inputs):
     with pytest.raises(UsageError, match=f"keyword arguments of the model, .* not {type(inputs).__name__}"):
         collect(tiny_model("gpt2"), inputs, ["resid.post:0"])
+
+
+@pytest.mark.parametrize("operation", [Interchange, Collect, Mask, Steer, Ablate])
+def test_options_of_every_operation_are_given_by_name(operation):
+    """So that a positional argument keeps its meaning when an option is added."""
+    parameters = inspect.signature(operation).parameters
+    assert {parameters[name].kind for name in ("positions", "later", "writes")} == {inspect.Parameter.KEYWORD_ONLY}

@@ -466,19 +466,6 @@ def test_no_graph_is_left_behind(name):
     assert raw
 
 
-def test_the_arguments_of_attention_have_no_graph():
-    def tensors(value):
-        if isinstance(value, Tensor):
-            return [value]
-        parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
-        return [tensor for part in parts for tensor in tensors(part)]
-
-    [raw] = capture(decoder("gemma3"), tokens(), [Need("resid.pre", "backward")], metric=METRIC)
-    kept = [tensor for each in raw.arguments.values() for tensor in tensors((each.positional, each.named))]
-    assert kept
-    assert not any(tensor.requires_grad for tensor in kept)
-
-
 def test_device_and_dtype_of_what_is_kept():
     [raw] = capture(
         decoder("llama"), tokens(), [Need("mlp.neurons", "backward"), Need("attn.bias")], metric=METRIC,
