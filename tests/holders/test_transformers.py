@@ -66,7 +66,7 @@ class WhenWarm(Held):
         self.logits(self.inputs(padded=True))
 
 
-class TestCompiled(HolderContract):
+class Compiled(HolderContract):  # for the table alone: it compiles for a minute; see tests/core/models/test_compilation
     title = "torch.compile(model)"
     tolerance = 1e-5
 
@@ -88,7 +88,7 @@ class TestCompiledInPlace(HolderContract):
         return held("llama", wrap, WhenWarm)
 
 
-class TestCompiledLayers(HolderContract):
+class CompiledLayers(HolderContract):  # for the table alone
     title = "each layer compiled"
     tolerance = 1e-5
 
