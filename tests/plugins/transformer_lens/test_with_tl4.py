@@ -1,4 +1,4 @@
-"""TransformerLens 4: `with_tl4/checks.py` and its suites of holders, in a process that finds version 4 before any other.
+"""TransformerLens 4: `with_tl4/checks.py` and its suites of holders, in a process that finds it before version 3.
 
 SAELens needs TransformerLens 3, so that the two cannot be installed in one environment.
 """
