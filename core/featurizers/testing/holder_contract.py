@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import pytest
 
-from featurizers.testing.held import CELLS, SITES, Cell, Held, measure
+from featurizers.testing.held import CELLS, SITES, Cell, Held
+from featurizers.testing.measuring import measure
 
 
 class HolderContract:
