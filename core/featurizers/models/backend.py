@@ -108,7 +108,7 @@ def intervene(
 
 @contextmanager
 def _intervening(model: object, operations: Any) -> Iterator[dict[Any, Any]]:
-    with Prepared(model, operations) as collected:
+    with Prepared(model, operations).intervening() as collected:
         yield collected
 
 
@@ -204,17 +204,24 @@ class Prepared:
 
     def __enter__(self) -> dict[Any, Any]:
         """Put the hooks on the model; return the results of `Collect`, as `intervene` does."""
-        entered = self._intervening()
+        entered = self.intervening()
         collected = entered.__enter__()
         self._entered.stack.append(entered)
         return collected
 
     def __exit__(self, *error: Any) -> bool | None:
-        """Remove the hooks that were put on last in this thread."""
+        """Remove the hooks that were put on last in this thread.
+
+        Raises:
+            UsageError: this thread has put on none.
+        """
+        if not self._entered.stack:
+            raise UsageError("a prepared edit ends in the thread that entered it; use intervene to end it in another")
         return self._entered.stack.pop().__exit__(*error)
 
     @contextmanager
-    def _intervening(self) -> Iterator[dict[Any, Any]]:
+    def intervening(self) -> Iterator[dict[Any, Any]]:
+        """Return a context as `intervene` does, which may end in another thread than the one that entered it."""
         anatomy, sources = self._anatomy, self._sources
         self._check_modules()
         map_paths = [

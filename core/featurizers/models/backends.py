@@ -16,6 +16,7 @@ from torch import nn
 
 from featurizers.errors import PluginError, UsageError, shown
 from featurizers.format.sites import Site
+from featurizers.models.compilation import refuse_compiled_caller
 from featurizers.models.places import Place
 from featurizers.registry.plugin_host import host
 
@@ -112,11 +113,12 @@ def backend_of(model: object) -> Backend:
         model: a torch module, or an object of a library whose plugin knows it.
 
     Raises:
-        UsageError: it is no torch module, and no plugin knows it; or it runs copies of a model.
+        UsageError: it is no torch module, and no plugin knows it; it runs copies of a model; or the caller is compiled.
         MissingDependencyError: it belongs to a library whose plugin is not installed.
         PluginError: the plugin fails, or returns something else.
         FeaturizerError: the plugin refuses the model.
     """
+    refuse_compiled_caller()
     found = host().backend(model)
     if found is not None:
         return _checked(found, model)

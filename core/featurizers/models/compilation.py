@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -46,6 +46,18 @@ def eager() -> Iterator[None]:
         _stance.leave()
 
 
+def refuse_compiled_caller() -> None:
+    """Raise UsageError inside a function that ``torch.compile`` compiles, where hooks may be skipped."""
+    if torch.compiler.is_compiling():
+        raise UsageError(_COMPILED_CALLER)
+
+
+_COMPILED_CALLER: Final = (
+    "the model was to be read or edited inside a function that torch.compile compiles, which may skip its hooks; take "
+    "torch.compile off that function (the model itself may be compiled)"
+)
+
+
 class _Stance:
     """Stance of the process, counted.
 
@@ -68,10 +80,7 @@ class _Stance:
                 try:
                     self.held = torch.compiler.set_stance("force_eager")
                 except RuntimeError as error:
-                    raise UsageError(
-                        "the model was to be read or edited inside a function that torch.compile compiles, which may "
-                        "skip its hooks; take torch.compile off that function (the model itself may be compiled)"
-                    ) from error
+                    raise UsageError(_COMPILED_CALLER) from error
             self.blind |= self.held is None
             self.contexts += 1
 

@@ -9,10 +9,10 @@ import featurizers
 import pytest
 import torch
 from featurizers import Anatomy, Steer, collect, intervene
-from featurizers.errors import FeaturizerError, UsageError
+from featurizers.errors import UsageError
 from torch import nn
 
-from tests.support.models import WIDTH, fresh_model, hooked, module_of, prompts, tiny_model
+from tests.support.models import WIDTH, prompts, tiny_model
 
 IDS = prompts(2, 6, seed=1)
 DELTA = torch.linspace(-2, 3, WIDTH)
@@ -48,16 +48,3 @@ def test_a_wrapper_that_is_no_module_is_refused_and_its_module_named(use: str) -
 def test_what_holds_no_module_is_refused(given: Any) -> None:
     with pytest.raises(UsageError, match="the model is a torch module"):
         collect(given, {"input_ids": IDS}, ["resid.post:1"])
-
-
-def test_a_model_of_nnsight_is_refused_and_the_module_that_it_names_is_edited() -> None:
-    nnsight = pytest.importorskip("nnsight")
-    model = fresh_model("llama")
-    held = nnsight.NNsight(model)
-    with pytest.raises(FeaturizerError, match=r"not NNsight, which holds one: pass that LlamaForCausalLM"):
-        collect(held, {"input_ids": IDS}, ["resid.post:1"])
-    with torch.no_grad(), hooked(*module_of(model, "llama", "resid.post", 1), lambda hidden: hidden + DELTA):
-        expected = model(IDS).logits
-    with torch.no_grad(), intervene(held._module, {"resid.post:1": steer()}), held.trace(IDS):
-        found = held.output.logits.save()
-    assert torch.equal(found, expected)

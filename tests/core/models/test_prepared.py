@@ -139,3 +139,9 @@ def test_a_module_that_was_replaced_is_refused() -> None:
     model.transformer.h[1] = fresh_model("gpt2").transformer.h[1]
     with pytest.raises(UsageError, match=r"'transformer\.h\.1' was replaced.*prepare again"), edit:
         pass
+
+
+def test_an_end_in_another_thread_is_refused() -> None:
+    edit = featurizers.prepare(tiny_model("gpt2"), {SITE: interchange(torch.ones(2, 1, WIDTH))})
+    with pytest.raises(UsageError, match="ends in the thread that entered it"):
+        edit.__exit__(None, None, None)

@@ -192,10 +192,10 @@ def mix_the_examples(patch):
 
 
 def hook_the_wrong_position(patch):
-    from featurizers.models import backend
+    from featurizers.models import carrying
 
-    original = backend.columns
-    patch(backend, "columns", lambda p, h, c: None if p is None else (original(p, h, c) + 1) % h.shape[1])
+    original = carrying.columns
+    patch(carrying, "columns", lambda p, h, c, **_: None if p is None else (original(p, h, c) + 1) % h.shape[1])
 
 
 MUTANTS = {
