@@ -72,6 +72,8 @@ def test_a_flipped_bit_is_found_by_the_hubs_checksums(hub, repo, source, name):
 
 
 def test_a_cache_without_links_keeps_no_checksum(hub, repo, monkeypatch):
+    if not hasattr(constants, "HF_HUB_DISABLE_SYMLINKS"):
+        pytest.skip("this huggingface_hub has no option for a cache without links")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
     assert featurizers.load("alice/sae", subfolder="layers.1").kind == "dictionary"
     with pytest.raises(WeightsError, match=r"the cache keeps no checksum of cfg\.json; leave out verify"):

@@ -280,6 +280,8 @@ class SiteMap(FeatureSpace[ConfigT]):
         """See `FeatureSpace.checked_columns`."""
         chosen: dict[str, Tensor] = {}
         by_group = self.by_group(indices)
+        if not by_group:
+            raise UsageError("the indices name no group: give the features to load by group, or no indices for all")
         # raises for a kind that cannot load some of its features, whatever the indices are
         some = [group for group, own in by_group.items() if own is not None]
         self.sliced(self.config, dict.fromkeys(some, torch.zeros(1, dtype=torch.long)))
@@ -289,8 +291,6 @@ class SiteMap(FeatureSpace[ConfigT]):
             if columns is None or not columns.numel():
                 raise UsageError(f"give the features to load of the group {group!r} as a list of numbers")
             chosen[group] = columns
-        if not chosen:
-            raise UsageError("there is no group to load")
         return chosen
 
     @classmethod

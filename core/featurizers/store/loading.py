@@ -290,6 +290,8 @@ def _columns(indices: Indices | Mapping[str, Indices]) -> external.Columns:
     if indices is None:
         return None
     if isinstance(indices, Mapping):
+        if not indices:
+            raise UsageError("the indices name no group: give the features to load by group, or no indices for all")
         return {group: _columns(own) for group, own in indices.items()}  # type: ignore[misc]
     needs_number = isinstance(indices, slice | str) or getattr(indices, "dtype", None) == torch.bool
     of_examples = isinstance(indices, list | tuple) and any(isinstance(index, list | tuple) for index in indices)

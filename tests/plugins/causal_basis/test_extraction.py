@@ -679,6 +679,8 @@ def test_the_schedule_of_tuned_lens_finds_its_recorded_energies():
     # energies that tuned-lens 0.2.0 found in this case
     peer = [[0.258751, 0.240314, 0.236006], [0.33037, 0.24118, 0.203909], [0.304359, 0.214324, 0.19833]]
     model, states = peer_case()
+    if not torch.allclose(states[-1].norm(), torch.tensor(79.29893), rtol=1e-5):
+        pytest.skip("this torch or transformers draws other weights than those of the record")
     for preset in ("reference", "multi"):
         bases = extract_causal_bases(LogitLens(model), states, 3, preset=preset)
         for basis, energies in zip(bases, peer, strict=True):

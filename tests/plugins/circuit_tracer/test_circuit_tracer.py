@@ -104,6 +104,8 @@ def test_a_whole_group_beside_a_slice(tmp_path):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     with pytest.raises(UsageError, match="there is no group 'layer-7'"):
         featurizers.load(FIXTURES / "set-relu", indices={"layer-7": None})
+    with pytest.raises(UsageError, match="the indices name no group"):
+        featurizers.load(FIXTURES / "set-relu", indices={})
 
 
 def test_a_slice_of_a_set_needs_no_file_of_other_layers(tmp_path):

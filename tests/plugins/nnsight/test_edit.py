@@ -292,6 +292,7 @@ def test_what_cannot_be_right_is_refused(gpt2: tuple[nn.Module, Any]) -> None:
         generate_of(lm, "resid.post:0", last, slice(1, 3), use_cache=False)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.8."), reason="torch 2.8 runs no experts of transformers on the CPU")
 def test_a_router_is_not_edited_in_a_trace() -> None:
     import transformers
 
