@@ -367,25 +367,12 @@ class TestQwen25Vl(HolderContract):
 
 # ---------------------------------------------------------------------- mixtures, hybrids, states
 
-SMALL: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-
 
 def of_class(name: str, modules: Mapping[str, tuple[str, str]], **options: Any) -> Held:
     """Return a tiny model of a class of transformers, ``NameForCausalLM``, with random weights."""
-    config = getattr(transformers, f"{name}Config")(**{**SMALL, **options})
+    config = getattr(transformers, f"{name}Config")(**{**unusual_models.TEXT, **options})
     torch.manual_seed(0)
-    model = unusual_models._random(getattr(transformers, f"{name}ForCausalLM")(config))
+    model = unusual_models.with_large_weights(getattr(transformers, f"{name}ForCausalLM")(config))
     return Held(model, copy.deepcopy(model), places(modules, 8))
 
 

@@ -186,3 +186,20 @@ class Pairs:
         with torch.no_grad():
             logits: Tensor = self.model(torch.tensor([self.base[pair]]), use_cache=False).logits
         return logits[0, self.at[pair]]
+
+
+BASE, SOURCE = [5, 9, 3, 7, 11, 2], [5, 9, 14, 3, 9, 7]
+SHORT, SHORT_SOURCE = [8, 1, 4, 6], [3, 12, 5, 1]
+"""Two pairs of prompts."""
+
+
+def logits_of(model: Any, tokens: list[int], token: int = -1) -> Tensor:
+    """Return the logits of a model at one token of a prompt."""
+    with torch.no_grad():
+        return model(torch.tensor([tokens]), use_cache=False).logits[0, token]
+
+
+def swapped(model: Any, base: list[int], source: list[int], site: Any, tokens: list[int], at: int = -1) -> Tensor:
+    """Return the logits of the base with some tokens' activations of the source, put there by a plain hook."""
+    with plain_hook(model, site, put(tokens, activations(model, source, site))):
+        return logits_of(model, base, at)

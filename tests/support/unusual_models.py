@@ -13,7 +13,7 @@ from tests.support.models import fresh_model
 
 WIDTH = 32
 _NO_SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
-_TEXT = {
+TEXT = {
     "hidden_size": WIDTH,
     "intermediate_size": 40,
     "num_hidden_layers": 2,
@@ -33,7 +33,7 @@ _VISION = {
 }
 
 
-def _random(model: nn.Module) -> nn.Module:
+def with_large_weights(model: nn.Module) -> nn.Module:
     """Give a model weights that are large enough for every part to matter."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -45,28 +45,28 @@ def _random(model: nn.Module) -> nn.Module:
 
 def gemma3() -> nn.Module:
     """Return a Gemma 3 that sees: its decoder is given embeddings and a dict of masks."""
-    text = {**_TEXT, "head_dim": 8, "sliding_window": 4}
+    text = {**TEXT, "head_dim": 8, "sliding_window": 4}
     tokens = {"image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62}
     config = transformers.Gemma3Config(text_config=text, vision_config=_VISION, mm_tokens_per_image=1, **tokens)
-    return _random(transformers.Gemma3ForConditionalGeneration(config))
+    return with_large_weights(transformers.Gemma3ForConditionalGeneration(config))
 
 
 def paligemma() -> nn.Module:
     """Return a PaliGemma: its decoder is given embeddings and a four-dimensional mask."""
-    text = {**_TEXT, "model_type": "gemma", "head_dim": 8}
+    text = {**TEXT, "model_type": "gemma", "head_dim": 8}
     vision = {**_VISION, "model_type": "siglip_vision_model", "vision_use_head": False, "projection_dim": WIDTH}
     config = transformers.PaliGemmaConfig(
         text_config=text, vision_config=vision, image_token_index=60, projection_dim=WIDTH
     )
-    return _random(transformers.PaliGemmaForConditionalGeneration(config))
+    return with_large_weights(transformers.PaliGemmaForConditionalGeneration(config))
 
 
 def llava() -> nn.Module:
     """Return a LLaVA: its decoder is given embeddings and the mask."""
     vision = {**_VISION, "model_type": "clip_vision_model", "projection_dim": 16}
-    text = {**_TEXT, "model_type": "llama"}
+    text = {**TEXT, "model_type": "llama"}
     config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=60)
-    return _random(transformers.LlavaForConditionalGeneration(config))
+    return with_large_weights(transformers.LlavaForConditionalGeneration(config))
 
 
 def qwen2_5_vl() -> nn.Module:
@@ -84,25 +84,25 @@ def qwen2_5_vl() -> nn.Module:
     }
     tokens = {"image_token_id": 60, "video_token_id": 63, "vision_start_token_id": 61, "vision_end_token_id": 62}
     config = transformers.Qwen2_5_VLConfig(
-        text_config={**_TEXT, "rope_parameters": rope}, vision_config=vision, **tokens
+        text_config={**TEXT, "rope_parameters": rope}, vision_config=vision, **tokens
     )
-    return _random(transformers.Qwen2_5_VLForConditionalGeneration(config))
+    return with_large_weights(transformers.Qwen2_5_VLForConditionalGeneration(config))
 
 
 def minimax(layer_types: list[str]) -> nn.Module:
     """Return a MiniMax with ``linear_attention`` and ``full_attention`` in its layers."""
-    options: dict[str, Any] = {**_TEXT, "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}
+    options: dict[str, Any] = {**TEXT, "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}
     config = transformers.MiniMaxConfig(**{**options, "layer_types": layer_types, "block_size": 4})
-    return _random(transformers.MiniMaxForCausalLM(config))
+    return with_large_weights(transformers.MiniMaxForCausalLM(config))
 
 
 def mamba(version: int = 1) -> nn.Module:
     """Return a Mamba, which has states and no attention."""
     options = {"hidden_size": WIDTH, "num_hidden_layers": 2, "vocab_size": 64, "state_size": 8, **_NO_SPECIAL_TOKENS}
     if version == 1:
-        return _random(transformers.MambaForCausalLM(transformers.MambaConfig(**options)))
+        return with_large_weights(transformers.MambaForCausalLM(transformers.MambaConfig(**options)))
     config = transformers.Mamba2Config(**options, head_dim=8, num_heads=8, n_groups=1, chunk_size=4, expand=2)
-    return _random(transformers.Mamba2ForCausalLM(config))
+    return with_large_weights(transformers.Mamba2ForCausalLM(config))
 
 
 class PromptTuned(nn.Module):

@@ -13,6 +13,7 @@ from .backend import site_of as site_of
 from .backends import Backend as Backend
 from .backends import NativeBackend as NativeBackend
 from .backends import backend_of as backend_of
+from .calling import bound as bound
 from .calling import cache_argument as cache_argument
 from .calling import empty_cache as empty_cache
 from .calling import is_keys as is_keys

@@ -23,7 +23,7 @@ from featurizers.registry.plugin_host import host
 
 @runtime_checkable
 class Backend(Protocol):
-    """How one library holds one model. Derive from `NativeBackend`, and replace what differs.
+    """Holder of one model, as its library makes it. Derive from `NativeBackend`, and replace what differs.
 
     Attributes:
         module: the module that the user's calls run, and whose modules take the hooks.

@@ -22,7 +22,7 @@ Inputs: TypeAlias = "Mapping[str, Any]"
 
 @dataclass(frozen=True)
 class Padding:
-    """Where the tokens of padded prompts are.
+    """Columns of the tokens of padded prompts.
 
     Attributes:
         lengths: number of tokens of each prompt, ``(batch, 1)``.

@@ -94,7 +94,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Cell:
-    """One thing that is tried with a holder.
+    """Edit that is tried with a holder.
 
     Attributes:
         name: for people.

@@ -23,7 +23,7 @@ _DELTA, _LARGE_DELTA = 3.0, 20.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a holder did.
+    """Result of one cell with a holder.
 
     Attributes:
         difference: largest difference from plain hooks, over the largest value; of tokens, the part that differs.

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from featurizers.errors import PositionError, UsageError
-from featurizers.models import Operation, Pass, SourcedOperation
+from featurizers.models import Operation, Pass, SourcedOperation, bound
 from greenlet import getcurrent, greenlet
 from nnsight.intervention.envoy import Envoy
-from torch import Tensor, nn
+from torch import Tensor
 
 from featurizers_nnsight.requests import Call, mediator_of, step_of
 
@@ -61,7 +60,7 @@ def _current(lm: Envoy) -> _Read:
             "are read"
         )
     read.step, read.call = step, lm.inputs
-    read.inputs = _bound(lm._module, *read.call)
+    read.inputs = bound(lm._module, read.call[0], dict(read.call[1]))
     read.cached = max((cache.get_seq_length() for cache in _caches(read)), default=0) if step == 0 else 0
     tokens = _tokens(read.inputs)
     if step == 0 and tokens is not None:
@@ -146,19 +145,6 @@ def _caches(read: _Read) -> list[Any]:
 def _tokens(inputs: Mapping[str, Any]) -> Tensor | None:
     ids = inputs.get("input_ids")
     return ids if isinstance(ids, Tensor) else None
-
-
-def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by their names."""
-    if not args:
-        return dict(kwargs)
-    parameters = inspect.signature(type(module).forward)
-    bound = dict(parameters.bind_partial(module, *args, **kwargs).arguments)
-    bound.pop("self", None)
-    for name, parameter in parameters.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            bound |= bound.pop(name, {})
-    return bound
 
 
 def _option(lm: Envoy, name: str) -> Any:

@@ -46,7 +46,7 @@ class Request:
 
     @property
     def location(self) -> Location:
-        """Where the value is."""
+        """Module and side of the value."""
         return self.place.path, self.place.side
 
     def carry_out(self, lm: Envoy) -> None:

@@ -23,7 +23,7 @@ from featurizers_patching.request import Request
 
 @dataclass
 class Results:
-    """What a grid is made of.
+    """Values of a grid, and how they were computed.
 
     Attributes:
         values: metrics after each edit, ``(metrics, sites, pairs, positions)``.

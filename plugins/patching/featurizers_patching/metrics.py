@@ -120,7 +120,7 @@ class LogProbability(Metric):
 
     @property
     def named(self) -> frozenset[int]:
-        """The tokens of all answers."""
+        """Tokens of all answers."""
         return frozenset(token for answer in _sequences(self.answer) for token in answer)
 
     @property
@@ -170,7 +170,7 @@ class Loss(LogProbability):
 
 
 class Accuracy(LogProbability):
-    """Whether the answer is the most probable token: 1 or 0; of several tokens, whether each is after the others."""
+    """Accuracy: 1 if the answer is the most probable token, else 0; for several tokens, 1 if each of them is."""
 
     name: ClassVar[str] = "accuracy"
 

@@ -17,7 +17,7 @@ from featurizers_patching.positions import Column
 
 @dataclass(frozen=True)
 class Method:
-    """How effects are found.
+    """Method by which effects are found.
 
     Attributes:
         name: "exact"; "gradient" for a first-order estimate at the base; "integrated" for one with gradients averaged

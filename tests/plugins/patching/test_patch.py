@@ -16,20 +16,17 @@ from featurizers_patching import patch
 from torch import Tensor
 
 from tests.support.models import tiny_model
-from tests.support.patching import activations, packable, plain_hook, put
-
-BASE, SOURCE = [5, 9, 3, 7, 11, 2], [5, 9, 14, 3, 9, 7]
-SHORT, SHORT_SOURCE = [8, 1, 4, 6], [3, 12, 5, 1]
-
-
-def logits_of(model: Any, tokens: list[int], token: int = -1) -> Tensor:
-    with torch.no_grad():
-        return model(torch.tensor([tokens]), use_cache=False).logits[0, token]
-
-
-def swapped(model: Any, base: list[int], source: list[int], site: Any, tokens: list[int], at: int = -1) -> Tensor:
-    with plain_hook(model, site, put(tokens, activations(model, source, site))):
-        return logits_of(model, base, at)
+from tests.support.patching import (
+    BASE,
+    SHORT,
+    SHORT_SOURCE,
+    SOURCE,
+    activations,
+    logits_of,
+    packable,
+    plain_hook,
+    swapped,
+)
 
 
 @pytest.fixture(scope="module")
