@@ -139,6 +139,7 @@ def prepare(
 
 
 def _with(source: Tensor | Inputs, operation: Operation) -> Operation:
+    """Return an operation with another source, if it has one."""
     return replace(operation, source=source) if isinstance(operation, SourcedOperation) else operation
 
 
@@ -193,13 +194,7 @@ class Prepared:
             PositionError, ShapeError: as in `intervene`.
         """
         if source is not None:
-            self._plan = [
-                (
-                    key,
-                    tuple(replace(each, source=source) if isinstance(each, SourcedOperation) else each for each in own),
-                )
-                for key, own in self._plan
-            ]
+            self._plan = [(key, tuple(_with(source, each) for each in own)) for key, own in self._plan]
         self._sources = self._read_sources()
 
     def __enter__(self) -> dict[Any, Any]:
