@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 VOCABULARY, LAYERS, WIDTH, HEADS = 48, 3, 32, 4
 
@@ -44,7 +46,7 @@ _DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**_ONE_KV, "use_parallel_residual": True}),
     "gpt_neox_sequential": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**_ONE_KV, "use_parallel_residual": False}),
     "gemma": ("GemmaConfig", "GemmaForCausalLM", {**_BASE, "head_dim": 10, "attention_bias": True}),
-    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**_GEMMA, "attention_bias": True}),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**_GEMMA, "attention_bias": True, "attn_implementation": "eager"}),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**_GEMMA, "attention_bias": True}),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {**_BASE, "attention_bias": True}),
     "olmo2_biased": ("Olmo2Config", "Olmo2ForCausalLM", {**_BASE, "attention_bias": True}),
@@ -84,6 +86,21 @@ def decoder(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> 
                 # vectors are gains around 1 (around 0 in Gemma) and biases around 0
                 parameter.copy_(noise * 0.3 if parameter.dim() > 1 else parameter + noise * 0.4)
     return model.to(dtype)
+
+
+def without_its_softcap(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a Gemma 2 in float64 whose attention is sdpa, which leaves out its softcap, as in some releases."""
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def without(*args: Any, softcap: float | None = None, **named: Any) -> Any:
+        return sdpa(*args, **named)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", without)
+    model = decoder("gemma2", torch.float64, attn_logit_softcapping=0.5)
+    capped = model(tokens()[None]).logits
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", "sdpa")
+    assert not torch.allclose(model(tokens()[None]).logits, capped, atol=1e-3)
+    return model
 
 
 @functools.cache

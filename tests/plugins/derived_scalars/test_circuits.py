@@ -16,7 +16,17 @@ from featurizers_derived_scalars.circuit import KINDS, Circuit, Need, Place, fin
 from featurizers_derived_scalars.circuit.attention import NAME
 from torch import Tensor, nn
 
-from tests.support.decoders import DECODERS, LAYERS, POST_NORM, VOCABULARY, WIDTH, decoder, shared_decoder, tokens
+from tests.support.decoders import (
+    DECODERS,
+    LAYERS,
+    POST_NORM,
+    VOCABULARY,
+    WIDTH,
+    decoder,
+    shared_decoder,
+    tokens,
+    without_its_softcap,
+)
 
 RECOMPUTED = (
     *(f"attn.{part}" for part in ("q", "k", "v", "logits", "probs", "z", "out", "delta")),
@@ -330,6 +340,16 @@ def test_other_architectures_are_refused_by_name(config, problem):
         Circuit(model)
     assert str(caught.value).startswith(type(model).__name__)
     assert "featurizers_circuits" in str(caught.value)
+
+
+def test_a_softcap_that_the_attention_leaves_out_is_refused(monkeypatch):
+    """Eager attention, by which places are looked into, gives other numbers than this model."""
+    model = without_its_softcap(monkeypatch)
+    with pytest.raises(SiteError, match=r"has a softcap that its sdpa attention leaves out.*attn_implem.*='eager'"):
+        Circuit(model)
+    model.config._attn_implementation_internal = "eager"
+    [raw] = capture(Circuit(model), tokens(), [Need("logits")])
+    close(raw[Place("logits"), "forward"], model(tokens()[None]).logits[0])
 
 
 def test_a_model_that_does_not_run_is_named():

@@ -18,7 +18,7 @@ from featurizers_patching.engine.spots import spot_of
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.support.decoders import decoder
+from tests.support.decoders import decoder, without_its_softcap
 from tests.support.models import fresh_model, tiny_model
 from tests.support.patching import ARCHITECTURES, Pairs, activations, packable, plain_hook, put, sites_of
 
@@ -299,6 +299,17 @@ def test_two_threads_patch_one_model_at_once() -> None:
     for each in found:
         torch.testing.assert_close(each, expected, rtol=0, atol=1e-10)
     assert model.config._attn_implementation in ALL_ATTENTION_FUNCTIONS
+
+
+def test_a_softcap_that_the_attention_leaves_out_is_left_out_of_every_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = without_its_softcap(monkeypatch).requires_grad_(False)
+    pairs = Pairs(model, BASE, SOURCE, ["resid.pre:0", "mlp.out:1"])
+    cells = single_cells(pairs)
+    with pytest.warns(UserWarning, match=r"sdpa attention leaves out the softcap; load it with attn_imp.*='eager'"):
+        logits, report = pairs.run(cells, verify=0)
+    assert not report.packed
+    for found, (pair, [(site, token)]) in zip(logits, cells, strict=True):
+        torch.testing.assert_close(found, pairs.expected(pair, site, [token]), rtol=0, atol=1e-10)
 
 
 class Shifted(nn.Module):

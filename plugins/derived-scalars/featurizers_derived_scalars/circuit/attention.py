@@ -65,7 +65,8 @@ def part_layout(part: Part, tensor: Tensor) -> Tensor:
     return tensor.transpose(0, 1)[None] if part in ("q", "k", "v") else tensor.permute(2, 0, 1)[None]
 
 
-_LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
+_LISTENER: ContextVar[tuple[Listener, frozenset[str | None]] | None] = ContextVar("listener", default=None)
+"""The listener, and the names of the implementations of attention that the model has outside of the run."""
 
 
 @contextmanager
@@ -73,14 +74,14 @@ def listening(model: nn.Module, listener: Listener) -> Iterator[None]:
     """Send every part of a model's attention to a listener; restore the model's own implementation afterwards.
 
     Raises:
-        SiteError: the model's attention does not use the interface of `transformers`.
+        SiteError: the model's attention does not use the interface of `transformers`, or leaves out its softcap.
     """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         raise SiteError(f"{type(model).__name__} is no model of transformers, so its attention cannot be looked into")
     _register()
-    token = _LISTENER.set(listener)
+    token = _LISTENER.set((listener, frozenset(config._attn_implementation_internal for config in _configs(model))))
     try:
         with implementation(model, NAME):
             yield
@@ -124,9 +125,16 @@ def _register() -> None:
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    eager, listener = _eager(module), _LISTENER.get()
-    if listener is None:
+    eager, run = _eager(module), _LISTENER.get()
+    if run is None:
         return eager(module, query, key, value, attention_mask, **kwargs)
+    listener, own = run
+    left_out = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    if left_out and "sdpa" in own:  # transformers refuses a softcap there, or, in some releases, ignores it
+        raise SiteError(
+            f"{type(module).__name__} has a {left_out[0]} that its sdpa attention leaves out, and is looked into by "
+            "eager attention, which does not; load the model with attn_implementation='eager'"
+        )
     # Repeated here and not inside the eager function, so that each query head has its own values and gradients.
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:

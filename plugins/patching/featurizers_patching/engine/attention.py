@@ -87,6 +87,11 @@ def _attend(
     if not isinstance(run, Attender):  # another thread runs the model meanwhile
         return _own(module)(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     scale, softcap, sinks = (options.pop(name, None) for name in ("scaling", "softcap", "s_aux"))
+    left_out = [name for name, given in (("softcap", softcap), ("sinks", sinks)) if given is not None]
+    if left_out and _name(module) == "sdpa":  # transformers refuses a softcap there, or, in some releases, ignores it
+        raise NotPackableError(
+            f"its sdpa attention leaves out the {' and the '.join(left_out)}; load it with attn_implementation='eager'"
+        )
     if options.pop("dropout", 0.0):
         raise NotPackableError("its attention has dropout outside of training")
     if unknown := [name for name, x in options.items() if isinstance(x, Tensor) and name not in IGNORED]:
@@ -132,10 +137,14 @@ def attention(config: Any) -> Iterator[None]:
                 config._attn_implementation_internal = name
 
 
+def _name(module: nn.Module) -> str:
+    """Return the name of the attention function that a module uses outside of runs."""
+    name, _ = _replaced.get(id(getattr(module, "config", None)), ("sdpa", 0))
+    return name
+
+
 def _own(module: nn.Module) -> Callable[..., Any]:
     """Return the attention function that a module uses outside of runs."""
-    config: Any = getattr(module, "config", None)
-    name, _ = _replaced.get(id(config), ("sdpa", 0))
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    own: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get(name, eager)
+    own: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get(_name(module), eager)
     return own
