@@ -166,10 +166,10 @@ def _write(store: dict[str, Any], wanted: list[Mutant], besides: Counter[str]) -
     ]
     for part, count in sorted(counts.items()):
         lines.append(f"| {part} | {count['killed']} | {count['survived']} | {count['not run']} |")
-    survivors = [tried for tried in store["mutants"] if tried["status"] == "survived"]
     names = {mutant.name for mutant in wanted}
-    lines += ["", "Survivors:", ""]
-    lines += [f"- `{tried['mutant']}`" for tried in survivors if tried["mutant"] in names]
+    survivors = [tried for tried in store["mutants"] if tried["status"] == "survived" and tried["mutant"] in names]
+    if survivors:
+        lines += ["", "Survivors:", "", *(f"- `{tried['mutant']}`" for tried in survivors)]
     before, rest = DOCUMENT.read_text().split(START)
     DOCUMENT.write_text("\n".join([before + START, *lines, END + rest.split(END)[1]]))
 

@@ -14,7 +14,7 @@ from typing import Any
 import featurizers
 import pytest
 import torch
-from featurizers.errors import HubNotFoundError, ManifestError, SourceError, WeightsError
+from featurizers.errors import FeatureIndexError, HubNotFoundError, ManifestError, SourceError, WeightsError
 from featurizers_sae_lens import catalogue
 from featurizers_sae_lens.table import Catalogue
 from safetensors.torch import load, save
@@ -393,6 +393,8 @@ def test_a_layer_of_a_cross_layer_transcoder_writes_each_later_layer(sae_lens, h
         part = featurizers.load(f"sae-lens:{release}/{name}", indices=indices)
         same(part.encode("layer-23", {"in-23": x}), features[..., [40, 3]])
         assert torch.equal(part.W_dec["layer-23"]["out-25"], f.W_dec["layer-23"]["out-25"][[40, 3]])
+    with pytest.raises(FeatureIndexError, match=f"feature index {F} is out of range: there are {F}"):
+        featurizers.load(f"sae-lens:{release}/{name}", indices=[F])
     from sae_lens.loading import pretrained_sae_loaders as loaders
 
     shapes = {key: list(value.shape) for key, value in encoder.items()}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import featurizers
 import pytest
 import torch
+from torch import Tensor
 
 
 @pytest.mark.parametrize("none", [[], torch.zeros(4, dtype=torch.bool), torch.zeros(0, dtype=torch.long)])
@@ -53,3 +56,30 @@ def test_some_features_of_a_source_in_another_dtype_are_those_that_torch_would_a
     found = f.interchange(base, source, [2, 7])
     assert found.dtype == base_dtype
     assert torch.equal(found, expected)
+
+
+class Assigned(featurizers.Featurizer[Any]):
+    """Coordinates that torch assigns, which it does only in the dtype of what they are assigned to."""
+
+    kind = "assigned"
+
+    def __init__(self, width: int) -> None:
+        super().__init__(featurizers.create("identity", d_in=width).config)
+        self.d_in = self.n_features = width
+
+    def featurize(self, x: Tensor) -> tuple[Tensor, None]:
+        return x.clone(), None
+
+    def inverse_featurize(self, features: Tensor, error: Any) -> Tensor:
+        return features.clone()
+
+    def apply_edit(self, base: Tensor, features: Tensor, edited: Tensor, columns: Tensor | None = None) -> Tensor:
+        return edited if columns is None else base.index_copy(-1, columns, edited)
+
+
+def test_a_kind_is_given_edited_features_in_the_dtype_of_its_features():
+    base, source = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    base = base.bfloat16()
+    expected = base.clone()
+    expected[:, [2, 7]] = source[:, [2, 7]].bfloat16()
+    assert torch.equal(Assigned(16).interchange(base, source, [2, 7]), expected)

@@ -11,6 +11,7 @@ import featurizers
 import pytest
 from featurizers.errors import FeaturizerError, ManifestError, UnknownKindError, WeightsError
 from featurizers.format.manifest import Index, Manifest, dump, parse
+from pydantic import ValidationError
 
 from tests.support.damages import CONFIG, ENORMOUS, OTHERS, SPECIAL, WEIGHTS, Damage
 from tests.support.damages import basis as _basis
@@ -159,6 +160,14 @@ def test_a_record_is_read_as_it_was_written():
     assert parse(dump(manifest), "here") == manifest
     index = Index.model_validate({"artefacts": {"a/b": {"kind": "subspace", "id": "c", "site": "embed"}}})
     assert parse(dump(index), "here") == index
+
+
+def test_a_subfolder_has_at_most_512_characters():
+    name = "a/" * 255 + "bc"
+    index = {"artefacts": {name: {"kind": "subspace", "id": "c"}}}
+    assert list(Index.model_validate(index).artefacts) == [name]
+    with pytest.raises(ValidationError, match="at most 512 characters"):
+        Index.model_validate({"artefacts": {f"{name}d": {"kind": "subspace", "id": "c"}}})
 
 
 def test_a_config_is_readable_by_people():

@@ -7,7 +7,7 @@ import featurizers
 import pytest
 import torch
 from featurizers import hookimpl
-from featurizers.errors import SiteError
+from featurizers.errors import PluginError, SiteError
 from featurizers.format import Blocks
 from featurizers.models import Anatomy, collect, intervene
 from featurizers.registry.plugin_host import host
@@ -175,6 +175,26 @@ def test_a_plugin_is_asked_before_an_ambiguity_is_refused(model):
     host()._manager.register(plugin, "late")
     try:
         assert Anatomy(model).place("resid.post:1").path == "model.others.1"
+    finally:
+        host()._manager.unregister(plugin)
+
+
+def test_a_plugin_that_fails_is_passed_over_where_blocks_are_found_without_it(model):
+    class Plugin:
+        @staticmethod
+        @hookimpl
+        def featurizers_anatomy(model: nn.Module) -> Blocks | None:
+            raise RuntimeError("no such model")
+
+    plugin = Plugin()
+    host()._manager.register(plugin, "faulty")
+    try:
+        with pytest.warns(UserWarning, match="no such model.* The blocks of the model were found without it"):
+            assert Anatomy(model).place("resid.post:1").module is model.model.layers[1]
+        model.model.others = nn.ModuleList(model.model.layers)
+        del model.model.layers, model.model.others[0]
+        with pytest.raises(PluginError, match="no such model"):
+            Anatomy(model).place("resid.post:1")
     finally:
         host()._manager.unregister(plugin)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 
@@ -596,6 +597,28 @@ def test_what_an_edit_returned_stays_as_it_was():
     )
     assert backward(raw, "resid.post", 1).any()
     assert not constant.requires_grad
+
+
+def test_probabilities_have_a_gradient_where_queries_and_keys_are_constants():
+    """Beside the formula: z is the probabilities times the values."""
+    circuit = Circuit(shared_decoder("llama"))
+    kinds = ("attn.probs", "attn.z")
+    [raw] = capture(
+        circuit, tokens(), [Need("attn.v"), *(Need(kind, "backward") for kind in kinds)], metric=METRIC,
+        edits=[Edit(Place(f"attn.{part}", 1), torch.zeros_like) for part in "qk"],
+    )  # fmt: skip
+    expected = torch.einsum("thd,khd->tkh", backward(raw, "attn.z", 1), forward(raw, "attn.v", 1))
+    close(backward(raw, "attn.probs", 1), expected)
+
+
+def test_arguments_of_attention_that_follow_from_the_stream_are_kept_without_a_graph():
+    model = decoder("llama")
+    model.model.layers[1].self_attn.register_forward_pre_hook(
+        lambda _, args, named: (args, {**named, "earlier": named["hidden_states"]}), with_kwargs=True
+    )
+    [raw] = capture(model, tokens(), [Need("resid.pre"), Need("resid.pre", "backward")], metric=METRIC)
+    kept = copy.deepcopy(raw.arguments[1].named)  # torch refuses to copy a tensor that has a graph
+    assert kept["earlier"].shape == (1, *forward(raw, "resid.pre", 1).shape)
 
 
 def test_a_pass_in_another_thread_during_a_capture_is_that_of_the_model():

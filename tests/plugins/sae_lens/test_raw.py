@@ -10,7 +10,7 @@ from typing import Any
 import featurizers
 import pytest
 import torch
-from featurizers.errors import ManifestError, WeightsError
+from featurizers.errors import FeatureIndexError, ManifestError, WeightsError
 from safetensors.torch import save_file
 
 from tests.support.sae_lens import D, F, batch, linear, same, weights
@@ -60,6 +60,8 @@ def test_gemma_scope_by_its_path(path, scaled, site, tmp_path):
     torch.testing.assert_close(f.W_enc, t["W_enc"].T / root)
     torch.testing.assert_close(f.W_dec, t["W_dec"] * root)
     assert str(f.site) == site
+    named = f.metadata["sae_lens"]["metadata"].get("hook_name")
+    assert named is None or "None" not in named
 
 
 @pytest.mark.parametrize(
@@ -97,6 +99,11 @@ def test_gemma_scope_2_by_its_configuration(tmp_path):
         f = featurizers.load(put(folder, "config.json", {**SCOPE_2, "hf_hook_point_in": point}))
         assert str(f.site) == site
         assert f.site.model == "google/gemma-3-270m"
+    part = featurizers.load(folder, indices=[F - 1, D])
+    torch.testing.assert_close(part.W_enc, t["w_enc"].T[[F - 1, D]])
+    torch.testing.assert_close(part.W_dec, t["w_dec"][[F - 1, D]])
+    with pytest.raises(FeatureIndexError, match=f"feature index {F} is out of range: there are {F}"):
+        featurizers.load(folder, indices=[F])
     for change, words in (({"architecture": "topk"}, "the architecture 'topk' of Gemma Scope 2 is not known"),):
         put(folder, "config.json", {**SCOPE_2, **change})
         with pytest.raises(ManifestError, match=words):
