@@ -107,7 +107,7 @@ def check_limits(
     """
     paths = [make(template.with_stem(name)) for name, make in files.items()]
     code = WITH_LITTLE_MEMORY.format(module=read.__module__, reader=read.__name__, extra=extra, exempt=tuple(exempt))
-    subprocess.run([sys.executable, "-c", code, *map(str, paths)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code, *map(str, paths)], check=True, timeout=900)
 
 
 def changed(valid: bytes, data: st.DataObject) -> bytes:

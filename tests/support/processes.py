@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def run_python(code: str, timeout: float = 120) -> str:
+def run_python(code: str, timeout: float = 900) -> str:
     """Run code at the root of the repository, so that it can import ``tests.support``; return its stdout.
 
     The test fails if the process does, with the end of its stderr as the message.

@@ -307,7 +307,7 @@ def test_reading_does_not_import_saelens(sae_lens, tmp_path):
         "try: featurizers.load('sae-lens:no-such-release/x')\n"
         "except featurizers.errors.SourceError: print('sae_lens' in sys.modules, 'transformer_lens' in sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900, check=False)
     assert done.stdout.split() == ["False", "False"], done.stderr
 
 
