@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -75,6 +76,12 @@ def packable(name: str) -> nn.Module:
             noise = torch.randn_like(parameter)
             parameter.copy_(noise * 0.3 if parameter.dim() > 1 else parameter + noise * 0.4)
     return model if "num_experts_per_tok" in _OTHERS[name] else model.double()
+
+
+def has_interface(model: nn.Module) -> bool:
+    """Return whether attention goes through `transformers`' interface; that of GPT-J did not in some releases."""
+    attention = Anatomy(model).place("attn.out:0").module
+    return hasattr(sys.modules[type(attention).__module__], "eager_attention_forward")
 
 
 def sites_of(name: str, model: nn.Module) -> list[Site]:
