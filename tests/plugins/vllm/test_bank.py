@@ -223,9 +223,17 @@ def test_a_later_pass_is_not_edited_where_an_earlier_one_was():
 
 def test_a_bank_is_one_graph_for_every_batch():
     """A compiled or captured pass sees the tensors alone, so nothing in it may depend on what they hold."""
-    held = rows()
-    graph = torch.fx.symbolic_trace(held.banks[PLACE])
+    held, graphs = rows(), []
+
+    def counted(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(held.banks[PLACE], backend=counted, fullgraph=True, dynamic=True)
+    compiled(*stream(4))
     held.add(0, [edit("relu")], 3)
-    fill(held, [3])
-    hidden, residual = stream(3)
-    assert torch.equal(graph(hidden, residual), held.banks[PLACE](hidden, residual))
+    for tokens in (3, 5):
+        fill(held, [tokens])
+        assert torch.equal(compiled(*stream(tokens)), held.banks[PLACE](*stream(tokens)))
+    assert len(graphs) == 1
