@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 
@@ -49,7 +49,12 @@ def eager() -> Iterator[None]:
 def refuse_compiled_caller() -> None:
     """Raise UsageError inside a function that ``torch.compile`` compiles, where hooks may be skipped."""
     if torch.compiler.is_compiling():
-        raise UsageError(_COMPILED_CALLER)
+        # torch 2.8 cannot compile the raising of our errors
+        torch.compiler.disable(_refuse)()  # type: ignore[no-untyped-call]
+
+
+def _refuse() -> NoReturn:
+    raise UsageError(_COMPILED_CALLER)
 
 
 _COMPILED_CALLER: Final = (
