@@ -665,8 +665,8 @@ def test_errors_say_what_to_do():
             capture(model, {"input_ids": [1, 2, 3], "attention_mask": mask}, [])
 
 
-def test_parallel_models_are_the_ones_without_a_middle():
-    for name in DECODERS:
-        circuit = Circuit(shared_decoder(name))
-        assert (name in PARALLEL) == circuit.parallel == (not circuit.places("resid.mid"))
-        assert (name in POST_NORM) == bool(circuit.places("norm.mlp.post.scale"))
+@pytest.mark.parametrize("name", DECODERS)
+def test_parallel_models_are_the_ones_without_a_middle(name):
+    circuit = Circuit(shared_decoder(name))
+    assert (name in PARALLEL) == circuit.parallel == (not circuit.places("resid.mid"))
+    assert (name in POST_NORM) == bool(circuit.places("norm.mlp.post.scale"))
