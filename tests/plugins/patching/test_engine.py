@@ -383,3 +383,39 @@ def test_memory_that_runs_out_halves_the_rows(monkeypatch: pytest.MonkeyPatch) -
     logits, report = pairs.run(cells, rows=64)
     assert (report.packed, report.batch_rows < 64) == (True, True)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+
+
+def rows_of_calls(pairs: Pairs, cells: list[tuple[int, list[tuple[int, int]]]], rows: int) -> tuple[list[int], Tensor]:
+    """Return how many tokens the last MLP but one sees in each call after the clean run, and the cells' logits."""
+    seen: list[int] = []
+    handle = pairs.model.transformer.h[1].mlp.register_forward_hook(lambda *call: seen.append(call[2][..., 0].numel()))
+    logits, _ = pairs.run(cells, rows=rows, verify=0)
+    handle.remove()
+    return seen[1:], logits
+
+
+def test_last_tokens_of_many_pairs_fill_the_chunks() -> None:
+    torch.manual_seed(0)
+    base, source = (torch.randint(0, 48, (24, 7)).tolist() for _ in range(2))
+    pairs = Pairs(packable("gpt2"), base, source, ["resid.pre:0", "resid.pre:1"])
+    cells = [(pair, [(site, 6)]) for site in range(2) for pair in range(24)]  # one row each
+    seen, logits = rows_of_calls(pairs, cells, rows=16)
+    assert seen == [16, 16, 16]
+    torch.testing.assert_close(logits[29], pairs.expected(5, 1, [6]), rtol=0, atol=1e-10)
+    mixed = [(pair, [(site, token)]) for site in range(2) for pair in range(24) for token in (2, 6)]
+    seen, logits = rows_of_calls(pairs, mixed, rows=40)  # of 5 rows and of one
+    assert max(seen) <= 40
+    assert sum(seen) == 2 * 24 * (5 + 1)
+    assert len(seen) <= 9
+    torch.testing.assert_close(logits[2 * 29], pairs.expected(5, 1, [2]), rtol=0, atol=1e-10)
+
+
+def test_keys_and_values_of_long_prompts_bound_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from featurizers_patching.engine import sweep
+
+    base, source = [[1, 2, 3, 4, 5, 6, 7]] * 6, [[8, 9, 10, 11, 12, 13, 14]] * 6
+    pairs = Pairs(packable("gpt2"), base, source, ["resid.pre:0"])
+    width = pairs.model.config.n_embd
+    monkeypatch.setattr(sweep, "MOST_NUMBERS", 2 * 2 * 7 * width)  # keys and values of two cells
+    seen, _ = rows_of_calls(pairs, [(pair, [(0, 6)]) for pair in range(6)], rows=1024)
+    assert seen == [2, 2, 2]

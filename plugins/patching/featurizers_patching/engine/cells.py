@@ -61,9 +61,13 @@ class Cells:
         """Return the same cells with some of their edits."""
         return Cells(self.pair, self.cell[edits], self.spot[edits], self.token[edits], self.number[edits])
 
-    def first_token(self, default: int) -> IntArray:
-        """Return the first token that each cell edits; ``default`` for one without edits."""
-        first = np.full(len(self), default)
+    def first_token(self, otherwise: IntArray) -> IntArray:
+        """Return the first token that each cell edits, ``(cells,)``.
+
+        Args:
+            otherwise: for a cell without edits, ``(cells,)``; larger than every token that is edited.
+        """
+        first = otherwise.copy()
         np.minimum.at(first, self.cell, self.token)
         return first
 

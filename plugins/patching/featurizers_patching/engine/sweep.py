@@ -26,8 +26,9 @@ Consume: TypeAlias = Callable[[IntArray, Tensor, Tensor], None]
 """Takes numbers of cells, their logits ``(cells, n, k)``, and the clean logits of all prompts ``(prompts, n, k)``. A
 later call for the same cells replaces an earlier one."""
 
-MOST_LOGITS = 2**26
-"""Numbers of logits that a chunk may make, which bounds its memory where a metric reads the whole vocabulary."""
+MOST_NUMBERS = 2**26
+"""Numbers of logits, and of keys and values, that a chunk may hold: a bound of its memory where a metric reads the
+whole vocabulary, and where many cells run few tokens of long prompts."""
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotPackableError)
 """What a block that does not take packed rows may raise."""
 
@@ -127,7 +128,7 @@ class Sweep:
         kept: dict[int, Tensor] = {}
         sizes = self._sizes(cells)
         done, total = 0, int(sizes[edited].sum())
-        for chunk in _chunks(self._order(cells, edited), sizes, lambda: self._most(report, read)):
+        for chunk in _chunks(self._order(cells, edited), sizes, lambda: self._most(report, read, clean)):
             logits = self._advanced(clean, cells, chunk, spots, columns, report)
             logits = logits if columns is not None or self.columns is None else logits.index_select(-1, self.columns)
             kept |= {int(cell): logits[i] for i, cell in enumerate(chunk) if cell in chosen}
@@ -140,18 +141,27 @@ class Sweep:
     def _order(self, cells: Cells, edited: BoolArray) -> IntArray:
         """Return the cells to run, those of one prompt and token together."""
         chosen = np.flatnonzero(edited)
-        first = cells.first_token(0)
+        first = cells.first_token(self._end(cells))
         order: IntArray = chosen[np.lexsort((first[chosen], cells.pair[chosen]))]
         return order
 
     def _sizes(self, cells: Cells) -> IntArray:
-        """Return how many rows each cell has in its last block."""
-        end = self.prompts.at.max(axis=1)[cells.pair] + 1
-        sizes: IntArray = np.maximum(end - cells.first_token(0), 1)
+        """Return how many rows each cell has in its last block but one, which has the most."""
+        end = self._end(cells)
+        sizes: IntArray = np.maximum(end - cells.first_token(end), 1)
         return sizes
 
-    def _most(self, report: Report, read: Tensor) -> tuple[int, int]:
-        return report.batch_rows, max(1, MOST_LOGITS // (read.shape[1] * read.shape[2]))
+    def _end(self, cells: Cells) -> IntArray:
+        """Return the token after the last one that is read of each cell's prompt."""
+        end: IntArray = self.prompts.at.max(axis=1)[cells.pair] + 1
+        return end
+
+    def _most(self, report: Report, read: Tensor, clean: CleanRun | None = None) -> tuple[int, int]:
+        """Return how many rows and how many cells run together."""
+        of_cell = read.shape[1] * read.shape[2]
+        if clean is not None:  # each cell has its own keys and values of the whole prompt
+            of_cell = max(of_cell, *((block.keys[0].numel() + block.values[0].numel()) for block in clean.blocks))
+        return report.batch_rows, max(1, MOST_NUMBERS // of_cell)
 
     def _advanced(
         self,
