@@ -389,7 +389,7 @@ class Featurizer(Derivatives, FeatureSpace[ConfigT]):
             raise ShapeError(f"{self.id!r} ({self.kind}) takes {what} of width {width}, got shape {tuple(x.shape)}")
         if not x.is_floating_point():
             raise ShapeError(f"{self.id!r} ({self.kind}) takes floating-point {what}, got {x.dtype}")
-        check_device(self, x, f"{self.id!r} ({self.kind})")
+        check_device(self, x, lambda: f"{self.id!r} ({self.kind})")
 
     def _count(self, x: Tensor) -> int:
         return x.shape[-1] if self.n_features is None else self.n_features

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Final, Literal, TypeAlias
 
@@ -134,15 +135,7 @@ class Site:
             )
         if not isinstance(text, str):
             raise SiteError(f"a site is a Site or a string such as 'resid.post:8', not {text!r}")
-        kind, colon, rest = text.partition(":")
-        if kind == "module":
-            module, _, side = rest.rpartition(":")
-            return cls("module", module=module, side=side)  # type: ignore[arg-type]  # __post_init__ checks it
-        numbers = rest.split(":") if colon else []
-        if len(numbers) > 2 or not all(number.isascii() and number.isdecimal() for number in numbers):
-            raise SiteError(f"cannot read the site {text!r}; write 'resid.post:8', 'attn.z:8:3' or 'embed'")
-        layer, head = [*map(int, numbers), None, None][:2]
-        return cls(kind, layer, head)
+        return _parsed(text) if len(text) < _LONG else _parsed.__wrapped__(text)
 
     def at(
         self,
@@ -192,6 +185,24 @@ class Blocks:
     middle_reader: str | None = None
     router: str | None = None
     experts: str | None = None
+
+
+_LONG: Final = 100
+"""Characters of a text that is not kept after it was read."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(text: str) -> Site:
+    """Return the site of a text; see `Site.parse`."""
+    kind, colon, rest = text.partition(":")
+    if kind == "module":
+        module, _, side = rest.rpartition(":")
+        return Site("module", module=module, side=side)  # type: ignore[arg-type]  # __post_init__ checks it
+    numbers = rest.split(":") if colon else []
+    if len(numbers) > 2 or not all(number.isascii() and number.isdecimal() for number in numbers):
+        raise SiteError(f"cannot read the site {text!r}; write 'resid.post:8', 'attn.z:8:3' or 'embed'")
+    layer, head = [*map(int, numbers), None, None][:2]
+    return Site(kind, layer, head)
 
 
 def _is_count(number: object) -> bool:

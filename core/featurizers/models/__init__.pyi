@@ -5,11 +5,9 @@ from .attached import Attached as Attached
 from .attached import attach as attach
 from .attached import fit_in_words as fit_in_words
 from .attached import interchange as interchange
-from .backend import Prepared as Prepared
 from .backend import collect as collect
 from .backend import intervene as intervene
 from .backend import prepare as prepare
-from .backend import site_of as site_of
 from .backends import Backend as Backend
 from .backends import NativeBackend as NativeBackend
 from .backends import backend_of as backend_of
@@ -52,6 +50,8 @@ from .positions import Inputs as Inputs
 from .positions import Pass as Pass
 from .positions import Positions as Positions
 from .positions import columns as columns
+from .prepared import Prepared as Prepared
+from .prepared import site_of as site_of
 from .projections import projection as projection
 from .restart import Wrap as Wrap
 from .restart import head_of as head_of

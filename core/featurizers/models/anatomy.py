@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -62,8 +63,6 @@ class Anatomy:
     def __init__(self, model: object) -> None:
         self.backend = backend_of(model)
         self.model = self.backend.module
-        self._of_plugin = False
-        """True if a plugin says where the parts of all blocks are."""
         self._parts: dict[int, Blocks] = {}
 
     def __repr__(self) -> str:
@@ -96,8 +95,7 @@ class Anatomy:
 
     @functools.cached_property
     def _config(self) -> Any:
-        config: Any = getattr(self.backend.model, "config", None)
-        return config.get_text_config() if hasattr(config, "get_text_config") else config
+        return _text_config(self.backend.model)
 
     @property
     def width(self) -> int | None:
@@ -105,14 +103,14 @@ class Anatomy:
         width = getattr(self._config, "hidden_size", None)
         return width if isinstance(width, int) else None
 
-    @functools.cached_property
+    @property
     def blocks(self) -> Blocks:
         """Paths of the blocks and of the parts of the first block; `parts` are those of any block.
 
         Raises:
             SiteError: no blocks were found.
         """
-        return self._find_blocks()
+        return self.parts(0)
 
     def parts(self, layer: int) -> Blocks:
         """Return paths of the parts of one block. Blocks of a decoder may differ: some are attention, some are not.
@@ -120,17 +118,30 @@ class Anatomy:
         Raises:
             SiteError: no blocks were found.
         """
-        blocks = self.blocks
-        if self._of_plugin or not layer:
-            return blocks
+        found = self._found
+        if not isinstance(found, str):
+            return found
         if layer not in self._parts:
-            self._parts[layer] = blocks_at(self.model, blocks.layers, layer)
+            self._parts[layer] = blocks_at(self.model, found, layer)
         return self._parts[layer]
+
+    @functools.cached_property
+    def _found(self) -> str | Blocks:
+        """Path of the blocks; or where a plugin says that they and the parts of all of them are."""
+        return self._find_blocks()
+
+    @property
+    def _layers_path(self) -> str:
+        return self._found if isinstance(self._found, str) else self._found.layers
+
+    @property
+    def _decoder_path(self) -> str:
+        return self._found.rpartition(".")[0] if isinstance(self._found, str) else self._found.decoder
 
     @property
     def layers(self) -> nn.Module:
         """List of blocks."""
-        return submodule(self.model, self.blocks.layers)
+        return submodule(self.model, self._layers_path)
 
     @property
     def decoder(self) -> nn.Module:
@@ -143,7 +154,7 @@ class Anatomy:
         if (watched := self.backend.watched()) is not None:
             return watched
         try:
-            names = self.blocks.decoder.split(".") if self.blocks.decoder else []
+            names = self._decoder_path.split(".") if self._decoder_path else []
         except SiteError:  # module sites need no blocks
             names = []
         return [submodule(self.model, ".".join(names[:depth])) for depth in range(len(names) + 1)]
@@ -272,14 +283,14 @@ class Anatomy:
             return site.module, site.side
         if site.layer is None:
             names = EMBEDDING if site.kind == "embed" else FINAL_NORM
-            decoder = submodule(self.model, self.blocks.decoder)
+            decoder = submodule(self.model, self._decoder_path)
             if (name := first_child(decoder, names)) is None:
                 raise SiteError(f"{site}: no such module was found in {type(decoder).__name__}. {_HELP}")
-            return join(self.blocks.decoder, name), "output"
-        if site.layer >= self.n_layers:
-            raise SiteError(f"{site}: {type(self.model).__name__} has {self.n_layers} layers, 0 to {self.n_layers - 1}")
+            return join(self._decoder_path, name), "output"
+        if site.layer >= (n_layers := self.n_layers):
+            raise SiteError(f"{site}: {type(self.model).__name__} has {n_layers} layers, 0 to {n_layers - 1}")
         if site.kind.startswith("resid"):
-            path = join(self.blocks.layers, str(site.layer))
+            path = join(self._layers_path, str(site.layer))
             return path, "input" if site.kind == "resid.pre" else "output"
         parts = self.parts(site.layer)
         within, side = {
@@ -333,10 +344,9 @@ class Anatomy:
             parts = ", ".join(map(repr, module._modules)) or "no modules"
             raise SiteError(f"{site}: {type(module).__name__} {path!r} is never called; it holds {parts}. {_HELP}")
 
-    def _find_blocks(self) -> Blocks:
+    def _find_blocks(self) -> str | Blocks:
         try:
             if (blocks := host().anatomy(self.model)) is not None:
-                self._of_plugin = True
                 return blocks
         except PluginError as error:
             if not (lists := self._lists()):
@@ -347,14 +357,13 @@ class Anatomy:
         if not lists:
             host().load_all()
             if (blocks := host().anatomy(self.model)) is not None:
-                self._of_plugin = True
                 return blocks
             self._refuse(f"no list of {getattr(self._config, 'num_hidden_layers', '?')} blocks was found")
         if len(lists) > 1:
             self._refuse(f"several lists look like its blocks: {', '.join(lists)}")
         if type(self.backend) is NativeBackend:
             check_part(self.model, submodule(self.model, f"{lists[0]}.0"))
-        return blocks_at(self.model, lists[0])
+        return lists[0]
 
     def _lists(self) -> list[str]:
         return block_lists(self.model, getattr(self._config, "num_hidden_layers", None))
@@ -363,6 +372,21 @@ class Anatomy:
         held = self.model._modules.get("module")  # as in wrappers of torch for several processes
         way_out = "" if held is None else f"Pass the {type(held).__name__} that it wraps, model.module. "
         raise SiteError(f"{type(self.model).__name__}: {problem}. {way_out}{_HELP}")
+
+
+_text_configs: WeakKeyDictionary[nn.Module, tuple[Any, Any]] = WeakKeyDictionary()
+"""By model, its config and the part of it that describes the decoder, which takes long to look for."""
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return config
+    whole, text = _text_configs.get(model, (None, None))
+    if whole is not config or (text is not config and not any(each is text for each in vars(config).values())):
+        text = config.get_text_config()
+        _text_configs[model] = config, text
+    return text
 
 
 _HELP = "Name the module itself, as in 'module:PATH:output', or write a plugin with the hook featurizers_anatomy."

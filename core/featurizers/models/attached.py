@@ -16,10 +16,11 @@ from featurizers.features.featurizer import Featurizer
 from featurizers.features.indices import select
 from featurizers.features.site_map import SiteMap
 from featurizers.models.anatomy import Anatomy
-from featurizers.models.backend import collect, intervene, site_of
+from featurizers.models.backend import collect, intervene
 from featurizers.models.operations import Collect, Interchange, Mask, Operation, Writes
 from featurizers.models.passport import KEY, check_passport, dtype_of
 from featurizers.models.positions import Inputs, Positions
+from featurizers.models.prepared import site_of
 from featurizers.models.site_maps import places_of
 from featurizers.models.widths import width_of
 

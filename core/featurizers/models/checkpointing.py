@@ -17,6 +17,7 @@ from torch import nn
 NAMES = ("_gradient_checkpointing_func", "checkpoint_fn")
 """Attributes that hold the checkpointing function: of transformers' modules, and of torch's ``CheckpointWrapper``."""
 
+_NAMES = frozenset(NAMES)
 _lock = threading.Lock()
 
 
@@ -30,17 +31,19 @@ def uncheckpointed(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
         model: whose modules may be checkpointed, reentrant or not.
         paths: of the modules that have hooks.
     """
-    around = {id(module): module for path in paths for module in _line(model, path)}
-    modules = tuple(around.values())
+    modules = tuple({module: None for path in paths for module in _line(model, path)})
     replaced: list[tuple[nn.Module, str]] = []
     with _lock:
         for module in modules:
+            own = vars(module)
+            if _NAMES.isdisjoint(own):
+                continue
             for name in NAMES:
-                function = vars(module).get(name)
+                function = own.get(name)
                 if function is None:
                     continue
                 if not isinstance(function, _Direct):
-                    function = vars(module)[name] = _Direct(function)
+                    function = own[name] = _Direct(function)
                 function.calls.append(modules)
                 replaced.append((module, name))
     try:
@@ -74,13 +77,13 @@ def _restore(module: nn.Module, name: str, modules: tuple[nn.Module, ...]) -> No
             vars(module)[name] = function.checkpoint
 
 
-def _line(model: nn.Module, path: str) -> Iterator[nn.Module]:
-    """Yield the model and the modules on the way to a path, the last one included."""
-    yield model
-    module: Any = model
+def _line(model: nn.Module, path: str) -> list[nn.Module]:
+    """Return the model and the modules on the way to a path, the last one included."""
+    line = [model]
     for name in path.split(".") if path else ():
-        module = getattr(module, name)
-        yield module
+        child: Any = line[-1]._modules.get(name)
+        line.append(getattr(line[-1], name) if child is None else child)
+    return line
 
 
 def _module_of(function: Any) -> nn.Module | None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, Final, NoReturn
 
 import torch
@@ -19,8 +18,7 @@ import torch
 from featurizers.errors import UsageError
 
 
-@contextmanager
-def eager() -> Iterator[None]:
+def eager() -> AbstractContextManager[None]:
     """Run everything that is compiled eagerly while the context lasts, so that hooks on its modules are called.
 
     Contexts may overlap, in several threads too, and end in any order: the first sets the stance, and the last restores
@@ -39,11 +37,7 @@ def eager() -> Iterator[None]:
         >>> called
         ['hook']
     """
-    _stance.enter()
-    try:
-        yield
-    finally:
-        _stance.leave()
+    return _EAGER
 
 
 def refuse_compiled_caller() -> None:
@@ -103,3 +97,16 @@ class _Stance:
 
 
 _stance = _Stance()
+
+
+class _Eager(AbstractContextManager[None]):
+    """See `eager`."""
+
+    def __enter__(self) -> None:
+        _stance.enter()
+
+    def __exit__(self, *_: object) -> None:
+        _stance.leave()
+
+
+_EAGER = _Eager()

@@ -1,12 +1,14 @@
 """Finds the blocks of a decoder by the names of its modules.
 
-Nothing is cached: each call walks the model again, which takes some ten microseconds, so that the result is right after
-blocks were added, removed, replaced or wrapped. For this speed the code reads ``_modules`` directly, which is ten times
-as fast as ``named_children()``.
+Each call walks the model again, which takes some ten microseconds, so that the result is right after blocks were added,
+removed, replaced or wrapped. Only that the modules of a list are blocks is not looked up again while they are the same
+modules. For this speed the code reads ``_modules`` directly, which is ten times as fast as ``named_children()``.
 """
 
 from __future__ import annotations
 
+import operator
+import weakref
 from collections.abc import Iterable, Iterator
 
 from torch import nn
@@ -41,6 +43,8 @@ BESIDE_MLP = ("experts", "router", "moe", "block_sparse_moe")
 """Parts of a block that share the work with its MLP (Gemma 4): neither is the whole."""
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 """Where torch's own wrappers keep the module: `torch.compile` and ``checkpoint_wrapper``."""
+_OF_BLOCKS, _WRAPPED = frozenset((*ATTENTION, *LINEAR_ATTENTION, *MLP, *MIXER)), frozenset(WRAPPED)
+"""The names of which a block has one, and those of `WRAPPED`, to look up many at once."""
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
@@ -180,10 +184,28 @@ def _outer_lists(module: nn.Module, path: str) -> Iterator[tuple[str, nn.ModuleL
 
 def _are_blocks(modules: nn.ModuleList, n_layers: int | None) -> bool:
     children = modules._modules.values()
-    names = (*ATTENTION, *LINEAR_ATTENTION, *MLP, *MIXER)
-    return len(children) == n_layers and all(
-        child is not None and first_child(unwrapped(child)[0], names) is not None for child in children
-    )
+    if len(children) != n_layers:
+        return False
+    known = _known_blocks.get(modules, ())
+    if len(known) == n_layers and all(map(operator.is_, children, [block() for block in known])):
+        return True
+    if not all(child is not None and _is_block(child) for child in children):
+        return False
+    _known_blocks[modules] = [weakref.ref(child) for child in children if child is not None]
+    return True
+
+
+_known_blocks: weakref.WeakKeyDictionary[nn.ModuleList, list[weakref.ref[nn.Module]]] = weakref.WeakKeyDictionary()
+"""Blocks that were found, by the list that holds them."""
+
+
+def _is_block(module: nn.Module) -> bool:
+    found = False
+    for name, child in module._modules.items():
+        if child is not None and name in _WRAPPED:
+            return _is_block(unwrapped(module)[0])
+        found = found or (child is not None and name in _OF_BLOCKS)
+    return found
 
 
 def _projection_in(block: nn.Module, part: str | None, names: tuple[str, ...]) -> str | None:

@@ -69,6 +69,15 @@ class Pass:
     in_chunks: bool = False
     call: tuple[nn.Module, Mapping[str, Any]] | None = field(default=None, repr=False)
     _paddings: dict[int, Padding | None] = field(default_factory=dict, repr=False, compare=False)
+    _columns: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def same_columns(self, chosen: tuple[int, ...], hidden: Tensor) -> Tensor:
+        """Return the same columns for every example, ``(batch, n)``; made once for all sites of a pass on a device."""
+        key = chosen, hidden.shape[0], hidden.device, torch.is_inference_mode_enabled()
+        if (found := self._columns.get(key)) is None:
+            made = torch.tensor(chosen, dtype=torch.long, device=hidden.device)
+            found = self._columns[key] = made.expand(hidden.shape[0], -1)
+        return found
 
     def padding(self, length: int) -> Padding | None:
         """Return where the tokens of each prompt are, if some column is padding; else None.
@@ -135,9 +144,9 @@ def columns(positions: Positions, hidden: Tensor, current: Pass, *, prompt_only:
         )
     padding = current.padding(length)
     if padding is None and isinstance(positions, list | tuple) and all(type(each) is int for each in positions):
-        found: list[int] = [each + length if each < 0 else each for each in positions]
+        found: tuple[int, ...] = tuple([each + length if each < 0 else each for each in positions])
         if all(0 <= each < length for each in found):  # the usual case, in plain Python: it is many times as fast
-            return torch.tensor(found, dtype=torch.long, device=hidden.device).expand(batch, -1)
+            return current.same_columns(found, hidden)
     indices = _integers(positions, batch)
     lengths = torch.full((1, 1), length) if padding is None else padding.lengths
     from_start = torch.where(indices < 0, indices + lengths, indices)

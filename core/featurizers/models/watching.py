@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from featurizers.models.anatomy import Anatomy
 from featurizers.models.caches import CacheLog, cache_of
@@ -95,6 +96,9 @@ class Watch:
         self._latest = Pass(0, 0, None)
         self._log = CacheLog()
         self._exit = ExitStack()
+        self._handles: list[RemovableHandle] = []
+        self._wrapper: Callable[..., Any] | None = None
+        self._generate_before: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
         """Return the watch itself, which serves a copy of the model as well."""
@@ -116,15 +120,11 @@ class Watch:
             vars(state).clear()
             vars(state).update(before)
 
-    @contextmanager
-    def telling(self, acts: Callable[[], bool], member: Member) -> Iterator[None]:
-        """Tell a context of calls of ``generate`` in threads and tasks in which it acts."""
+    def tell(self, acts: Callable[[], bool], member: Member) -> Callable[[], None]:
+        """Tell a context of calls of ``generate`` in threads and tasks in which it acts, until the result is called."""
         entry = (acts, member)
         self._members.append(entry)
-        try:
-            yield
-        finally:
-            self._members.remove(entry)
+        return functools.partial(self._members.remove, entry)
 
     @contextmanager
     def calling_when_opened(self, function: Callable[[], None]) -> Iterator[None]:
@@ -143,20 +143,25 @@ class Watch:
     def start(self) -> None:
         """Register the hooks and wrap ``generate``."""
         self._exit.enter_context(self._backend.prepared())
-        for depth, module in enumerate(self._path[:-1]):
+        *outer, decoder = self._path
+        for depth, module in enumerate(outer):
             before = functools.partial(self._note_outer, depth)
-            self._exit.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        if len(self._path) > 1:
-            self._exit.callback(self._model.register_forward_hook(self._forget_outer, always_call=True).remove)
-        self._exit.callback(self._path[-1].register_forward_pre_hook(self._note, with_kwargs=True).remove)
-        self._exit.callback(self._path[-1].register_forward_hook(self._note_cache).remove)
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        if outer:
+            self._handles.append(self._model.register_forward_hook(self._forget_outer, always_call=True))
+        self._handles.append(decoder.register_forward_pre_hook(self._note, with_kwargs=True))
+        self._handles.append(decoder.register_forward_hook(self._note_cache))
         if callable(generate := getattr(self._model, "generate", None)):
-            wrapper = functools.partial(self._generate, generate)
-            self._exit.callback(_restore, self._model, wrapper, vars(self._model).get("generate"))
-            vars(self._model)["generate"] = wrapper
+            own = vars(self._model)
+            self._generate_before = own.get("generate")
+            self._wrapper = own["generate"] = functools.partial(self._generate, generate)
 
     def stop(self) -> None:
         """Remove the hooks and restore ``generate``."""
+        if self._wrapper is not None:
+            _restore(self._model, self._wrapper, self._generate_before)
+        for handle in reversed(self._handles):
+            handle.remove()
         self._exit.close()
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -273,8 +278,9 @@ def watching(anatomy: Anatomy) -> Iterator[Watch]:
     with _lock:
         watch = _watches.get(model)
         if watch is None:
-            watch = _watches[model] = Watch(anatomy)
+            watch = Watch(anatomy)
             watch.start()
+            _watches[model] = watch
         watch._users += 1
     try:
         yield watch

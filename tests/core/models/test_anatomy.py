@@ -72,6 +72,14 @@ def test_a_block_that_is_replaced(model):
         Anatomy(model).place("resid.post:1")
 
 
+def test_a_config_that_is_replaced(model):
+    heads = model.config.num_attention_heads
+    assert Anatomy(model).place("attn.z:1:1").columns == slice(WIDTH // heads, 2 * WIDTH // heads)
+    model.config = copy.deepcopy(model.config)
+    model.config.num_attention_heads = heads // 2
+    assert Anatomy(model).place("attn.z:1:1").columns == slice(2 * WIDTH // heads, 4 * WIDTH // heads)
+
+
 def test_a_list_of_blocks_that_is_replaced_or_renamed(model):
     model.model.layers = nn.ModuleList([copy.deepcopy(block) for block in model.model.layers])
     assert Anatomy(model).place("resid.post:1").module is model.model.layers[1]

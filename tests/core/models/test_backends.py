@@ -264,6 +264,23 @@ def test_a_plugin_that_returns_no_backend_or_fails_is_named(result: str, install
 
 
 # ---------------------------------------------------------------- for adapters that run models otherwise
+def test_a_backend_that_refuses_to_begin_refuses_again(install: Install) -> None:
+    begin = "            self.module.prepared += 1\n"
+    refusing = f"            if self.module.refuses:\n                raise UsageError('not now')\n{begin}"
+    install(PLUGIN.replace(begin, refusing))
+    model = fresh_model("llama")
+    held: Any = Holder(model)
+    held.outer.refuses = True
+    for _ in range(2):
+        with pytest.raises(UsageError, match="not now"), intervene(held, {"resid.post:1": steer([0])}):
+            pass
+    held.outer.refuses = False
+    with torch.no_grad(), hooked(*module_of(model, "llama", "resid.post", 1), added([2, 0])):
+        expected = model(IDS, attention_mask=MASK).logits
+    with torch.no_grad(), intervene(held, {"resid.post:1": steer([0])}):
+        assert torch.equal(held.outer(IDS, attention_mask=MASK), expected)
+
+
 def test_an_operation_on_a_tensor_is_that_of_intervene() -> None:
     hidden = torch.randn(2, 6, WIDTH)
     found = carry_out(steer([0, -1]), hidden, Pass(attention_mask=MASK))

@@ -256,3 +256,14 @@ def test_columns_are_those_of_the_tokens_by_a_plain_reference(data):
             columns(positions, torch.zeros(batch, length, 1), current)
     else:
         assert columns(positions, torch.zeros(batch, length, 1), current).tolist() == wanted
+
+
+def test_columns_are_made_once_a_pass_and_follow_the_activations():
+    current = Pass()
+    first = columns([-1], torch.zeros(2, 4, 3), current)
+    assert columns([3], torch.zeros(2, 4, 7), current) is first
+    assert columns([-1], torch.zeros(2, 5, 3), current).tolist() == [[4], [4]]
+    assert columns([-1], torch.zeros(1, 4, 3), current).tolist() == [[3]]
+    with torch.inference_mode():
+        assert not columns([3], torch.zeros(2, 4, 7), Pass()).requires_grad
+        assert columns([3], torch.zeros(2, 4, 7), current) is not first
