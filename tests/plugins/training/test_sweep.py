@@ -130,6 +130,29 @@ def test_the_prompts_are_run_once_per_position(model, parts, monkeypatch):
     methods = [training.FullVector(), training.PCA(2), training.RandomSubspace(2)]
     training.sweep(model, *parts, ["resid.post:0", LAST], [-1, 0], methods, settings=SETTINGS)
     assert len(made) == 2 * 2
+    made.clear()
+    controls = ("random-model", "shuffled-labels")
+    swept = training.sweep(model, *parts, [LAST], [-1, 0], methods[:1], settings=SETTINGS, controls=controls)
+    assert len(made) == 2 * 2 + 2 * 2  # once more in the random model
+    assert [(cell.control, cell.position) for cell in swept.cells] == [
+        (control, position) for control in (None, *controls) for position in (-1, 0)
+    ]
+
+
+def test_labels_of_another_length_are_run_anew(model):
+    records = [{"base": [1, 2, 3], "source": [4, 5, 6], "label": label} for label in ([7], [8, 9], [10])]
+    pairs = training.Pairs.of(records)
+    runs = CleanRuns(model, pairs, [LAST])
+    shuffled = pairs.with_shuffled_labels(1)
+    assert [pair.label for pair in shuffled] != [pair.label for pair in pairs]
+    same_lengths = [len(pair.label) for pair in shuffled] == [len(pair.label) for pair in pairs]
+    assert not same_lengths
+    assert not runs.serves(model, shuffled)
+    other = training.Pairs.of(
+        [{**record, "label": [number] * len(record["label"])} for number, record in enumerate(records)]
+    )
+    assert not runs.serves(model, other)  # the first token of a long label is run
+    assert runs.serves(model, training.Pairs.of([{**records[0], "label": [3]}, records[1], records[2]]))
 
 
 def test_the_best_is_that_of_the_searches(swept):

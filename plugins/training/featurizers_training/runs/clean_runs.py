@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from featurizers.models import (
 from torch import Tensor, nn
 
 from featurizers_training.pairs import Pairs, check_fit, check_vocabulary
-from featurizers_training.records import Tokens
+from featurizers_training.records import Pair, Tokens
 from featurizers_training.runs.activations import chunks, distinct, padded, read_activations
 from featurizers_training.runs.kept_states import KeptStates
 
@@ -109,7 +110,7 @@ class CleanRuns:
         self._batch_size, self._head = batch_size, head_of(model)
         self._base_tokens = [[pair.base_at(j) for pair in pairs] for j in range(len(self.sites))]
         self._base_positions = [torch.tensor([positions for _, positions in of_site]) for of_site in self._base_tokens]
-        self._n_label = torch.tensor([len(pair.label) for pair in pairs])
+        self._n_label = _label_lengths(pairs)
         self._label_start = torch.tensor([len(pair.base) - 1 for pair in pairs])
         self._source_tokens = [[pair.source_at(j) for pair in pairs] for j in range(len(self.sites))]
         self._sources = read_activations(model, self.sites, self._source_tokens, batch_size)
@@ -124,6 +125,16 @@ class CleanRuns:
     def __len__(self) -> int:
         """Return the number of pairs."""
         return len(self.pairs)
+
+    def serves(self, model: nn.Module, pairs: Pairs) -> bool:
+        """Return whether these are clean runs of pairs too, whatever their labels say."""
+        return model is self.model and [_run_of(pair) for pair in pairs] == [_run_of(pair) for pair in self.pairs]
+
+    def with_labels(self, pairs: Pairs) -> CleanRuns:
+        """Return the same runs for pairs with other labels, which they serve."""
+        relabelled = copy.copy(self)
+        relabelled.pairs, relabelled._n_label = pairs, _label_lengths(pairs)
+        return relabelled
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -301,3 +312,12 @@ class CleanRuns:
             f"a {type(self.model).__name__} cannot be run from the middle ({reason}); it is run whole, which is slower",
             stacklevel=3,
         )
+
+
+def _label_lengths(pairs: Pairs) -> Tensor:
+    return torch.tensor([len(pair.label) for pair in pairs])
+
+
+def _run_of(pair: Pair) -> tuple[object, ...]:
+    """Return all of a pair but what the tokens of its label are."""
+    return pair.run, len(pair.label), pair.sources, pair.base_positions, pair.source_positions

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from featurizers import Site
 from featurizers.cli import progress_bar
@@ -32,6 +32,8 @@ from featurizers_training.sweeps.report import heat_map, write_csv
 TABLE: Final = "table.csv"
 DATA: Final = "table.json"
 PICTURE: Final = "heatmap.png"
+Runs: TypeAlias = "dict[str, CleanRuns]"
+"""Clean runs of the pairs of the search and of those that no search sees, by name."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def sweep(
 ) -> Sweep:
     """Search each site at each position by each method, and measure the results on pairs that no search saw.
 
-    The prompts are run once for each position, and once more for each control, for any number of sites and methods.
+    The prompts are run once for each position, and once more for a random model, for any number of sites and methods.
 
     Args:
         model: a decoder of `transformers` with its language-model head.
@@ -193,10 +195,17 @@ def sweep(
     best: dict[str, tuple[Cell, Found]] = {}
     total = (1 + len(controls)) * len(positions) * len(parsed) * len(by_name)
     with progress_bar(total, "sweep", shown=progress) as bar:
-        for control in (None, *controls):
-            for position, parts in zip(positions, at_each, strict=True):
+        for position, parts in zip(positions, at_each, strict=True):
+            runs: Runs = {}
+            for control in sorted((None, *controls), key=lambda control: control == "random-model"):
                 searched, own = (model, parts) if control is None else controlled(control, model, parts, settings.seed)
-                for site, name, found, seconds in _search_all(searched, own, parsed, by_name, objective, settings):
+                runs = {
+                    name: each.with_labels(own[name]) for name, each in runs.items() if each.serves(searched, own[name])
+                }
+                if len(runs) < len(own):
+                    runs.clear()  # before others are made, which need the memory
+                    runs = _clean_runs(searched, own, parsed, settings)
+                for site, name, found, seconds in _search_all(searched, own, runs, by_name, objective, settings):
                     measured = found.accuracy
                     cell = Cell(
                         site, position, name, control, measured["test"], measured["train"], found.selected[0], seconds
@@ -210,6 +219,7 @@ def sweep(
                     )
                     if control is None and (name not in best or _merit(cell) > _merit(best[name][0])):
                         best[name] = cell, found
+    cells.sort(key=lambda cell: (None, *controls).index(cell.control))
     about = {
         "title": "Interchange-intervention accuracy on held-out pairs",
         "model": getattr(getattr(model, "config", None), "_name_or_path", None),
@@ -221,24 +231,29 @@ def sweep(
     return Sweep(cells, best, about)
 
 
+def _clean_runs(model: nn.Module, parts: Mapping[str, Pairs], sites: list[Site], settings: Settings) -> Runs:
+    with frozen(model):
+        size = settings.micro_batch or settings.batch_size
+        unseen = CleanRuns(model, parts["test"], sites, batch_size=size, cache_bytes=settings.cache_bytes)
+        return {"train": settings.clean_runs(model, parts["train"], sites), "test": unseen}
+
+
 def _search_all(
     model: nn.Module,
     parts: Mapping[str, Pairs],
-    sites: list[Site],
+    runs: Runs,
     methods: Mapping[str, Method],
     objective: str | Objective,
     settings: Settings,
 ) -> Iterator[tuple[Site, str, Found, float]]:
     """Yield the result of each site and method at one position, from the same clean runs, and its seconds."""
+    options = {"objective": objective, "settings": settings, "runs": runs["train"]}
     with frozen(model):
-        runs = settings.clean_runs(model, parts["train"], sites)
-        size = settings.micro_batch or settings.batch_size
-        unseen = CleanRuns(model, parts["test"], sites, batch_size=size, cache_bytes=settings.cache_bytes)
-        for site in sites:
+        for site in runs["train"].sites:
             for name, method in methods.items():
                 start = time.perf_counter()
-                found = train(model, parts["train"], site, method, objective=objective, settings=settings, runs=runs)
-                found = found.measured(test=accuracy_of(unseen, found.featurizers))
+                found = train(model, parts["train"], site, method, **options)  # type: ignore[arg-type]
+                found = found.measured(test=accuracy_of(runs["test"], found.featurizers))
                 yield site, name, found, time.perf_counter() - start
 
 
