@@ -27,13 +27,18 @@ FILES = [
     *(f"core/featurizers/files/{name}.py" for name in ("archives", "pickles", "regular", "numpy_files", "torch_files")),
     *(f"core/featurizers/format/{name}.py" for name in ("manifest", "sites", "state_files", "weights")),
     *(f"core/featurizers/models/{name}.py" for name in ("anatomy", "attached", "backend", "hooks", "norms")),
-    *(f"core/featurizers/models/{name}.py" for name in ("operations", "positions", "projections", "reading")),
+    *(
+        f"core/featurizers/models/{name}.py"
+        for name in ("operations", "positions", "prepared", "projections", "reading")
+    ),
     *(f"core/featurizers/models/{name}.py" for name in ("restart", "unembedding", "watching")),
     "plugins/subspace/featurizers_subspace/*.py",
     "plugins/identity/featurizers_identity/*.py",
     "plugins/sae-lens/featurizers_sae_lens/*.py",
     "plugins/sparsify/featurizers_sparsify/*.py",
     "plugins/dictionary-learning/featurizers_dictionary_learning/*.py",
+    "plugins/patching/featurizers_patching/engine/*.py",
+    *(f"plugins/patching/featurizers_patching/{name}.py" for name in ("grid", "grid_run", "metrics")),
     *(f"plugins/training/featurizers_training/{name}.py" for name in ("evaluation", "pairs", "methods/*", "search/*")),
     *(f"plugins/causal-basis/featurizers_causal_basis/{name}.py" for name in ["ablation", "featurizer", "inputs"]),
     *(f"plugins/causal-basis/featurizers_causal_basis/{name}/*.py" for name in ("lens", "solve")),

@@ -385,10 +385,14 @@ def test_memory_that_runs_out_halves_the_rows(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
 
 
-def rows_of_calls(pairs: Pairs, cells: list[tuple[int, list[tuple[int, int]]]], rows: int) -> tuple[list[int], Tensor]:
-    """Return how many tokens the last MLP but one sees in each call after the clean run, and the cells' logits."""
+def rows_of_calls(
+    pairs: Pairs, cells: list[tuple[int, list[tuple[int, int]]]], rows: int, module: str = "transformer.h.1.mlp"
+) -> tuple[list[int], Tensor]:
+    """Return how many tokens a module sees in each call after the clean run, and the cells' logits."""
     seen: list[int] = []
-    handle = pairs.model.transformer.h[1].mlp.register_forward_hook(lambda *call: seen.append(call[2][..., 0].numel()))
+    handle = pairs.model.get_submodule(module).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0][..., 0].numel())
+    )
     logits, _ = pairs.run(cells, rows=rows, verify=0)
     handle.remove()
     return seen[1:], logits
@@ -419,3 +423,14 @@ def test_keys_and_values_of_long_prompts_bound_the_chunks(monkeypatch: pytest.Mo
     monkeypatch.setattr(sweep, "MOST_NUMBERS", 2 * 2 * 7 * width)  # keys and values of two cells
     seen, _ = rows_of_calls(pairs, [(pair, [(0, 6)]) for pair in range(6)], rows=1024)
     assert seen == [2, 2, 2]
+
+
+def test_an_edit_of_the_last_block_runs_the_tokens_that_are_edited_or_read() -> None:
+    pairs = Pairs(packable("gpt2"), [[1, 2, 3, 4, 5, 6, 7]], [[8, 9, 10, 11, 12, 13, 14]], ["resid.pre:2"])
+    cells = [(0, [(0, 1)]), (0, [(0, 5)])]  # the tokens 4 and 6 are read
+    seen, logits = rows_of_calls(pairs, cells, 1024, "transformer.h.2.attn.c_attn")
+    assert seen == [3 + 2]
+    seen, _ = rows_of_calls(pairs, cells, 1024, "transformer.h.2.mlp.c_fc")
+    assert seen == [2 + 1]
+    for found, (pair, [(site, token)]) in zip(logits, cells, strict=True):
+        torch.testing.assert_close(found, pairs.expected(pair, site, [token]), rtol=0, atol=1e-10)
