@@ -434,3 +434,18 @@ def test_an_edit_of_the_last_block_runs_the_tokens_that_are_edited_or_read() -> 
     assert seen == [2 + 1]
     for found, (pair, [(site, token)]) in zip(logits, cells, strict=True):
         torch.testing.assert_close(found, pairs.expected(pair, site, [token]), rtol=0, atol=1e-10)
+
+
+def test_a_stream_that_something_changes_between_blocks_is_run_whole() -> None:
+    model = fresh_model("llama").double().requires_grad_(False)
+    doubled = model.model.layers[1].register_forward_pre_hook(
+        lambda _, args, kwargs: ((2 * args[0], *args[1:]), kwargs), with_kwargs=True
+    )
+    pairs = Pairs(model, BASE, SOURCE, ["mlp.out:0"])
+    cells = single_cells(pairs, step=3)
+    with pytest.warns(UserWarning, match="something changes the residual stream between blocks 0 and 1"):
+        logits, report = pairs.run(cells)
+    assert not report.packed
+    for found, (pair, [(site, token)]) in zip(logits, cells, strict=True):
+        torch.testing.assert_close(found, pairs.expected(pair, site, [token]), rtol=0, atol=1e-10)
+    doubled.remove()
