@@ -268,6 +268,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"metric": ("logit_difference", [[7, 8]], 9)}, "has 2 tokens, and the metric reads one"),
     ({"metric": lambda logits: logits[:, 0] * math.nan}, "gives nan for the logits"),
     ({"metric": lambda logits: logits}, "a number for each of"),
+    ({"metric": lambda logits: 1.0}, "not float"),
     ({"metric": 3}, "a metric is a name"),
     ({"metric": {}}, "no metrics"),
     ({"at": 6}, "no position 6"),
