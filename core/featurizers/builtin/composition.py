@@ -109,6 +109,12 @@ class Composition(Featurizer[CompositionConfig]):
             features = stage.inverse_featurize(features, stage_error)
         return features
 
+    def without_residual(self, error: Error) -> Error:
+        """Return the errors of the stages, each without its residual."""
+        if not isinstance(error, tuple) or len(error) != len(self.stages):
+            return super().without_residual(error)
+        return tuple(stage.without_residual(own) for stage, own in zip(self._stages(), error, strict=True))
+
     def encode(self, x: Float[Tensor, "*batch d_in"], columns: Tensor | None = None) -> Float[Tensor, "*batch k"]:
         """Return the features of the last stage, without any errors."""
         *first, last = self._stages()

@@ -109,6 +109,20 @@ class LinearDecoderFeaturizer(Featurizer[ConfigT]):
         with without_autocast(residual):
             return self._reconstruct(features, tuple(statistics)).reshape(residual.shape) + residual
 
+    def reconstruct(self, x: Float[Tensor, "..."]) -> tuple[Float[Tensor, "... n_features"], Float[Tensor, "..."]]:
+        """Return features and n⁻¹(decode(f)), which is decoded once."""
+        flat = self.flatten(x).to(self.encoder_dtype)
+        with without_autocast(flat):
+            normal, statistics = self._normalize(flat)
+            features = self.encode_normalized(normal)
+            return features, self._reconstruct(features, statistics).reshape(x.shape)
+
+    def without_residual(self, error: Error) -> Error:
+        """Return an error with the statistics of the token and no residual."""
+        residual, *statistics = error if isinstance(error, tuple) else (error,)
+        zero = torch.zeros_like(residual) if isinstance(residual, Tensor) else residual
+        return (zero, *statistics) if isinstance(error, tuple) else zero
+
     def encode(self, x: Float[Tensor, "..."], columns: Tensor | None = None) -> Float[Tensor, "... k"]:
         """Return features, all or those in ``columns``, without decoding them."""
         with without_autocast(x):

@@ -89,6 +89,25 @@ class Featurizer(Derivatives, FeatureSpace[ConfigT]):
         features, _ = self.featurize(x)
         return features if columns is None else features[..., columns]
 
+    def reconstruct(
+        self, x: Float[Tensor, "*batch d_in"]
+    ) -> tuple[Float[Tensor, "*batch n_features"], Float[Tensor, "*batch d_in"]]:
+        """Return the features of x and the activations that they stand for by themselves, x̂ without the error term.
+
+        The second has the shape of x, and is x to rounding for a lossless kind.
+        """
+        features, error = self.featurize(x)
+        return features, self.inverse_featurize(features, self.without_residual(error))
+
+    def without_residual(self, error: Error) -> Error:
+        """Return the error term that activations would have if their features reconstructed them: zeros by default.
+
+        Kinds override it whose error holds more than a residual, such as statistics that the inverse needs.
+        """
+        if isinstance(error, tuple):
+            return tuple(self.without_residual(part) for part in error)
+        return torch.zeros_like(error) if isinstance(error, Tensor) else error
+
     def apply_edit(
         self,
         base: Float[Tensor, "*batch d_in"],

@@ -70,6 +70,16 @@ class FeaturizerContract:
             assert features.shape[:-1] == x.shape[:-1]
             self._close(featurizer.inverse_featurize(features, error), x)
 
+    def test_a_reconstruction_is_the_inverse_without_residual(
+        self, featurizer: Featurizer[Any], activations: Tensor
+    ) -> None:
+        for x in _shapes(activations):
+            features, error = featurizer.featurize(x)
+            alone, reconstruction = featurizer.reconstruct(x)
+            self._close(alone, features)
+            assert reconstruction.shape == x.shape
+            self._close(reconstruction, featurizer.inverse_featurize(features, featurizer.without_residual(error)))
+
     def test_no_activations_give_no_features(self, featurizer: Featurizer[Any], activations: Tensor) -> None:
         features, error = featurizer.featurize(activations[:0])
         assert features.shape[0] == 0

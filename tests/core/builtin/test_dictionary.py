@@ -104,6 +104,21 @@ def test_features_and_reconstruction_are_the_formulas(rule, pre_bias, how):
     assert (expected != 0).any(-1).all(), "the case is empty"
 
 
+@pytest.mark.parametrize("how", NORMALIZATIONS)
+def test_a_reconstruction_is_what_the_formulas_decode(how):
+    t, x = weights("topk"), batch(2, 5)
+    f = dictionary("topk", k=3, normalize=how, input_scale=2.5 if how == "scale" else 1.0)
+    normal, factor, offset = normalized_by_hand(how, x)
+    expected = features_by_hand("topk", t, normal, k=3) @ t["W_dec"] + t["b_dec"]
+    reconstruction = f.reconstruct(x)[1]
+    torch.testing.assert_close(reconstruction, expected * factor + offset, rtol=1e-4, atol=1e-5)
+    through = featurizers.create("identity", d_in=8) >> f
+    torch.testing.assert_close(through.reconstruct(x)[1], reconstruction)
+    pca = featurizers.create("subspace", d_in=8, n_features=3, seed=0)
+    basis = pca.orthonormal_basis().detach()
+    torch.testing.assert_close(pca.reconstruct(x)[1], x @ basis @ basis.T)
+
+
 def test_jump_is_not_jumprelu():
     x = torch.eye(2)
     eye = torch.eye(2)

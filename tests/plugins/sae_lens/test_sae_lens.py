@@ -53,6 +53,10 @@ def test_everything_is_what_saelens_computes(sae_lens, architecture, options):
     residual = error[0] if isinstance(error, tuple) else error
     same(x - residual, x_hat, 2e-6)
     same(f.inverse_featurize(features, error), x, 2e-6)
+    reconstruction = f.reconstruct(x)
+    same(reconstruction[0], expected)
+    same(reconstruction[1], x_hat, 2e-6)
+    same(f.inverse_featurize(features, f.without_residual(error)), x_hat, 2e-6)
 
     others, _ = by_saelens(sae, source)
     mixed = expected.clone()
