@@ -238,6 +238,14 @@ def patching() -> None:
     assert torch.equal(featurizers.load_grid(grid.save("grid.safetensors")).values, grid.values)
 
 
+def evaluate() -> None:
+    """Measure a dictionary, save the result and read it again."""
+    f = dictionary("relu")
+    f.site = featurizers.Site("resid.post", 1)
+    result = featurizers.evaluate(f, decoder(), IDS)
+    assert featurizers.load_evaluation(result.save("evaluation.json")).metrics == result.metrics
+
+
 def interp_engine() -> None:
     """Collect at a point of an eager model, and steer it by specs."""
     from featurizers_interp_engine import to_specs
@@ -315,6 +323,7 @@ CHECKS = {
     "control-vectors": control_vectors,
     "derived-scalars": derived_scalars,
     "dictionary-learning": dictionary_learning,
+    "evaluate": evaluate,
     "identity": lambda: create("identity", d_in=8),
     "interp-engine": interp_engine,
     "llamascopium": llamascopium,

@@ -2,6 +2,8 @@ from . import errors as errors
 from . import pyvene as pyvene
 from .builtin.composition import compose as compose
 from .builtin.dictionary import DictionaryFeaturizer as DictionaryFeaturizer
+from .evaluation import evaluate as evaluate
+from .evaluation import load_evaluation as load_evaluation
 from .features.derivatives import Error as Error
 from .features.feature_space import FeatureSpace as FeatureSpace
 from .features.featurizer import Featurizer as Featurizer

@@ -17,6 +17,7 @@ FIRST_PARTY = {
     "control-vectors": "featurizers-control-vectors",
     "derived-scalars": "featurizers-derived-scalars",
     "dictionary-learning": "featurizers-dictionary-learning",
+    "evaluate": "featurizers-evaluate",
     "identity": "featurizers-identity",
     "interp-engine": "featurizers-interp-engine",
     "llamascopium": "featurizers-llamascopium",

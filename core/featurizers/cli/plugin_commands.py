@@ -92,7 +92,7 @@ class CommandGroup(TyperGroup):
         owner = COMMANDS.get(word)
         if not self._has(args):
             for plugin in args[:2]:
-                if plugin in FIRST_PARTY or plugin in installed:
+                if plugin in installed or (plugin in FIRST_PARTY and plugin not in COMMANDS):
                     host().load(plugin)
                     self._ask([plugin])
         if not self._has(args) and owner and owner.plugin in installed:

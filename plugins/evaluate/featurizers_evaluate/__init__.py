@@ -1,0 +1,13 @@
+"""Measure any featurizer on a language model: reconstruction, sparsity, effect on the model, and interchange accuracy.
+
+`evaluate` is the entry. The files, lowest first: `definitions` of the metrics, `documents` (the data), `sums` over
+tokens, with resamples of documents, `subjects` (what is measured), `options`, `runs` of the model, `measuring` (one
+reading of the data), `result`, `summary` (metrics from sums), `pictures`, `comparison`, `evaluating`.
+
+``__init__.pyi`` lists the public names. A name is imported when it is first used. This module has no ``__dir__``,
+because pluggy would get each name that it lists.
+"""
+
+import lazy_loader
+
+__getattr__, _, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,10 @@
+from .comparison import Comparison as Comparison
+from .definitions import DEFINITIONS as DEFINITIONS
+from .evaluating import compare as compare
+from .evaluating import evaluate as evaluate
+from .evaluating import sweep as sweep
+from .pictures import densities as densities
+from .result import Evaluation as Evaluation
+from .result import Histogram as Histogram
+from .result import Metric as Metric
+from .result import load_evaluation as load_evaluation

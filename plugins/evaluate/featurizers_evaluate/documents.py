@@ -1,0 +1,184 @@
+"""Documents of token ids, cut into rows and put together into padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from featurizers.errors import UsageError, shown
+from torch import Tensor
+
+IDS: Final = ("input_ids", "tokens")
+"""Keys under which a record has token ids."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are read.
+
+    Attributes:
+        tokenizer: of texts; None if all documents are token ids.
+        context: tokens of the longest row; longer documents are cut into several rows. None for no limit.
+        max_tokens: number of tokens after which reading ends; None to read everything.
+        vocabulary: number of token ids that the model knows; None if that is not known.
+        most: tokens of the longest row that the model takes; None if that is not known.
+        excluded: token ids that are not measured.
+    """
+
+    tokenizer: Any = None
+    context: int | None = None
+    max_tokens: int | None = None
+    vocabulary: int | None = None
+    most: int | None = None
+    excluded: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that run together.
+
+    Attributes:
+        ids: ``(rows, width)``; 0 where there is padding, on the right.
+        is_token: ``(rows, width)``, False for padding.
+        is_measured: ``(rows, width)``, False for padding and excluded tokens.
+        documents: number of the document of each row; those of one document follow each other.
+    """
+
+    ids: Tensor
+    is_token: Tensor
+    is_measured: Tensor
+    documents: list[int]
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Return the inputs of a model, with a mask only if something is padded."""
+        if bool(self.is_token.all()):
+            return {"input_ids": self.ids}
+        return {"input_ids": self.ids, "attention_mask": self.is_token.long()}
+
+
+def check_readable_again(tokens: object) -> None:
+    """Raise UsageError if the documents can be read only once."""
+    if isinstance(tokens, Iterator):
+        raise UsageError(
+            "tokens is an iterator, which can be read once, and the mean of an ablation takes a first reading: give a "
+            "list, a tensor or a data set, or leave out the ablation 'mean'"
+        )
+
+
+def batches(tokens: Any, reading: Reading, batch_size: int, device: torch.device) -> Iterator[Batch]:
+    """Yield the rows of documents in batches, in their order.
+
+    Args:
+        tokens: see `featurizers_evaluate.evaluate`.
+        reading: how to read them.
+        batch_size: rows of a batch.
+        device: of the tensors.
+
+    Raises:
+        UsageError: a document is no text and no token ids, does not fit the model, or there is none.
+    """
+    group: list[tuple[int, list[int]]] = []
+    found = False
+    for row in _rows(tokens, reading):
+        found = True
+        group.append(row)
+        if len(group) == batch_size:
+            yield _batch(group, reading, device)
+            group = []
+    if group:
+        yield _batch(group, reading, device)
+    if not found:
+        raise UsageError("there are no tokens to measure on: give at least one document that is not empty")
+
+
+def _batch(rows: list[tuple[int, list[int]]], reading: Reading, device: torch.device) -> Batch:
+    width = max(len(ids) for _, ids in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    is_token = torch.zeros(len(rows), width, dtype=torch.bool)
+    for number, (_, row) in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
+        is_token[number, : len(row)] = True
+    excluded = torch.isin(ids, torch.tensor(reading.excluded, dtype=torch.long))
+    kept = is_token & ~excluded
+    return Batch(ids.to(device), is_token.to(device), kept.to(device), [number for number, _ in rows])
+
+
+def _rows(tokens: Any, reading: Reading) -> Iterator[tuple[int, list[int]]]:
+    """Yield rows with the numbers of their documents; the last row ends at the most tokens."""
+    left = reading.max_tokens
+    for number, ids in enumerate(_documents(tokens, reading.tokenizer)):
+        _check_ids(ids, number, reading)
+        step = reading.context or max(len(ids), 1)
+        for start in range(0, len(ids), step):
+            row = ids[start : start + step][:left]
+            if not row:
+                return
+            if reading.most is not None and len(row) > reading.most:
+                raise UsageError(
+                    f"document {number} has {len(row)} tokens, and the model takes {reading.most}; cut documents into "
+                    f"rows with context={reading.most}"
+                )
+            yield number, row
+            left = None if left is None else left - len(row)
+            if left == 0:
+                return
+
+
+def _documents(tokens: Any, tokenizer: Any) -> Iterator[list[int]]:
+    if isinstance(tokens, Mapping):
+        yield from _of_inputs(tokens)
+        return
+    if isinstance(tokens, Tensor):
+        if tokens.is_floating_point() or tokens.dim() not in (1, 2) or tokens.dtype == torch.bool:
+            raise UsageError(f"token ids are integers, (documents, tokens), not {tokens.dtype} {tuple(tokens.shape)}")
+        yield from tokens.reshape(-1, tokens.shape[-1]).tolist()
+        return
+    if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
+        raise UsageError(f"tokens are documents, such as a tensor of token ids or a list of texts, not {shown(tokens)}")
+    for number, document in enumerate(tokens):
+        yield _ids(document, number, tokenizer)
+
+
+def _of_inputs(inputs: Mapping[str, Any]) -> Iterator[list[int]]:
+    """Yield the rows of inputs of a model, without their padding."""
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        raise UsageError("inputs of a model have input_ids, a tensor of (documents, tokens)")
+    if mask is None:
+        yield from ids.tolist()
+        return
+    if mask.shape != ids.shape:
+        raise UsageError(f"input_ids are {tuple(ids.shape)}, and the attention_mask is {tuple(mask.shape)}")
+    for row, real in zip(ids, mask, strict=True):
+        yield row[real != 0].tolist()
+
+
+def _ids(document: Any, number: int, tokenizer: Any) -> list[int]:
+    if isinstance(document, Mapping):
+        found = next((document[key] for key in (*IDS, "text") if document.get(key) is not None), None)
+        if found is None:
+            raise UsageError(
+                f"document {number} is a record without text, {' or '.join(IDS)}; it has {shown(list(document))}"
+            )
+        document = found
+    if isinstance(document, str):
+        if tokenizer is None:
+            raise UsageError(f"document {number} is a text: give the tokenizer of the model, tokenizer=…")
+        return list(tokenizer(document)["input_ids"])
+    if hasattr(document, "tolist"):
+        document = document.tolist()
+    if not isinstance(document, Sequence) or not all(type(each) is int for each in document):
+        raise UsageError(f"document {number} is no text and no list of token ids: {shown(document)}")
+    return list(document)
+
+
+def _check_ids(ids: list[int], number: int, reading: Reading) -> None:
+    limit = reading.vocabulary
+    if ids and (min(ids) < 0 or (limit is not None and max(ids) >= limit)):
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise UsageError(
+            f"document {number} has the token id {wrong}; this model knows those from 0 to "
+            f"{'its vocabulary' if limit is None else limit - 1}"
+        )

@@ -1,0 +1,278 @@
+"""`evaluate`, `sweep` and `compare`: measure featurizers on documents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import featurizers
+from featurizers import Anatomy, FeatureSpace, Site
+from featurizers.cli import progress_bar
+from featurizers.errors import MissingDependencyError, UsageError
+from featurizers.models import evaluating
+from featurizers.registry import host
+
+from featurizers_evaluate.comparison import Comparison
+from featurizers_evaluate.definitions import ABLATIONS, GROUPS
+from featurizers_evaluate.documents import Reading
+from featurizers_evaluate.measuring import Measured, Plan, measure
+from featurizers_evaluate.options import Options
+from featurizers_evaluate.result import Evaluation, Metric
+from featurizers_evaluate.runs import Runs
+from featurizers_evaluate.subjects import Limit, Subject
+from featurizers_evaluate.summary import density_of, histogram_of, metrics_of
+
+
+def evaluate(
+    featurizer: FeatureSpace[Any],
+    model: object,
+    tokens: Any,
+    *,
+    site: Site | str | None = None,
+    metrics: Iterable[str] = GROUPS,
+    ablations: Iterable[str] = ABLATIONS,
+    pairs: Any = None,
+    tokenizer: Any = None,
+    exclude_special_tokens: bool | Iterable[int] = False,
+    context: int | None = None,
+    max_tokens: int | None = None,
+    k: int | None = None,
+    threshold: float | None = None,
+    batch_size: int = 8,
+    resamples: int = 1000,
+    seed: int = 0,
+    data: str | None = None,
+    any_model: bool = False,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure how well features reconstruct activations, how sparse they are, and what the reconstruction does.
+
+    The data is read once, and before that up to the site if activations are replaced by their mean. Sums are in
+    float64, memory does not grow with the number of tokens, and the size of a batch changes numbers by rounding alone.
+    Intervals are of a bootstrap that draws documents.
+
+    Args:
+        featurizer: of any kind. Of a map between sites the activations at its writes are those to reconstruct; several
+            are taken side by side.
+        model: a decoder with its head, as in `featurizers.intervene`. It is run in evaluation mode.
+        tokens: documents: token ids ``(documents, tokens)``; inputs of a model with ``attention_mask``; or an iterable
+            of texts, lists of token ids, or records with ``text`` or ``input_ids``, such as a data set.
+        site: place to measure at; None for the featurizer's own.
+        metrics: some of ``reconstruction``, ``sparsity`` and ``effect``.
+        ablations: baselines of the effect, some of ``zero`` and ``mean``.
+        pairs: counterfactual pairs, `featurizers_training.Pairs`, to measure interchange accuracy too; None for none.
+        tokenizer: of the model, for texts and for ``exclude_special_tokens=True``.
+        exclude_special_tokens: True leaves out the tokenizer's bos, eos, pad, sep and decoder start, as SAELens does;
+            or token ids to leave out. Those of the featurizer are left out in any case. At a token that is left out the
+            model keeps its own activation, but for ablations.
+        context: tokens of a row; longer documents are cut into several.
+        max_tokens: number of tokens to read; None for all.
+        k: keep the k largest features of each token alone.
+        threshold: keep the features of larger magnitude alone.
+        batch_size: rows that run together.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+        data: name of the data, for the result and for cards.
+        any_model: accept another model than the one that the artefact names, as in `featurizers.attach`.
+        progress: whether to show a bar on a terminal.
+
+    Raises:
+        UsageError: an argument is invalid, a document does not fit the model, or no token is left.
+        SiteError, ShapeError: the featurizer does not fit the model.
+        MissingDependencyError: pairs are given, and featurizers-training is not installed.
+
+    Example:
+        >>> import torch, featurizers
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=20)).eval()
+        >>> f = featurizers.create("identity", d_in=8)
+        >>> result = featurizers.evaluate(f, model, torch.arange(20).reshape(2, 10), site="resid.post:0")
+        >>> result["fvu"], round(result["ce_recovered_zero_ablation"], 6)
+        (0.0, 1.0)
+        >>> print(result.metrics["l0"])
+        not defined, because no feature of any token was 0: those of the kind 'identity' are dense
+    """
+    options = Options(
+        metrics=metrics,
+        ablations=ablations,
+        pairs=pairs,
+        tokenizer=tokenizer,
+        exclude_special_tokens=exclude_special_tokens,
+        context=context,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        resamples=resamples,
+        seed=seed,
+        data=data,
+        progress=progress,
+    )
+    subject = Subject.of(featurizer, site, Limit(k, threshold))
+    checked = [] if any_model or site is not None else [featurizer]
+    return _measured([subject], model, tokens, options, checked)[0]
+
+
+def sweep(
+    featurizer: FeatureSpace[Any],
+    model: object,
+    tokens: Any,
+    *,
+    k: Sequence[int] = (),
+    threshold: Sequence[float] = (),
+    site: Site | str | None = None,
+    **options: Any,
+) -> Comparison:
+    """Measure a featurizer with the k largest features of each token, for several k, or with features above thresholds.
+
+    All are measured in one reading of the data, so that the model itself and its ablations run once.
+
+    Args:
+        featurizer: as in `evaluate`.
+        model: as in `evaluate`.
+        tokens: as in `evaluate`.
+        k: numbers of features.
+        threshold: magnitudes; give either these or ``k``.
+        site: as in `evaluate`.
+        options: other arguments of `evaluate`.
+
+    Raises:
+        UsageError: neither or both are given; else as `evaluate`.
+    """
+    if bool(k) == bool(threshold):
+        raise UsageError("a sweep is over numbers of features, k=[1, 2, 4], or over thresholds=[0.1, 1.0]")
+    limits = [Limit(k=each) for each in k] or [Limit(threshold=float(each)) for each in threshold]
+    subjects = [Subject.of(featurizer, site, limit) for limit in limits]
+    checked = [] if options.pop("any_model", False) or site is not None else [featurizer]
+    found = _measured(subjects, model, tokens, Options.of(options), checked)
+    return Comparison(tuple(str(limit) for limit in limits), tuple(found))
+
+
+def compare(
+    several: Mapping[str, FeatureSpace[Any]] | Sequence[FeatureSpace[Any]], model: object, tokens: Any, **options: Any
+) -> Comparison:
+    """Measure several featurizers on the same data, in one reading of it.
+
+    Args:
+        several: by label, or in a list, where the labels are their ids.
+        model: as in `evaluate`.
+        tokens: as in `evaluate`.
+        options: other arguments of `evaluate` but ``site``.
+
+    Raises:
+        UsageError: there is none, or two have one label; else as `evaluate`.
+    """
+    labelled = dict(several) if isinstance(several, Mapping) else {each.id: each for each in several}
+    if not labelled or len(labelled) != len(several):
+        raise UsageError("give several featurizers with different ids, or a mapping from labels to featurizers")
+    limit = Limit(options.pop("k", None), options.pop("threshold", None))
+    subjects = [Subject.of(each, None, limit) for each in labelled.values()]
+    checked = [] if options.pop("any_model", False) else list(labelled.values())
+    found = _measured(subjects, model, tokens, Options.of(options), checked)
+    return Comparison(tuple(labelled), tuple(found))
+
+
+def _measured(
+    subjects: Sequence[Subject], model: object, tokens: Any, options: Options, checked: Sequence[FeatureSpace[Any]]
+) -> list[Evaluation]:
+    """Measure subjects on the same data; those to check are compared with the model first."""
+    if checked:
+        featurizers.attach(model, checked)
+    own = (token for subject in subjects for token in subject.space.special_tokens)
+    excluded = tuple(sorted({*options.special_tokens(), *own}))
+    sites = list(dict.fromkeys(site for subject in subjects for site in subject.sites))
+    anatomy = Anatomy(model)
+    reading = Reading(
+        tokenizer=options.tokenizer,
+        context=options.context,
+        max_tokens=options.max_tokens,
+        vocabulary=_vocabulary(anatomy),
+        most=_longest(anatomy),
+        excluded=excluded,
+    )
+    with evaluating(anatomy.model), _bar(options) as reach:
+        plan = Plan(
+            tuple(options.metrics),
+            tuple(options.ablations),
+            options.batch_size,
+            options.resamples,
+            options.seed,
+            reach,
+        )
+        found = measure(Runs(model, sites), subjects, tokens, reading, plan)
+        accuracies = [None if options.pairs is None else _interchange(model, options.pairs, s) for s in subjects]
+    return [
+        _evaluation(each, plan, accuracy, _about(each, anatomy, options, excluded))
+        for each, accuracy in zip(found, accuracies, strict=True)
+    ]
+
+
+def _evaluation(each: Measured, plan: Plan, accuracy: Metric | None, about: dict[str, Any]) -> Evaluation:
+    metrics = metrics_of(each, plan)
+    if accuracy is not None:
+        metrics[accuracy.name] = accuracy
+    density = density_of(each)
+    return Evaluation(metrics, about, None if density is None else histogram_of(density), density)
+
+
+def _interchange(model: object, pairs: Any, subject: Subject) -> Metric:
+    """Return the interchange accuracy, measured by featurizers-training."""
+    if "training" not in host().names():
+        raise MissingDependencyError(
+            "interchange accuracy", "featurizers-training", "pip install 'featurizers[training]'"
+        )
+    if not isinstance(subject.space, featurizers.Featurizer):
+        return Metric(
+            "interchange_accuracy",
+            None,
+            why=f"pairs are measured at one site, and {subject.space.id!r} maps between sites",
+        )
+    accuracy = host().module("training").evaluate(model, pairs, subject.space)
+    return Metric("interchange_accuracy", accuracy.value, accuracy.interval)
+
+
+def _vocabulary(anatomy: Anatomy) -> int | None:
+    get = getattr(anatomy.backend.model, "get_input_embeddings", None)
+    number = getattr(get() if callable(get) else None, "num_embeddings", None)
+    return number if isinstance(number, int) else None
+
+
+def _longest(anatomy: Anatomy) -> int | None:
+    config = getattr(anatomy.backend.model, "config", None)
+    number = getattr(config, "max_position_embeddings", None)
+    return number if isinstance(number, int) else None
+
+
+def _about(each: Measured, anatomy: Anatomy, options: Options, excluded: Sequence[int]) -> dict[str, Any]:
+    """Return what was measured on what, as JSON data."""
+    space, config = each.subject.space, getattr(anatomy.backend.model, "config", None)
+    parameter = next(anatomy.model.parameters(), None)
+    writes = [str(site) for site in each.subject.writes.values()]
+    return {
+        "featurizer": space.id,
+        "kind": space.kind,
+        "revision": space.revision,
+        "n_features": space.n_features,
+        "site": ", ".join(writes if len(writes) < 4 else [writes[0], "…", writes[-1]]),
+        "limit": str(each.subject.limit) or None,
+        "model": getattr(config, "_name_or_path", None) or type(anatomy.model).__name__,
+        "model_revision": getattr(config, "_commit_hash", None),
+        "dtype": None if parameter is None else str(parameter.dtype).removeprefix("torch."),
+        "data": options.data,
+        "tokens": int(each.sums["tokens"][0]),
+        "tokens_read": each.tokens,
+        "documents": each.documents,
+        "context": options.context,
+        "excluded_tokens": list(excluded),
+        "resamples": options.resamples,
+        "seed": options.seed,
+        "interval": "95 %, percentiles of a Poisson bootstrap of documents",
+        "versions": {name: version(name) for name in ("featurizers", "featurizers-evaluate", "torch")},
+    }
+
+
+@contextmanager
+def _bar(options: Options) -> Iterator[Callable[[int], None]]:
+    """Show the number of tokens read while the context lasts; yield a function that sets it."""
+    with progress_bar(options.max_tokens, "evaluating", shown=options.progress) as bar:
+        yield bar.reach

@@ -1,0 +1,235 @@
+"""Readings of the data: every batch is run once, and its sums are added to those of each subject."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from featurizers import Site, SiteMap
+from featurizers.errors import FeaturizerError, UsageError
+from torch import Tensor
+
+from featurizers_evaluate.documents import Batch, Reading, batches, check_readable_again
+from featurizers_evaluate.runs import Clean, Runs, has_next, losses
+from featurizers_evaluate.subjects import Subject
+from featurizers_evaluate.sums import Sums, Weights, per_row
+
+CHUNK: Final = 2**25
+"""Features that are computed at once."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        groups: of metrics, some of `GROUPS`.
+        ablations: some of `ABLATIONS`.
+        batch_size: rows that run together.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+        progress: is called with the number of tokens after each batch.
+    """
+
+    groups: tuple[str, ...]
+    ablations: tuple[str, ...]
+    batch_size: int
+    resamples: int
+    seed: int
+    progress: Callable[[int], None]
+
+
+@dataclass
+class Measured:
+    """What was measured of one subject.
+
+    Attributes:
+        subject: that was measured.
+        sums: over tokens.
+        active: at how many measured tokens each feature is not 0, int64 ``(n_features,)``; None if not measured.
+        inactive: number of features that were 0, over all measured tokens.
+        documents: number of documents.
+        tokens: number of tokens that are no padding.
+        no_effect: reason why the model cannot run with the reconstruction; empty if it can.
+    """
+
+    subject: Subject
+    sums: Sums = field(default_factory=Sums)
+    active: Tensor | None = None
+    inactive: int = 0
+    documents: int = 0
+    tokens: int = 0
+    no_effect: str = ""
+
+
+@torch.no_grad()
+def measure(runs: Runs, subjects: Sequence[Subject], tokens: Any, reading: Reading, plan: Plan) -> list[Measured]:
+    """Measure subjects on the same data.
+
+    Raises:
+        UsageError: the data or the model do not fit, or no token is measured.
+        ShapeError: a subject does not fit its site.
+    """
+    measured = [Measured(subject) for subject in subjects]
+    has_effect = "effect" in plan.groups
+    means = _means(runs, subjects, tokens, reading, plan) if has_effect and "mean" in plan.ablations else {}
+    weights, n_tokens, n_measured = Weights(plan.resamples, plan.seed), 0, 0
+    for batch in batches(tokens, reading, plan.batch_size, runs.device):
+        of_rows = weights.of(batch.documents)
+        clean = runs.clean(batch, logits=has_effect)
+        effects = _Effects(runs, batch, clean, means, plan.ablations) if has_effect else None
+        for each in measured:
+            rows = _reconstructed(each, clean, batch, of_rows, plan)
+            if effects is not None:
+                rows |= effects.of(each)
+            each.sums.add(of_rows, rows)
+        n_tokens += int(batch.is_token.sum())
+        n_measured += int(batch.is_measured.sum())
+        plan.progress(n_tokens)
+    _check_measured(n_measured)
+    for each in measured:
+        each.documents, each.tokens = weights.documents, n_tokens
+    return measured
+
+
+def _means(runs: Runs, subjects: Sequence[Subject], tokens: Any, reading: Reading, plan: Plan) -> dict[Site, Tensor]:
+    """Return the mean of the measured activations at each write, in a first reading that stops after the sites."""
+    check_readable_again(tokens)
+    sites = dict.fromkeys(site for subject in subjects for site in subject.writes.values())
+    sums = {site: Sums() for site in sites}
+    for batch in batches(tokens, reading, plan.batch_size, runs.device):
+        ones = torch.ones(len(batch.documents), 1, dtype=torch.float64)
+        clean = runs.clean(batch, logits=False)
+        for site, own in sums.items():
+            y = _flat(clean.activations[site])
+            own.add_vectors(ones, y, batch.is_measured.to(y.device))
+            own.add(ones, {"tokens": batch.is_measured.sum(dim=-1)})
+    for own in sums.values():
+        _check_measured(int(own["tokens"][0]))
+    return {site: own.mean_vector().to(torch.float32) for site, own in sums.items()}
+
+
+def _check_measured(tokens: int) -> None:
+    if not tokens:
+        raise UsageError("every token is excluded; give other documents, or exclude fewer special tokens")
+
+
+def _reconstructed(each: Measured, clean: Clean, batch: Batch, weights: Tensor, plan: Plan) -> dict[str, Tensor]:
+    """Add vectors and counts of features of a batch, keep the reconstructions, and return sums of its rows."""
+    space = each.subject.space
+    width = batch.ids.shape[1] * max(space.n_features or 1, 1)
+    step = max(1, CHUNK // width)
+    parts: list[dict[str, Tensor]] = []
+    reconstructions: list[dict[Site, Tensor]] = []
+    for start in range(0, len(batch.ids), step):
+        rows = slice(start, start + step)
+        x = {site: value[rows] for site, value in clean.activations.items()}
+        features, decoded = each.subject.reconstruct(x, batch.is_token[rows])
+        kept = batch.is_measured[rows]
+        y = torch.cat([_flat(x[site]).float() for site in decoded], dim=-1)
+        y_hat = torch.cat([_flat(value.to(y.device)).float() for value in decoded.values()], dim=-1)
+        kept_here = kept.to(y.device)
+        each.sums.add_vectors(weights[rows], y, kept_here)
+        found = {name: per_row(value, kept_here) for name, value in _of_tokens(y, y_hat).items()}
+        if "sparsity" in plan.groups:
+            found |= _sparsity(each, features, kept.to(features.device))
+        parts.append({"tokens": kept.sum(dim=-1), **found})
+        reconstructions.append(decoded)
+    clean.reconstructions = {site: torch.cat([part[site] for part in reconstructions]) for site in reconstructions[0]}
+    return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+
+
+def _of_tokens(y: Tensor, y_hat: Tensor) -> dict[str, Tensor]:
+    """Return what is summed of each token, ``(rows, width)``; see `DEFINITIONS` for the formulas."""
+    norm, norm_hat, dot = y.norm(dim=-1), y_hat.norm(dim=-1), (y * y_hat).sum(dim=-1)
+    product = norm * norm_hat
+    return {
+        "residual": (y - y_hat).square().sum(dim=-1),
+        "cosine": torch.where(product > 0, dot / product, 0.0),
+        "norm": norm,
+        "norm_hat": norm_hat,
+        "ratio": norm_hat / torch.where(norm < 1e-4, 1.0, norm),
+        "square_hat": norm_hat.square(),
+        "dot": dot,
+    }
+
+
+def _sparsity(each: Measured, features: Tensor, kept: Tensor) -> dict[str, Tensor]:
+    """Count the features that are not 0, and return sums of the rows."""
+    active = features != 0
+    if not bool(kept.all()):
+        active = active & kept[..., None]
+    count = active.sum(dim=(0, 1)).cpu()
+    each.active = count if each.active is None else each.active + count
+    each.inactive += int(kept.sum()) * features.shape[-1] - int(count.sum())
+    return {
+        "l0": active.sum(dim=(1, 2)),
+        "l1": per_row(features.abs().sum(dim=-1, dtype=torch.promote_types(features.dtype, torch.float32)), kept),
+    }
+
+
+class _Effects:
+    """Losses of the model on one batch, with and without edits; ablations of the same sites are run once."""
+
+    def __init__(
+        self, runs: Runs, batch: Batch, clean: Clean, means: Mapping[Site, Tensor], ablations: Sequence[str]
+    ) -> None:
+        assert clean.logits is not None
+        self._runs, self._batch, self._clean, self._logits = runs, batch, clean, clean.logits
+        self._means, self._ablations = means, ablations
+        self._has_next = has_next(batch).to(clean.logits.device)
+        self._measured = batch.is_measured.to(clean.logits.device)
+        loss, _ = losses(clean.logits, None, batch)
+        self._rows = {"next": self._has_next.sum(dim=-1), "ce_loss_clean": per_row(loss, self._has_next)}
+        self._of_sites: dict[tuple[Site, ...], dict[str, Tensor]] = {}
+
+    def of(self, each: Measured) -> dict[str, Tensor]:
+        """Return sums of the rows for one subject."""
+        sites = tuple(each.subject.writes.values())
+        if sites not in self._of_sites:
+            self._of_sites[sites] = {
+                key: value for name in self._ablations for key, value in self._ablated(name, sites).items()
+            }
+        rows = {**self._rows, **self._of_sites[sites]}
+        if not each.no_effect:
+            try:
+                logits = self._with_reconstruction(each.subject)
+            except FeaturizerError as error:
+                each.no_effect = str(error)
+            else:
+                rows |= self._losses(logits, "ce_loss", "kl")
+        return rows
+
+    def _with_reconstruction(self, subject: Subject) -> Tensor:
+        sites, space = list(subject.writes.values()), subject.space
+        if isinstance(space, SiteMap) and len(sites) > 1:
+            excluded = set(self._batch.ids[self._batch.is_token & ~self._batch.is_measured].tolist())
+            return self._runs.replaced(self._batch, self._clean, space, excluded)
+        put = {}
+        for site in sites:
+            y = self._clean.activations[site]
+            y_hat = self._clean.reconstructions[site].to(y.device, y.dtype)
+            put[site] = torch.where(self._measured.to(y.device)[(..., *(None,) * (y.dim() - 2))], y_hat, y)
+        return self._runs.edited(self._batch, self._clean, put)
+
+    def _ablated(self, name: str, sites: Sequence[Site]) -> dict[str, Tensor]:
+        put = {}
+        for site in sites:
+            y = self._clean.activations[site]
+            value = torch.zeros(y.shape[2:]) if name == "zero" else self._means[site].reshape(y.shape[2:])
+            put[site] = value.to(y.device, y.dtype).expand_as(y)
+        return self._losses(
+            self._runs.edited(self._batch, self._clean, put), f"ce_loss_{name}_ablation", f"kl_{name}_ablation"
+        )
+
+    def _losses(self, logits: Tensor, loss_name: str, divergence_name: str) -> dict[str, Tensor]:
+        loss, divergence = losses(logits, self._logits, self._batch)
+        assert divergence is not None
+        return {loss_name: per_row(loss, self._has_next), divergence_name: per_row(divergence, self._measured)}
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Return activations as ``(rows, width, d)``."""
+    return x.flatten(2)

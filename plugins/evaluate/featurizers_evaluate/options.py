@@ -1,0 +1,85 @@
+"""`Options`: the arguments of a measurement, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from featurizers.errors import UsageError, did_you_mean, shown
+
+from featurizers_evaluate.definitions import ABLATIONS, GROUPS
+
+SPECIAL = ("bos", "eos", "pad", "sep", "decoder_start")
+"""Special tokens of a tokenizer that SAELens leaves out."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arguments of `featurizers_evaluate.evaluate`, which describes them.
+
+    Raises:
+        UsageError: one is invalid.
+    """
+
+    metrics: Iterable[str] = GROUPS
+    ablations: Iterable[str] = ABLATIONS
+    pairs: Any = None
+    tokenizer: Any = None
+    exclude_special_tokens: bool | Iterable[int] = False
+    context: int | None = None
+    max_tokens: int | None = None
+    batch_size: int = 8
+    resamples: int = 1000
+    seed: int = 0
+    data: str | None = None
+    progress: bool = True
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """Return the options of keyword arguments.
+
+        Raises:
+            UsageError: one is not known, or is invalid.
+        """
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in given if name not in known]:
+            raise UsageError(f"there is no argument {shown(unknown[0])}. {did_you_mean(unknown[0], known)}")
+        return cls(**given)
+
+    def __post_init__(self) -> None:
+        """Check the options, and put the names into their order."""
+        object.__setattr__(self, "metrics", _names(self.metrics, GROUPS, "metrics"))
+        object.__setattr__(self, "ablations", _names(self.ablations, ABLATIONS, "ablations"))
+        for name, least in (("context", 1), ("max_tokens", 1), ("batch_size", 1), ("resamples", 0), ("seed", 0)):
+            number = getattr(self, name)
+            optional = name in ("context", "max_tokens")
+            if not (optional and number is None) and (type(number) is not int or number < least):
+                raise UsageError(f"{name} is a whole number of at least {least}, not {shown(number)}")
+
+    def special_tokens(self) -> set[int]:
+        """Return the token ids that are not measured.
+
+        Raises:
+            UsageError: they are those of a tokenizer that is not given, or are no numbers.
+        """
+        given = self.exclude_special_tokens
+        if given is False:
+            return set()
+        if given is True:
+            if self.tokenizer is None:
+                raise UsageError("exclude_special_tokens=True needs the tokenizer of the model; or give the token ids")
+            found = (getattr(self.tokenizer, f"{name}_token_id", None) for name in SPECIAL)
+            return {each for each in found if each is not None}
+        ids = list(given)
+        if not all(type(each) is int for each in ids):
+            raise UsageError(f"special tokens are token ids, not {shown(ids)}")
+        return set(ids)
+
+
+def _names(given: Iterable[str], known: Sequence[str], what: str) -> tuple[str, ...]:
+    names = [given] if isinstance(given, str) else list(given)
+    for name in names:
+        if name not in known:
+            raise UsageError(f"{what} are some of {', '.join(map(repr, known))}, not {shown(name)}")
+    return tuple(name for name in known if name in names)

@@ -1,0 +1,257 @@
+"""`Evaluation`: named metrics with their intervals and definitions, as a table, as JSON and in a file."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from featurizers.errors import ArtefactError, MissingDependencyError, UsageError, did_you_mean, printable, shown
+from featurizers.format import read_json, write_json
+from pydantic import BaseModel, ConfigDict, JsonValue
+from torch import Tensor
+
+from featurizers_evaluate.definitions import DEFINITIONS
+
+FORMAT: Final = "featurizers-evaluate"
+VERSION: Final = 1
+SHOWN: Final = ("featurizer", "site", "model", "data", "tokens", "documents")
+"""What a table says of a measurement."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measured number.
+
+    Attributes:
+        name: a key of `DEFINITIONS`.
+        value: the number; None if it is not defined.
+        interval: 95 % interval; None if there is none.
+        why: reason why there is no value, or why a value has no interval; empty if there are both.
+    """
+
+    name: str
+    value: float | None
+    interval: tuple[float, float] | None = None
+    why: str = ""
+
+    @property
+    def unit(self) -> str:
+        """Unit of the value."""
+        return DEFINITIONS[self.name].unit
+
+    @property
+    def definition(self) -> str:
+        """Formula in words."""
+        return DEFINITIONS[self.name].text
+
+    @property
+    def sae_lens(self) -> str | None:
+        """Key in the results of SAELens; None if it has no such metric."""
+        return DEFINITIONS[self.name].sae_lens
+
+    def __str__(self) -> str:
+        """Return the value as text, or that it is not defined."""
+        return f"not defined, because {self.why}" if self.value is None else f"{self.value:.4g}"
+
+    def record(self) -> dict[str, Any]:
+        """Return JSON data."""
+        return {
+            "value": self.value,
+            "interval_95": None if self.interval is None else list(self.interval),
+            "unit": self.unit,
+            "definition": self.definition,
+            **({"why": self.why} if self.why else {}),
+            **({"sae_lens": self.sae_lens} if self.sae_lens else {}),
+        }
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Numbers of features by the logarithm (to base 10) of their density.
+
+    Attributes:
+        edges: of the bars, one more than there are bars.
+        counts: features in each bar.
+        dead: features that are 0 at every token, which have no logarithm.
+    """
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    dead: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of `featurizers.evaluate`.
+
+    Attributes:
+        metrics: by name, in the order of `DEFINITIONS`.
+        about: what was measured on what: featurizer, model, data, tokens, documents, excluded tokens, versions, seed.
+        histogram: densities of the features; None for features that are dense, or were not measured.
+        density: share of the tokens at which each feature is not 0, ``(n_features,)`` float64; None as for
+            ``histogram``, and for an evaluation that was read from a file.
+    """
+
+    metrics: Mapping[str, Metric]
+    about: Mapping[str, Any]
+    histogram: Histogram | None = None
+    density: Tensor | None = field(default=None, compare=False, repr=False)
+
+    def __getitem__(self, name: str) -> float:
+        """Return the value of a metric.
+
+        Raises:
+            UsageError: it was not measured, or is not defined.
+        """
+        if name not in self.metrics:
+            raise UsageError(f"the metric {shown(name)} was not measured. {did_you_mean(name, self.metrics)}")
+        metric = self.metrics[name]
+        if metric.value is None:
+            raise UsageError(f"the metric {name!r} is {metric}")
+        return metric.value
+
+    def __repr__(self) -> str:
+        """Return a table of the metrics with their intervals."""
+        from rich.console import Console
+
+        buffer = io.StringIO()
+        Console(file=buffer, width=100, emoji=False, highlight=False).print(self.table())
+        return buffer.getvalue().rstrip("\n")
+
+    def title(self) -> str:
+        """Return what was measured on what, in one line."""
+        about = {name: self.about[name] for name in SHOWN if self.about.get(name) is not None}
+        return printable(", ".join(f"{name} {value}" for name, value in about.items()), 300)
+
+    def table(self) -> Any:
+        """Return a table of `rich`."""
+        return table_of([self], [""])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON data: ``about``, ``metrics`` with values, intervals and definitions, and the histogram."""
+        bars = self.histogram
+        return {
+            "about": dict(self.about),
+            "metrics": {name: metric.record() for name, metric in self.metrics.items()},
+            "density_histogram": None
+            if bars is None
+            else {"log10_edges": list(bars.edges), "features": list(bars.counts), "dead": bars.dead},
+        }
+
+    def to_pandas(self) -> Any:
+        """Return a data frame with a row for each metric.
+
+        Raises:
+            MissingDependencyError: pandas is not installed.
+        """
+        return frame_of([self], [""])
+
+    def save(self, path: str | Path) -> Path:
+        """Write a JSON file, replacing it as a whole, and return its path.
+
+        Raises:
+            ArtefactError: it cannot be written.
+        """
+        path = Path(path).expanduser()
+        write_json(path, self.to_dict(), format=FORMAT, version=VERSION)
+        return path
+
+
+class _MetricRecord(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    value: float | int | None
+    interval_95: list[float] | None = None
+    why: str = ""
+
+
+class _HistogramRecord(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    log10_edges: list[float]
+    features: list[int]
+    dead: int
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    about: dict[str, JsonValue]
+    metrics: dict[str, _MetricRecord]
+    density_histogram: _HistogramRecord | None = None
+
+
+def load_evaluation(path: str | Path) -> Evaluation:
+    """Read what `Evaluation.save` wrote. Metrics that this version does not define are left out.
+
+    Raises:
+        ArtefactError: the file is not one, is damaged, or is of another version.
+    """
+    path = Path(path).expanduser()
+    record = read_json(path, format=FORMAT, version=VERSION, schema=_Record, expected="an evaluation of a featurizer")
+    metrics = {}
+    for name, each in record.metrics.items():
+        if name not in DEFINITIONS:
+            continue
+        bounds = each.interval_95
+        if bounds is not None and len(bounds) != 2:
+            raise ArtefactError(str(path), f"the interval of {name!r} is not two numbers")
+        value = None if each.value is None else float(each.value)
+        metrics[name] = Metric(name, value, None if bounds is None else (bounds[0], bounds[1]), each.why)
+    bars = record.density_histogram
+    if bars is not None and len(bars.log10_edges) != len(bars.features) + 1:
+        raise ArtefactError(str(path), "the histogram has another number of edges than its bars have")
+    histogram = None if bars is None else Histogram(tuple(bars.log10_edges), tuple(bars.features), bars.dead)
+    return Evaluation(metrics, record.about, histogram)
+
+
+def table_of(evaluations: list[Evaluation], labels: list[str]) -> Any:
+    """Return a table of `rich` with a row for each metric and a column for each evaluation."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    alone = len(evaluations) == 1
+    names = [name for name in DEFINITIONS if any(name in each.metrics for each in evaluations)]
+    title = evaluations[0].title() if alone else ""
+    table = Table(title=escape(title) or None, title_justify="left")
+    table.add_column("metric", overflow="fold")
+    for label in labels:
+        table.add_column(escape(printable(label, 60)) if label else "value", overflow="fold")
+    if alone:
+        table.add_column("95 % interval")
+    for name in names:
+        cells = [str(each.metrics[name]) if name in each.metrics else "not measured" for each in evaluations]
+        bounds = evaluations[0].metrics[name].interval if alone else None
+        table.add_row(
+            name, *map(escape, cells), *([f"{bounds[0]:.4g} to {bounds[1]:.4g}" if bounds else ""] if alone else [])
+        )
+    return table
+
+
+def frame_of(evaluations: list[Evaluation], labels: list[str]) -> Any:
+    """Return a data frame with a row for each metric of each evaluation.
+
+    Raises:
+        MissingDependencyError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise MissingDependencyError("a data frame", "pandas", "pip install pandas") from error
+    rows = [
+        {
+            **({"label": label} if label else {}),
+            "metric": name,
+            "value": metric.value,
+            "low": None if metric.interval is None else metric.interval[0],
+            "high": None if metric.interval is None else metric.interval[1],
+            "unit": metric.unit,
+            "why": metric.why,
+        }
+        for each, label in zip(evaluations, labels, strict=True)
+        for name, metric in each.metrics.items()
+    ]
+    return pandas.DataFrame(rows)
