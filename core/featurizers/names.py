@@ -84,9 +84,14 @@ COMMANDS = {
         "Find the features of some sites whose interchange gives the counterfactual answers, and save them.",
     ),
     "evaluate": Command(
-        "training",
-        "featurizers-training",
-        "Measure the interchange-intervention accuracy of an artefact, or of a whole collection at once, on pairs.",
+        "evaluate",
+        "featurizers-evaluate",
+        "Measure an artefact on documents: reconstruction, sparsity, effect on the model; or its accuracy on pairs.",
+    ),
+    "compare": Command(
+        "evaluate",
+        "featurizers-evaluate",
+        "Measure several artefacts on the same documents: one table and one picture.",
     ),
     "sweep": Command(
         "training",

@@ -2,12 +2,25 @@
 
 `evaluate` is the entry. The files, lowest first: `definitions` of the metrics, `documents` (the data), `sums` over
 tokens, with resamples of documents, `subjects` (what is measured), `options`, `runs` of the model, `measuring` (one
-reading of the data), `result`, `summary` (metrics from sums), `pictures`, `comparison`, `evaluating`.
+reading of the data), `result`, `summary` (metrics from sums), `pictures`, `comparison`, `evaluating`, `command`.
 
 ``__init__.pyi`` lists the public names. A name is imported when it is first used. This module has no ``__dir__``,
 because pluggy would get each name that it lists.
 """
 
+from typing import Any
+
 import lazy_loader
+from featurizers import hookimpl
 
 __getattr__, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+@hookimpl
+def featurizers_commands(app: Any) -> None:
+    """Add ``evaluate`` and ``compare``."""
+    from featurizers_evaluate.command.compare import compare_command
+    from featurizers_evaluate.command.evaluate import evaluate_command
+
+    app.command("evaluate")(evaluate_command)
+    app.command("compare")(compare_command)

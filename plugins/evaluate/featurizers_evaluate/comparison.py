@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from featurizers_evaluate.result import Evaluation, frame_of, table_of
+from featurizers_evaluate.result import Evaluation, frame_of, rows_of, table_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,23 @@ class Comparison:
         """Return a data frame with a row for each metric of each evaluation."""
         return frame_of(list(self.evaluations), list(self.labels))
 
+    def write_csv(self, path: Path) -> None:
+        """Write a table with a row for each metric of each evaluation."""
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["label", "metric", "value", "low", "high", "unit", "why"])
+            writer.writeheader()
+            writer.writerows(rows_of(list(self.evaluations), list(self.labels)))
+
+    def draw(self, path: Path, *, joined: bool) -> bool:
+        """Save the picture of `plot` and return True; return False without matplotlib or a metric to draw."""
+        heights = ("explained_variance", "ce_recovered_zero_ablation", "ce_recovered_mean_ablation", "l1")
+        drawable = (y for y in heights if all(has_value(each, y) for each in self.evaluations))
+        y = next(drawable, None)
+        if y is None or find_spec("matplotlib") is None:
+            return False
+        self.plot(y=y, joined=joined).figure.savefig(path, dpi=150)
+        return True
+
     def plot(self, x: str = "l0", y: str = "explained_variance", *, ax: Any = None, joined: bool = False) -> Any:
         """Draw one metric against another, a point with its intervals for each evaluation; return matplotlib's axes.
 
@@ -70,3 +90,8 @@ class Comparison:
         from featurizers_evaluate.pictures import trade_off
 
         return trade_off(self.labels, self.evaluations, x, y, ax=ax, joined=joined)
+
+
+def has_value(evaluation: Evaluation, name: str) -> bool:
+    """Return whether a metric was measured and is defined."""
+    return name in evaluation.metrics and evaluation.metrics[name].value is not None

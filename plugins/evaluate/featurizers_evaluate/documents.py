@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 from featurizers.errors import UsageError, shown
+from featurizers.models import text_ids
 from torch import Tensor
 
 IDS: Final = ("input_ids", "tokens")
@@ -166,7 +167,7 @@ def _ids(document: Any, number: int, tokenizer: Any) -> list[int]:
     if isinstance(document, str):
         if tokenizer is None:
             raise UsageError(f"document {number} is a text: give the tokenizer of the model, tokenizer=…")
-        return list(tokenizer(document)["input_ids"])
+        return text_ids(tokenizer, document)[0]
     if hasattr(document, "tolist"):
         document = document.tolist()
     if not isinstance(document, Sequence) or not all(type(each) is int for each in document):

@@ -241,9 +241,15 @@ def frame_of(evaluations: list[Evaluation], labels: list[str]) -> Any:
         import pandas
     except ImportError as error:
         raise MissingDependencyError("a data frame", "pandas", "pip install pandas") from error
-    rows = [
+    rows = rows_of(evaluations, labels)
+    return pandas.DataFrame(rows if any(labels) else [{k: v for k, v in row.items() if k != "label"} for row in rows])
+
+
+def rows_of(evaluations: list[Evaluation], labels: list[str]) -> list[dict[str, Any]]:
+    """Return a row for each metric of each evaluation."""
+    return [
         {
-            **({"label": label} if label else {}),
+            "label": label,
             "metric": name,
             "value": metric.value,
             "low": None if metric.interval is None else metric.interval[0],
@@ -254,4 +260,3 @@ def frame_of(evaluations: list[Evaluation], labels: list[str]) -> Any:
         for each, label in zip(evaluations, labels, strict=True)
         for name, metric in each.metrics.items()
     ]
-    return pandas.DataFrame(rows)

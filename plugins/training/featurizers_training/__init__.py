@@ -74,15 +74,20 @@ __all__ = [
 ]
 
 
+def evaluate_command(**options: Any) -> None:
+    """Run ``featurizers evaluate SOURCE --pairs FILE``, which the command of featurizers-evaluate hands on."""
+    from featurizers_training.command.evaluate import evaluate_command as run
+
+    run(**options)
+
+
 @hookimpl
 def featurizers_commands(app: Any) -> None:
-    """Add ``train``, ``evaluate``, ``sweep`` and ``demo``."""
+    """Add ``train``, ``sweep`` and ``demo``; ``evaluate`` is added by featurizers-evaluate."""
     from featurizers_training.command.demo import demo_command
-    from featurizers_training.command.evaluate import evaluate_command
     from featurizers_training.command.sweep import sweep_command
     from featurizers_training.command.train import train_command
 
     app.command("train")(train_command)
-    app.command("evaluate")(evaluate_command)
     app.command("sweep")(sweep_command)
     app.command("demo")(demo_command)

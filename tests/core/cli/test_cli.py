@@ -37,6 +37,7 @@ COMMANDS = [
     "patch",
     "train",
     "evaluate",
+    "compare",
     "sweep",
     "demo",
 ]

@@ -1,4 +1,4 @@
-"""Command ``featurizers evaluate``."""
+"""Command ``featurizers evaluate --pairs``."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Commands ``featurizers evaluate`` and ``featurizers compare``."""

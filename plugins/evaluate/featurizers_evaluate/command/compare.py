@@ -1,0 +1,59 @@
+"""Command ``featurizers compare``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import featurizers
+import typer
+from featurizers.errors import UsageError, shown
+
+from featurizers_evaluate.command import options
+from featurizers_evaluate.evaluating import compare
+
+
+def compare_command(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Artefacts, as for evaluate.")],
+    model: options.Model,
+    data: options.Data = None,
+    key: options.Key = None,
+    split: options.Split = None,
+    metrics: options.Metrics = None,
+    ablations: options.Ablations = None,
+    tokens: options.Tokens = None,
+    context: options.Context = None,
+    batch_size: options.BatchSize = None,
+    exclude_special: options.ExcludeSpecial = False,
+    seed: options.Seed = None,
+    out: options.Out = None,
+    any_model: options.AnyModel = False,
+    device: options.Device = None,
+    dtype: options.Dtype = "float32",
+    as_json: options.Json = False,
+) -> None:
+    """Measure several artefacts on the same documents: one table and one picture."""
+    if data is None:
+        raise UsageError("give --data with documents")
+    if repeated := [each for each in sources if sources.count(each) > 1]:
+        raise UsageError(f"the artefact {shown(repeated[0])} is given twice")
+    options.check_out(out)
+    language_model = options.loaded(model, device, dtype)
+    placed = next(language_model.model.parameters()).device
+    several = {source: featurizers.load(source, device=placed) for source in sources}
+    documents, arguments = options.arguments(
+        language_model,
+        data,
+        key=key,
+        split=split,
+        metrics=metrics,
+        ablations=ablations,
+        tokens=tokens,
+        context=context,
+        batch_size=batch_size,
+        exclude_special=exclude_special,
+        seed=seed,
+        any_model=any_model,
+        as_json=as_json,
+    )
+    found = compare(several, language_model.model, documents, **arguments)
+    options.show(found, out, joined=False, as_json=as_json)

@@ -1,0 +1,167 @@
+"""Command ``featurizers evaluate``."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import featurizers
+import typer
+from featurizers.cli import print_json
+from featurizers.errors import MissingDependencyError, UsageError, printable
+from featurizers.files import filling
+from featurizers.registry import host
+from rich.console import Console
+
+from featurizers_evaluate.command import options
+from featurizers_evaluate.evaluating import evaluate, sweep
+from featurizers_evaluate.pictures import densities
+from featurizers_evaluate.result import Evaluation
+
+
+def evaluate_command(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="owner/name, owner/name@revision, ./folder or hub:owner/name.")
+    ],
+    model: options.Model,
+    data: options.Data = None,
+    pairs: Annotated[
+        str | None, typer.Option(help="File of JSON lines, one counterfactual pair each, to measure accuracy on.")
+    ] = None,
+    key: options.Key = None,
+    split: options.Split = None,
+    metrics: options.Metrics = None,
+    ablations: options.Ablations = None,
+    tokens: options.Tokens = None,
+    context: options.Context = None,
+    batch_size: options.BatchSize = None,
+    exclude_special: options.ExcludeSpecial = False,
+    sweep_over: Annotated[
+        str | None, typer.Option("--sweep", help="k=1,2,4: keep so many features; or threshold=0.1,1.")
+    ] = None,
+    seed: options.Seed = None,
+    out: options.Out = None,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(help="To measure at, instead of the artefact's own; with --pairs SITE@POSITION."),
+    ] = None,
+    subfolder: Annotated[
+        str | None, typer.Option(help="One artefact of a collection; with --pairs all at once.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="With --pairs: label, base or source, an interval for pairs that share it."),
+    ] = None,
+    any_model: options.AnyModel = False,
+    device: options.Device = None,
+    dtype: options.Dtype = "float32",
+    as_json: options.Json = False,
+) -> None:
+    """Measure an artefact on documents: reconstruction, sparsity, effect on the model; or its accuracy on pairs."""
+    if (data is None) == (pairs is None):
+        raise UsageError("give --data with documents, or --pairs with a file of counterfactual pairs")
+    of_data = {
+        "--key": key,
+        "--split": split,
+        "--metrics": metrics,
+        "--ablations": ablations,
+        "--tokens": tokens,
+        "--context": context,
+        "--batch-size": batch_size,
+        "--exclude-special": exclude_special or None,
+        "--sweep": sweep_over,
+        "--seed": seed,
+        "--out": out,
+    }
+    if pairs is not None:
+        if given := [name for name, value in of_data.items() if value is not None]:
+            raise UsageError(f"{given[0]} is for documents, --data, not for --pairs")
+        _on_pairs(source, model, pairs, site, subfolder, revision, any_model, cluster, device, dtype, as_json)
+        return
+    assert data is not None
+    if cluster is not None:
+        raise UsageError("--cluster is for --pairs; intervals on documents are of whole documents")
+    if site is not None and len(site) > 1:
+        raise UsageError("give --site once: documents are measured at one site")
+    options.check_out(out)
+    limits = None if sweep_over is None else options.numbers(sweep_over)
+    language_model = options.loaded(model, device, dtype)
+    f = featurizers.load(
+        source, subfolder=subfolder, revision=revision, device=next(language_model.model.parameters()).device
+    )
+    documents, arguments = options.arguments(
+        language_model,
+        data,
+        key=key,
+        split=split,
+        metrics=metrics,
+        ablations=ablations,
+        tokens=tokens,
+        context=context,
+        batch_size=batch_size,
+        exclude_special=exclude_special,
+        seed=seed,
+        any_model=any_model,
+        as_json=as_json,
+    )
+    own = None if site is None else site[0]
+    if limits is not None:
+        found = sweep(f, language_model.model, documents, k=limits[0], threshold=limits[1], site=own, **arguments)
+        options.show(found, out, joined=True, as_json=as_json)
+        return
+    result = evaluate(f, language_model.model, documents, site=own, **arguments)
+    _show(result, out, as_json)
+
+
+def _show(result: Evaluation, out: Path | None, as_json: bool) -> None:
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        Console(emoji=False, highlight=False).print(result.table())
+    if out is None:
+        return
+    drawn = result.histogram is not None and find_spec("matplotlib") is not None
+    with filling(out.expanduser()) as new:
+        result.save(new / "evaluation.json")
+        if drawn and result.histogram is not None:
+            densities(result.histogram).figure.savefig(new / "densities.png", dpi=150)
+    if not as_json:
+        print(f"Written: {printable(str(out), 500)}/evaluation.json{', densities.png' if drawn else ''}")
+
+
+def _on_pairs(
+    source: str,
+    model: str,
+    pairs: str,
+    site: list[str] | None,
+    subfolder: str | None,
+    revision: str | None,
+    any_model: bool,
+    cluster: str | None,
+    device: str | None,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Measure interchange-intervention accuracy by featurizers-training.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    if "training" not in host().names():
+        raise MissingDependencyError("--pairs", "featurizers-training", "pip install 'featurizers[training]'")
+    training: Any = host().module("training")
+    training.evaluate_command(
+        source=source,
+        model=model,
+        pairs=pairs,
+        site=site,
+        subfolder=subfolder,
+        revision=revision,
+        any_model=any_model,
+        cluster=cluster,
+        device=device,
+        dtype=dtype,
+        as_json=as_json,
+    )

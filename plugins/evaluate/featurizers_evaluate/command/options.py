@@ -1,0 +1,126 @@
+"""Options that the commands share, and what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from featurizers.cli import dtype_named, print_json
+from featurizers.errors import UsageError, printable
+from featurizers.files import filling, refuse_full
+from featurizers.models import LanguageModel, load_model
+from rich.console import Console
+
+from featurizers_evaluate.command.texts import documents_of
+from featurizers_evaluate.comparison import Comparison
+from featurizers_evaluate.definitions import ABLATIONS, GROUPS
+
+Model = Annotated[str, typer.Option("--model", help="Hub id, folder or .gguf file of a language model.")]
+Data = Annotated[
+    str | None, typer.Option(help="Documents: a .jsonl, .parquet or text file, or the id of a data set of the Hub.")
+]
+Key = Annotated[str | None, typer.Option(help="Of the text, or the token ids, in a record; text by default.")]
+Split = Annotated[str | None, typer.Option(help="Of a data set of the Hub; train by default.")]
+Metrics = Annotated[str | None, typer.Option(help=f"Some of {','.join(GROUPS)}; all by default.")]
+Ablations = Annotated[str | None, typer.Option(help="Baselines of the effect: some of zero,mean; both by default.")]
+Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens to read; 100000 by default.")]
+Context = Annotated[int | None, typer.Option(min=1, help="Tokens of a row; longer documents are cut; 128 by default.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Rows that run together; 8 by default.")]
+ExcludeSpecial = Annotated[
+    bool, typer.Option("--exclude-special", help="Do not measure special tokens of the tokenizer, such as bos.")
+]
+Seed = Annotated[int | None, typer.Option(min=0, help="Of the resampling for the intervals; 0 by default.")]
+Out = Annotated[Path | None, typer.Option(help="A new folder for the result as JSON, a table and a picture.")]
+AnyModel = Annotated[bool, typer.Option("--any-model", help="Take another model than the artefact names.")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; an accelerator if there is one.")]
+Dtype = Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16 or auto.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def words(text: str | None, default: Sequence[str]) -> list[str]:
+    """Return the words between commas; the default without a text."""
+    return list(default) if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(text: str) -> tuple[list[int], list[float]]:
+    """Parse ``k=1,2,4`` or ``threshold=0.1,1``: return the numbers of features, and the thresholds.
+
+    Raises:
+        UsageError: the text is of another form.
+    """
+    name, _, values = text.partition("=")
+    try:
+        if name == "k":
+            return [int(value) for value in values.split(",")], []
+        if name == "threshold":
+            return [], [float(value) for value in values.split(",")]
+    except ValueError:
+        pass
+    raise UsageError(f"--sweep is k=1,2,4 or threshold=0.1,1, not {text!r}")
+
+
+def loaded(model: str, device: str | None, dtype: str) -> LanguageModel:
+    """Load the model that the options name."""
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load_model(model, device=name, dtype=dtype_named(dtype))
+
+
+def arguments(
+    language_model: LanguageModel,
+    data: str,
+    *,
+    key: str | None,
+    split: str | None,
+    metrics: str | None,
+    ablations: str | None,
+    tokens: int | None,
+    context: int | None,
+    batch_size: int | None,
+    exclude_special: bool,
+    seed: int | None,
+    any_model: bool,
+    as_json: bool,
+) -> tuple[Any, dict[str, Any]]:
+    """Return the documents, and the arguments of `evaluate` that the options stand for."""
+    documents = documents_of(data, key or "text", split or "train")
+    name = data if split is None else f"{data}, split {split}"
+    return documents, {
+        "tokenizer": language_model.tokenizer,
+        "metrics": words(metrics, GROUPS),
+        "ablations": words(ablations, ABLATIONS),
+        "max_tokens": tokens or 100_000,
+        "context": context or 128,
+        "batch_size": batch_size or 8,
+        "exclude_special_tokens": exclude_special,
+        "seed": seed or 0,
+        "data": name,
+        "any_model": any_model,
+        "progress": not as_json,
+    }
+
+
+def check_out(out: Path | None) -> None:
+    """Raise ArtefactError if the folder of the results is not empty."""
+    if out is not None:
+        refuse_full(out.expanduser())
+
+
+def show(comparison: Comparison, out: Path | None, *, joined: bool, as_json: bool) -> None:
+    """Print several evaluations, and write them to a new folder: JSON, a table, and with matplotlib a picture."""
+    if as_json:
+        print_json(comparison.to_dict())
+    else:
+        Console(emoji=False, highlight=False).print(comparison.table())
+    if out is None:
+        return
+    with filling(out.expanduser()) as new:
+        for number, (_, evaluation) in enumerate(comparison):
+            evaluation.save(new / f"evaluation-{number}.json")
+        comparison.write_csv(new / "table.csv")
+        drawn = comparison.draw(new / "comparison.png", joined=joined)
+    if not as_json:
+        picture = ", comparison.png" if drawn else " (the picture needs matplotlib)"
+        print(f"Written: {printable(str(out), 500)}/evaluation-0.json …, table.csv{picture}")
