@@ -184,6 +184,9 @@ def push(
     branch: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
     create_pr: Annotated[bool, typer.Option(help="Open a pull request instead.")] = False,
     message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    with_metrics: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What featurizers evaluate --out wrote, for the card.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Upload an artefact, a collection or a pyvene model to the Hub, in one commit."""
@@ -195,6 +198,7 @@ def push(
         branch=branch,
         create_pr=create_pr,
         commit_message=message,
+        metrics=with_metrics,
     )
     result = {"repo_id": repo_id, "revision": printable(commit.oid, 100), "url": commit_link(commit)}
     print_json(result) if as_json else print(f"{result['url']} (revision {result['revision']})")

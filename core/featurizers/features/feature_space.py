@@ -102,9 +102,11 @@ class FeatureSpace(nn.Module, ABC, Generic[ConfigT]):
         return featurizers.attach(model, self, any_model=any_model)
 
     @final
-    def save_pretrained(self, folder: str | Path, *, model: object | None = None) -> Path:
+    def save_pretrained(
+        self, folder: str | Path, *, model: object | None = None, metrics: object | None = None
+    ) -> Path:
         """Write an artefact and return its folder; see `featurizers.save`."""
-        return featurizers.save(self, folder, model=model)
+        return featurizers.save(self, folder, model=model, metrics=metrics)
 
     @classmethod
     @final

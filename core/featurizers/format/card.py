@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from featurizers.errors import ArtefactError, one_line, printable
+from featurizers.format import measured
 from featurizers.format.manifest import LIBRARY_NAME, Index, Manifest
 
 START: Final = "<!-- featurizers: start -->"
@@ -31,7 +32,7 @@ def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -
     Raises:
         ArtefactError: the existing card is not UTF-8 text.
     """
-    site = next(iter(manifest.sites().values()), None)
+    site, found = next(iter(manifest.sites().values()), None), measured.of(manifest)
     where = _code(manifest.sites_text() or "") if site else "not recorded"
     arguments = json.dumps(source) + (f", subfolder={json.dumps(subfolder)}" if subfolder else "")
     lines = [
@@ -57,10 +58,12 @@ def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -
         f"f = featurizers.load({arguments})  # reads JSON and safetensors, runs no code",
         *_example(manifest),
         "```",
+        *_measurements(found),
         END,
     ]
     license_name = manifest.metadata.get("license", "unknown")
     metadata = _metadata(manifest.kind, base_model=site.model if site else None, license_name=license_name)
+    metadata["model-index"] = [] if found is None else measured.model_index(manifest, found)
     _update(path, metadata, "\n".join(lines))
 
 
@@ -109,6 +112,18 @@ def write_collection(index: Index, path: Path, *, source: str, intervenable: boo
     ]
     kinds = sorted({entry.kind for entry in index.artefacts.values()})
     _update(path, _metadata(*kinds), "\n".join(lines))
+
+
+def _measurements(found: measured.Measured | None) -> list[str]:
+    """Return the lines of the metrics that an artefact has."""
+    if found is None:
+        return []
+    rows = []
+    for name, each in found.metrics.items():
+        value, definition = (_text(one_line(text, 300)) for text in (each.text(), each.definition))
+        rows.append(f"| {_code(one_line(name, 60))} | {value} | {definition} |")
+    about = _text(measured.about_in_words(found))
+    return ["", "## Measured", "", f"On {about}.", "", "| metric | value (95 % interval) | |", "|---|---|---|", *rows]
 
 
 def _text(words: str) -> str:
@@ -201,6 +216,9 @@ def _completed(block: str, metadata: dict[str, Any], newline: str) -> str | None
     try:
         existing = yaml.safe_load(block) or {}
         merged = {**existing, **{key: value for key, value in metadata.items() if key not in existing}}
+        merged["model-index"] = measured.merged(existing.get("model-index"), metadata.get("model-index", []))
+        if "model-index" not in existing and not merged["model-index"]:
+            del merged["model-index"]
         if isinstance(tags := existing.get("tags"), list):
             merged["tags"] = [*tags, *(tag for tag in metadata["tags"] if tag not in tags)]
         if merged == existing:

@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 
-def save(featurizer: FeatureSpace[Any], folder: str | Path, *, model: object | None = None) -> Path:
+def save(
+    featurizer: FeatureSpace[Any], folder: str | Path, *, model: object | None = None, metrics: object | None = None
+) -> Path:
     """Write a featurizer as an artefact and return its folder: `featurizers.store.artefact.save`.
 
     It is a function here because nnsight gives every object, also this module, a method ``save``, which Python finds
     before it asks ``__getattr__``.
     """
-    path: Path = importlib.import_module("featurizers.store.artefact").save(featurizer, folder, model=model)
+    module = importlib.import_module("featurizers.store.artefact")
+    path: Path = module.save(featurizer, folder, model=model, metrics=metrics)
     return path

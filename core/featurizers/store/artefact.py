@@ -29,7 +29,7 @@ from featurizers.features.featurizer import Featurizer
 from featurizers.features.site_map import SiteMap
 from featurizers.files.regular import contained, read_bytes
 from featurizers.files.replacement import replacing, resolved
-from featurizers.format import card, weights
+from featurizers.format import card, measured, weights
 from featurizers.format.manifest import (
     CARD_NAME,
     CONFIG_NAME,
@@ -52,7 +52,9 @@ MAX_SET_NUMBERS = 2**16
 """Most numbers for each feature that a stored feature set may have."""
 
 
-def save(featurizer: FeatureSpace[Any], folder: str | Path, *, model: object | None = None) -> Path:
+def save(
+    featurizer: FeatureSpace[Any], folder: str | Path, *, model: object | None = None, metrics: object | None = None
+) -> Path:
     """Write a featurizer as an artefact and return its folder.
 
     The files are written to a new folder, which then replaces the old artefact: a save that fails leaves the old one
@@ -64,18 +66,20 @@ def save(featurizer: FeatureSpace[Any], folder: str | Path, *, model: object | N
         model: in which the featurizer was found. A passport of it goes into the metadata: a few numbers of its
             activations at the featurizer's sites, with which `attach` and ``featurizers verify --model`` tell it from
             other models, revisions and coordinates.
+        metrics: what `featurizers.evaluate` returned for it, or the path of its file. They go into the metadata and
+            onto the card; the card shows them as long as the weights are those that were measured.
 
     Raises:
         ArtefactError: the folder is not empty and not an artefact.
         ManifestError: the metadata is not JSON, or a name is not allowed.
-        UsageError: a model is given, and the featurizer has no site.
+        UsageError: a model is given, and the featurizer has no site; or the metrics are of another kind.
     """
     if model is not None:
         record = passport_of(model, featurizer).model_dump(mode="json")
         featurizer.metadata = {**featurizer.metadata, PASSPORT: record}
     target = resolved(folder)
     with _replacing(target) as new_folder:
-        _write(featurizer, new_folder, source=f"./{target.name}")
+        _write(featurizer, new_folder, source=f"./{target.name}", metrics=metrics)
     return Path(folder).expanduser()
 
 
@@ -247,7 +251,7 @@ def _config(cls: type[FeatureSpace[Any]], manifest: Manifest, where: str) -> Any
         raise ManifestError(where, f"the kind {manifest.kind!r} refuses its config: {explain(error)}") from error
 
 
-def _write(featurizer: FeatureSpace[Any], folder: Path, source: str) -> Manifest:
+def _write(featurizer: FeatureSpace[Any], folder: Path, source: str, metrics: object | None = None) -> Manifest:
     """Write the three files into a new folder, and return the manifest."""
     sets = {f"{weights.SET_PREFIX}{name}": tensor for name, tensor in featurizer.feature_sets.items()}
     digest = weights.write_tensors({**featurizer.state_dict(), **sets}, folder / WEIGHTS_NAME, source)
@@ -264,6 +268,9 @@ def _write(featurizer: FeatureSpace[Any], folder: Path, source: str) -> Manifest
         )
     except ValidationError as error:
         raise ManifestError(source, explain(error)) from error
+    if metrics is not None:
+        manifest = measured.added(manifest, metrics)
+        featurizer.metadata = manifest.metadata
     (folder / CONFIG_NAME).write_bytes(dump(manifest))
     card.write(manifest, folder / CARD_NAME, source=source)
     return manifest

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from featurizers.errors import ArtefactError, ManifestError, UsageError, WeightsError, explain
 from featurizers.files.regular import contained, opened, read_bytes
 from featurizers.files.replacement import os_errors, temporary_folder
-from featurizers.format import card
+from featurizers.format import card, measured
 from featurizers.format.companion import Companion, read_companion
 from featurizers.format.manifest import (
     CARD_NAME,
@@ -49,6 +49,7 @@ def push(
     create_pr: bool = False,
     commit_message: str | None = None,
     token: str | bool | None = None,
+    metrics: object | None = None,
 ) -> CommitInfo:
     """Upload the artefact, collection or intervenable in a folder, in one commit.
 
@@ -65,12 +66,14 @@ def push(
         create_pr: whether to open a pull request instead.
         commit_message: title of the commit.
         token: token for the Hub; the stored one if None.
+        metrics: of an artefact, as in `featurizers.save`; the folder stays as it is.
 
     Returns:
         huggingface_hub's `CommitInfo`; ``oid`` is the commit.
 
     Raises:
         ManifestError: the folder is not an artefact, or does not go with what the root of the repository holds.
+        UsageError: metrics are given for a collection, or are of another kind.
         HubConflictError: someone else pushed meanwhile; nothing was changed.
         HubError: the Hub refused.
     """
@@ -80,6 +83,10 @@ def push(
         _index_entry(subfolder, record, repo_id)  # refuses a name that no index can hold
     elif subfolder:
         raise ManifestError(str(local), "a collection is pushed to the root of a repository, not to a subfolder")
+    if metrics is not None:
+        if not isinstance(record, Manifest):
+            raise UsageError("metrics are of one artefact; push the artefacts of a collection one by one")
+        record = measured.added(record, metrics)
     if branch and create_pr:
         raise UsageError("a pull request is opened against the default branch; leave out branch or create_pr")
     with temporary_folder() as staging:
@@ -137,13 +144,18 @@ def _commit(
 
 
 def push_featurizer(
-    featurizer: FeatureSpace[Any], repo_id: str, *, model: object | None = None, **options: Any
+    featurizer: FeatureSpace[Any],
+    repo_id: str,
+    *,
+    model: object | None = None,
+    metrics: object | None = None,
+    **options: Any,
 ) -> CommitInfo:
-    """Save a featurizer to a temporary folder, with the passport of a model as `save` does, and `push` that."""
+    """Save a featurizer to a temporary folder, with a passport and metrics as `save` does, and `push` that."""
     from featurizers.store.artefact import save  # which imports torch
 
     with temporary_folder() as folder:
-        return push(save(featurizer, folder / "artefact", model=model), repo_id, **options)
+        return push(save(featurizer, folder / "artefact", model=model, metrics=metrics), repo_id, **options)
 
 
 def _operations(
@@ -193,6 +205,9 @@ def _operations(
             _weights(f"{prefix}{WEIGHTS_NAME}", folder / WEIGHTS_NAME, manifest.sha256),
             CommitOperationAdd(f"{prefix}{CARD_NAME}", str(_card(repo_id, existing, folder, manifest, part, staging))),
         ]
+        if (results := measured.eval_results(manifest)) is not None:
+            name = part.replace("/", "-") or "featurizer"
+            added.append(CommitOperationAdd(f".eval_results/{name}.yaml", results))
     intervenable = isinstance(record, Index) and (local / INTERVENABLE_NAME).exists()
     if intervenable:
         added += _intervenable(local, digests)

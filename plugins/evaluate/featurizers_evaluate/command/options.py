@@ -86,7 +86,7 @@ def arguments(
 ) -> tuple[Any, dict[str, Any]]:
     """Return the documents, and the arguments of `evaluate` that the options stand for."""
     documents = documents_of(data, key or "text", split or "train")
-    name = data if split is None else f"{data}, split {split}"
+    name = data if Path(data).expanduser().is_file() else f"hub:{data}, split {split or 'train'}"
     return documents, {
         "tokenizer": language_model.tokenizer,
         "metrics": words(metrics, GROUPS),
