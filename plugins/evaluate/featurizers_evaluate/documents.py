@@ -52,6 +52,10 @@ class Batch:
     is_measured: Tensor
     documents: list[int]
 
+    def rows(self, rows: slice) -> Batch:
+        """Return some rows as a batch of the same width."""
+        return Batch(self.ids[rows], self.is_token[rows], self.is_measured[rows], self.documents[rows])
+
     def inputs(self) -> dict[str, Tensor]:
         """Return the inputs of a model, with a mask only if something is padded."""
         if bool(self.is_token.all()):

@@ -12,7 +12,7 @@ from featurizers.errors import FeaturizerError, UsageError
 from torch import Tensor
 
 from featurizers_evaluate.documents import Batch, Reading, batches, check_readable_again
-from featurizers_evaluate.runs import Clean, Runs, has_next, losses
+from featurizers_evaluate.runs import Clean, Losses, Runs, has_next
 from featurizers_evaluate.subjects import Subject
 from featurizers_evaluate.sums import Sums, Weights, per_row
 
@@ -177,11 +177,12 @@ class _Effects:
         self, runs: Runs, batch: Batch, clean: Clean, means: Mapping[Site, Tensor], ablations: Sequence[str]
     ) -> None:
         assert clean.logits is not None
-        self._runs, self._batch, self._clean, self._logits = runs, batch, clean, clean.logits
+        self._runs, self._batch, self._clean = runs, batch, clean
         self._means, self._ablations = means, ablations
         self._has_next = has_next(batch).to(clean.logits.device)
         self._measured = batch.is_measured.to(clean.logits.device)
-        loss, _ = losses(clean.logits, None, batch)
+        self._losses_of = Losses(clean.logits, batch)
+        loss = self._losses_of.of_clean()
         self._rows = {"next": self._has_next.sum(dim=-1), "ce_loss_clean": per_row(loss, self._has_next)}
         self._of_sites: dict[tuple[Site, ...], dict[str, Tensor]] = {}
 
@@ -225,8 +226,7 @@ class _Effects:
         )
 
     def _losses(self, logits: Tensor, loss_name: str, divergence_name: str) -> dict[str, Tensor]:
-        loss, divergence = losses(logits, self._logits, self._batch)
-        assert divergence is not None
+        loss, divergence = self._losses_of.of(logits)
         return {loss_name: per_row(loss, self._has_next), divergence_name: per_row(divergence, self._measured)}
 
 

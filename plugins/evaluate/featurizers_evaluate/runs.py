@@ -101,8 +101,12 @@ class Runs:
 
     def edited(self, batch: Batch, clean: Clean, activations: Mapping[Site, Tensor]) -> Tensor:
         """Return the logits with these activations in the place of the model's."""
-        operations = {site: Put(self._identity, source=value) for site, value in activations.items()}
-        return self._from_the_middle(batch, clean, lambda: featurizers.intervene(self.model, operations))
+
+        def edit(rows: slice) -> AbstractContextManager[Any]:
+            operations = {site: Put(self._identity, source=value[rows]) for site, value in activations.items()}
+            return featurizers.intervene(self.model, operations)
+
+        return self._from_the_middle(batch, clean, edit)
 
     def replaced(self, batch: Batch, clean: Clean, site_map: SiteMap[Any], excluded: Iterable[int]) -> Tensor:
         """Return the logits of the replacement model of a map, which is encoded from its own activations.
@@ -112,25 +116,32 @@ class Runs:
         """
         own = copy.copy(site_map)
         own.special_tokens = tuple({*site_map.special_tokens, *excluded})
-        return self._from_the_middle(batch, clean, lambda: featurizers.replaced(self.model, own))
+        return self._from_the_middle(batch, clean, lambda _: featurizers.replaced(self.model, own))
 
-    def _from_the_middle(self, batch: Batch, clean: Clean, edit: Callable[[], AbstractContextManager[Any]]) -> Tensor:
+    def _from_the_middle(
+        self, batch: Batch, clean: Clean, edit: Callable[[slice], AbstractContextManager[Any]]
+    ) -> Tensor:
+        """Return the logits of an edit of some rows; the first row is compared with a run of the whole model once."""
+        if self._start >= 0 and clean.block is not None and not self._is_compared:
+            self._is_compared = True
+            first = slice(0, 1)
+            alone = batch.rows(first)
+            with edit(first):
+                whole = self._logits(alone)
+            with self._restarted(clean, first), edit(first):
+                again = self._logits(alone)
+            if not float((whole - again).abs().max()) <= 1e-4 * float(whole.abs().max()):
+                self._start = -1
+        every = slice(None)
         if self._start < 0 or clean.block is None:
-            with edit():
+            with edit(every):
                 return self._logits(batch)
-        hidden = first_tensor(clean.block)
-        wrap = wrap_like(clean.block)
-        with restarted(self.anatomy.layers, self._start, hidden, wrap), edit():  # type: ignore[arg-type]
-            logits = self._logits(batch)
-        if self._is_compared:
-            return logits
-        self._is_compared = True
-        with edit():
-            whole = self._logits(batch)
-        scale = float(whole.abs().max())
-        if not torch.allclose(logits, whole, rtol=0.0, atol=1e-4 * max(scale, 1e-30), equal_nan=True):
-            self._start = -1
-        return whole
+        with self._restarted(clean, every), edit(every):
+            return self._logits(batch)
+
+    def _restarted(self, clean: Clean, rows: slice) -> AbstractContextManager[None]:
+        hidden, blocks = first_tensor(clean.block)[rows], self.anatomy.layers
+        return restarted(blocks, self._start, hidden, wrap_like(clean.block))  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _logits(self, batch: Batch) -> Tensor:
@@ -145,30 +156,48 @@ class Runs:
         return logits
 
 
-def losses(logits: Tensor, clean: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """Return the loss of the next token and the KL divergence from clean logits, each ``(rows, width)``.
+class Losses:
+    """Losses of edited logits beside those of clean logits, of which the probabilities are computed once.
 
     Args:
-        logits: ``(rows, width, vocabulary)``.
-        clean: logits to compare with; None for the loss alone.
-        batch: whose next tokens the loss is of; at a token that none follows it has no meaning, see `has_next`.
-
-    Returns:
-        In nats. The divergence is KL(clean ‖ logits).
+        clean: logits of the model itself, ``(rows, width, vocabulary)``.
+        batch: whose next tokens the losses are of; at a token that none follows a loss has no meaning, see `has_next`.
     """
-    targets = batch.ids.roll(-1, dims=1).to(logits.device)
-    loss = torch.zeros(logits.shape[:2], device=logits.device)
-    divergence = None if clean is None else torch.zeros_like(loss)
-    step = max(1, CHUNK // logits.shape[-1] // max(len(logits), 1))
-    for start in range(0, logits.shape[1], step):
-        part = slice(start, start + step)
-        log_q = logits[:, part].float().log_softmax(dim=-1)
-        loss[:, part] = -log_q.gather(-1, targets[:, part, None]).squeeze(-1)
-        if clean is not None and divergence is not None:
-            log_p = clean[:, part].float().log_softmax(dim=-1)
-            p = log_p.exp()
-            divergence[:, part] = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=-1)
-    return loss, divergence
+
+    def __init__(self, clean: Tensor, batch: Batch) -> None:
+        self._clean, self._targets = clean, batch.ids.roll(-1, dims=1).to(clean.device)
+        self._step = max(1, CHUNK // clean.shape[-1] // max(len(clean), 1))
+        self._probabilities: list[Tensor] = []
+        self._normalizers: list[Tensor] = []
+        for part in self._parts():
+            logits = clean[:, part].float()
+            normalizer = logits.logsumexp(dim=-1, keepdim=True)
+            self._probabilities.append((logits - normalizer).exp_())
+            self._normalizers.append(normalizer.squeeze(-1))
+
+    def of_clean(self) -> Tensor:
+        """Return the loss of the next token without edits in nats, ``(rows, width)``."""
+        return torch.cat(self._normalizers, dim=1) - self._of_targets(self._clean)
+
+    def of(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of the next token, and KL(clean ‖ edited), in nats, each ``(rows, width)``."""
+        normalizers, divergences = [], []
+        for part, p, of_clean in zip(self._parts(), self._probabilities, self._normalizers, strict=True):
+            edited = logits[:, part].float()
+            normalizer = edited.logsumexp(dim=-1)
+            change = self._clean[:, part].float() - edited
+            expected = torch.linalg.vecdot(p, change)
+            if not bool(expected.isfinite().all()):  # a logit may be -inf, whose probability is 0
+                expected = torch.where(p > 0, p * change, 0.0).sum(dim=-1)
+            normalizers.append(normalizer)
+            divergences.append(expected + normalizer - of_clean)
+        return torch.cat(normalizers, dim=1) - self._of_targets(logits), torch.cat(divergences, dim=1)
+
+    def _parts(self) -> list[slice]:
+        return [slice(start, start + self._step) for start in range(0, self._clean.shape[1], self._step)]
+
+    def _of_targets(self, logits: Tensor) -> Tensor:
+        return logits.gather(-1, self._targets[..., None]).squeeze(-1).float()
 
 
 def has_next(batch: Batch) -> Tensor:
