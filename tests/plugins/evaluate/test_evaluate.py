@@ -336,6 +336,14 @@ def test_the_interval_of_a_mean_is_that_of_the_delta_method() -> None:
     assert (low + high) / 2 == pytest.approx(ratio, abs=0.3 * error)
 
 
+def test_rows_of_one_document_are_drawn_together() -> None:
+    whole, cut = Weights(50, 7), Weights(50, 7)
+    alone = whole.of([0, 1, 2])
+    rows = torch.cat([cut.of([0, 0]), cut.of([0, 1]), cut.of([1, 2])])
+    assert torch.equal(rows, alone[[0, 0, 0, 1, 1, 2]])
+    assert cut.documents == 3
+
+
 def test_few_documents_have_values_and_no_interval() -> None:
     result = evaluated(sparse(), tokens=IDS[:19], metrics=["reconstruction"])
     assert result.metrics["mse"].interval is None
