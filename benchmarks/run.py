@@ -13,6 +13,7 @@ import collecting
 import das
 import derived_scalars
 import dictionaries
+import evaluate
 import hooks
 import patching
 import report
@@ -35,6 +36,7 @@ BENCHMARKS = {
         dictionaries,
         hooks,
         patching,
+        evaluate,
         tracing,
         training,
         derived_scalars,
