@@ -12,6 +12,8 @@ from .features.programs import Program as Program
 from .features.rules import activation_rule as activation_rule
 from .features.site_map import SiteMap as SiteMap
 from .format.sites import Site as Site
+from .graphs import graph as graph
+from .graphs import load_graph as load_graph
 from .models.anatomy import Anatomy as Anatomy
 from .models.attached import Attached as Attached
 from .models.attached import attach as attach

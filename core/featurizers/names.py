@@ -18,6 +18,7 @@ FIRST_PARTY = {
     "derived-scalars": "featurizers-derived-scalars",
     "dictionary-learning": "featurizers-dictionary-learning",
     "evaluate": "featurizers-evaluate",
+    "graphs": "featurizers-graphs",
     "identity": "featurizers-identity",
     "interp-engine": "featurizers-interp-engine",
     "llamascopium": "featurizers-llamascopium",
@@ -72,6 +73,11 @@ COMMANDS = {
         "featurizers-derived-scalars",
         "Show the largest scalars of a prompt: direct effects, attributions, norms, edges, of heads, neurons, "
         "features.",
+    ),
+    "graph": Command(
+        "graphs",
+        "featurizers-graphs",
+        "Trace which features of transcoders bring about the next token of a prompt, and write a page of them.",
     ),
     "patch": Command(
         "patching",

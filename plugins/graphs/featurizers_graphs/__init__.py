@@ -1,0 +1,24 @@
+"""Attribution graphs: which features of transcoders, on which tokens, bring about the next token of a prompt.
+
+`graph` is the entry. The files, lowest first: `influence` (scores and pruning), `result` (a graph), `collection` (where
+maps belong in a model), `local_model` (a prompt's frozen model), `sources` (its features and errors), `targets`,
+`sweep`, `graphing`; `graph_files`, `neuronpedia`, `page` and `command` store and show a graph.
+
+``__init__.pyi`` lists the public names. A name is imported when it is first used. This module has no ``__dir__``,
+because pluggy would get each name that it lists, and so import `transformers`.
+"""
+
+from typing import Any
+
+import lazy_loader
+from featurizers import hookimpl
+
+__getattr__, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+@hookimpl
+def featurizers_commands(app: Any) -> None:
+    """Add ``graph``."""
+    from featurizers_graphs.command import graph_command
+
+    app.command("graph")(graph_command)
