@@ -4,5 +4,6 @@ from .influence import Bounds as Bounds
 from .influence import Scores as Scores
 from .result import Edge as Edge
 from .result import Graph as Graph
+from .result import IncompleteGraphError as IncompleteGraphError
 from .result import Node as Node
 from .result import Target as Target

@@ -106,7 +106,7 @@ def pass_on(
     weight: Float[Tensor, " edges"],
     start: Float[Tensor, " nodes"],
 ) -> tuple[Float[Tensor, " nodes"], Float[Tensor, " edges"]]:
-    """Return what reaches each node from the targets, each of whose rows is divided by its absolute sum; and the shares.
+    """Return what reaches each node from the start, and the share that each edge has of its target's inputs.
 
     Args:
         source: node at which each edge begins.

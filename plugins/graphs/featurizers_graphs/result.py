@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeAlias, final
 
 import torch
-from featurizers.errors import UsageError, shown
+from featurizers.errors import FeaturizerError, UsageError, shown
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -16,6 +16,10 @@ from featurizers_graphs.influence import Scores, Sizes, pass_on, pruned, scores_
 NodeKind: TypeAlias = Literal["feature", "error", "token", "target"]
 NodeLike: TypeAlias = "int | Node | tuple[int, int, int]"
 """A node: its number, a `Node`, or layer, position and number of a feature."""
+
+
+class IncompleteGraphError(FeaturizerError, ArithmeticError):
+    """Rows of a graph that do not add up to what their readers read."""
 
 
 class Node(NamedTuple):
@@ -183,7 +187,9 @@ class Graph:
             position = number - self.first_token
             return Node(number, "token", None, position, None, None, influence, self.token_texts[position])
         target = self.targets[number - self.first_target]
-        return Node(number, "target", target.layer, target.position, target.feature, target.weight, influence, target.label)  # fmt: skip
+        return Node(
+            number, "target", target.layer, target.position, target.feature, target.weight, influence, target.label
+        )
 
     def number(self, which: NodeLike) -> int:
         """Return the number of a node.
@@ -266,7 +272,8 @@ class Graph:
             if out_of is not None:
                 chosen = chosen[self.sources[chosen] == self.number(out_of)]
         else:
-            chosen = (self.sources == self.number(out_of)).nonzero().flatten()  # type: ignore[arg-type]
+            assert out_of is not None
+            chosen = torch.nonzero(self.sources == self.number(out_of)).flatten()
         chosen = chosen[self.weights[chosen].abs().argsort(descending=True, stable=True)]
         rows = torch.searchsorted(self.offsets, chosen, right=True) - 1
         targets = self.reader(rows)
@@ -282,16 +289,17 @@ class Graph:
             tolerance: the largest ratio that passes.
 
         Raises:
-            IncompleteError: a row is further off, so that edges or constants are wrong.
+            IncompleteGraphError: a row is further off, so that edges or constants are wrong.
         """
-        from featurizers_derived_scalars import IncompleteError
-
         made = torch.cat([self.expanded, torch.ones(len(self.targets), dtype=torch.bool)])
         off = (self.summed + self.constant - self.total).abs()[made]
         size = torch.maximum(self.total.abs(), self.absolute)[made].clamp(min=1e-30)
         ratio = float((off / size).max()) if len(off) else 0.0
         if not ratio <= tolerance:
-            raise IncompleteError(f"a row of the graph misses its total by {ratio:.1e} of its size, more than {tolerance:.0e}")
+            raise IncompleteGraphError(
+                f"a row of the graph misses its total by {ratio:.1e} of its size, more than {tolerance:.0e}: the model "
+                "computes something that its edges leave out"
+            )
         return ratio
 
     # ---- scores and pruning
@@ -385,10 +393,12 @@ class Graph:
         """Return the summed weights of the kept edges from each group to each other group."""
         owner = {node: name for name, own in self.groups.items() for node in own}
         sums: dict[tuple[str, str], float] = {}
-        for target, source, weight in zip(self.edge_targets.tolist(), self.sources.tolist(), self.weights.tolist(), strict=True):  # fmt: skip
-            pair = owner.get(source), owner.get(target)
-            if pair[0] is not None and pair[1] is not None and pair[0] != pair[1]:
-                sums[pair] = sums.get(pair, 0.0) + weight  # type: ignore[index]
+        for target, source, weight in zip(
+            self.edge_targets.tolist(), self.sources.tolist(), self.weights.tolist(), strict=True
+        ):
+            start, end = owner.get(source), owner.get(target)
+            if start is not None and end is not None and start != end:
+                sums[start, end] = sums.get((start, end), 0.0) + weight
         return sums
 
     def __iter__(self) -> Iterator[Node]:
@@ -401,9 +411,8 @@ class Graph:
 
     def __repr__(self) -> str:
         """Return sizes and scores."""
-        return (
-            f"Graph({len(self.tokens)} tokens, {len(self)} of {self.n_nodes} nodes, {self.n_edges} edges, {self.scores})"
-        )
+        sizes = f"{len(self.tokens)} tokens, {len(self)} of {self.n_nodes} nodes, {self.n_edges} edges"
+        return f"Graph({sizes}, {self.scores})"
 
 
 def targets_text(targets: Sequence[Target], most: int = 3) -> str:
