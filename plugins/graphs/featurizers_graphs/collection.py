@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from featurizers import Site, SiteMap
-from featurizers.errors import SiteError, UsageError, shown
+from featurizers.errors import ShapeError, SiteError, UsageError, shown
 from featurizers_derived_scalars import Circuit, Place
 from featurizers_transcoder import LinearMap
 
@@ -103,6 +103,7 @@ class Collection:
 
         Raises:
             UsageError: there is no map, one is of another kind, or two read one layer.
+            ShapeError: a map has another width than the model.
             SiteError: a map has no sites, does not read the residual stream before an MLP, does not write the outputs
                 of MLPs, or writes before it reads.
         """
@@ -123,11 +124,18 @@ class Collection:
             )
         if not map_.reads or not map_.writes:
             raise SiteError(f"{map_.id!r} has no sites; set its reads and writes, as in f.reads = {{'in': 'mlp.in:3'}}")
-        reads = {name: _read(circuit, map_, name, site) for name, site in map_.reads.items()}
-        writes = {name: _write(circuit, map_, name, site) for name, site in map_.writes.items()}
         for name, group in map_.config.groups.items():
             if len(group.reads) > 1:
                 raise SiteError(f"{map_.id!r}: the group {name!r} has several reads; features of a graph have one each")
+        widths = {**map_.read_widths, **map_.write_widths}
+        if other := [name for name, width in widths.items() if width != circuit.d_model]:
+            raise ShapeError(
+                f"{map_.id!r}: {other[0]!r} has width {widths[other[0]]}, and the model has {circuit.d_model}: another "
+                "model's map?"
+            )
+        reads = {name: _read(circuit, map_, name, site) for name, site in map_.reads.items()}
+        writes = {name: _write(circuit, map_, name, site) for name, site in map_.writes.items()}
+        for name, group in map_.config.groups.items():
             reader = Reader(reads[group.reads[0]], name, tuple(writes[write] for write in group.writes))
             layer = reader.read.layer
             _check_causal(map_, reader.read, reader.writes)

@@ -11,7 +11,7 @@ import torch
 from featurizers import SiteMap
 from featurizers.errors import UsageError, shown
 from featurizers.models import backend_of, evaluating, text_ids, unedited
-from featurizers_derived_scalars import Circuit
+from featurizers_derived_scalars import Circuit, Place
 from torch import Tensor
 
 from featurizers_graphs.collection import Collection
@@ -112,7 +112,7 @@ def graph(
     offsets, edge_sources, weights = assembled(sweep.edges, len(sources.features) + count)
     every = tuple(target for own in rows for target in own.targets)
     features = torch.cat([sources.features[:, :2], sources.numbers[:, None]], 1)
-    about = _about(module, collection, start, keep, nodes, circuit)
+    about = _about(local, collection, start, keep, nodes)
     return Graph(
         tokens=ids,
         token_texts=tuple(str(i) if tokenizer is None else tokenizer.decode([i]) for i in ids.tolist()),
@@ -205,13 +205,15 @@ def _batch(local: LocalModel, sources: Sources, allowed: int) -> int:
     return min(allowed // needed, MOST_BATCH)
 
 
-def _about(model: Any, collection: Collection, first: int, keep: float, nodes: int, circuit: Circuit) -> dict[str, Any]:
+def _about(local: LocalModel, collection: Collection, first: int, keep: float, nodes: int) -> dict[str, Any]:
+    circuit, model = local.circuit, local.circuit.model
     config = getattr(model, "config", None)
     maps = dict.fromkeys(reader.read.map for reader in collection.readers.values())
     return {
         "model": str(getattr(config, "_name_or_path", "") or type(model).__name__),
         "revision": getattr(config, "_commit_hash", None),
         "fingerprint": circuit.fingerprint(),
+        "dtype": str(local.raw[Place("resid.embed"), "forward"].dtype).removeprefix("torch."),
         "maps": [{"id": each.id, "kind": each.kind, "sites": each.sites_text} for each in maps],
         "first": first,
         "keep": keep,

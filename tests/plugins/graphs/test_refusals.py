@@ -1,0 +1,151 @@
+"""What cannot be right is one clear error before anything is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import featurizers
+import pytest
+import torch
+from featurizers.errors import FeaturizerError, ShapeError, SiteError, UsageError
+from featurizers_transcoder import Crosscoder, Transcoder
+
+from tests.support.attribution_graphs import PROMPT, llama, random_cross_layer, random_transcoders
+
+LAYERS, D, N = 3, 32, 16
+
+
+def crosscoder() -> Crosscoder:
+    sites = {"a": D, "b": D}
+    config = {
+        "reads": {name: {"width": width} for name, width in sites.items()},
+        "writes": sites,
+        "groups": {"features": {"reads": ["a", "b"], "writes": ["a", "b"], "n_features": 4}},
+    }
+    tensors = {f"{part}.features.{name}": torch.ones(4, D) for part in ("W_enc", "W_dec") for name in sites}
+    f = Crosscoder.from_tensors(config, tensors)
+    f.reads = f.writes = {"a": "resid.post:0", "b": "resid.post:1"}
+    return f
+
+
+def at(reads: str, writes: str) -> Transcoder:
+    f = Transcoder.from_weights(torch.ones(4, D), torch.ones(4, D))
+    f.reads, f.writes = {"in": reads}, {"out": writes}
+    return f
+
+
+def special() -> Transcoder:
+    f = Transcoder.from_weights(torch.ones(4, D), torch.ones(4, D), special_tokens=[2])
+    f.reads, f.writes = {"in": "mlp.in:0"}, {"out": "mlp.out:0"}
+    return f
+
+
+@pytest.mark.parametrize(
+    ("maps", "error", "says"),
+    [
+        ([], UsageError, "at least one transcoder"),
+        ([crosscoder()], SiteError, "several reads"),
+        ([featurizers.create("identity", d_in=D)], UsageError, "linear encoders"),
+        ([Transcoder.from_weights(torch.ones(4, D), torch.ones(4, D))], SiteError, "has no sites"),
+        ([at("mlp.in:1", "mlp.out:0")], SiteError, "before it reads"),
+        ([at("attn.out:1", "mlp.out:1")], SiteError, "read resid.pre"),
+        ([at("mlp.in:1", "resid.post:1")], SiteError, "write mlp.out"),
+        ([at("resid.post:2", "mlp.out:2")], SiteError, "after every MLP"),
+        ([at("mlp.in:7", "mlp.out:7")], SiteError, "another model's map"),
+        ([at("mlp.in:1", "mlp.out:1"), at("resid.mid:1", "mlp.out:1")], UsageError, "both read layer 1"),
+        ([special()], UsageError, "special token"),
+    ],
+)
+def test_maps(maps: Any, error: type[FeaturizerError], says: str) -> None:
+    with pytest.raises(error, match=says):
+        featurizers.graph(llama(), PROMPT, maps)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"nodes": -1}, "nodes is a number"),
+        ({"nodes": True}, "nodes is a number"),
+        ({"keep": 0}, "keep is a share"),
+        ({"keep": 1.5}, "keep is a share"),
+        ({"memory": "2 parrots"}, "memory is a number of bytes"),
+        ({"memory": 10_000}, "one row of this graph takes"),
+        ({"first": 8}, "first is a number"),
+        ({"first": True}, "first is a number"),
+        ({"targets": []}, "no targets"),
+        ({"targets": [100]}, "not in the vocabulary"),
+        ({"targets": [5, 5]}, "twice"),
+        ({"targets": [" Paris"]}, "give the tokenizer"),
+        ({"targets": [(9, 0, 0)]}, "no map reads layer 9"),
+        ({"targets": [(1, 99, 0)]}, "8 tokens"),
+        ({"targets": [(1, 2, 99)]}, "has no feature 99"),
+        ({"targets": 2.5}, "targets are token ids"),
+        ({"targets": lambda logits: 3.0}, "one number that depends"),
+        ({"targets": lambda logits: logits[-1, 0] * 0}, "zero or not finite"),
+    ],
+)
+def test_options(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        featurizers.graph(llama(), PROMPT, random_transcoders(LAYERS, D, N), **options)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ("a text", "give the tokenizer"),
+        ([], "one sequence"),
+        ([[1, 2], [3, 4]], "one sequence"),
+        ([1.5, 2.0], "one sequence"),
+        ([1, 100], "not in the vocabulary"),
+        ([1], "all left out"),
+        (object(), "a text or token ids"),
+    ],
+)
+def test_prompts(prompt: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        featurizers.graph(llama(), prompt, random_transcoders(LAYERS, D, N))
+
+
+def test_a_map_of_another_width() -> None:
+    with pytest.raises(ShapeError, match="has width 16"):
+        featurizers.graph(llama(), PROMPT, random_transcoders(LAYERS, D // 2, N))
+
+
+def test_nodes_and_rows() -> None:
+    graph = featurizers.graph(llama(), PROMPT, random_cross_layer(LAYERS, D, N))
+    for wrong in (-1, graph.n_nodes, True, "3", (0, 0), (9, 0, 0)):
+        with pytest.raises(UsageError):
+            graph.node(wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="no reader"):
+        graph.edges(into=graph.first_error)
+    with pytest.raises(UsageError, match="give the node"):
+        graph.edges()
+    for shares in ({"nodes": 0}, {"edges": 1.5}):
+        with pytest.raises(UsageError, match="share above 0"):
+            graph.prune(**shares)
+    named = graph.group("first", [0, 1])
+    with pytest.raises(UsageError, match="in the group"):
+        named.group("second", [1])
+    with pytest.raises(UsageError, match="has no nodes"):
+        named.group("none", [])
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, maps = llama(), random_transcoders(LAYERS, D, N)
+    ids = torch.tensor([PROMPT])
+    before, implementation = model(ids).logits, model.config._attn_implementation
+    featurizers.graph(model, PROMPT, maps)
+    with pytest.raises(UsageError):
+        featurizers.graph(model, PROMPT, maps, memory=10_000)
+    assert torch.equal(model(ids).logits, before)
+    assert model.config._attn_implementation == implementation
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_edits_around_the_call_do_not_enter() -> None:
+    model, maps = llama(), random_transcoders(LAYERS, D, N)
+    plain = featurizers.graph(model, PROMPT, maps)
+    edit = featurizers.Ablate(featurizers.create("identity", d_in=D), value=3.0)
+    with featurizers.intervene(model, {"resid.post:0": edit}):
+        inside = featurizers.graph(model, PROMPT, maps)
+    assert torch.equal(inside.influence, plain.influence)
