@@ -128,9 +128,9 @@ class Collection:
             if len(group.reads) > 1:
                 raise SiteError(f"{map_.id!r}: the group {name!r} has several reads; features of a graph have one each")
         widths = {**map_.read_widths, **map_.write_widths}
-        if other := [name for name, width in widths.items() if width != circuit.d_model]:
+        if wrong := [name for name, width in widths.items() if width != circuit.d_model]:
             raise ShapeError(
-                f"{map_.id!r}: {other[0]!r} has width {widths[other[0]]}, and the model has {circuit.d_model}: another "
+                f"{map_.id!r}: {wrong[0]!r} has width {widths[wrong[0]]}, and the model has {circuit.d_model}: another "
                 "model's map?"
             )
         reads = {name: _read(circuit, map_, name, site) for name, site in map_.reads.items()}

@@ -45,8 +45,12 @@ class LocalModel:
         kinds += ["logits"] if circuit.d_vocab else []
         size = circuit.n_layers * circuit.n_heads * len(tokens) ** 2 * 4
         kinds += ["attn.probs"] if size <= pattern_bytes else []
-        (self.raw,) = capture(circuit, self.tokens, [Need(kind) for kind in kinds])
+        (raw,) = capture(circuit, self.tokens, [Need(kind) for kind in kinds])
+        patterns = {place: raw[place, "forward"] for place, _ in raw if place.kind == "attn.probs"}
+        others = {key: raw[key] for key in raw if key[0] not in patterns}
+        self.raw = RawActivations(circuit, self.tokens, others, arguments=raw.arguments)
         self.dtype = torch.promote_types(self.raw[Place("resid.embed"), "forward"].dtype, torch.float32)
+        self._patterns = {place.layer: self._turned(each) for place, each in patterns.items()}
         self._values = self._value_matrices()
         self._outputs = [self._wide(circuit.write_matrix(Place("attn.z", each))) for each in range(self.n_layers)]
         for layer in range(self.n_layers):
@@ -88,7 +92,7 @@ class LocalModel:
         norm = None if place is None else self.circuit.norm(place)
         return None if norm is None or place is None else (norm, self._wide(self.raw[place, "forward"]))
 
-    def pull_norm(self, place: Place | None, g: Tensor, positions: Tensor | slice) -> Tensor:
+    def pull_norm(self, place: Place | None, g: Tensor, positions: Any) -> Tensor:
         """Pull directions at a norm's output, at some tokens, back to its input; unchanged where there is no norm."""
         if (known := self.norm(place)) is None:
             return g
@@ -100,30 +104,34 @@ class LocalModel:
 
     # ---- attention
 
-    def pattern(self, layer: int) -> Float[Tensor, "T T head"]:
-        """Return the attention pattern of a layer, ``(query, key, head)``."""
-        place = Place("attn.probs", layer)
-        if (place, "forward") in self.raw:
-            return self._wide(self.raw[place, "forward"])
-        return self._wide(self.raw.recompute(place, self.raw[Place("resid.pre", layer), "forward"]))
+    def pattern(self, layer: int) -> Float[Tensor, "head key query"]:
+        """Return the attention pattern of a layer, from each query to the keys it reads."""
+        if layer in self._patterns:
+            return self._patterns[layer]
+        resid = self.raw[Place("resid.pre", layer), "forward"]
+        return self._turned(self.raw.recompute(Place("attn.probs", layer), resid))
 
-    def pull_attention(self, layer: int, g: Float[Tensor, "rows tokens d"]) -> Float[Tensor, "rows tokens d"]:
+    def _turned(self, probabilities: Float[Tensor, "query key head"]) -> Float[Tensor, "head key query"]:
+        return self._wide(probabilities.permute(2, 1, 0).contiguous())
+
+    def pull_attention(self, layer: int, g: Float[Tensor, "tokens rows d"]) -> Float[Tensor, "tokens rows d"]:
         """Pull directions after attention back to the stream before it: the part that goes through the values.
 
         The first ``tokens`` tokens of the prompt are meant: attention never looks ahead.
         """
-        rows, tokens, width = g.shape
-        values, outputs = self._values[layer], self._outputs[layer]
-        heads, inner = outputs.shape[:2]
+        tokens, rows, width = g.shape
+        values, outputs, pattern = self._values[layer], self._outputs[layer], self.pattern(layer)[:, :tokens, :tokens]
         if (post := self.norm(Place("norm.attn.post.scale", layer))) is not None:
-            g = g / post[1][:tokens]  # its gain is in the output matrix
-        z = (g.reshape(rows * tokens, width) @ outputs.flatten(0, 1).T).view(rows, tokens, heads, inner)
-        pattern = self.pattern(layer)[:tokens, :tokens].permute(2, 1, 0)
-        back = pattern @ z.permute(2, 1, 0, 3).flatten(2)  # head, key, (row, inner)
-        back = back.view(len(values), -1, tokens, rows, inner).sum(1)  # query heads of a key-value head
-        out: Tensor = back.permute(2, 1, 0, 3).reshape(rows * tokens, -1) @ values.flatten(0, 1)
-        out = out.view(rows, tokens, width)
-        return out if (norm := self.norm(Place("norm.attn.scale", layer))) is None else out / norm[1][:tokens]
+            g = g / post[1][:tokens, None]  # its gain is in the output matrix
+        flat, inner, group = g.reshape(tokens * rows, width), outputs.shape[1], len(outputs) // len(values)
+        out = torch.zeros_like(flat)
+        for number, value in enumerate(values):
+            back = g.new_zeros(tokens, rows * inner)
+            for head in range(number * group, (number + 1) * group):
+                back.addmm_(pattern[head], (flat @ outputs[head].T).view(tokens, rows * inner))
+            out.addmm_(back.view(tokens * rows, inner), value)
+        out = out.view(tokens, rows, width)
+        return out if (norm := self.norm(Place("norm.attn.scale", layer))) is None else out / norm[1][:tokens, None]
 
     def push_attention(self, layer: int, x: Float[Tensor, "T d"]) -> Float[Tensor, "head T d"]:
         """Return what each head adds to the stream for a change of the stream before attention."""
@@ -131,7 +139,7 @@ class LocalModel:
             x = x / norm[1]
         values, outputs = self._values[layer], self._outputs[layer]
         v = torch.einsum("td,ged->gte", x, values).repeat_interleave(len(outputs) // len(values), 0)
-        out = (self.pattern(layer).permute(2, 0, 1) @ v) @ outputs
+        out = (self.pattern(layer).mT @ v) @ outputs
         return out if (post := self.norm(Place("norm.attn.post.scale", layer))) is None else out / post[1]
 
     def _value_matrices(self) -> list[Float[Tensor, "kv_head d_value d"]]:

@@ -174,14 +174,14 @@ class Sources:
         """Return what a skip connection adds to the stream for activations at its read."""
         return self.to_stream(write, x @ self._skip_weight(read, write), slice(None))
 
-    def pull_skip(self, read: Read, write: Write, g: Float[Tensor, "rows tokens d"]) -> Float[Tensor, "rows tokens d"]:
+    def pull_skip(self, read: Read, write: Write, g: Float[Tensor, "tokens rows d"]) -> Float[Tensor, "tokens rows d"]:
         """Pull directions after an MLP back through a skip connection, to the stream that it reads."""
-        tokens = slice(g.shape[1])
+        every = (slice(len(g)), None)
         if write.place.kind != "mlp.delta":
             matrix, scale = self._local.circuit.write_matrix(write.place), self._local.raw.write_scale(write.place)
-            g = g if scale is None else g / scale.to(g)[tokens]
+            g = g if scale is None else g / scale.to(g)[every]
             g = g if matrix is None else g @ matrix.to(g).T
-        return self._local.pull_norm(read.norm, g @ self._skip_weight(read, write).T, tokens)
+        return self._local.pull_norm(read.norm, g @ self._skip_weight(read, write).T, every)
 
     def _skip_weight(self, read: Read, write: Write) -> Tensor:
         weight: Any = read.map.W_skip[write.name]

@@ -95,7 +95,7 @@ class Sweep:
             which = torch.arange(first, first + len(own.targets), device=self._local.device)
             self.constant[which], self.total[which] = own.constants, own.totals
             for some in torch.split(torch.arange(len(which)), self._batch):
-                self._record(which[some], self._descend(own.point, own.directions[some]), weights[some])
+                self._record(which[some], self._descend(own.point, own.directions[:, some]), weights[some])
             first += len(own.targets)
         layers = self._sources.features[:, 0]
         readers = sorted(self._collection.readers.items(), key=lambda item: item[1].read.point, reverse=True)
@@ -123,18 +123,18 @@ class Sweep:
         self.constant[which] = self._sources.constant_of(reader, columns, positions)
         self.total[which] = self._sources.pre_activations[which]
         pulled = self._sources.pull_reader(reader, self._sources.encoders(reader, columns), positions)
-        g = self._zeros(len(which), int(positions.max()) + 1, self._local.width)
-        g[torch.arange(len(which), device=g.device), positions] = pulled
+        g = self._zeros(int(positions.max()) + 1, len(which), self._local.width)
+        g[positions, torch.arange(len(which), device=g.device)] = pulled
         self._record(which, self._descend(reader.read.point, g), self.influence[which])
         self.expanded[which] = True
 
-    def _descend(self, point: int, g: Float[Tensor, "rows tokens d"]) -> Float[Tensor, "nodes rows"]:
+    def _descend(self, point: int, g: Float[Tensor, "tokens rows d"]) -> Float[Tensor, "nodes rows"]:
         """Return what each node adds to readers of the stream at one point, by carrying what they read down the layers.
 
         Nothing after the last token that is read matters, so that only the first ``tokens`` tokens are carried.
         """
-        sources, tokens, f, length = self._sources, g.shape[1], self._features, self._local.length
-        out = self._zeros(self._first_token + length, len(g))
+        sources, tokens, f, length = self._sources, len(g), self._features, self._local.length
+        out = self._zeros(self._first_token + length, g.shape[1])
         waiting: dict[int, Tensor] = {}
         while point > 0:
             layer, after_mlp = (point - 1) // 2, point % 2 == 0
@@ -142,7 +142,7 @@ class Sweep:
             before = g
             if after_mlp:
                 written = sources.written(layer)
-                products = torch.bmm(written.vectors[:tokens], g.permute(1, 2, 0))  # token, source, row
+                products = torch.bmm(written.vectors[:tokens], g.mT)  # token, source, row
                 near = int(torch.searchsorted(written.positions, tokens))
                 own = written.features[:near]
                 out.index_add_(0, own, products[written.positions[:near], written.slots[:near]])
@@ -157,7 +157,7 @@ class Sweep:
             point = 2 * layer if parallel or not after_mlp else 2 * layer + 1
             if point in waiting:
                 g = g + waiting.pop(point)
-        out[self._first_token : self._first_token + tokens] = torch.einsum("btd,td->tb", g, sources.embeddings[:tokens])
+        out[self._first_token : self._first_token + tokens] = (g @ sources.embeddings[:tokens, :, None]).squeeze(-1)
         return out
 
     def _record(self, which: Int[Tensor, " n"], out: Float[Tensor, "nodes n"], weights: Float[Tensor, " n"]) -> None:

@@ -27,14 +27,14 @@ class Rows(NamedTuple):
     Attributes:
         point: of the residual stream.
         targets: what they are.
-        directions: at the stream, ``(n, T, d)``.
+        directions: at the stream, ``(T, n, d)``.
         constants: what no node brings, ``(n,)``.
         totals: values of the targets, ``(n,)``.
     """
 
     point: int
     targets: tuple[Target, ...]
-    directions: Float[Tensor, "n T d"]
+    directions: Float[Tensor, "T n d"]
     constants: Float[Tensor, " n"]
     totals: Float[Tensor, " n"]
 
@@ -107,8 +107,8 @@ def _logits(local: LocalModel, sources: Sources, ids: Tensor, weights: Tensor, t
     weight, bias = unembedding.weight, unembedding.bias
     chosen = (weight[:, ids.to(weight.device)] - weight.mean(1, keepdim=True)).T.to(local.device, local.dtype)
     offset = torch.zeros(len(ids)) if bias is None else (bias[ids.to(bias.device)] - bias.mean()).cpu()
-    directions = chosen.new_zeros(len(ids), local.length, local.width)
-    directions[:, -1] = chosen
+    directions = chosen.new_zeros(local.length, len(ids), local.width)
+    directions[-1] = chosen
     last = local.length - 1
     targets = tuple(
         Target("logit", f"logit {_text(int(i), tokenizer)}", float(w), last, token=int(i))
@@ -139,7 +139,7 @@ def _metric(local: LocalModel, sources: Sources, metric: Any) -> Rows:
         raise UsageError("the gradient of the metric is zero or not finite, so that nothing can be traced")
     offset = 0.0 if unembedding.bias is None else float((gradient @ unembedding.bias.to(gradient)).sum())
     target = Target("metric", shown(metric), 1.0, int(read[-1]))
-    return _at_the_end(local, sources, (target,), (gradient @ weight.T)[None], torch.tensor([offset]))
+    return _at_the_end(local, sources, (target,), (gradient @ weight.T)[:, None], torch.tensor([offset]))
 
 
 def _view(local: LocalModel, logits: Tensor) -> RawActivations:
@@ -149,12 +149,12 @@ def _view(local: LocalModel, logits: Tensor) -> RawActivations:
 def _at_the_end(
     local: LocalModel, sources: Sources, targets: tuple[Target, ...], directions: Tensor, offset: Tensor
 ) -> Rows:
-    """Return rows of directions ``(n, T, d)`` at the final norm's output."""
+    """Return rows of directions ``(T, n, d)`` at the final norm's output."""
     point, offset = 2 * local.n_layers, offset.to(directions)
     place = Place("norm.final.scale")
     streams = local.stream(point), sources.constants[point]
-    totals, constants = ((directions * local.normed(place, x)).sum((1, 2)) + offset for x in streams)
-    return Rows(point, targets, local.pull_norm(place, directions, slice(None)), constants, totals)
+    totals, constants = ((directions * local.normed(place, x)[:, None]).sum((0, 2)) + offset for x in streams)
+    return Rows(point, targets, local.pull_norm(place, directions, (slice(None), None)), constants, totals)
 
 
 def _features(
@@ -181,8 +181,8 @@ def _features(
             columns.append(int(column[0]))
         column, position = torch.tensor([columns, [where for _, where, _ in own]], device=local.device)
         rows = sources.encoders(reader, column)
-        directions = rows.new_zeros(len(own), local.length, local.width)
-        directions[torch.arange(len(own)), position] = sources.pull_reader(reader, rows, position)
+        directions = rows.new_zeros(local.length, len(own), local.width)
+        directions[position, torch.arange(len(own))] = sources.pull_reader(reader, rows, position)
         targets = tuple(
             Target("feature", f"{layer}/{number} at {where}", 1 / len(which), where, layer=layer, feature=number)
             for layer, where, number in own
