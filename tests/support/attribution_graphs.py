@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from featurizers import SiteMap
 from featurizers_transcoder import CrossLayerTranscoder, Transcoder
 from safetensors import safe_open
@@ -17,6 +19,37 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 FOLDER = Path(__file__).parents[1] / "fixtures/attribution-graphs"
 CASES = sorted(path.stem for path in FOLDER.glob("*.safetensors"))
 PROMPT = [1, 5, 9, 14, 22, 31, 47, 60]
+SMALL: dict[str, Any] = {
+    "num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 64, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+NARROW = {**SMALL, "head_dim": 8}
+NEOX = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
+GPT = {"n_layer": 3, "n_embd": 32, "n_head": 4, "vocab_size": 100, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+
+
+def made(name: str, config: str, **settings: Any) -> Callable[[], Any]:
+    """Return a function that makes a model."""
+    return lambda: getattr(transformers, name)(getattr(transformers, config)(**settings))
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "gpt2": made("GPT2LMHeadModel", "GPT2Config", **GPT),
+    "llama": made("LlamaForCausalLM", "LlamaConfig", **SMALL),
+    "gemma2": made("Gemma2ForCausalLM", "Gemma2Config", **NARROW),
+    "gemma3": made("Gemma3ForCausalLM", "Gemma3TextConfig", **NARROW),
+    "qwen3": made("Qwen3ForCausalLM", "Qwen3Config", **NARROW),
+    "olmo2": made("Olmo2ForCausalLM", "Olmo2Config", **SMALL),
+    "mistral": made("MistralForCausalLM", "MistralConfig", **SMALL, sliding_window=4),
+    "phi3": made("Phi3ForCausalLM", "Phi3Config", **SMALL),
+    "granite": made("GraniteForCausalLM", "GraniteConfig", **SMALL, residual_multiplier=0.4, logits_scaling=2.0),
+    "neox": made("GPTNeoXForCausalLM", "GPTNeoXConfig", **NEOX, use_parallel_residual=False),
+    "neox-parallel": made("GPTNeoXForCausalLM", "GPTNeoXConfig", **NEOX),
+    "gptj-parallel": made("GPTJForCausalLM", "GPTJConfig", **GPT, rotary_dim=4),
+    "cohere-parallel": made("CohereForCausalLM", "CohereConfig", **SMALL),
+    "starcoder2": made("Starcoder2ForCausalLM", "Starcoder2Config", **SMALL),
+}
 
 
 def at(site: str, layer: int) -> str:

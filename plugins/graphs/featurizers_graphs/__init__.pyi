@@ -1,3 +1,6 @@
+from .attention import HeadLoadings as HeadLoadings
+from .attention import Marginals as Marginals
+from .attention import Traced as Traced
 from .graph_files import load_graph as load_graph
 from .graphing import graph as graph
 from .influence import Bounds as Bounds
@@ -7,3 +10,5 @@ from .result import Graph as Graph
 from .result import IncompleteGraphError as IncompleteGraphError
 from .result import Node as Node
 from .result import Target as Target
+from .validation import Validation as Validation
+from .validation import validate as validate

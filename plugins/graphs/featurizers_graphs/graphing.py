@@ -22,8 +22,8 @@ from featurizers_graphs.sweep import Sweep, assembled
 from featurizers_graphs.targets import rows_of
 
 UNITS: Final = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-MOST_BATCH: Final = 256
-"""Rows that are made together at most: more are no faster."""
+ROW_TOKENS: Final = {"cpu": 8192}
+"""Tokens of all rows that are made together at most, by device, where more are slower: they leave the caches."""
 VERSIONS: Final = ("featurizers", "featurizers-graphs", "torch", "transformers")
 
 
@@ -202,7 +202,8 @@ def _batch(local: LocalModel, sources: Sources, allowed: int) -> int:
             f"one row of this graph takes {needed / 2**20:.0f} MiB, and half of memory= is {allowed / 2**20:.0f} MiB; "
             "allow more, or give a shorter prompt"
         )
-    return min(allowed // needed, MOST_BATCH)
+    most = ROW_TOKENS.get(local.device.type, 2**20) // local.length
+    return max(1, min(allowed // needed, most))
 
 
 def _about(local: LocalModel, collection: Collection, first: int, keep: float, nodes: int) -> dict[str, Any]:

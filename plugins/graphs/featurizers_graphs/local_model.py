@@ -13,6 +13,8 @@ from torch import Tensor
 
 SLACK: Final = {torch.float32: 1e-3, torch.float64: 1e-6}
 """Relative difference that the linear attention may have from the model's own, by dtype; others are rounded more."""
+KEYS: Final = 256
+"""Keys of a block of attention."""
 
 
 @final
@@ -50,8 +52,10 @@ class LocalModel:
         others = {key: raw[key] for key in raw if key[0] not in patterns}
         self.raw = RawActivations(circuit, self.tokens, others, arguments=raw.arguments)
         self.dtype = torch.promote_types(self.raw[Place("resid.embed"), "forward"].dtype, torch.float32)
-        self._patterns = {place.layer: self._turned(each) for place, each in patterns.items()}
         self._values = self._value_matrices()
+        self._patterns = {
+            place.layer: self._turned(place.layer, each) for place, each in patterns.items() if place.layer is not None
+        }
         self._outputs = [self._wide(circuit.write_matrix(Place("attn.z", each))) for each in range(self.n_layers)]
         for layer in range(self.n_layers):
             self._check_attention(layer)
@@ -104,33 +108,35 @@ class LocalModel:
 
     # ---- attention
 
-    def pattern(self, layer: int) -> Float[Tensor, "head key query"]:
-        """Return the attention pattern of a layer, from each query to the keys it reads."""
+    def pattern(self, layer: int) -> Float[Tensor, "kv_head key group query"]:
+        """Return the attention pattern of a layer, by key-value head and the query heads that share it."""
         if layer in self._patterns:
             return self._patterns[layer]
         resid = self.raw[Place("resid.pre", layer), "forward"]
-        return self._turned(self.raw.recompute(Place("attn.probs", layer), resid))
+        return self._turned(layer, self.raw.recompute(Place("attn.probs", layer), resid))
 
-    def _turned(self, probabilities: Float[Tensor, "query key head"]) -> Float[Tensor, "head key query"]:
-        return self._wide(probabilities.permute(2, 1, 0).contiguous())
+    def _turned(self, layer: int, probabilities: Float[Tensor, "query key head"]) -> Tensor:
+        turned = self._wide(probabilities.permute(2, 1, 0)).unflatten(0, (len(self._values[layer]), -1))
+        return turned.transpose(1, 2).contiguous()
 
     def pull_attention(self, layer: int, g: Float[Tensor, "tokens rows d"]) -> Float[Tensor, "tokens rows d"]:
         """Pull directions after attention back to the stream before it: the part that goes through the values.
 
-        The first ``tokens`` tokens of the prompt are meant: attention never looks ahead.
+        The first ``tokens`` tokens of the prompt are meant. A key is read by later queries alone, so that keys go in
+        blocks, each with the queries from its first key on.
         """
         tokens, rows, width = g.shape
-        values, outputs, pattern = self._values[layer], self._outputs[layer], self.pattern(layer)[:, :tokens, :tokens]
+        values, outputs, pattern = self._values[layer], self._outputs[layer], self.pattern(layer)
         if (post := self.norm(Place("norm.attn.post.scale", layer))) is not None:
             g = g / post[1][:tokens, None]  # its gain is in the output matrix
-        flat, inner, group = g.reshape(tokens * rows, width), outputs.shape[1], len(outputs) // len(values)
-        out = torch.zeros_like(flat)
-        for number, value in enumerate(values):
-            back = g.new_zeros(tokens, rows * inner)
-            for head in range(number * group, (number + 1) * group):
-                back.addmm_(pattern[head], (flat @ outputs[head].T).view(tokens, rows * inner))
-            out.addmm_(back.view(tokens * rows, inner), value)
-        out = out.view(tokens, rows, width)
+        z = g.reshape(tokens * rows, width) @ outputs.flatten(0, 1).T
+        z = z.view(tokens, rows, len(values), -1, outputs.shape[1]).permute(2, 3, 0, 1, 4).flatten(3)
+        back = torch.empty_like(z[:, 0])  # kv_head, key, (row, inner)
+        for start in range(0, tokens, KEYS):
+            read = pattern[:, start : min(start + KEYS, tokens), :, start:tokens].flatten(2)
+            back[:, start : start + KEYS] = torch.bmm(read, z[:, :, start:].flatten(1, 2))
+        back = back.view(len(values), tokens, rows, -1).permute(1, 2, 0, 3)
+        out = (back.reshape(tokens * rows, -1) @ values.flatten(0, 1)).view(tokens, rows, width)
         return out if (norm := self.norm(Place("norm.attn.scale", layer))) is None else out / norm[1][:tokens, None]
 
     def push_attention(self, layer: int, x: Float[Tensor, "T d"]) -> Float[Tensor, "head T d"]:
@@ -139,7 +145,8 @@ class LocalModel:
             x = x / norm[1]
         values, outputs = self._values[layer], self._outputs[layer]
         v = torch.einsum("td,ged->gte", x, values).repeat_interleave(len(outputs) // len(values), 0)
-        out = (self.pattern(layer).mT @ v) @ outputs
+        pattern = self.pattern(layer).transpose(1, 2).flatten(0, 1)  # head, key, query
+        out = (pattern.mT @ v) @ outputs
         return out if (post := self.norm(Place("norm.attn.post.scale", layer))) is None else out / post[1]
 
     def _value_matrices(self) -> list[Float[Tensor, "kv_head d_value d"]]:

@@ -174,6 +174,12 @@ class Sources:
         """Return what a skip connection adds to the stream for activations at its read."""
         return self.to_stream(write, x @ self._skip_weight(read, write), slice(None))
 
+    def push_skip(self, read: Read, write: Write, x: Float[Tensor, "T d"]) -> Float[Tensor, "T d"]:
+        """Return what a skip connection adds to the stream for a change of the stream that it reads."""
+        if (known := self._local.norm(read.norm)) is not None:
+            x = known[0].linear(x) / known[1]
+        return self.skip(read, write, x)
+
     def pull_skip(self, read: Read, write: Write, g: Float[Tensor, "tokens rows d"]) -> Float[Tensor, "tokens rows d"]:
         """Pull directions after an MLP back through a skip connection, to the stream that it reads."""
         every = (slice(len(g)), None)
@@ -193,6 +199,16 @@ class Sources:
         for layer, reader in sorted(self._collection.readers.items()):
             if any(own is write for own in reader.writes):
                 yield reader, (self.features[:, 0] == layer).nonzero().flatten()
+
+    def written_by_feature(self, feature: int) -> dict[int, Float[Tensor, " d"]]:
+        """Return what one active feature adds to the stream after the MLP of each layer that it writes."""
+        layer, position, column = self.features[feature].tolist()
+        reader, found = self._collection.readers[layer], {}
+        for write in reader.writes:
+            weight: Any = write.map.W_dec[reader.group]
+            own = weight[write.name][column][None].to(self._local.device, self._local.dtype) * self.values[feature]
+            found[write.layer] = self.to_stream(write, own, torch.tensor([position]))[0]
+        return found
 
     def _vectors(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return features that write at the MLP of a layer, sorted by token, and what each adds to the stream."""

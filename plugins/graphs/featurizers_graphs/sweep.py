@@ -6,7 +6,7 @@ have an edge to is known, and their influence is final: no dense matrix and no i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple, final
 
 import torch
@@ -129,36 +129,10 @@ class Sweep:
         self.expanded[which] = True
 
     def _descend(self, point: int, g: Float[Tensor, "tokens rows d"]) -> Float[Tensor, "nodes rows"]:
-        """Return what each node adds to readers of the stream at one point, by carrying what they read down the layers.
-
-        Nothing after the last token that is read matters, so that only the first ``tokens`` tokens are carried.
-        """
-        sources, tokens, f, length = self._sources, len(g), self._features, self._local.length
-        out = self._zeros(self._first_token + length, g.shape[1])
-        waiting: dict[int, Tensor] = {}
-        while point > 0:
-            layer, after_mlp = (point - 1) // 2, point % 2 == 0
-            parallel = self._local.circuit.layout.blocks[layer].parallel
-            before = g
-            if after_mlp:
-                written = sources.written(layer)
-                products = torch.bmm(written.vectors[:tokens], g.mT)  # token, source, row
-                near = int(torch.searchsorted(written.positions, tokens))
-                own = written.features[:near]
-                out.index_add_(0, own, products[written.positions[:near], written.slots[:near]])
-                start = f + layer * length
-                out[start : start + tokens] = products[:, -1]
-                for read, write in self._collection.skips:
-                    if write.layer == layer:
-                        pulled = sources.pull_skip(read, write, g)
-                        waiting[read.point] = waiting[read.point] + pulled if read.point in waiting else pulled
-            if not after_mlp or parallel:
-                g = g + self._local.pull_attention(layer, before)
-            point = 2 * layer if parallel or not after_mlp else 2 * layer + 1
-            if point in waiting:
-                g = g + waiting.pop(point)
-        out[self._first_token : self._first_token + tokens] = (g @ sources.embeddings[:tokens, :, None]).squeeze(-1)
-        return out
+        """Return what each node adds to readers of the stream at one point."""
+        return contracted(
+            self._local, self._sources, descending(self._local, self._collection, self._sources, point, g)
+        )
 
     def _record(self, which: Int[Tensor, " n"], out: Float[Tensor, "nodes n"], weights: Float[Tensor, " n"]) -> None:
         """Keep sums and the largest edges of rows, and pass the influence of their readers on."""
@@ -173,6 +147,53 @@ class Sweep:
         self.edges.append(
             Edges(which.cpu(), kept.sum(1).cpu(), column.to(torch.int32).cpu(), out.T[row, column].float().cpu())
         )
+
+
+def descending(
+    local: LocalModel, collection: Collection, sources: Sources, point: int, g: Float[Tensor, "tokens rows d"]
+) -> Iterator[tuple[int, Float[Tensor, "tokens rows d"]]]:
+    """Yield each point of the stream from one down to the embedding, with what readers read of the stream there.
+
+    Nothing after the last token that is read matters, so that only the first ``tokens`` tokens are carried.
+    """
+    waiting: dict[int, Tensor] = {}
+    yield point, g
+    while point > 0:
+        layer, after_mlp = (point - 1) // 2, point % 2 == 0
+        parallel = local.circuit.layout.blocks[layer].parallel
+        after = g
+        for read, write in collection.skips if after_mlp else ():
+            if write.layer == layer:
+                pulled = sources.pull_skip(read, write, g)
+                waiting[read.point] = waiting[read.point] + pulled if read.point in waiting else pulled
+        if not after_mlp or parallel:
+            g = g + local.pull_attention(layer, after)
+        point = 2 * layer if parallel or not after_mlp else 2 * layer + 1
+        if point in waiting:
+            g = g + waiting.pop(point)
+        yield point, g
+
+
+def contracted(
+    local: LocalModel, sources: Sources, points: Iterable[tuple[int, Float[Tensor, "tokens rows d"]]]
+) -> Float[Tensor, "nodes rows"]:
+    """Return what each node adds to readers, from what they read at each point of the stream."""
+    f, length, out = len(sources.features), local.length, torch.zeros(0)
+    first_token = f + local.n_layers * length
+    for point, g in points:
+        if not len(out):
+            out = g.new_zeros(first_token + length, g.shape[1])
+        tokens = len(g)
+        if not point:
+            out[first_token : first_token + tokens] = (g @ sources.embeddings[:tokens, :, None]).squeeze(-1)
+        elif point % 2 == 0:
+            layer = point // 2 - 1
+            written = sources.written(layer)
+            products = torch.bmm(written.vectors[:tokens], g.mT)  # token, source, row
+            near = int(torch.searchsorted(written.positions, tokens))
+            out.index_add_(0, written.features[:near], products[written.positions[:near], written.slots[:near]])
+            out[f + layer * length : f + layer * length + tokens] = products[:, -1]
+    return out
 
 
 def largest(size: Float[Tensor, "nodes rows"], keep: float) -> Bool[Tensor, "nodes rows"]:

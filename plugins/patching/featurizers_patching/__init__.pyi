@@ -1,3 +1,5 @@
+from .additions import Addition as Addition
+from .additions import logits_with_additions as logits_with_additions
 from .grid import Grid as Grid
 from .grid import GridCell as GridCell
 from .grid import load_grid as load_grid

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import featurizers
@@ -11,39 +10,9 @@ import torch
 import transformers
 from featurizers.errors import SiteError
 
-from tests.support.attribution_graphs import PROMPT, random_cross_layer, random_transcoders, shaken
+from tests.support.attribution_graphs import MODELS, PROMPT, random_cross_layer, random_transcoders, shaken
 
 LAYERS, D, FEATURES = 3, 32, 48
-SMALL: dict[str, Any] = {
-    "num_hidden_layers": LAYERS, "hidden_size": D, "intermediate_size": 64, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 64, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-NARROW = {**SMALL, "head_dim": 8}
-NEOX = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
-GPT = {"n_layer": LAYERS, "n_embd": D, "n_head": 4, "vocab_size": 100, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
-
-
-def made(name: str, config: str, **settings: Any) -> Callable[[], Any]:
-    return lambda: getattr(transformers, name)(getattr(transformers, config)(**settings))
-
-
-MODELS: dict[str, Callable[[], Any]] = {
-    "gpt2": made("GPT2LMHeadModel", "GPT2Config", **GPT),
-    "llama": made("LlamaForCausalLM", "LlamaConfig", **SMALL),
-    "gemma2": made("Gemma2ForCausalLM", "Gemma2Config", **NARROW),
-    "gemma3": made("Gemma3ForCausalLM", "Gemma3TextConfig", **NARROW),
-    "qwen3": made("Qwen3ForCausalLM", "Qwen3Config", **NARROW),
-    "olmo2": made("Olmo2ForCausalLM", "Olmo2Config", **SMALL),
-    "mistral": made("MistralForCausalLM", "MistralConfig", **SMALL, sliding_window=4),
-    "phi3": made("Phi3ForCausalLM", "Phi3Config", **SMALL),
-    "granite": made("GraniteForCausalLM", "GraniteConfig", **SMALL, residual_multiplier=0.4, logits_scaling=2.0),
-    "neox": made("GPTNeoXForCausalLM", "GPTNeoXConfig", **NEOX, use_parallel_residual=False),
-    "neox-parallel": made("GPTNeoXForCausalLM", "GPTNeoXConfig", **NEOX),
-    "gptj-parallel": made("GPTJForCausalLM", "GPTJConfig", **GPT, rotary_dim=4),
-    "cohere-parallel": made("CohereForCausalLM", "CohereConfig", **SMALL),
-    "starcoder2": made("Starcoder2ForCausalLM", "Starcoder2Config", **SMALL),
-}
 AFTER = "module:model.layers.{}.post_feedforward_layernorm:output"
 OTHER = {
     "gemma2": ("resid.mid", AFTER),
