@@ -117,7 +117,8 @@ def theirs(prompt: Prompt) -> Callable[[], Any]:
     model, maps = model_and_maps()
     layers = {}
     for layer, f in enumerate(maps):
-        one = single.SingleLayerTranscoder(D, FEATURES, torch.relu, layer, device=torch.device("cpu"), dtype=torch.float32)
+        cpu: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
+        one = single.SingleLayerTranscoder(D, FEATURES, torch.relu, layer, **cpu)
         one.W_enc.data, one.W_dec.data = f.get_parameter("W_enc.features.in"), f.get_parameter("W_dec.features.out")
         one.b_enc.data, one.b_dec.data = torch.full((FEATURES,), prompt.bias), f.get_parameter("b_dec.out")
         layers[layer] = one
@@ -246,7 +247,7 @@ def needed(graph: Any) -> int:
     written = each.cumsum(1) + torch.arange(1, tokens + 1)  # features and errors of a layer up to a token
     head = D // HEADS
     total = 0
-    readers = [(layer, position) for (layer, position, _), made in zip(graph.features.tolist(), graph.expanded.tolist(), strict=True) if made]
+    readers = [(layer, position) for layer, position, _ in graph.features[graph.expanded].tolist()]
     readers += [(LAYERS, tokens - 1)] * len(graph.targets)
     for layer, position in readers:
         t = position + 1

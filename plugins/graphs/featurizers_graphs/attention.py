@@ -36,8 +36,8 @@ class HeadLoadings(NamedTuple):
         layers: between its source and its target.
         heads: what goes through each head of each of these layers, ``(layers, heads)``; later layers carry on what
             earlier ones have moved.
-        bypass: what passes each layer beside its attention, ``(layers,)``. The heads of a layer and its bypass add up to
-            the edge.
+        bypass: what passes each layer beside its attention, ``(layers,)``. The heads of a layer and its bypass add up
+            to what the source has written before the layer; that is the edge, unless the source writes several layers.
     """
 
     edge: Edge
@@ -96,7 +96,7 @@ class Traced:
                 )
 
     def ablation(self, feature: int) -> list[tuple[Site, int, Float[Tensor, " d"]]]:
-        """Return what takes an active feature away: at each site where it writes, its token and the negative of its write."""
+        """Return what takes an active feature away: sites where it writes, its token, and vectors to add there."""
         layer, position, column = self._sources.features[feature].tolist()
         reader, value = self._collection.readers[layer], self._sources.values[feature]
         found = []
@@ -203,7 +203,8 @@ class Traced:
         local, length = self._local, self._local.length
         if not 0 <= layer < local.n_layers or not 0 <= head < local.circuit.n_heads:
             raise UsageError(
-                f"the model has {local.n_layers} layers of {local.circuit.n_heads} heads; there is no {shown((layer, head))}"
+                f"the model has {local.n_layers} layers of {local.circuit.n_heads} heads, so no head "
+                f"{shown((layer, head))}"
             )
         if not 0 <= key <= query < length:
             raise UsageError(

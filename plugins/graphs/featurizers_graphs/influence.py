@@ -125,7 +125,10 @@ def pass_on(
 
 def pruned(
     sizes: Sizes,
-    edges: tuple[Int[Tensor, " edges"], Int[Tensor, " edges"], Float[Tensor, " edges"]],
+    readers: Int[Tensor, " rows"],
+    offsets: Int[Tensor, " rows_1"],
+    sources: Int[Tensor, " edges"],
+    weights: Float[Tensor, " edges"],
     influence: Float[Tensor, " nodes"],
     start: Float[Tensor, " targets"],
     candidates: Bool[Tensor, " nodes"],
@@ -140,7 +143,10 @@ def pruned(
 
     Args:
         sizes: of the graph.
-        edges: source, target and weight of each edge.
+        readers: node of each row.
+        offsets: where the edges of each row begin.
+        sources: node at which each edge begins.
+        weights: of each edge.
         influence: of each node.
         start: weights of the targets.
         candidates: nodes that may stay.
@@ -150,8 +156,12 @@ def pruned(
     count, f, first_token = len(influence), sizes.features, sizes.first_token
     always = torch.arange(first_token, count)
     mask = (influence >= threshold(influence, shares[0])).index_fill(0, always, value=True) & candidates
-    numbers = (mask[edges[1]] & mask[edges[0]]).nonzero().flatten()
-    source, target, weight = (part[numbers] for part in edges)
+    counts, left = offsets.diff(), mask[readers]  # few rows are left, so that the others' edges are not looked at
+    numbers = torch.repeat_interleave(left, counts).nonzero().flatten()
+    target = torch.repeat_interleave(readers[left], counts[left])
+    among = mask[sources[numbers].long()]
+    numbers, target = numbers[among], target[among]
+    source, weight = sources[numbers].long(), weights[numbers]
     at_targets = torch.zeros(count).index_copy_(0, torch.arange(sizes.first_target, count), start)
     reached, share = pass_on(source, target, weight, at_targets)
     score = share * reached[target]

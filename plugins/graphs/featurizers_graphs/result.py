@@ -352,14 +352,17 @@ class Graph:
                 raise UsageError(f"{name} is a share above 0 and at most 1, not {shown(share)}")
         kept, chosen = pruned(
             self.sizes,
-            (self.sources.long(), self.edge_targets, self.weights),
+            self.reader(torch.arange(len(self.total))),
+            self.offsets,
+            self.sources,
+            self.weights,
             self.influence,
             self._start,
             self.kept,
             self.expanded,
             (nodes, edges),
         )
-        rows = torch.repeat_interleave(torch.arange(len(self.total)), self.offsets.diff())[chosen]
+        rows = torch.searchsorted(self.offsets, chosen, right=True) - 1
         counts = torch.bincount(rows, minlength=len(self.total))
         about = {**self.about, "pruning": {"nodes": nodes, "edges": edges}}
         return replace(

@@ -221,6 +221,7 @@ def assembled(edges: list[Edges], n_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     for part in edges:
         counts[part.rows] = part.counts
     parts = sorted((part for part in edges if len(part.rows)), key=lambda part: int(part.rows[0]))
-    sources = torch.cat([part.sources for part in parts]) if parts else torch.zeros(0, dtype=torch.int32)
-    weights = torch.cat([part.weights for part in parts]) if parts else torch.zeros(0)
-    return torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]), sources, weights
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
+    if not parts:
+        return offsets, torch.zeros(0, dtype=torch.int32), torch.zeros(0)
+    return offsets, torch.cat([part.sources for part in parts]), torch.cat([part.weights for part in parts])

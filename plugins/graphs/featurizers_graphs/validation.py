@@ -92,7 +92,8 @@ def validate(
         model: that the graph was made of.
         maps: that the graph was made of.
         nodes: features to ablate: a number of those with the largest influence, or the nodes.
-        mode: ``recomputed`` computes all later activations anew; ``frozen`` keeps the attention patterns of the clean run.
+        mode: ``recomputed`` computes all later activations anew; ``frozen`` keeps the attention patterns of the clean
+            run.
         curve: numbers of features for the faithfulness curve: so many stay, and all others are ablated together.
         progress: is called with the share of the work that is done.
 

@@ -50,7 +50,9 @@ def test_edges_are_what_a_plain_model_with_everything_held_computes(name: str) -
     blocks = model.gpt_neox.layers if name == "neox-parallel" else model.model.layers
     held = Held(model, blocks)
     for node in graph.top(6):
-        assert node.layer is not None and node.feature is not None and node.value is not None
+        assert node.layer is not None
+        assert node.feature is not None
+        assert node.value is not None
         written = torch.zeros(len(PROMPT), D)
         written[node.position] = node.value * maps[node.layer].W_dec["features"]["out"][node.feature]
         change = held.change_of_logits(node.layer, written)

@@ -193,7 +193,8 @@ def test_normalised_reads_add_up(normalize: Any) -> None:
     graph = featurizers.graph(model, PROMPT, maps)
     assert graph.check_complete() < 1e-4
     # the totals are the values of the features, since the rule is a ReLU
-    torch.testing.assert_close(graph.total[: graph.n_features][graph.expanded], graph.values[graph.expanded], rtol=1e-4, atol=1e-5)  # fmt: skip
+    made = graph.expanded
+    torch.testing.assert_close(graph.total[: graph.n_features][made], graph.values[made], rtol=1e-4, atol=1e-5)
 
 
 def test_a_slice_leaves_the_rest_to_the_error() -> None:
