@@ -26,7 +26,9 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 NARROW = {**SMALL, "head_dim": 8}
 NEOX = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
-GPT: dict[str, Any] = {"n_layer": 3, "n_embd": 32, "n_head": 4, "vocab_size": 100, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+GPT: dict[str, Any] = {
+    "n_layer": 3, "n_embd": 32, "n_head": 4, "vocab_size": 100, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 
 
 def made(name: str, config: str, **settings: Any) -> Callable[[], Any]:
