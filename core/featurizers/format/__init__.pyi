@@ -1,3 +1,5 @@
+from .card import markdown as markdown
+from .card import write_card as write_card
 from .companion import Companion as Companion
 from .companion import read_companion as read_companion
 from .external_files import ExternalFiles as ExternalFiles

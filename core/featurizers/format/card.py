@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,7 +38,7 @@ def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -
     arguments = json.dumps(source) + (f", subfolder={json.dumps(subfolder)}" if subfolder else "")
     lines = [
         START,
-        f"# {_text(manifest.id)}",
+        f"# {markdown(manifest.id)}",
         "",
         f"A `{manifest.kind}` featurizer: it maps activations into a feature space and back, so that features can be "
         "collected, swapped between prompts, masked, steered and ablated.",
@@ -49,8 +50,8 @@ def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -
         f"| model | {_code(site.model) if site and site.model else 'not recorded'} |",
         f"| site | {where} |",
         *([f"| tokens | {', '.join(map(str, site.position[:20]))} |"] if site and site.position else []),
-        *(f"| {_text(name)} | {_text(text)} |" for name, text in summary_of(manifest).items()),
-        f"| saved with | {_text(', '.join(f'{name} {version}' for name, version in manifest.saved_with.items()))} |",
+        *(f"| {markdown(name)} | {markdown(text)} |" for name, text in summary_of(manifest).items()),
+        f"| saved with | {markdown(', '.join(f'{name} {version}' for name, version in manifest.saved_with.items()))} |",
         "",
         "```python",
         "import featurizers",
@@ -90,7 +91,7 @@ def write_collection(index: Index, path: Path, *, source: str, intervenable: boo
         ArtefactError: the existing card is not UTF-8 text.
     """
     rows = [
-        f"| `{name}` | {_code(entry.kind)} | {_text(entry.id)} | {_code(entry.site) if entry.site else ''} |"
+        f"| `{name}` | {_code(entry.kind)} | {markdown(entry.id)} | {_code(entry.site) if entry.site else ''} |"
         for name, entry in index.artefacts.items()
     ]
     first = next(iter(index.artefacts))
@@ -127,6 +128,22 @@ def _measurements(found: measured.Measured | None) -> list[str]:
 
 
 def _text(words: str) -> str:
+def write_card(path: Path, lines: Sequence[str], *tags: str, base_model: str | None = None) -> None:
+    """Write a card of what is no featurizer, or update the generated part of an existing card.
+
+    Args:
+        path: file to write.
+        lines: Markdown of the generated part; words from outside must have gone through `markdown`.
+        tags: of the front matter of a new card, beside those that all cards have.
+        base_model: of the front matter of a new card.
+
+    Raises:
+        ArtefactError: the existing card is not UTF-8 text.
+    """
+    _update(path, _metadata(*tags, base_model=base_model), "\n".join([START, *lines, END]))
+
+
+def markdown(words: str) -> str:
     """Escape words of an artefact for Markdown: no tag, no link, no end of a table cell."""
     return re.sub(r"([\\`<>|\[\]])", r"\\\1", words)
 

@@ -9,6 +9,7 @@ from .external import of_repository as of_repository
 from .loading import load as load
 from .pushing import push as push
 from .pushing import push_featurizer as push_featurizer
+from .pushing import push_files as push_files
 from .records import list_artefacts as list_artefacts
 from .records import manifest_of as manifest_of
 from .retrying import read_unchanged as read_unchanged

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featurizers.errors import ArtefactError, ManifestError, UsageError, WeightsError, explain
+from featurizers.errors import ArtefactError, ManifestError, UsageError, WeightsError, explain, shown
 from featurizers.files.regular import contained, opened, read_bytes
 from featurizers.files.replacement import os_errors, temporary_folder
 from featurizers.format import card, measured
@@ -23,6 +23,7 @@ from featurizers.format.manifest import (
     Entry,
     Index,
     Manifest,
+    Subfolder,
     dump,
     named_folder,
     read,
@@ -89,6 +90,7 @@ def push(
         record = measured.added(record, metrics)
     if branch and create_pr:
         raise UsageError("a pull request is opened against the default branch; leave out branch or create_pr")
+    _refuse_both(branch, create_pr)
     with temporary_folder() as staging:
         return _commit(
             repo_id,
@@ -99,6 +101,89 @@ def push(
             create_pr=create_pr,
             token=token,
         )
+
+
+def push_files(
+    folder: Path,
+    names: Sequence[str],
+    repo_id: str,
+    write_card: Callable[[Path], object],
+    *,
+    title: str,
+    subfolder: str | None = None,
+    private: bool | None = None,
+    branch: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+) -> CommitInfo:
+    """Upload files that are no artefact, and their card, in one commit; what people wrote in the card is kept.
+
+    The repository and the branch are created if they are missing.
+
+    Args:
+        folder: holds the files.
+        names: of the files.
+        repo_id: ``owner/name``.
+        write_card: writes or updates the card at the path that it is given.
+        title: of the commit.
+        subfolder: folder of the repository; its root if None.
+        private: as in `push`.
+        branch: as in `push`.
+        create_pr: as in `push`.
+        token: as in `push`.
+
+    Raises:
+        ManifestError: the subfolder has no valid name, or the place in the repository holds an artefact.
+        HubConflictError: someone else pushed meanwhile; nothing was changed.
+        HubError: the Hub refused.
+    """
+    from huggingface_hub import CommitOperationAdd
+    from pydantic import TypeAdapter, ValidationError
+
+    _refuse_both(branch, create_pr)
+    try:
+        TypeAdapter(Subfolder | None).validate_python(subfolder)
+    except ValidationError as error:
+        raise ManifestError(repo_id, f"the subfolder {shown(subfolder)}: {explain(error)}") from error
+    prefix = f"{subfolder}/" if subfolder else ""
+
+    def operations(parent: str | None) -> list[CommitOperationAdd]:
+        existing = _existing(repo_id, token, parent)
+        if existing(subfolder or "", CONFIG_NAME, MAX_CONFIG_BYTES) is not None:
+            raise ManifestError(repo_id, f"{prefix}{CONFIG_NAME} is there; push to another repository or subfolder")
+        path = _started_card(existing(subfolder or "", CARD_NAME, MAX_CARD_BYTES), staging / CARD_NAME)
+        write_card(path)
+        added = [CommitOperationAdd(f"{prefix}{name}", str(folder / name)) for name in names]
+        return [*added, CommitOperationAdd(f"{prefix}{CARD_NAME}", str(path))]
+
+    options: dict[str, Any] = {"private": private, "branch": branch, "create_pr": create_pr, "token": token}
+    with temporary_folder() as staging:
+        return _commit(repo_id, operations, title=title, **options)
+
+
+def _refuse_both(branch: str | None, create_pr: bool) -> None:
+    if branch and create_pr:
+        raise UsageError("a pull request is opened against the default branch; leave out branch or create_pr")
+
+
+def _existing(repo_id: str, token: str | bool | None, parent: str | None) -> Callable[[str, str, int], Path | None]:
+    """Return a function that downloads a file of the parent commit, and returns None if it has no such file."""
+
+    def existing(part: str, name: str, most: int) -> Path | None:
+        if parent is None:
+            return None
+        return Remote(HubSource(repo_id, None), part or None, token).optional(name, parent, most)
+
+    return existing
+
+
+def _started_card(old: Path | None, target: Path) -> Path:
+    """Copy an existing card to the place of the new one, and return that place."""
+    with os_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if old is not None and old.exists():
+            target.write_bytes(read_bytes(old, str(old.parent), ArtefactError, MAX_CARD_BYTES))
+    return target
 
 
 def _commit(
@@ -170,12 +255,7 @@ def _operations(
     """List the files of the commit: artefacts with their cards, and the index of a repository with subfolders."""
     from huggingface_hub import CommitOperationAdd
 
-    def existing(part: str, name: str, most: int) -> Path | None:
-        """Download a file of the parent commit; return None if it has no such file."""
-        if parent is None:
-            return None
-        return Remote(HubSource(repo_id, None), part or None, token).optional(name, parent, most)
-
+    existing = _existing(repo_id, token, parent)
     root_config = existing("", CONFIG_NAME, MAX_CONFIG_BYTES)
     root = None if root_config is None else read(root_config, repo_id)
     if root is not None and isinstance(root, Index) != (bool(subfolder) or isinstance(record, Index)):
@@ -291,12 +371,9 @@ def _card(
     intervenable: bool = False,
 ) -> Path:
     """Update the card of the repository, or else of the folder, and return the file to upload."""
-    target = staging / part / CARD_NAME
     old_card = existing(part, CARD_NAME, MAX_CARD_BYTES) or (local and local / CARD_NAME)
+    target = _started_card(old_card, staging / part / CARD_NAME)
     with os_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if old_card is not None and old_card.exists():
-            target.write_bytes(read_bytes(old_card, str(old_card.parent), ArtefactError, MAX_CARD_BYTES))
         if isinstance(record, Index):
             card.write_collection(record, target, source=repo_id, intervenable=intervenable)
         else:

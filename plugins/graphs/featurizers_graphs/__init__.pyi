@@ -5,6 +5,7 @@ from .graph_files import load_graph as load_graph
 from .graphing import graph as graph
 from .influence import Bounds as Bounds
 from .influence import Scores as Scores
+from .loading import load_graph as load_graph
 from .result import Edge as Edge
 from .result import Graph as Graph
 from .result import IncompleteGraphError as IncompleteGraphError
