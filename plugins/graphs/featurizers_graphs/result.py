@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from featurizers.errors import UsageError, shown
@@ -13,6 +13,8 @@ from featurizers.errors import UsageError, shown
 from featurizers_graphs.graph_data import Edge, GraphData, IncompleteGraphError, Node, NodeKind, NodeLike, Target
 from featurizers_graphs.graph_files import push_graph, save_graph
 from featurizers_graphs.influence import pruned
+from featurizers_graphs.neuronpedia import to_neuronpedia
+from featurizers_graphs.uploading import upload
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -140,3 +142,48 @@ class Graph(GraphData):
         """
         options = {"private": private, "branch": branch, "create_pr": create_pr, "token": token}
         return push_graph(self, repo_id, subfolder, commit_message, **options)
+
+    # ---- Neuronpedia
+
+    def to_neuronpedia(
+        self,
+        slug: str,
+        scan: str,
+        *,
+        source_set: str | None = None,
+        feature_url: str | None = None,
+        description: str | None = None,
+        creator: str | None = None,
+    ) -> dict[str, Any]:
+        """Return the kept nodes and edges as a JSON object that Neuronpedia and circuit-tracer's page read.
+
+        Groups become supernodes, whose nodes are pinned.
+
+        Args:
+            slug: name of the graph in its address; letters, digits and ``_ . -``.
+            scan: model, as Neuronpedia calls it, such as ``gemma-2-2b``.
+            source_set: dashboards of the features on Neuronpedia, such as ``gemmascope-transcoder-16k``.
+            feature_url: address of a folder with a JSON file for each feature, instead.
+            description: of the graph.
+            creator: name of who made it.
+
+        Raises:
+            UsageError: a name has other characters, the graph is too large, or two targets are one token.
+        """
+        details = {"source_set": source_set, "feature_url": feature_url}
+        return to_neuronpedia(self, slug, scan, **details, description=description, creator=creator)
+
+    def upload(self, slug: str, scan: str, *, key: str | None = None, **options: Any) -> str:
+        """Upload the graph to Neuronpedia, and return the address of its page. Nothing else sends a graph there.
+
+        Args:
+            slug: as in `to_neuronpedia`.
+            scan: as in `to_neuronpedia`; the model must be on Neuronpedia.
+            key: of an account; if None, the environment variable ``NEURONPEDIA_API_KEY``.
+            options: of `to_neuronpedia`.
+
+        Raises:
+            UsageError: there is no key, or as `to_neuronpedia`.
+            ArtefactError: the server refused or did not answer.
+        """
+        return upload(self.to_neuronpedia(slug, scan, **options), key=key)
