@@ -14,6 +14,7 @@ from featurizers_graphs.graph_data import Edge, GraphData, IncompleteGraphError,
 from featurizers_graphs.graph_files import push_graph, save_graph
 from featurizers_graphs.influence import pruned
 from featurizers_graphs.neuronpedia import to_neuronpedia
+from featurizers_graphs.page import write_page
 from featurizers_graphs.uploading import upload
 
 if TYPE_CHECKING:
@@ -187,3 +188,16 @@ class Graph(GraphData):
             ArtefactError: the server refused or did not answer.
         """
         return upload(self.to_neuronpedia(slug, scan, **options), key=key)
+
+    # ---- page
+
+    def plot(self, path: str | Path = "graph.html") -> Path:
+        """Write a page of the kept nodes and edges, in one HTML file that needs no network; return its path.
+
+        Rows are layers and columns tokens. A click on a node lists its inputs and outputs and draws its edges.
+
+        Raises:
+            UsageError: the graph is too large for a page; prune it first.
+            ArtefactError: the file cannot be written.
+        """
+        return write_page(Path(path).expanduser(), self)
