@@ -231,6 +231,19 @@ def transformer_debugger() -> None:
     assert "attn_write_norm" in command("scalars", "--list")
 
 
+def graphs() -> None:
+    """Trace a graph, save it, read it again, and write its page, whose parts are data of the package."""
+    from featurizers_transcoder import Transcoder
+
+    f = Transcoder.from_weights(*torch.randn(2, 16, 8))
+    f.reads, f.writes = {"in": "mlp.in:0"}, {"out": "mlp.out:0"}
+    graph = featurizers.graph(decoder(), IDS[0].tolist(), [f])
+    again = featurizers.load_graph(graph.save("graph"))
+    assert torch.equal(again.influence, graph.influence)
+    assert "</html>" in again.plot("graph.html").read_text(encoding="utf-8")
+    assert "--maps" in command("graph", "--help")
+
+
 def patching() -> None:
     """Patch a grid, save it and read it again."""
     metric = ("logit_difference", 7, 9)
@@ -324,6 +337,7 @@ CHECKS = {
     "derived-scalars": derived_scalars,
     "dictionary-learning": dictionary_learning,
     "evaluate": evaluate,
+    "graphs": graphs,
     "identity": lambda: create("identity", d_in=8),
     "interp-engine": interp_engine,
     "llamascopium": llamascopium,

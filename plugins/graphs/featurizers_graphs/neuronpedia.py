@@ -6,6 +6,7 @@ The fields are those that Neuronpedia's `graph-schema.json` names. Ids are those
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping
 from importlib import metadata
@@ -130,7 +131,7 @@ def _node(graph: GraphData, node: Node, name: str, share: float) -> dict[str, An
         js = f"E_{int(graph.tokens[node.position])}-{node.position}"
         return shared | own | {"feature": node.position, "feature_type": "embedding", "jsNodeId": js}
     target, number = _target(graph, node)
-    text = f'Output "{target.label}" (p={target.weight:.3f})' if target.kind == "logit" else target.label
+    text = f'Output "{_spelt(target.label)}" (p={target.weight:.3f})' if target.kind == "logit" else target.label
     return shared | {
         "layer": str(graph.n_layers + 1),
         "clerp": text,
@@ -141,6 +142,16 @@ def _node(graph: GraphData, node: Node, name: str, share: float) -> dict[str, An
         "feature_type": "logit",
         "jsNodeId": f"L_{number}-{node.position}",
     }
+
+
+def _spelt(label: str) -> str:
+    """Return the token itself of a label such as ``logit ' Austin'``."""
+    text = label.removeprefix("logit ")
+    try:
+        token = ast.literal_eval(text) if text[:1] in ("'", '"') else text
+    except (ValueError, SyntaxError):  # cut, since it was long
+        return text
+    return token if isinstance(token, str) else text
 
 
 def _metadata(

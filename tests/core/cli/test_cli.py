@@ -34,6 +34,7 @@ COMMANDS = [
     "convert",
     "fit causal-basis",
     "scalars",
+    "graph",
     "patch",
     "train",
     "evaluate",

@@ -52,6 +52,25 @@ def test_a_graph_is_saved_and_loaded_as_it_was(tmp_path: Path) -> None:
     assert_equal(featurizers.load_graph(tmp_path / "whole" / "graph.safetensors"), graph)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gemma3"])
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_traced_graph_is_possible(architecture: str, first: int, tmp_path: Path) -> None:
+    """What loading checks holds of every graph that is made, also of blocks whose halves run side by side."""
+    from featurizers_graphs.graphing import graph as trace
+
+    from tests.support.attribution_graphs import random_transcoders
+    from tests.support.models import fresh_model
+
+    model = fresh_model(architecture).requires_grad_(False)
+    maps = random_transcoders(model.config.num_hidden_layers, model.config.hidden_size, 30)
+    for targets in (None, [(1, 4, 7), (0, 2, 3)], lambda logits: logits[-1, 3] - logits[2, 4]):
+        graph = trace(model, [5, 9, 3, 7, 11], maps, targets=targets, first=first, nodes=40)
+        graph.save(tmp_path)
+        assert_equal(load_graph(tmp_path), graph)
+        graph.prune().save(tmp_path)
+        assert load_graph(tmp_path).n_edges == graph.prune().n_edges
+
+
 def test_the_header_can_be_read_without_the_library(tmp_path: Path) -> None:
     named_graph().save(tmp_path)
     with safe_open(tmp_path / "graph.safetensors", "pt") as file:

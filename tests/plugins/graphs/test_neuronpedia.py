@@ -113,6 +113,33 @@ def test_targets_that_are_no_tokens() -> None:
         exported(random_graph(targets=(Target("logit", "x", 0.5, 2, token=7), Target("logit", "y", 0.5, 2, token=7))))
 
 
+def test_outputs_are_spelt_as_tokens() -> None:
+    labels = ("logit ' Austin'", "logit 'it\\'s'", "logit 'long…", "logit 17", "word", "'a' + x")
+    weight = 1 / len(labels)
+    targets = tuple(Target("logit", label, weight, 2, token=i) for i, label in enumerate(labels))
+    found = [node["clerp"] for node in exported(random_graph(targets=targets, **rows_for(len(labels))))["nodes"]][-6:]
+    words = (" Austin", "it's", "'long…", "17", "word", "'a' + x")
+    assert found == [f'Output "{word}" (p=0.167)' for word in words]
+
+
+def rows_for(count: int) -> dict[str, Any]:
+    """Return the numbers of a graph with another number of targets."""
+    other = random_graph(n_targets=count)
+    names = (
+        "influence",
+        "offsets",
+        "sources",
+        "weights",
+        "constant",
+        "total",
+        "summed",
+        "absolute",
+        "error_share",
+        "kept",
+    )
+    return {name: getattr(other, name) for name in names}
+
+
 def test_what_neuronpedia_does_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for slug, scan in (("a b", "x"), ("", "x"), ("x", "owner/model"), ("x\n", "x")):
         with pytest.raises(UsageError, match="letters, digits"):
