@@ -135,7 +135,7 @@ def write_graph_card(path: Path, graph: GraphData, source: str, subfolder: str |
         ArtefactError: the existing card is no text, or cannot be written.
     """
     model = graph.about.get("model")
-    whole, kept = graph.scores, graph.kept_scores
+    whole = graph.scores
     prompt = printable("".join(graph.token_texts), 300)
     rows = [
         ("prompt", markdown(prompt)),
@@ -143,9 +143,11 @@ def write_graph_card(path: Path, graph: GraphData, source: str, subfolder: str |
         ("explains", markdown(printable(targets_text(graph.targets, 5), 300))),
         ("nodes", f"{len(graph)} of {graph.n_nodes}, among {graph.n_features} active features"),
         ("edges", str(graph.n_edges)),
-        ("replacement score", f"{whole.replacement}; of the kept nodes and edges {kept.replacement}"),
-        ("completeness score", f"{whole.completeness}; of the kept nodes and edges {kept.completeness}"),
+        ("replacement score", str(whole.replacement)),
+        ("completeness score", str(whole.completeness)),
     ]
+    if len(graph) < graph.n_nodes:
+        rows.append(("scores of what pruning left", str(graph.kept_scores)))
     arguments = json.dumps(source) + (f", subfolder={json.dumps(subfolder)}" if subfolder else "")
     lines = [
         f"# Attribution graph: {markdown(printable(prompt, 80))}",

@@ -118,7 +118,11 @@ def test_the_card(tmp_path: Path) -> None:
     assert "attribution-graph" in head["tags"]
     assert text.count("<!-- featurizers: end -->") == 1
     assert "<b>" not in text
-    assert str(graph.scores.replacement) in text
+    assert f"| replacement score | {graph.scores.replacement} |" in text
+    assert "pruning" not in text
+    graph.prune().save(tmp_path)
+    pruned = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"| scores of what pruning left | {graph.prune().kept_scores} |" in pruned
     assert f'featurizers.load_graph("./{tmp_path.name}")' in text
     best = graph.top(1)[0]
     assert f"{best.influence:.4f}" in text
@@ -402,21 +406,40 @@ def test_a_graph_of_circuit_tracer_is_converted_by_the_script_and_read(tmp_path:
     torch.testing.assert_close(load_graph(tmp_path / "again").influence, found.influence)
 
 
-def influence_of_circuit_tracer(matrix: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return ``w (P + P² + …)`` with P the matrix of absolute values whose rows are divided by their sums."""
-    p = matrix.abs() / matrix.abs().sum(1, keepdim=True).clamp(min=1e-10)
-    total, now = torch.zeros(len(p)), weights
-    for _ in range(len(p)):
-        now = now @ p
-        total += now
-    return total
+@pytest.mark.parametrize("name", ["gpt2-own", "llama-clt-in", "llama-skip"])
+def test_a_converted_graph_has_circuit_tracers_influence_scores_and_pruning(name: str, tmp_path: Path) -> None:
+    """The golden graphs are those that circuit-tracer itself made."""
+    from tests.support.attribution_graphs import golden
 
-
-def test_influence_is_that_of_the_dense_matrix(tmp_path: Path) -> None:
-    graph = random_graph(n_layers=4, seed=7)
-    weights = torch.zeros(graph.n_nodes)
-    weights[graph.first_target :] = torch.tensor([t.weight for t in graph.targets])
-    torch.testing.assert_close(graph.influence, influence_of_circuit_tracer(dense(graph), weights))
+    given = golden(name)
+    expected, count = given.tensors, len(given.tensors["tokens"])
+    edges = expected["adjacency"].to_sparse().coalesce()
+    tensors = {
+        "features": expected["features"],
+        "values": expected["values"],
+        "ends": edges.indices().contiguous(),
+        "weights": edges.values(),
+        "tokens": expected["tokens"],
+        "probabilities": expected["probabilities"],
+    }
+    about = {
+        "n_layers": given.model.config.num_hidden_layers,
+        "token_texts": [str(token) for token in expected["tokens"].tolist()],
+        "targets": [[str(token), token] for token in expected["logits"].tolist()],
+        "model": None,
+    }
+    text = json.dumps({"format": "circuit-tracer.graph", "version": 1, **about})
+    save_file(tensors, tmp_path / "x.safetensors", {"featurizers": text})
+    graph = load_graph(tmp_path / "x.safetensors")
+    assert len(graph.tokens) == count
+    assert torch.equal(dense(graph), expected["adjacency"])
+    torch.testing.assert_close(graph.influence, expected["influence"], rtol=1e-5, atol=1e-7)
+    scores = [graph.scores.replacement.low, graph.scores.completeness.low]
+    assert scores == pytest.approx(expected["scores"].tolist(), rel=1e-5)
+    for number, (nodes, edge_share) in enumerate(given.thresholds):
+        pruned = graph.prune(nodes, edge_share)
+        assert torch.equal(pruned.kept, expected[f"nodes.{number}"])
+        assert torch.equal(dense(pruned) != 0, expected[f"edges.{number}"])
 
 
 def test_a_pickle_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
