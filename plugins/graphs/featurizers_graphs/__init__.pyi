@@ -1,7 +1,6 @@
 from .attention import HeadLoadings as HeadLoadings
 from .attention import Marginals as Marginals
 from .attention import Traced as Traced
-from .graph_files import load_graph as load_graph
 from .graphing import graph as graph
 from .influence import Bounds as Bounds
 from .influence import Scores as Scores
