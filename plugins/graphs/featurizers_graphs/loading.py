@@ -9,6 +9,7 @@ from featurizers.errors import ArtefactError, SourceError, shown
 from featurizers.files import contained, recover
 from featurizers.format import read_state
 from featurizers.hub import FolderSource, HubSource, Remote, parse_source
+from featurizers.store import read_unchanged
 
 from featurizers_graphs import circuit_tracer, graph_files
 from featurizers_graphs.result import Graph
@@ -61,7 +62,7 @@ def load_graph(
         raise SourceError(f"a graph is in a folder or on the Hub, not in a plugin's catalogue: {shown(str(source))}")
     path = parsed.path.expanduser()
     if path.is_file() and subfolder is None:
-        return _read(path, str(path))
+        return _read_unchanged(path, str(path))
     recover(path)
     folder = path / subfolder if subfolder else path
     if not folder.is_dir():
@@ -69,7 +70,12 @@ def load_graph(
     file = contained(path, folder / graph_files.FILE_NAME, str(folder), ArtefactError)
     if not file.exists():
         raise ArtefactError(str(folder), f"it has no {graph_files.FILE_NAME}; Graph.save writes one")
-    return _read(file, str(folder))
+    return _read_unchanged(file, str(folder))
+
+
+def _read_unchanged(path: Path, where: str) -> Graph:
+    """Read a file that another program may replace meanwhile: header and tensors are of one version."""
+    return read_unchanged(path.parent, (path.name,), lambda: _read(path, where), where)
 
 
 def _read(path: Path, where: str) -> Graph:

@@ -14,6 +14,7 @@ import featurizers
 import pytest
 import torch
 from featurizers.errors import ArtefactError, FeaturizerError, HubNotFoundError, ManifestError, SourceError, UsageError
+from featurizers_graphs import loading
 from featurizers_graphs.graph_files import FORMAT, VERSION
 from featurizers_graphs.loading import load_graph
 from featurizers_graphs.result import Graph
@@ -289,6 +290,25 @@ def test_sources_that_are_no_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ArtefactError, match="no valid Unicode"):
         random_graph(texts=("a", "\ud800", "c")).save(tmp_path / "surrogate")
     assert not (tmp_path / "surrogate").exists()
+
+
+def test_a_graph_that_is_replaced_meanwhile_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (random_graph(seed=seed, about={"seed": seed}) for seed in (0, 1))
+    first.save(tmp_path)
+    real, calls = loading.read_state, []
+
+    def read(path: Path, **options: Any) -> Any:
+        """Read the tensors of the first graph with the header of the second, as if it had come between."""
+        tensors, about = real(path, **options)
+        if not calls:
+            second.save(tmp_path)
+            about = real(path, **options)[1]
+        calls.append(path)
+        return tensors, about
+
+    monkeypatch.setattr(loading, "read_state", read)
+    assert_equal(load_graph(tmp_path), second)
+    assert len(calls) == 2
 
 
 # ---------------------------------------------------------------------- the Hub
