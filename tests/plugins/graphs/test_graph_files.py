@@ -374,18 +374,18 @@ def dense(graph: Graph) -> torch.Tensor:
     return matrix
 
 
-def saved_by_circuit_tracer(graph: Graph, path: Path) -> torch.Tensor:
-    """Write what its ``Graph.to_pt`` writes, with features in another order; return that order."""
+def saved_by_circuit_tracer(graph: Graph, path: Path, left_out: int = 1) -> None:
+    """Write what its ``Graph.to_pt`` writes, with features in another order, and some that were not selected."""
     order = torch.randperm(graph.n_features, generator=torch.Generator().manual_seed(1))
     nodes = torch.cat([order, torch.arange(graph.n_features, graph.n_nodes)])
-    active = torch.cat([graph.features.flip(0), torch.tensor([[0, 0, 9999]])])  # one that was not selected
+    active = torch.cat([graph.features.flip(0), torch.tensor([[0, 0, 9999]] * left_out).reshape(-1, 3)])
     content = {
         "input_string": "".join(graph.token_texts),
         "input_tokens": graph.tokens,
         "adjacency_matrix": dense(graph)[nodes][:, nodes],
         "cfg": SimpleNamespace(n_layers=graph.n_layers),
         "active_features": active,
-        "activation_values": torch.cat([graph.values.flip(0), torch.zeros(1)]),
+        "activation_values": torch.cat([graph.values.flip(0), torch.zeros(left_out)]),
         "selected_features": graph.n_features - 1 - order,
         "logit_targets": [SimpleNamespace(token_str=t.label, vocab_idx=t.token) for t in graph.targets],
         "logit_probabilities": torch.tensor([t.weight for t in graph.targets]),
@@ -393,7 +393,6 @@ def saved_by_circuit_tracer(graph: Graph, path: Path) -> torch.Tensor:
         "scan": "owner/model",
     }
     torch.save(content, path)
-    return order
 
 
 def script() -> str:
@@ -401,12 +400,13 @@ def script() -> str:
     return next(b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "weights_only=False" in b)
 
 
-def test_a_graph_of_circuit_tracer_is_converted_by_the_script_and_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_a_graph_of_circuit_tracer_is_converted_by_the_script_and_read(left_out: int, tmp_path: Path) -> None:
     from tests.support.models import fresh_model, save_language_model
 
     model = save_language_model(fresh_model("llama"), tmp_path / "model")
     graph = random_graph(texts=("w5", "w6", "w7"), seed=2)
-    saved_by_circuit_tracer(graph, tmp_path / "x.pt")
+    saved_by_circuit_tracer(graph, tmp_path / "x.pt", left_out)
     (tmp_path / "convert.py").write_text(script())
     words = [sys.executable, "convert.py", "x.pt", "x.safetensors", str(model)]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
