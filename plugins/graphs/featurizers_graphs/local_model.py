@@ -116,7 +116,8 @@ class LocalModel:
         return self._turned(layer, self.raw.recompute(Place("attn.probs", layer), resid))
 
     def _turned(self, layer: int, probabilities: Float[Tensor, "query key head"]) -> Tensor:
-        turned = self._wide(probabilities.permute(2, 1, 0)).unflatten(0, (len(self._values[layer]), -1))
+        length, kv_heads = self.length, len(self._values[layer])
+        turned = self._wide(probabilities.permute(2, 1, 0)).reshape(kv_heads, -1, length, length)
         return turned.transpose(1, 2).contiguous()
 
     def pull_attention(self, layer: int, g: Float[Tensor, "tokens rows d"]) -> Float[Tensor, "tokens rows d"]:

@@ -157,6 +157,6 @@ def spearman(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float:
 
 
 def _ranks(x: Tensor) -> Tensor:
-    _, group, counts = x.unique(return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0)
-    return (ends - (counts - 1) / 2)[group]
+    found: tuple[Tensor, Tensor, Tensor] = torch.unique(x, return_inverse=True, return_counts=True)
+    _, group, counts = found
+    return (counts.cumsum(0) - (counts - 1) / 2)[group]
