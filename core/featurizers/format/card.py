@@ -121,13 +121,12 @@ def _measurements(found: measured.Measured | None) -> list[str]:
         return []
     rows = []
     for name, each in found.metrics.items():
-        value, definition = (_text(one_line(text, 300)) for text in (each.text(), each.definition))
+        value, definition = (markdown(one_line(text, 300)) for text in (each.text(), each.definition))
         rows.append(f"| {_code(one_line(name, 60))} | {value} | {definition} |")
-    about = _text(measured.about_in_words(found))
+    about = markdown(measured.about_in_words(found))
     return ["", "## Measured", "", f"On {about}.", "", "| metric | value (95 % interval) | |", "|---|---|---|", *rows]
 
 
-def _text(words: str) -> str:
 def write_card(path: Path, lines: Sequence[str], *tags: str, base_model: str | None = None) -> None:
     """Write a card of what is no featurizer, or update the generated part of an existing card.
 

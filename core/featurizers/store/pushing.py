@@ -88,8 +88,6 @@ def push(
         if not isinstance(record, Manifest):
             raise UsageError("metrics are of one artefact; push the artefacts of a collection one by one")
         record = measured.added(record, metrics)
-    if branch and create_pr:
-        raise UsageError("a pull request is opened against the default branch; leave out branch or create_pr")
     _refuse_both(branch, create_pr)
     with temporary_folder() as staging:
         return _commit(
