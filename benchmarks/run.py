@@ -14,6 +14,7 @@ import das
 import derived_scalars
 import dictionaries
 import evaluate
+import graphs
 import hooks
 import patching
 import report
@@ -41,6 +42,7 @@ BENCHMARKS = {
         training,
         derived_scalars,
         site_maps,
+        graphs,
     )
     for benchmark in theme.BENCHMARKS
 }
