@@ -38,9 +38,10 @@ def test_heads_and_bypass_of_each_layer_add_up_to_the_edge(name: str, skip: bool
     assert several > 0
 
 
-def test_a_head_carries_what_the_edge_loses_without_it() -> None:
-    """Oracle: the graph of a model whose last layer's head writes nothing, everything before it being the same."""
-    model, maps = llama(), random_transcoders(LAYERS, D, N)
+@pytest.mark.parametrize("skip", [False, True])
+def test_heads_of_the_last_layer_carry_what_plain_matrices_say(skip: bool) -> None:
+    """By the weights of Llama, the scales of its norms and its patterns: an embedding is carried to the logits."""
+    model, maps = llama(), random_cross_layer(LAYERS, D, N, skip=skip)
     graph = featurizers.graph(model, PROMPT, maps, keep=1.0, targets=[5])
     edge = next(edge for edge in graph.edges(into=graph.first_target) if edge.source >= graph.first_token)
     (found,) = Traced(graph, model, maps).heads([edge])
@@ -48,20 +49,29 @@ def test_a_head_carries_what_the_edge_loses_without_it() -> None:
     last = model.model.layers[-1]
     position = edge.source - graph.first_token
     # in the last layer the stream of the target's token alone is read, after the norms of attention and of the head
-    stream = carried(model, raw, maps, position, LAYERS - 1)
+    stream = carried(model, raw, maps, position, LAYERS - 1, skip)
     normed = stream / raw.scale("attn", LAYERS - 1) * last.input_layernorm.weight
     values = (normed @ last.self_attn.v_proj.weight.T).view(len(PROMPT), 2, 8).repeat_interleave(2, 1)
     pattern = raw[Place("attn.probs", LAYERS - 1), "forward"]
     z = torch.einsum("qkh,khe->qhe", pattern, values)
     out = last.self_attn.o_proj.weight.T.view(4, 8, D)
     written = torch.einsum("he,hed->hd", z[-1], out)
+    if skip:
+        written = written + skipped(model, raw, maps, LAYERS - 1, written, -1)
     unembed = model.lm_head.weight[5] - model.lm_head.weight.mean(0)
     loads = (written / raw.scale("final")[-1] * model.model.norm.weight) @ unembed
     torch.testing.assert_close(found.heads[-1], loads, rtol=1e-3, atol=1e-5)
 
 
-def carried(model: Any, raw: Any, maps: Any, position: int, layer: int) -> torch.Tensor:
-    """Return what the embedding of a token has become before a layer, by frozen attention alone."""
+def skipped(model: Any, raw: Any, maps: Any, layer: int, x: torch.Tensor, tokens: Any = slice(None)) -> torch.Tensor:
+    """Return what the skip connection of a layer adds for a change of the stream at some tokens."""
+    scale = raw.scale("mlp", layer)[tokens]
+    normed = x / scale * model.model.layers[layer].post_attention_layernorm.weight
+    return normed @ maps.get_parameter(f"W_skip.out-{layer}.in-{layer}")
+
+
+def carried(model: Any, raw: Any, maps: Any, position: int, layer: int, skip: bool) -> torch.Tensor:
+    """Return what the embedding of a token has become before a layer, by frozen attention and skip connections."""
     stream = torch.zeros(len(PROMPT), D)
     stream[position] = model.model.embed_tokens.weight[PROMPT[position]]
     for number in range(layer):
@@ -70,6 +80,7 @@ def carried(model: Any, raw: Any, maps: Any, position: int, layer: int) -> torch
         values = (normed @ block.self_attn.v_proj.weight.T).view(len(PROMPT), 2, 8).repeat_interleave(2, 1)
         z = torch.einsum("qkh,khe->qhe", raw[Place("attn.probs", number), "forward"], values)
         stream = stream + z.flatten(1) @ block.self_attn.o_proj.weight.T
+        stream = stream + skipped(model, raw, maps, number, stream) if skip else stream
     return stream
 
 
