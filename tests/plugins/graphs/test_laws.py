@@ -141,6 +141,17 @@ def test_a_budget_gives_bounds_that_hold_the_scores() -> None:
     assert len(top & set(chosen.expanded.nonzero().flatten().tolist())) >= 45
 
 
+def test_features_that_were_not_expanded_stay_in_a_pruned_graph() -> None:
+    model, maps = llama(), random_transcoders(LAYERS, D, N)
+    part = featurizers.graph(model, PROMPT, maps, nodes=20)
+    pruned = part.prune(0.9, 0.99)
+    left = pruned.kept[: part.n_features] & ~part.expanded
+    assert left.any()
+    leads = torch.zeros(part.n_nodes, dtype=torch.bool)
+    leads[pruned.sources.long()] = True
+    assert bool(leads[: part.n_features][left].all())
+
+
 def test_layers_without_a_map_are_errors() -> None:
     model, maps = llama(), random_transcoders(LAYERS, D, N)
     graph = featurizers.graph(model, PROMPT, [maps[2]], keep=1.0)
