@@ -38,7 +38,7 @@ class Prompt:
     Attributes:
         tokens: of the prompt.
         bias: of all encoders; the lower, the fewer features are active.
-        batch: rows that circuit-tracer makes together: of 8, 64 and 256 the fastest.
+        batch: rows that circuit-tracer makes together: of 8 and 64 the faster.
     """
 
     tokens: int
@@ -46,7 +46,7 @@ class Prompt:
     batch: int
 
 
-CASES = {"128": Prompt(128, -7.5, 8), "64": Prompt(64, -6.05, 64), "quick": Prompt(16, -8.0, 64)}
+CASES = {"128": Prompt(128, -7.5, 8), "64": Prompt(64, -6.05, 8), "quick": Prompt(16, -8.0, 64)}
 
 
 @functools.lru_cache(maxsize=1)
