@@ -6,18 +6,6 @@ when it is used, so that the core imports neither the plugin nor pyvene.
 
 from __future__ import annotations
 
-from typing import Any
+from featurizers.registry.forwarding import attributes_of
 
-from featurizers.registry.forwarding import forwarded
-
-
-def __getattr__(name: str) -> Any:
-    """Return an attribute of `featurizers_pyvene`.
-
-    Raises:
-        MissingDependencyError: `featurizers-pyvene` or pyvene is not installed.
-        AttributeError: the plugin has no such name.
-    """
-    if name.startswith("__"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return forwarded("pyvene", name, f"featurizers.pyvene.{name}")
+__getattr__ = attributes_of("pyvene", __name__, "featurizers.pyvene")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from featurizers.errors import MissingDependencyError, UnknownKindError
@@ -27,3 +28,20 @@ def forwarded(plugin: str, name: str, purpose: str) -> Any:
         command = f"pip install 'featurizers[{plugin}]'"
         raise MissingDependencyError(purpose, FIRST_PARTY[plugin], command) from error
     return getattr(module, name)
+
+
+def attributes_of(plugin: str, module: str, within: str = "featurizers") -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a module of the core that stands for a plugin.
+
+    Args:
+        plugin: name of the plugin, a key of `FIRST_PARTY`.
+        module: name of the module, for the error of an attribute that Python itself looks for.
+        within: what the error for a plugin that is not installed puts before the name.
+    """
+
+    def look_up(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return forwarded(plugin, name, f"{within}.{name}")
+
+    return look_up

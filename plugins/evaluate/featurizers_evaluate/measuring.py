@@ -176,7 +176,8 @@ class _Effects:
     def __init__(
         self, runs: Runs, batch: Batch, clean: Clean, means: Mapping[Site, Tensor], ablations: Sequence[str]
     ) -> None:
-        assert clean.logits is not None
+        if clean.logits is None:
+            raise ValueError("the clean run was stopped before the logits")
         self._runs, self._batch, self._clean = runs, batch, clean
         self._means, self._ablations = means, ablations
         self._has_next = has_next(batch).to(clean.logits.device)

@@ -60,7 +60,7 @@ class Subject:
         limit: features that are kept.
     """
 
-    space: FeatureSpace[Any]
+    space: Featurizer[Any] | SiteMap[Any]
     reads: Mapping[str, Site]
     writes: Mapping[str, Site]
     limit: Limit = Limit()
@@ -100,7 +100,6 @@ class Subject:
         if isinstance(self.space, Featurizer):
             features, reconstruction = self._of_featurizer(self.space, read["site"])
             return features, {self.writes["site"]: reconstruction}
-        assert isinstance(self.space, SiteMap)  # `of` takes nothing else
         return self._of_map(self.space, read, is_token.to(device))
 
     def _of_featurizer(self, f: Featurizer[Any], x: Tensor) -> tuple[Tensor, Tensor]:

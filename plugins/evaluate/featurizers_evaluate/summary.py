@@ -78,11 +78,10 @@ def histogram_of(density: Tensor) -> Histogram:
 
 def _metric(name: str, measured: Measured) -> Metric:
     kind = measured.subject.space.kind
-    if DEFINITIONS[name].group == "sparsity" and not measured.inactive:
+    density = density_of(measured)
+    if DEFINITIONS[name].group == "sparsity" and density is None:
         return Metric(name, None, why=f"no feature of any token was 0: those of the kind {kind!r} are dense")
-    if name in _DENSITIES:
-        density = density_of(measured)
-        assert density is not None
+    if name in _DENSITIES and density is not None:
         share = float(_DENSITIES[name](density).double().mean())
         return Metric(name, share, why="features are counted, and a resample would need counts of its own")
     if measured.no_effect and (name in _OF_RECONSTRUCTION or "_recovered_" in name):

@@ -88,7 +88,7 @@ class Traced:
             circuit.check_tokens(graph.tokens)
             self._collection = Collection.of(circuit, maps)
             self._local = LocalModel(circuit, graph.tokens, BYTES)
-            self._sources = Sources(self._local, self._collection, int(graph.about.get("first", 1)), BYTES)
+            self._sources = Sources(self._local, self._collection, _first(graph), BYTES)
             numbered = torch.cat([self._sources.features[:, :2], self._sources.numbers[:, None]], 1).cpu()
             if not torch.equal(numbered, graph.features):
                 raise UsageError(
@@ -113,7 +113,12 @@ class Traced:
         Args:
             edges: edges of the graph, or pairs of a source and a target.
         """
-        return [self._heads(edge) for edge in edges]
+        listed = list(edges)
+        if wrong := [
+            edge for edge in listed if not (isinstance(edge, Edge) or (isinstance(edge, tuple) and len(edge) == 2))
+        ]:
+            raise UsageError(f"edges are those of the graph, or pairs of a source and a target, not {shown(wrong[0])}")
+        return [self._heads(edge) for edge in listed]
 
     def _heads(self, edge: Edge | tuple[NodeLike, NodeLike]) -> HeadLoadings:
         graph, local = self._graph, self._local
@@ -168,20 +173,20 @@ class Traced:
     def _written_by(self, source: int) -> dict[int, Float[Tensor, "T d"]]:
         """Return what a node writes after the MLP of each layer; after layer -1 the embeddings are written."""
         graph, local = self._graph, self._local
-        empty = torch.zeros(local.length, local.width, dtype=local.dtype, device=local.device)
-        found: dict[int, Tensor] = {}
         if source >= graph.first_target:
             raise UsageError("edges come out of features, errors and tokens, not out of targets")
         if source >= graph.first_token:
             position = source - graph.first_token
-            found[-1] = empty.index_copy(0, torch.tensor([position]), self._sources.embeddings[position : position + 1])
+            vectors = {-1: self._sources.embeddings[position]}
         elif source >= graph.first_error:
             layer, position = divmod(source - graph.first_error, local.length)
-            found[layer] = empty.index_copy(0, torch.tensor([position]), self._sources.errors[layer, position][None])
+            vectors = {layer: self._sources.errors[layer, position]}
         else:
-            for layer, vector in self._sources.written_by_feature(source).items():
-                position = int(self._sources.features[source, 1])
-                found[layer] = empty.index_copy(0, torch.tensor([position]), vector[None])
+            position = int(self._sources.features[source, 1])
+            vectors = self._sources.written_by_feature(source)
+        found = {layer: torch.zeros_like(self._sources.embeddings) for layer in vectors}
+        for layer, vector in vectors.items():
+            found[layer][position] = vector
         return found
 
     @torch.no_grad()
@@ -226,3 +231,14 @@ class Traced:
             sides[through] = (nodes, constant, score - float((direction * local.stream(2 * layer)).sum()))
         (by_query, of_query, rest_query), (by_key, of_key, rest_key) = sides["q"], sides["k"]
         return Marginals(by_query, by_key, of_query, of_key, score, rest_query, rest_key)
+
+
+def _first(graph: Graph) -> int:
+    """Return the number of tokens at the start whose features a graph leaves out."""
+    first = graph.about.get("first")
+    if type(first) is not int or not 0 <= first < len(graph.tokens):
+        raise UsageError(
+            f"the graph does not say how many tokens at the start it left out ({shown(first)}); only graphs that "
+            "featurizers.graph made can be looked into"
+        )
+    return first

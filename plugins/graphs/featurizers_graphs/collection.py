@@ -6,7 +6,7 @@ side by side have the first alone. The last point, 2L for L blocks, is read by t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -107,6 +107,8 @@ class Collection:
             SiteError: a map has no sites, does not read the residual stream before an MLP, does not write the outputs
                 of MLPs, or writes before it reads.
         """
+        if isinstance(maps, str) or not isinstance(maps, SiteMap | Iterable):
+            raise UsageError(f"maps are transcoders that were loaded, in a list, not {shown(maps)}")
         maps = [maps] if isinstance(maps, SiteMap) else list(maps)
         if not maps:
             raise UsageError("a graph needs at least one transcoder: its features are the nodes")

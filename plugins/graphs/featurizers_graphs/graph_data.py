@@ -196,9 +196,10 @@ class GraphData:
             UsageError: there is no such node, or no such feature is active.
         """
         if isinstance(which, Node):
-            return which.number
+            which = which.number
         if isinstance(which, tuple):
-            found = (self.features == torch.tensor(which)).all(dim=1).nonzero() if len(which) == 3 else []
+            place = len(which) == 3 and all(type(each) is int and abs(each) < 2**62 for each in which)
+            found = (self.features == torch.tensor(which if place else (-1, -1, -1))).all(dim=1).nonzero()
             if not len(found):
                 raise UsageError(
                     f"no feature {shown(which)} is active; a feature is given by its layer, position and number"
@@ -315,7 +316,7 @@ class GraphData:
 
     @property
     def kept_scores(self) -> Scores:
-        """The same of the kept nodes and edges alone, each row of which is divided by what is left of it."""
+        """Scores of the kept nodes and edges alone; each row is divided by the sum of the edges that it has left."""
         start = torch.zeros(self.n_nodes)
         start[self.first_target :] = self._start
         source, target = self.sources.long(), self.edge_targets

@@ -15,6 +15,8 @@ from featurizers_derived_scalars import Circuit, Place
 from torch import Tensor
 
 from featurizers_graphs.collection import Collection
+from featurizers_graphs.graph_files import VERSIONS
+from featurizers_graphs.influence import check_share
 from featurizers_graphs.local_model import LocalModel
 from featurizers_graphs.result import Graph
 from featurizers_graphs.sources import Sources
@@ -24,7 +26,6 @@ from featurizers_graphs.targets import rows_of
 UNITS: Final = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 ROW_TOKENS: Final = {"cpu": 8192}
 """Tokens of all rows that are made together at most, by device, where more are slower: they leave the caches."""
-VERSIONS: Final = ("featurizers", "featurizers-graphs", "torch", "transformers")
 
 
 @torch.inference_mode(False)
@@ -45,7 +46,7 @@ def graph(
     """Trace which features, on which tokens, bring about the next token of a prompt.
 
     In the local replacement model attention patterns and the scales of norms are held, and each MLP is its map's
-    features, an error and biases. All in it is linear: an edge is what a source adds to what its target reads, and
+    features, an error and biases. The whole is linear: an edge is what a source adds to what its target reads, and
     edges and constants add up to the target's pre-activation. Effects through changed patterns, through features that
     are off and through norms are not in the graph; `featurizers_graphs.validate` measures them.
 
@@ -93,8 +94,7 @@ def graph(
     """
     if isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 0:
         raise UsageError(f"nodes is a number of features from 0, not {shown(nodes)}")
-    if not 0 < keep <= 1:
-        raise UsageError(f"keep is a share above 0 and at most 1, not {shown(keep)}")
+    check_share("keep", keep)
     allowed = bytes_of(memory)
     module = backend_of(model).model
     ids = _prompt_ids(prompt, tokenizer)

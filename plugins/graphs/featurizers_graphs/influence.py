@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from featurizers.errors import UsageError, shown
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -36,6 +37,12 @@ class Scores(NamedTuple):
     def __str__(self) -> str:
         """Return both."""
         return f"replacement {self.replacement}, completeness {self.completeness}"
+
+
+def check_share(name: str, share: object) -> None:
+    """Raise UsageError unless a number is above 0 and at most 1."""
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise UsageError(f"{name} is a share above 0 and at most 1, not {shown(share)}")
 
 
 class Sizes(NamedTuple):

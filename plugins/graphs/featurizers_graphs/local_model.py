@@ -56,7 +56,7 @@ class LocalModel:
         self._patterns = {
             place.layer: self._turned(place.layer, each) for place, each in patterns.items() if place.layer is not None
         }
-        self._outputs = [self._wide(circuit.write_matrix(Place("attn.z", each))) for each in range(self.n_layers)]
+        self._outputs = [self._output_matrix(layer) for layer in range(self.n_layers)]
         for layer in range(self.n_layers):
             self._check_attention(layer)
 
@@ -75,8 +75,7 @@ class LocalModel:
         """Width of the residual stream."""
         return self.circuit.d_model
 
-    def _wide(self, tensor: Tensor | None) -> Tensor:
-        assert tensor is not None
+    def _wide(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype)
 
     def at(self, kind: str, layer: int | None = None) -> Tensor:
@@ -149,6 +148,14 @@ class LocalModel:
         pattern = self.pattern(layer).transpose(1, 2).flatten(0, 1)  # head, key, query
         out = (pattern.mT @ v) @ outputs
         return out if (post := self.norm(Place("norm.attn.post.scale", layer))) is None else out / post[1]
+
+    def _output_matrix(self, layer: int) -> Float[Tensor, "head d_value d"]:
+        """Return what one unit of each value of each head writes to the stream."""
+        place = Place("attn.z", layer)
+        matrix = self.circuit.write_matrix(place)
+        if matrix is None:
+            raise SiteError(f"{place} has no projection to the residual stream")
+        return self._wide(matrix)
 
     def _value_matrices(self) -> list[Float[Tensor, "kv_head d_value d"]]:
         """Return the matrices from the stream, divided by its norm's scale, to the values of each key-value head.

@@ -12,7 +12,7 @@ from featurizers.errors import UsageError, shown
 
 from featurizers_graphs.graph_data import Edge, GraphData, IncompleteGraphError, Node, NodeKind, NodeLike, Target
 from featurizers_graphs.graph_files import push_graph, save_graph
-from featurizers_graphs.influence import pruned
+from featurizers_graphs.influence import check_share, pruned
 from featurizers_graphs.neuronpedia import to_neuronpedia
 from featurizers_graphs.page import write_page
 from featurizers_graphs.uploading import upload
@@ -43,9 +43,8 @@ class Graph(GraphData):
         Raises:
             UsageError: a share is not above 0 and at most 1.
         """
-        for name, share in (("nodes", nodes), ("edges", edges)):
-            if not 0 < share <= 1:
-                raise UsageError(f"{name} is a share above 0 and at most 1, not {shown(share)}")
+        check_share("nodes", nodes)
+        check_share("edges", edges)
         kept, chosen = pruned(
             self.sizes,
             self.reader(torch.arange(len(self.total))),

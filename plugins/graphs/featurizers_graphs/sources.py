@@ -9,7 +9,7 @@ import featurizers
 import torch
 from featurizers.errors import SiteError, UsageError
 from featurizers_derived_scalars import Place
-from featurizers_transcoder import normalized_read
+from featurizers_transcoder import LinearMap, normalized_read
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -49,11 +49,12 @@ class Sources:
         values: their activations, ``(F,)``.
         pre_activations: what their rules read, ``(F,)``.
         errors: what the maps leave out of the output of each MLP, ``(layers, T, d)``.
+        embeddings: what each token's embedding writes, without its position, ``(T, d)``.
         constants: the part of the residual stream at each point that no node brings, ``(points, T, d)``.
 
     Raises:
         SiteError: what a map reads is not computed from the residual stream as its site says.
-        UsageError: activations are not finite.
+        UsageError: activations, or what a map computes of them, are not finite.
     """
 
     def __init__(self, local: LocalModel, collection: Collection, first: int, cache_bytes: int) -> None:
@@ -66,11 +67,6 @@ class Sources:
         size = count * local.width * 8
         self._cache: dict[int, Written] | None = {} if size <= cache_bytes else None
         self._reconstruct()
-
-    @property
-    def embeddings(self) -> Float[Tensor, "T d"]:
-        """What each token's embedding writes, without its position."""
-        return self._embeddings
 
     # ---- encoding
 
@@ -88,7 +84,8 @@ class Sources:
             slack = 1e-3 if local.raw[Place("resid.embed"), "forward"].dtype.itemsize >= 4 else 5e-2
             if float((x - expected).norm()) > slack * float(expected.norm()):
                 raise SiteError(
-                    f"{read.map.id!r} reads {site}, which is not computed from the residual stream as expected"
+                    f"{read.map.id!r} reads {site}, whose activations are not the residual stream or a norm of it, so "
+                    "that no graph can be traced through it"
                 )
             found[read] = x
         return found
@@ -141,6 +138,7 @@ class Sources:
             z = read.map.encode(reader.group, {read.name: x}).to(self._local.device, self._local.dtype)
             z[: self._first] = 0
             position, column = z.nonzero(as_tuple=True)
+            _check_finite(read.map, z, self.pre_activation(reader, column, position))
             found.append(torch.stack([torch.full_like(position, layer), position, column], 1))
             numbers.append(read.map.numbers(reader.group).to(column.device)[column])
             values.append(z[position, column])
@@ -217,7 +215,9 @@ class Sources:
             for reader, features in self._written_by(write):
                 weight: Any = write.map.W_dec[reader.group]
                 own = weight[write.name][self.features[features, 2]].to(self._local.device, self._local.dtype)
-                rows.append(self.to_stream(write, own * self.values[features, None], self.features[features, 1]))
+                added = self.to_stream(write, own * self.values[features, None], self.features[features, 1])
+                _check_finite(write.map, added)
+                rows.append(added)
                 numbers.append(features)
         if not rows:
             none = torch.zeros(0, dtype=torch.long, device=self._local.device)
@@ -244,9 +244,9 @@ class Sources:
     def _reconstruct(self) -> None:
         """Compute the errors, and carry the constants from the embedding to the last layer."""
         local, first = self._local, self._first
-        self._embeddings = local.circuit.token_embeddings()[local.tokens].to(local.device, local.dtype)
+        self.embeddings = local.circuit.token_embeddings()[local.tokens].to(local.device, local.dtype)
         self.errors = torch.stack([local.at("mlp.delta", layer) for layer in range(local.n_layers)])
-        constant = local.at("resid.embed") - self._embeddings
+        constant = local.at("resid.embed") - self.embeddings
         self.constants = constant.new_zeros(2 * local.n_layers + 1, *constant.shape)
         for layer in range(local.n_layers):
             self.constants[2 * layer] = constant
@@ -257,13 +257,16 @@ class Sources:
             added = torch.zeros_like(constant)
             for write in self._collection.writes_at(layer):
                 bias = write.map.b_dec[write.name].to(local.device, local.dtype)
+                _check_finite(write.map, bias)
                 added += self.to_stream(write, bias.expand(local.length, -1), slice(None))
             if any(write.place.kind == "mlp.out" for write in self._collection.writes_at(layer)):
                 added += self._norm_bias(layer)
             self.errors[layer] -= added
             for read, write in self._collection.skips:
                 if write.layer == layer:
-                    self.errors[layer] -= self.skip(read, write, self._inputs[read])
+                    skipped = self.skip(read, write, self._inputs[read])
+                    _check_finite(write.map, skipped)
+                    self.errors[layer] -= skipped
                     added += self.skip(read, write, local.normed(read.norm, self.constants[read.point]))
             # features of the first tokens are off, so that their errors are all that their maps leave
             added[:first] += self.errors[layer, :first]
@@ -282,3 +285,12 @@ class Sources:
         if norm is None or norm.bias is None:
             return 0.0
         return norm.bias.to(self._local.device, self._local.dtype) * self._local.circuit.factor(place)
+
+
+def _check_finite(map_: LinearMap, *tensors: Tensor) -> None:
+    """Raise UsageError if a map computes NaN or infinity."""
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise UsageError(
+            f"{map_.id!r} gives NaN or infinity for this prompt, so that no graph can be made: load it again, in float32 "
+            "if its dtype is narrower"
+        )

@@ -58,7 +58,7 @@ def rows_of(targets: Any, local: LocalModel, collection: Collection, sources: So
     listed: list[Any] = list(targets) if isinstance(targets, list) else [targets]
     if not listed:
         raise UsageError("there are no targets; leave them out for the most probable next tokens")
-    if all(isinstance(each, tuple) and len(each) == 3 for each in listed):
+    if all(isinstance(each, tuple) and len(each) == 3 and all(type(i) is int for i in each) for each in listed):
         return _features(local, collection, sources, listed)
     if all(isinstance(each, int | str) and not isinstance(each, bool) for each in listed):
         ids = torch.tensor([_token(each, local, tokenizer) for each in listed])

@@ -105,10 +105,12 @@ def validate(
     if mode not in ("recomputed", "frozen"):
         raise UsageError(f"mode is 'recomputed' or 'frozen', not {shown(mode)}")
     order = graph.influence[: graph.n_features].argsort(descending=True, stable=True)
-    chosen = order[:nodes].tolist() if isinstance(nodes, int) else [graph.number(node) for node in nodes]
+    if isinstance(nodes, str):
+        raise UsageError(f"nodes is a number of features or a list of nodes, not {shown(nodes)}")
+    chosen = order[: max(nodes, 0)].tolist() if isinstance(nodes, int) else [graph.number(node) for node in nodes]
     if not chosen or any(number >= graph.n_features for number in chosen):
         raise UsageError("only features are ablated; give numbers of features, or how many")
-    if any(not 0 <= count <= graph.n_features for count in curve):
+    if any(type(count) is not int or not 0 <= count <= graph.n_features for count in curve):
         raise UsageError(f"curve gives numbers of features from 0 to {graph.n_features}, not {shown(list(curve))}")
     traced = Traced(graph, model, maps)
     cells = [traced.ablation(number) for number in chosen]

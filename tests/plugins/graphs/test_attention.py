@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import featurizers
@@ -118,6 +119,10 @@ def test_refusals() -> None:
             traced.attention(*wrong)
     with pytest.raises(UsageError, match="other features are active"):
         Traced(graph, model, random_transcoders(LAYERS, D, N, seed=5))
+    with pytest.raises(UsageError, match="pairs of a source and a target"):
+        traced.heads([3])  # type: ignore[list-item]
+    with pytest.raises(UsageError, match="does not say how many"):
+        Traced(replace(graph, about={**graph.about, "first": "x"}), model, maps)
     with pytest.raises(UsageError, match="no reader"):
         traced.heads([(0, graph.first_error)])
     with pytest.raises(UsageError, match="not out of targets"):

@@ -44,6 +44,8 @@ def special() -> Transcoder:
     ("maps", "error", "says"),
     [
         ([], UsageError, "at least one transcoder"),
+        (3, UsageError, "transcoders that were loaded"),
+        ("owner/name", UsageError, "transcoders that were loaded"),
         ([crosscoder()], SiteError, "several reads"),
         ([featurizers.create("identity", d_in=D)], UsageError, "linear encoders"),
         ([Transcoder.from_weights(torch.ones(4, D), torch.ones(4, D))], SiteError, "has no sites"),
@@ -68,6 +70,8 @@ def test_maps(maps: Any, error: type[FeaturizerError], says: str) -> None:
         ({"nodes": True}, "nodes is a number"),
         ({"keep": 0}, "keep is a share"),
         ({"keep": 1.5}, "keep is a share"),
+        ({"keep": "all"}, "keep is a share"),
+        ({"targets": (1, 2, None)}, "targets are token ids"),
         ({"memory": "2 parrots"}, "memory is a number of bytes"),
         ({"memory": 10_000}, "one row of this graph takes"),
         ({"first": 8}, "first is a number"),
@@ -111,16 +115,40 @@ def test_a_map_of_another_width() -> None:
         featurizers.graph(llama(), PROMPT, random_transcoders(LAYERS, D // 2, N))
 
 
+@pytest.mark.parametrize("name", ["W_enc.features.in", "b_enc.features", "W_dec.features.out", "b_dec.out"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_damaged_after_loading(name: str, value: float) -> None:
+    maps = random_transcoders(LAYERS, D, N)
+    maps[1].get_parameter(name).flatten()[:: max(1, D // 2)] = value
+    with pytest.raises(UsageError, match="gives NaN or infinity"):
+        featurizers.graph(llama(), PROMPT, maps)
+
+
+def test_a_skip_connection_that_is_damaged_after_loading() -> None:
+    maps = random_cross_layer(LAYERS, D, N, skip=True)
+    maps.get_parameter("W_skip.out-1.in-1")[3, 4] = float("nan")
+    with pytest.raises(UsageError, match="gives NaN or infinity"):
+        featurizers.graph(llama(), PROMPT, maps)
+
+
+def test_a_model_that_computes_nan() -> None:
+    model = llama()
+    model.model.layers[1].mlp.down_proj.weight[0] = float("nan")
+    with pytest.raises(UsageError, match=r"layers\.1 computes NaN"):
+        featurizers.graph(model, PROMPT, random_transcoders(LAYERS, D, N))
+
+
 def test_nodes_and_rows() -> None:
     graph = featurizers.graph(llama(), PROMPT, random_cross_layer(LAYERS, D, N))
-    for wrong in (-1, graph.n_nodes, True, "3", (0, 0), (9, 0, 0)):
+    foreign = graph.top(1)[0]._replace(number=graph.n_nodes)
+    for wrong in (-1, graph.n_nodes, True, "3", (0, 0), (9, 0, 0), ("a", 1, 2), (1.5, 0, 0), foreign):
         with pytest.raises(UsageError):
             graph.node(wrong)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no reader"):
         graph.edges(into=graph.first_error)
     with pytest.raises(UsageError, match="give the node"):
         graph.edges()
-    for shares in ({"nodes": 0}, {"edges": 1.5}):
+    for shares in ({"nodes": 0}, {"edges": 1.5}, {"nodes": "most"}):
         with pytest.raises(UsageError, match="share above 0"):
             graph.prune(**shares)
     named = graph.group("first", [0, 1])

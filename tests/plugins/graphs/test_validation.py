@@ -104,7 +104,14 @@ def test_ranks() -> None:
 def test_refusals() -> None:
     model, maps = llama(), random_transcoders(LAYERS, D, N)
     graph = featurizers.graph(model, PROMPT, maps)
-    for options in ({"nodes": [graph.first_error]}, {"nodes": 0}, {"mode": "thawed"}, {"curve": [10**9]}):
+    for options in (
+        {"nodes": [graph.first_error]},
+        {"nodes": 0},
+        {"mode": "thawed"},
+        {"curve": [10**9]},
+        {"curve": ["a"]},
+        {"nodes": "all"},
+    ):
         with pytest.raises(UsageError):
             validate(graph, model, maps, **options)
     best = graph.top(1)[0]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
+from featurizers.errors import UsageError
 from featurizers.models import Anatomy
 from torch import Tensor, nn
 
@@ -132,6 +133,11 @@ def _follow(model: nn.Module, trace: Trace, layout: BlockLayout) -> BlockLayout:
         refuse(model, f"{layout.block} or its attention was not called with the residual stream")
     if mlp_input is None or mlp_output is None:
         refuse(model, f"the MLP of {layout.block} was not called with the residual stream")
+    if not bool(before.isfinite().all() and after.isfinite().all()):
+        raise UsageError(
+            f"{type(model).__name__}: {layout.block} computes NaN or infinity; load the model again, in float32 or "
+            "bfloat16 if it is in float16"
+        )
     norms = [path for path in _children(model, layout.block) if path not in (layout.attention, layout.mlp)]
 
     def norm_into(tensor: Tensor) -> str | None:

@@ -60,8 +60,6 @@ def evaluate_command(
     as_json: options.Json = False,
 ) -> None:
     """Measure an artefact on documents: reconstruction, sparsity, effect on the model; or its accuracy on pairs."""
-    if (data is None) == (pairs is None):
-        raise UsageError("give --data with documents, or --pairs with a file of counterfactual pairs")
     of_data = {
         "--key": key,
         "--split": split,
@@ -75,12 +73,13 @@ def evaluate_command(
         "--seed": seed,
         "--out": out,
     }
-    if pairs is not None:
+    if pairs is not None and data is None:
         if given := [name for name, value in of_data.items() if value is not None]:
             raise UsageError(f"{given[0]} is for documents, --data, not for --pairs")
         _on_pairs(source, model, pairs, site, subfolder, revision, any_model, cluster, device, dtype, as_json)
         return
-    assert data is not None
+    if data is None or pairs is not None:
+        raise UsageError("give --data with documents, or --pairs with a file of counterfactual pairs")
     if cluster is not None:
         raise UsageError("--cluster is for --pairs; intervals on documents are of whole documents")
     if site is not None and len(site) > 1:
