@@ -291,6 +291,6 @@ def _check_finite(map_: LinearMap, *tensors: Tensor) -> None:
     """Raise UsageError if a map computes NaN or infinity."""
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise UsageError(
-            f"{map_.id!r} gives NaN or infinity for this prompt, so that no graph can be made: load it again, in float32 "
-            "if its dtype is narrower"
+            f"{map_.id!r} gives NaN or infinity for this prompt, so that no graph can be made: load it again, in "
+            "float32 if its dtype is narrower"
         )

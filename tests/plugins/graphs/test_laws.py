@@ -125,6 +125,22 @@ def test_largest_entries_hold_the_share_and_little_more() -> None:
     assert not largest(torch.zeros(4, 1), 0.9).any()
 
 
+def test_all_edges_are_kept_but_those_that_are_zero() -> None:
+    graph = featurizers.graph(llama(), PROMPT, random_transcoders(LAYERS, D, N), keep=1.0)
+    assert bool((graph.weights != 0).all())
+
+
+def test_the_fewest_logits_that_hold_the_mass_are_targets() -> None:
+    model = llama()
+    model.lm_head.weight *= 10  # a peaked distribution, so that fewer than ten logits are enough
+    probabilities = model(torch.tensor([PROMPT])).logits[0, -1].softmax(-1)
+    graph = featurizers.graph(model, PROMPT, random_transcoders(LAYERS, D, N))
+    count = len(graph.targets)
+    assert 1 < count < 10
+    assert [target.token for target in graph.targets] == probabilities.topk(count).indices.tolist()
+    assert float(probabilities.topk(count - 1).values.sum()) < 0.95 <= float(probabilities.topk(count).values.sum())
+
+
 def test_a_budget_gives_bounds_that_hold_the_scores() -> None:
     model, maps = llama(), random_transcoders(LAYERS, D, N)
     whole = featurizers.graph(model, PROMPT, maps)

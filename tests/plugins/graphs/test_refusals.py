@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import featurizers
 import pytest
 import torch
 from featurizers.errors import FeaturizerError, ShapeError, SiteError, UsageError
+from featurizers_derived_scalars import Circuit
+from featurizers_graphs.collection import Collection
+from featurizers_graphs.local_model import LocalModel
+from featurizers_graphs.sources import Sources
 from featurizers_transcoder import Crosscoder, Transcoder
 
 from tests.support.attribution_graphs import PROMPT, llama, random_cross_layer, random_transcoders
@@ -129,6 +134,23 @@ def test_a_skip_connection_that_is_damaged_after_loading() -> None:
     maps.get_parameter("W_skip.out-1.in-1")[3, 4] = float("nan")
     with pytest.raises(UsageError, match="gives NaN or infinity"):
         featurizers.graph(llama(), PROMPT, maps)
+
+
+def test_a_read_that_is_not_what_was_found_before_it() -> None:
+    circuit = Circuit(llama())
+    collection = Collection.of(circuit, random_transcoders(LAYERS, D, N))
+    reader = collection.readers[1]
+    collection.readers[1] = replace(reader, read=replace(reader.read, norm=None))  # mlp.in is behind a norm
+    local = LocalModel(circuit, torch.tensor(PROMPT), 2**30)
+    with pytest.raises(SiteError, match="not the residual stream or a norm of it"):
+        Sources(local, collection, 1, 2**30)
+
+
+def test_attention_that_its_matrices_do_not_explain(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = LocalModel._value_matrix
+    monkeypatch.setattr(LocalModel, "_value_matrix", lambda *args: 1.01 * found(*args))
+    with pytest.raises(SiteError, match="not linear in its values"):
+        featurizers.graph(llama(), PROMPT, random_transcoders(LAYERS, D, N))
 
 
 def test_a_model_that_computes_nan() -> None:
