@@ -107,7 +107,10 @@ def graph_command(
     if as_json:
         print_json(_summary(found, pruned, best, folder, names, notes))
         return
-    Console(emoji=False).print(_table(pruned, best))
+    if best:
+        Console(emoji=False).print(_table(pruned, best))
+    else:
+        print("No feature is left: none is active on this prompt, or errors and tokens have all the influence.")
     print(f"Whole graph: {found.scores}; {found.n_nodes} nodes, {found.n_edges} edges.")
     print(f"Pruned: {pruned.kept_scores}; {len(pruned)} nodes, {pruned.n_edges} edges.")
     for note in notes:

@@ -183,7 +183,10 @@ def _first(first: int | None, collection: Collection, ids: Tensor, tokenizer: An
             f"token {int(ids[0])}; put it in front, or give first=1 (or 0) to go on without"
         )
     if count >= len(ids):
-        raise UsageError(f"the prompt has {len(ids)} tokens, whose features are all left out; give a longer one")
+        raise UsageError(
+            f"the prompt ends before the first token that is traced, which is token {count} (the first is 0); give a longer "
+            "prompt, or first=0"
+        )
     return count
 
 

@@ -116,3 +116,12 @@ def test_wrong_options_are_refused_before_the_model_is_loaded(
     assert code == 1
     assert "no map between sites" in error
     assert not (tmp_path / "x").exists()
+
+
+def test_a_prompt_on_which_no_feature_is_active_says_so(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    (silent,) = random_transcoders(1, fresh_model("llama").config.hidden_size, 8, bias=1e6)
+    silent.save_pretrained(tmp_path / "silent")
+    words = ("graph", folders[0], "--maps", tmp_path / "silent", "--prompt", PROMPT, "--out", tmp_path / "found")
+    code, text, error = run(*words, "--device", "cpu")
+    assert code == 0, error
+    assert "No feature is left: none is active on this prompt" in text

@@ -106,7 +106,7 @@ def test_options(options: dict[str, Any], says: str) -> None:
         ([[1, 2], [3, 4]], "one sequence"),
         ([1.5, 2.0], "one sequence"),
         ([1, 100], "not in the vocabulary"),
-        ([1], "all left out"),
+        ([1], "ends before the first token that is traced"),
         (object(), "a text or token ids"),
     ],
 )
