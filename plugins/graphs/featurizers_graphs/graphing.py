@@ -184,7 +184,7 @@ def _first(first: int | None, collection: Collection, ids: Tensor, tokenizer: An
         )
     if count >= len(ids):
         raise UsageError(
-            f"the prompt ends before the first token that is traced, which is token {count} (the first is 0); give a longer "
+            f"the prompt ends before the first token that is traced, token {count} counted from 0; give a longer "
             "prompt, or first=0"
         )
     return count
