@@ -2,7 +2,8 @@
 
 `evaluate` is the entry. The files, lowest first: `definitions` of the metrics, `documents` (the data), `sums` over
 tokens, with resamples of documents, `subjects` (what is measured), `options`, `runs` of the model, `measuring` (one
-reading of the data), `result`, `summary` (metrics from sums), `pictures`, `comparison`, `evaluating`, `command`.
+reading of the data), `result`, `summary` (metrics from sums), `of_plugins` (metrics that other plugins measure),
+`pictures`, `comparison`, `evaluating`, `command`.
 
 ``__init__.pyi`` lists the public names. A name is imported when it is first used. This module has no ``__dir__``,
 because pluggy would get each name that it lists.

@@ -60,7 +60,7 @@ class Comparison:
     def write_csv(self, path: Path) -> None:
         """Write a table with a row for each metric of each evaluation."""
         with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["label", "metric", "value", "low", "high", "unit", "why"])
+            writer = csv.DictWriter(file, ["label", "site", "metric", "value", "low", "high", "unit", "why"])
             writer.writeheader()
             writer.writerows(rows_of(list(self.evaluations), list(self.labels)))
 

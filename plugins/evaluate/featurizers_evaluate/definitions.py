@@ -6,6 +6,9 @@ from typing import Final, Literal, NamedTuple
 
 Group = Literal["reconstruction", "sparsity", "effect"]
 GROUPS: Final[tuple[Group, ...]] = ("reconstruction", "sparsity", "effect")
+"""Groups that are measured unless others are asked for."""
+ON_REQUEST: Final = ("fidelity",)
+"""Groups that are measured only if they are asked for."""
 ABLATIONS: Final = ("zero", "mean")
 
 
@@ -20,7 +23,7 @@ class Definition(NamedTuple):
         sae_lens: key in the results of `sae_lens.evals.run_evals`; None if it has no such metric.
     """
 
-    group: Group | Literal["interchange"]
+    group: Group | Literal["interchange", "fidelity"]
     unit: str
     text: str
     better: Literal["higher", "lower"] | None = None
@@ -124,5 +127,16 @@ DEFINITIONS: Final[dict[str, Definition]] = {
         "share of the pairs answered with the label after an interchange of the selected features",
         "higher",
     ),
+    "fidelity_spearman": Definition(
+        "fidelity",
+        "rank correlation",
+        "Spearman's correlation of the energies of a causal basis with the divergence of the model when each direction "
+        "is ablated (arXiv:2303.08112, section 4.2)",
+        "higher",
+    ),
+    "fidelity_kl": Definition(
+        "fidelity", "nats", "KL divergence of the model from that with one direction ablated, the mean over directions"
+    ),
+    "fidelity_control_kl": Definition("fidelity", "nats", "the same for as many random orthonormal directions"),
 }
 """Metrics in the order in which they are shown."""

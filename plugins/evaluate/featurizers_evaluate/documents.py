@@ -67,8 +67,8 @@ def check_readable_again(tokens: object) -> None:
     """Raise UsageError if the documents can be read only once."""
     if isinstance(tokens, Iterator):
         raise UsageError(
-            "tokens is an iterator, which can be read once, and the mean of an ablation takes a first reading: give a "
-            "list, a tensor or a data set, or leave out the ablation 'mean'"
+            "tokens is an iterator, which can be read once, and the ablation 'mean' and the metrics 'fidelity' take a "
+            "reading of their own: give a list, a tensor or a data set, or leave these out"
         )
 
 

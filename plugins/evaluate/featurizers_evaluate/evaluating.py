@@ -10,19 +10,19 @@ from typing import Any
 import featurizers
 from featurizers import Anatomy, FeatureSpace, Site
 from featurizers.cli import progress_bar
-from featurizers.errors import MissingDependencyError, UsageError
+from featurizers.errors import UsageError
 from featurizers.models import evaluating
-from featurizers.registry import host
 
 from featurizers_evaluate.comparison import Comparison
 from featurizers_evaluate.definitions import ABLATIONS, GROUPS
 from featurizers_evaluate.documents import Reading
 from featurizers_evaluate.measuring import Measured, Plan, measure
+from featurizers_evaluate.of_plugins import fidelity, interchange
 from featurizers_evaluate.options import Options
 from featurizers_evaluate.result import Evaluation, Metric
 from featurizers_evaluate.runs import Runs
 from featurizers_evaluate.subjects import Limit, Subject
-from featurizers_evaluate.summary import density_of, histogram_of, metrics_of
+from featurizers_evaluate.summary import density_of, histogram_of, metrics_of, writes_of
 
 
 def evaluate(
@@ -60,7 +60,8 @@ def evaluate(
         tokens: documents: token ids ``(documents, tokens)``; inputs of a model with ``attention_mask``; or an iterable
             of texts, lists of token ids, or records with ``text`` or ``input_ids``, such as a data set.
         site: place to measure at; None for the featurizer's own.
-        metrics: some of ``reconstruction``, ``sparsity`` and ``effect``.
+        metrics: some of ``reconstruction``, ``sparsity`` and ``effect``; and ``fidelity`` of causal bases, which takes
+            2 k + 1 more passes and holds all token ids at once.
         ablations: baselines of the effect, some of ``zero`` and ``mean``.
         pairs: counterfactual pairs, `featurizers_training.Pairs`, to measure interchange accuracy too; None for none.
         tokenizer: of the model, for texts and for ``exclude_special_tokens=True``.
@@ -200,35 +201,23 @@ def _measured(
             reach,
         )
         found = measure(Runs(model, sites), subjects, tokens, reading, plan)
-        accuracies = [None if options.pairs is None else _interchange(model, options.pairs, s) for s in subjects]
+        others: list[dict[str, Metric]] = [{} for _ in subjects]
+        for number, subject in enumerate(subjects):
+            if options.pairs is not None:
+                others[number] |= interchange(model, options.pairs, subject)
+            if "fidelity" in plan.groups:
+                others[number] |= fidelity(anatomy.model, tokens, reading, plan, subject)
     return [
-        _evaluation(each, plan, accuracy, _about(each, anatomy, options, excluded))
-        for each, accuracy in zip(found, accuracies, strict=True)
+        _evaluation(each, plan, metrics, _about(each, anatomy, options, excluded))
+        for each, metrics in zip(found, others, strict=True)
     ]
 
 
-def _evaluation(each: Measured, plan: Plan, accuracy: Metric | None, about: dict[str, Any]) -> Evaluation:
-    metrics = metrics_of(each, plan)
-    if accuracy is not None:
-        metrics[accuracy.name] = accuracy
+def _evaluation(each: Measured, plan: Plan, others: dict[str, Metric], about: dict[str, Any]) -> Evaluation:
+    metrics = metrics_of(each, plan) | others
     density = density_of(each)
-    return Evaluation(metrics, about, None if density is None else histogram_of(density), density)
-
-
-def _interchange(model: object, pairs: Any, subject: Subject) -> Metric:
-    """Return the interchange accuracy, measured by featurizers-training."""
-    if "training" not in host().names():
-        raise MissingDependencyError(
-            "interchange accuracy", "featurizers-training", "pip install 'featurizers[training]'"
-        )
-    if not isinstance(subject.space, featurizers.Featurizer):
-        return Metric(
-            "interchange_accuracy",
-            None,
-            why=f"pairs are measured at one site, and {subject.space.id!r} maps between sites",
-        )
-    accuracy = host().module("training").evaluate(model, pairs, subject.space)
-    return Metric("interchange_accuracy", accuracy.value, accuracy.interval)
+    histogram = None if density is None else histogram_of(density)
+    return Evaluation(metrics, about, histogram, density, writes_of(each, plan))
 
 
 def _vocabulary(anatomy: Anatomy) -> int | None:

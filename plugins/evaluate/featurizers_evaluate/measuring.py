@@ -47,7 +47,8 @@ class Measured:
 
     Attributes:
         subject: that was measured.
-        sums: over tokens.
+        writes: sums over tokens of each write by name; empty for a single one.
+        sums: over tokens, of all writes side by side.
         active: at how many measured tokens each feature is not 0, int64 ``(n_features,)``; None if not measured.
         inactive: number of features that were 0, over all measured tokens.
         documents: number of documents.
@@ -56,12 +57,19 @@ class Measured:
     """
 
     subject: Subject
-    sums: Sums = field(default_factory=Sums)
+    writes: dict[str, Sums] = field(init=False)
+    sums: Sums = field(init=False)
     active: Tensor | None = None
     inactive: int = 0
     documents: int = 0
     tokens: int = 0
     no_effect: str = ""
+
+    def __post_init__(self) -> None:
+        """Begin the sums."""
+        names = list(self.subject.writes)
+        self.writes = {name: Sums() for name in names} if len(names) > 1 else {}
+        self.sums = Sums(list(self.writes.values()))
 
 
 @torch.no_grad()
@@ -128,24 +136,29 @@ def _reconstructed(each: Measured, clean: Clean, batch: Batch, weights: Tensor, 
         x = {site: value[rows] for site, value in clean.activations.items()}
         features, decoded = each.subject.reconstruct(x, batch.is_token[rows])
         kept = batch.is_measured[rows]
-        y = torch.cat([_flat(x[site]).float() for site in decoded], dim=-1)
-        y_hat = torch.cat([_flat(value.to(y.device)).float() for value in decoded.values()], dim=-1)
-        kept_here = kept.to(y.device)
-        each.sums.add_vectors(weights[rows], y, kept_here)
-        found = {name: per_row(value, kept_here) for name, value in _of_tokens(y, y_hat).items()}
+        device = x[next(iter(decoded))].device
+        y = {name: _flat(x[site].to(device)).float() for name, site in each.subject.writes.items()}
+        y_hat = {name: _flat(decoded[site].to(device)).float() for name, site in each.subject.writes.items()}
+        for name, sums in each.writes.items():
+            sums.add_vectors(weights[rows], y[name], kept.to(device))
+            sums.add(weights[rows], _of_rows(y[name], y_hat[name], kept))
+        whole = torch.cat(list(y.values()), dim=-1)
+        if not each.writes:
+            each.sums.add_vectors(weights[rows], whole, kept.to(device))
+        found = _of_rows(whole, torch.cat(list(y_hat.values()), dim=-1), kept)
         if "sparsity" in plan.groups:
             found |= _sparsity(each, features, kept.to(features.device))
-        parts.append({"tokens": kept.sum(dim=-1), **found})
+        parts.append(found)
         reconstructions.append(decoded)
     clean.reconstructions = {site: torch.cat([part[site] for part in reconstructions]) for site in reconstructions[0]}
     return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
 
 
-def _of_tokens(y: Tensor, y_hat: Tensor) -> dict[str, Tensor]:
-    """Return what is summed of each token, ``(rows, width)``; see `DEFINITIONS` for the formulas."""
+def _of_rows(y: Tensor, y_hat: Tensor, kept: Tensor) -> dict[str, Tensor]:
+    """Return sums of each row, ``(rows,)``, over the tokens that ``kept`` marks; see `DEFINITIONS` for the formulas."""
     norm, norm_hat, dot = y.norm(dim=-1), y_hat.norm(dim=-1), (y * y_hat).sum(dim=-1)
     product = norm * norm_hat
-    return {
+    of_tokens = {
         "residual": (y - y_hat).square().sum(dim=-1),
         "cosine": torch.where(product > 0, dot / product, 0.0),
         "norm": norm,
@@ -154,6 +167,8 @@ def _of_tokens(y: Tensor, y_hat: Tensor) -> dict[str, Tensor]:
         "square_hat": norm_hat.square(),
         "dot": dot,
     }
+    kept = kept.to(y.device)
+    return {"tokens": kept.sum(dim=-1), **{name: per_row(value, kept) for name, value in of_tokens.items()}}
 
 
 def _sparsity(each: Measured, features: Tensor, kept: Tensor) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from featurizers.errors import UsageError, did_you_mean, shown
 
-from featurizers_evaluate.definitions import ABLATIONS, GROUPS
+from featurizers_evaluate.definitions import ABLATIONS, GROUPS, ON_REQUEST
 
 SPECIAL = ("bos", "eos", "pad", "sep", "decoder_start")
 """Special tokens of a tokenizer that SAELens leaves out."""
@@ -49,7 +49,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Check the options, and put the names into their order."""
-        object.__setattr__(self, "metrics", _names(self.metrics, GROUPS, "metrics"))
+        object.__setattr__(self, "metrics", _names(self.metrics, (*GROUPS, *ON_REQUEST), "metrics"))
         object.__setattr__(self, "ablations", _names(self.ablations, ABLATIONS, "ablations"))
         for name, least in (("context", 1), ("max_tokens", 1), ("batch_size", 1), ("resamples", 0), ("seed", 0)):
             number = getattr(self, name)

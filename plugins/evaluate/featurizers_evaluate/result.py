@@ -93,12 +93,14 @@ class Evaluation:
         histogram: densities of the features; None for features that are dense, or were not measured.
         density: share of the tokens at which each feature is not 0, ``(n_features,)`` float64; None as for
             ``histogram``, and for an evaluation that was read from a file.
+        writes: of a map that writes several sites, the metrics of the reconstruction at each, by the site's name.
     """
 
     metrics: Mapping[str, Metric]
     about: Mapping[str, Any]
     histogram: Histogram | None = None
     density: Tensor | None = field(default=None, compare=False, repr=False)
+    writes: Mapping[str, Mapping[str, Metric]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float:
         """Return the value of a metric.
@@ -118,7 +120,7 @@ class Evaluation:
         from rich.console import Console
 
         buffer = io.StringIO()
-        Console(file=buffer, width=100, emoji=False, highlight=False).print(self.table())
+        Console(file=buffer, width=100, emoji=False, highlight=False).print(*self.tables())
         return buffer.getvalue().rstrip("\n")
 
     def title(self) -> str:
@@ -126,23 +128,24 @@ class Evaluation:
         about = {name: self.about[name] for name in SHOWN if self.about.get(name) is not None}
         return printable(", ".join(f"{name} {value}" for name, value in about.items()), 300)
 
-    def table(self) -> Any:
-        """Return a table of `rich`."""
-        return table_of([self], [""])
+    def tables(self) -> list[Any]:
+        """Return tables of `rich`: the metrics, and those of each write if there are several."""
+        return [table_of([self], [""]), *([table_of_writes(self.writes)] if self.writes else [])]
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON data: ``about``, ``metrics`` with values, intervals and definitions, and the histogram."""
         bars = self.histogram
         return {
             "about": dict(self.about),
-            "metrics": {name: metric.record() for name, metric in self.metrics.items()},
+            "metrics": _records(self.metrics),
+            **({"writes": {site: _records(metrics) for site, metrics in self.writes.items()}} if self.writes else {}),
             "density_histogram": None
             if bars is None
             else {"log10_edges": list(bars.edges), "features": list(bars.counts), "dead": bars.dead},
         }
 
     def to_pandas(self) -> Any:
-        """Return a data frame with a row for each metric.
+        """Return a data frame with a row for each metric, of all writes (``site`` is empty) and of each.
 
         Raises:
             MissingDependencyError: pandas is not installed.
@@ -181,6 +184,7 @@ class _Record(BaseModel):
 
     about: dict[str, JsonValue]
     metrics: dict[str, _MetricRecord]
+    writes: dict[str, dict[str, _MetricRecord]] = {}
     density_histogram: _HistogramRecord | None = None
 
 
@@ -192,8 +196,21 @@ def load_evaluation(path: str | Path) -> Evaluation:
     """
     path = Path(path).expanduser()
     record = read_json(path, format=FORMAT, version=VERSION, schema=_Record, expected="an evaluation of a featurizer")
+    bars = record.density_histogram
+    if bars is not None and len(bars.log10_edges) != len(bars.features) + 1:
+        raise ArtefactError(str(path), "the histogram has another number of edges than its bars have")
+    histogram = None if bars is None else Histogram(tuple(bars.log10_edges), tuple(bars.features), bars.dead)
+    writes = {site: _metrics(path, metrics) for site, metrics in record.writes.items()}
+    return Evaluation(_metrics(path, record.metrics), record.about, histogram, writes=writes)
+
+
+def _records(metrics: Mapping[str, Metric]) -> dict[str, Any]:
+    return {name: metric.record() for name, metric in metrics.items()}
+
+
+def _metrics(path: Path, records: Mapping[str, _MetricRecord]) -> dict[str, Metric]:
     metrics = {}
-    for name, each in record.metrics.items():
+    for name, each in records.items():
         if name not in DEFINITIONS:
             continue
         bounds = each.interval_95
@@ -201,11 +218,7 @@ def load_evaluation(path: str | Path) -> Evaluation:
             raise ArtefactError(str(path), f"the interval of {name!r} is not two numbers")
         value = None if each.value is None else float(each.value)
         metrics[name] = Metric(name, value, None if bounds is None else (bounds[0], bounds[1]), each.why)
-    bars = record.density_histogram
-    if bars is not None and len(bars.log10_edges) != len(bars.features) + 1:
-        raise ArtefactError(str(path), "the histogram has another number of edges than its bars have")
-    histogram = None if bars is None else Histogram(tuple(bars.log10_edges), tuple(bars.features), bars.dead)
-    return Evaluation(metrics, record.about, histogram)
+    return metrics
 
 
 def table_of(evaluations: list[Evaluation], labels: list[str]) -> Any:
@@ -231,6 +244,20 @@ def table_of(evaluations: list[Evaluation], labels: list[str]) -> Any:
     return table
 
 
+def table_of_writes(writes: Mapping[str, Mapping[str, Metric]]) -> Any:
+    """Return a table of `rich` with a row for each write and a column for each of its metrics."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="at each write", title_justify="left")
+    names = list(next(iter(writes.values())))
+    for name in ("write", *names):
+        table.add_column(name, overflow="fold")
+    for site, metrics in writes.items():
+        table.add_row(escape(printable(site, 60)), *(escape(str(metrics[name])) for name in names))
+    return table
+
+
 def frame_of(evaluations: list[Evaluation], labels: list[str]) -> Any:
     """Return a data frame with a row for each metric of each evaluation.
 
@@ -250,6 +277,7 @@ def rows_of(evaluations: list[Evaluation], labels: list[str]) -> list[dict[str, 
     return [
         {
             "label": label,
+            "site": site,
             "metric": name,
             "value": metric.value,
             "low": None if metric.interval is None else metric.interval[0],
@@ -258,5 +286,6 @@ def rows_of(evaluations: list[Evaluation], labels: list[str]) -> list[dict[str, 
             "why": metric.why,
         }
         for each, label in zip(evaluations, labels, strict=True)
-        for name, metric in each.metrics.items()
+        for site, metrics in {"": each.metrics, **each.writes}.items()
+        for name, metric in metrics.items()
     ]

@@ -47,6 +47,7 @@ _DENSITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "dense_features_10_percent": lambda density: density > 0.1,
 }
 _OF_RECONSTRUCTION = ("ce_loss", "kl")
+_MEASURED = {*_FORMULAS, *_DENSITIES}
 
 
 def metrics_of(measured: Measured, plan: Plan) -> dict[str, Metric]:
@@ -54,10 +55,25 @@ def metrics_of(measured: Measured, plan: Plan) -> dict[str, Metric]:
     found = {}
     for name, definition in DEFINITIONS.items():
         of_ablation = name.endswith("_ablation")
-        if definition.group not in plan.groups or (of_ablation and name.split("_")[-2] not in plan.ablations):
+        if (
+            name not in _MEASURED
+            or definition.group not in plan.groups
+            or (of_ablation and name.split("_")[-2] not in plan.ablations)
+        ):
             continue
         found[name] = _metric(name, measured)
     return found
+
+
+def writes_of(measured: Measured, plan: Plan) -> dict[str, dict[str, Metric]]:
+    """Return the metrics of the reconstruction at each write by its site; nothing for a single write."""
+    if "reconstruction" not in plan.groups:
+        return {}
+    names = [name for name, definition in DEFINITIONS.items() if definition.group == "reconstruction"]
+    return {
+        str(measured.subject.writes[write]): {name: _of_sums(name, sums, measured.documents) for name in names}
+        for write, sums in measured.writes.items()
+    }
 
 
 def density_of(measured: Measured) -> Tensor | None:
@@ -88,18 +104,22 @@ def _metric(name: str, measured: Measured) -> Metric:
         return Metric(name, None, why=f"the model cannot run with the reconstruction: {measured.no_effect}")
     if DEFINITIONS[name].group == "effect" and "ce" in name and not float(measured.sums["next"][0]):
         return Metric(name, None, why="no measured token is followed by another")
-    values = _FORMULAS[name](measured.sums)
+    return _of_sums(name, measured.sums, measured.documents)
+
+
+def _of_sums(name: str, sums: Sums, documents: int) -> Metric:
+    values = _FORMULAS[name](sums)
     value = float(values[0])
     if not math.isfinite(value):
-        return Metric(name, None, why=_why(name, measured.sums))
-    bounds = interval(values, measured.documents)
-    few = f"{measured.documents} documents are too few for an interval; it takes {LEAST_DOCUMENTS}"
+        return Metric(name, None, why=_why(name, sums))
+    bounds = interval(values, documents)
+    few = f"{documents} documents are too few for an interval; it takes {LEAST_DOCUMENTS}"
     return Metric(name, value, bounds, "" if bounds else few if len(values) > 1 else "no resamples were asked for")
 
 
 def _why(name: str, sums: Sums) -> str:
     """Return why a value is not finite."""
-    if not all(bool(sums[key][0].isfinite()) for key in ("centred", "norm", "ce_loss_clean")):
+    if not all(bool(each[0].isfinite()) for each in (sums.variance(), sums["norm"], sums["ce_loss_clean"])):
         return "the activations or the losses of the model are not finite"
     if not all(bool(sums[key][0].isfinite()) for key in ("residual", "norm_hat", "ce_loss", "kl")):
         return "the reconstruction, or the model with it, is not finite"

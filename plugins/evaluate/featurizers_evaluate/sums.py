@@ -53,13 +53,17 @@ class Sums:
     The vector and its squared norm are taken from the first vector that is added, so that a mean that is large beside
     the variance costs no digits.
 
+    Args:
+        parts: sums of parts of the vector, such as the activations at one write; the variance is the sum of theirs.
+
     Attributes:
-        vector: sum of the vectors less the shift, ``(1 + resamples, d)``; None before the first.
+        vector: sum of the vectors less the shift, ``(1 + resamples, d)``; None before the first, and with parts.
         shift: the first vector, ``(d,)``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Sequence[Sums] = ()) -> None:
         self._totals: dict[str, Tensor] = {}
+        self._parts = parts
         self.vector: Tensor | None = None
         self.shift: Tensor | None = None
 
@@ -90,6 +94,8 @@ class Sums:
 
     def variance(self) -> Tensor:
         """Return the variance of the vectors, summed over coordinates and divided by n, ``(1 + resamples,)``."""
+        if self._parts:
+            return torch.stack([part.variance() for part in self._parts]).sum(dim=0)
         if self.vector is None:
             return torch.full((1,), torch.nan, dtype=torch.float64)
         n = self["tokens"]

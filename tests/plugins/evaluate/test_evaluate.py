@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from featurizers.errors import ArtefactError, ShapeError, UsageError
+from featurizers_causal_basis import BasisRecord, CausalBasisFeaturizer, causal_fidelity
 from featurizers_evaluate import DEFINITIONS, compare, sweep
 from featurizers_evaluate.sums import Sums, Weights, interval
 from featurizers_transcoder import Crosscoder, CrossLayerTranscoder, Transcoder
@@ -196,6 +197,28 @@ def test_a_cross_layer_transcoder_is_spliced_in_as_a_replacement_model() -> None
     assert result["fvu"] == pytest.approx(float((y - y_hat).square().sum() / variance), rel=1e-4)
     assert result["ce_loss"] == pytest.approx(loss_of(replaced, ids), rel=1e-4)
     assert result.about["site"] == "mlp.out:0, mlp.out:1, mlp.out:2"
+    for i, (own_y, own_y_hat) in enumerate(zip(y.chunk(3, dim=-1), y_hat.chunk(3, dim=-1), strict=True)):
+        found = {name: metric.value for name, metric in result.writes[f"mlp.out:{i}"].items()}
+        assert found == pytest.approx(by_numpy(own_y, own_y_hat), rel=1e-4)
+    assert result.writes["mlp.out:0"]["fvu"].interval is not None
+    assert "at each write" in repr(result)
+
+
+def by_numpy(y: torch.Tensor, y_hat: torch.Tensor) -> dict[str, float]:
+    """Return the metrics of a reconstruction by the formulas of the documentation."""
+    a, b = (t.flatten(0, 1).double().numpy() for t in (y, y_hat))
+    norms, norms_hat, dot = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1), (a * b).sum(1)
+    fvu = ((a - b) ** 2).sum() / ((a - a.mean(0)) ** 2).sum()
+    return {
+        "explained_variance": 1 - fvu,
+        "fvu": fvu,
+        "mse": ((a - b) ** 2).sum(1).mean(),
+        "cosine": (dot / norms / norms_hat).mean(),
+        "l2_norm_in": norms.mean(),
+        "l2_norm_out": norms_hat.mean(),
+        "l2_ratio": (norms_hat / norms).mean(),
+        "relative_reconstruction_bias": (norms_hat**2).mean() / dot.mean(),
+    }
 
 
 def test_a_crosscoder_that_cannot_be_spliced_in_says_why() -> None:
@@ -448,7 +471,32 @@ def test_interchange_accuracy_is_that_of_the_training_plugin() -> None:
 # ---------------------------------------------------------------------- the result, and refusals
 
 
+def test_fidelity_is_that_of_the_plugin_of_causal_bases() -> None:
+    model = tiny_model("llama")
+    vectors = torch.linalg.qr(torch.randn(32, 3, generator=torch.Generator().manual_seed(1))).Q
+    record = BasisRecord(mode="mean", side="output", readout="logit-lens", n_tokens=10)
+    f = CausalBasisFeaturizer.of(vectors, torch.tensor([3.0, 2.0, 1.0]), torch.zeros(32), record, site=SITE)
+    tokens = ragged()
+    result = evaluated(f, tokens=tokens, metrics=["fidelity"], exclude_special_tokens=[tokens[0][0]], batch_size=3)
+    inputs = padded(tokens, left=False)
+    mask = inputs["attention_mask"].bool() & (inputs["input_ids"] != tokens[0][0])
+    expected = causal_fidelity(f, model, inputs, mask=mask)
+    assert list(result.metrics) == ["fidelity_spearman", "fidelity_kl", "fidelity_control_kl"]
+    assert result["fidelity_kl"] == pytest.approx(float(expected.model_kl.mean()), rel=1e-5)
+    assert result["fidelity_control_kl"] == pytest.approx(float(expected.control_kl.mean()), rel=1e-5)
+    assert result["fidelity_spearman"] == expected.spearman
+    for name, metric in evaluated(sparse(), metrics=["fidelity"]).metrics.items():
+        assert metric.value is None, name
+        assert "has no energies" in str(metric)
+    with pytest.raises(UsageError, match="iterator"):
+        evaluated(f, tokens=iter(tokens), metrics=["fidelity"])
+
+
 def test_a_result_is_saved_and_read_again(tmp_path: Any) -> None:
+    shapes: Any = ({0: (["in"], ["out-0", "out-1"])}, {"in": "mlp.in:0"}, {f"out-{i}": f"mlp.out:{i}" for i in (0, 1)})
+    several = evaluated(of_maps(CrossLayerTranscoder, *shapes), model=decoder("llama"), tokens=IDS % 40)
+    assert featurizers.load_evaluation(several.save(tmp_path / "several.json")).writes == several.writes
+    assert set(several.to_pandas()["site"]) == {"", "mlp.out:0", "mlp.out:1"}
     result = evaluated(sparse(), data="random ids")
     again = featurizers.load_evaluation(result.save(tmp_path / "it.json"))
     assert again.metrics == result.metrics

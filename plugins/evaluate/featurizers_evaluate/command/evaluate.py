@@ -118,7 +118,7 @@ def _show(result: Evaluation, out: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(result.to_dict())
     else:
-        Console(emoji=False, highlight=False).print(result.table())
+        Console(emoji=False, highlight=False).print(*result.tables())
     if out is None:
         return
     drawn = result.histogram is not None and find_spec("matplotlib") is not None

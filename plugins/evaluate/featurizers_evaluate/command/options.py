@@ -24,7 +24,9 @@ Data = Annotated[
 ]
 Key = Annotated[str | None, typer.Option(help="Of the text, or the token ids, in a record; text by default.")]
 Split = Annotated[str | None, typer.Option(help="Of a data set of the Hub; train by default.")]
-Metrics = Annotated[str | None, typer.Option(help=f"Some of {','.join(GROUPS)}; all by default.")]
+Metrics = Annotated[
+    str | None, typer.Option(help=f"Some of {','.join(GROUPS)}, the default, and fidelity (of causal bases).")
+]
 Ablations = Annotated[str | None, typer.Option(help="Baselines of the effect: some of zero,mean; both by default.")]
 Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens to read; 100000 by default.")]
 Context = Annotated[int | None, typer.Option(min=1, help="Tokens of a row; longer documents are cut; 128 by default.")]
