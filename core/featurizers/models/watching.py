@@ -239,9 +239,9 @@ class Watch:
             generating = self._found_generate()
         own_mask = arguments.get("attention_mask")
         mask = next((m for m in (own_mask, outer and outer.mask) if isinstance(m, Tensor) and m.dim() == 2), None)
-        hidden_by_generate = mask is None and generating is not None and generating.mask is not None and not start
-        if hidden_by_generate:
-            mask = _repeated(generating.mask, tokens)  # type: ignore[union-attr, arg-type]
+        if mask is None and generating is not None and not start:  # `generate` may give the model a mask of pairs
+            of_prompts = generating.mask if own_mask is None else _mask_of_generate(generating)
+            mask = None if of_prompts is None else _repeated(of_prompts, tokens)
         texts = outer is not None and are_texts(outer.ids)
         outer_ids = outer.ids if outer is not None and isinstance(outer.ids, Tensor) else None
         given = outer_ids.shape[1] if outer_ids is not None and outer_ids.dim() == 2 else columns
@@ -311,6 +311,14 @@ def _repeated(mask: Tensor, tokens: Any) -> Tensor | None:
     """Return a mask with its rows repeated as ``generate`` repeats the prompts; None if it does not fit."""
     batch = tokens.shape[0] if isinstance(tokens, Tensor) else mask.shape[0]
     return mask.repeat_interleave(batch // mask.shape[0], dim=0) if batch % mask.shape[0] == 0 else None
+
+
+def _mask_of_generate(generating: GenerateOptions) -> Tensor | None:
+    """Return the mask of prompts that ``generate`` was given, or that it made by the padding token."""
+    if generating.mask is not None:
+        return generating.mask
+    made = ((_generate_frame() or {}).get("model_kwargs") or {}).get("attention_mask")
+    return made if isinstance(made, Tensor) and made.dim() == 2 else None
 
 
 def _generate_frame() -> dict[str, Any] | None:

@@ -294,6 +294,18 @@ def test_a_static_cache_takes_edits_of_every_token():
         assert_same(generate(model, cache_implementation="static"), generate(model))
 
 
+def test_a_static_cache_finds_the_padding_that_generate_sees_by_the_padding_token():
+    model, delta = tiny_model("llama"), torch.linspace(-9, 9, WIDTH)
+    ids = PROMPT["input_ids"].clone()
+    ids[ids == 0] = 1
+    ids[0, -2:] = 0  # padding on the right, so that the last token is not in the last column
+    given = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    with intervene(model, {SITE: Steer(identity(), delta=delta, positions=[-1])}):
+        wanted = generate(model, given)
+        assert_same(generate(model, {"input_ids": ids}, cache_implementation="static", pad_token_id=0), wanted)
+    assert not torch.allclose(generate(model, given)[1], wanted[1])
+
+
 @pytest.mark.parametrize("positions", [[-1], None])
 def test_a_prompt_computed_in_chunks_is_refused_where_its_end_matters(positions):
     model = tiny_model("llama")
