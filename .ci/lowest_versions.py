@@ -11,13 +11,15 @@ from packaging.version import Version
 ROOT = Path(__file__).parent.parent
 
 
-def requirements(pyproject: Path) -> Iterator[Requirement]:
-    """Yield what a distribution requires, with all its extras and what its tests need, its siblings left out."""
-    content = tomllib.loads(pyproject.read_text())
-    project = content["project"]
-    lines = [*project["dependencies"], *content.get("dependency-groups", {}).get("test", [])]
-    for extra in project.get("optional-dependencies", {}).values():
-        lines += extra
+def requirements() -> Iterator[Requirement]:
+    """Yield what the tests and all distributions with all their extras require, siblings left out."""
+    tests = (ROOT / "requirements" / "test.txt").read_text().splitlines()
+    lines = [line for line in tests if not line.startswith("#")]
+    for pyproject in [ROOT / "pyproject.toml", *sorted(ROOT.glob("plugins/*/pyproject.toml"))]:
+        project = tomllib.loads(pyproject.read_text())["project"]
+        lines += project["dependencies"]
+        for extra in project.get("optional-dependencies", {}).values():
+            lines += extra
     for line in lines:
         requirement = Requirement(line)
         if not requirement.name.startswith("featurizers"):
@@ -39,10 +41,9 @@ def lower_bound(requirement: Requirement) -> Version:
 def main() -> None:
     """Print a line ``name==version`` for each dependency: the highest of the bounds of all distributions."""
     lowest: dict[str, Version] = {}
-    for pyproject in [ROOT / "pyproject.toml", *sorted(ROOT.glob("plugins/*/pyproject.toml"))]:
-        for requirement in requirements(pyproject):
-            name, bound = canonicalize_name(requirement.name), lower_bound(requirement)
-            lowest[name] = max(bound, lowest.get(name, bound))
+    for requirement in requirements():
+        name, bound = canonicalize_name(requirement.name), lower_bound(requirement)
+        lowest[name] = max(bound, lowest.get(name, bound))
     print("\n".join(f"{name}=={version}" for name, version in sorted(lowest.items())))
 
 

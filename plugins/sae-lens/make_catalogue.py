@@ -1,6 +1,6 @@
 """Write ``featurizers_sae_lens/catalogue.json`` from the catalogue in the installed package sae-lens.
 
-    pip install --group dev && python plugins/sae-lens/make_catalogue.py
+    pip install -r requirements/dev.txt && python plugins/sae-lens/make_catalogue.py
 
 SAELens is not imported. The file is compared with its source before it is written.
 """
@@ -27,7 +27,7 @@ def installed() -> tuple[str, dict[str, Any]]:
     """Return the version of the installed package sae-lens, and the contents of its catalogue."""
     spec = importlib.util.find_spec("sae_lens")
     if spec is None or spec.origin is None:
-        raise SystemExit("sae-lens is not installed; run: pip install --group dev")
+        raise SystemExit("sae-lens is not installed; run: pip install -r requirements/dev.txt")
     text = Path(spec.origin).with_name("pretrained_saes.yaml").read_text(encoding="utf-8")
     loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     return importlib.metadata.version("sae-lens"), yaml.load(text, Loader=loader)

@@ -163,6 +163,12 @@ def test_ci_runs_the_readmes_own_test_command():
     assert set_up in (ROOT / "CONTRIBUTING.md").read_text().splitlines()
 
 
+def test_a_checkout_is_set_up_with_every_distribution():
+    listed = (ROOT / "requirements" / "dev.txt").read_text().splitlines()
+    editable = [line.removeprefix("-e ") for line in listed if line.startswith("-e ")]
+    assert editable == [".", *sorted(str(project.parent.relative_to(ROOT)) for project in PROJECTS[1:])]
+
+
 # ---------------------------------------------------------------------- tables against code
 
 
