@@ -91,9 +91,10 @@ def test_a_hookpoint_is_the_input_and_output_of_a_module(hookpoint, sites, tmp_p
 
 def test_an_old_transcoder_without_a_skip_is_told_by_its_repository(tmp_path):
     write(tmp_path / "layers.5.mlp", "skip", skip_connection=False)
-    tensors = load_file(tmp_path / "layers.5.mlp/sae.safetensors")
+    path = tmp_path / "layers.5.mlp/sae.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}  # and not mapped: it is replaced
     skip = tensors.pop("W_skip")
-    save_file(tensors, tmp_path / "layers.5.mlp/sae.safetensors")
+    save_file(tensors, path)
 
     def files(repo_id: str, subfolder: str | None = None, revision: str | None = None):
         return of_folder(tmp_path / (subfolder or ""), None)
