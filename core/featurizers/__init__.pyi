@@ -11,6 +11,8 @@ from .features.gates import SigmoidGate as SigmoidGate
 from .features.programs import Program as Program
 from .features.rules import activation_rule as activation_rule
 from .features.site_map import SiteMap as SiteMap
+from .format.labels import Label as Label
+from .format.labels import Labels as Labels
 from .format.sites import Site as Site
 from .graphs import graph as graph
 from .graphs import load_graph as load_graph

@@ -53,11 +53,11 @@ class LoopbackHub(hubserver.Hub):
         }
 
     def put(self, repo_id: str, **changes: bytes | None) -> str:
-        """Commit as another user: new contents by file name, with `_` for the dot; None deletes a file."""
+        """Commit as another user: new contents by file name, with `_` for the dot or as it is; None deletes a file."""
         repo = self.repos.get(("model", repo_id)) or self.create("model", repo_id)
         files = dict(repo["commits"][self.head(repo_id)]["files"])
         for name, data in changes.items():
-            path = name.replace("_", ".")
+            path = name if "." in name else name.replace("_", ".")
             files.pop(path, None)
             if data is not None:
                 files[path] = self.entry(self.put_bytes(data), len(data), path.endswith(".safetensors"), data)

@@ -18,6 +18,7 @@ from featurizers.builtin.normalization import Normalization
 from featurizers.builtin.sparse import Active, SparseFeatures
 from featurizers.builtin.units import convert
 from featurizers.errors import ConfigError, FeatureIndexError, LoweringError, ShapeError, UsageError, explain
+from featurizers.features.feature_space import Numbering
 from featurizers.features.indices import Indices, Selection, columns_of, select
 from featurizers.features.programs import FeatureRows
 from featurizers.features.rules import BUILT_IN
@@ -319,6 +320,12 @@ class DictionaryFeaturizer(LinearDecoderFeaturizer[DictionaryConfig]):
         if self.config.slice_of is not None and not isinstance(indices, Selection):
             indices = columns_of(indices, self._numbers(), self.config.slice_of)
         return select(indices, self.n_features, x.device)
+
+    def numbering(self) -> Mapping[str | None, Numbering]:
+        """See `FeatureSpace.numbering`."""
+        if self.config.slice_of is None:
+            return super().numbering()
+        return {None: Numbering(self._numbers().tolist(), self.config.slice_of)}
 
     def _numbers(self) -> Int[Tensor, " n_features"]:
         """Return the numbers of the features in the whole dictionary."""

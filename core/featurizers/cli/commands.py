@@ -17,12 +17,14 @@ from featurizers.cli.output import commit_link, escaped, print_fields, print_jso
 from featurizers.cli.plugin_commands import CommandGroup
 from featurizers.errors import FeaturizerError, ManifestError, SourceError, printable, shown
 from featurizers.format import card
+from featurizers.format import labels as labels_format
 from featurizers.format.companion import Companion, read_companion
 from featurizers.format.manifest import (
     CARD_NAME,
     CONFIG_NAME,
     INTERVENABLE_NAME,
     INTERVENABLE_WEIGHTS_NAME,
+    LABELS_NAME,
     MAX_CARD_BYTES,
     MAX_CONFIG_BYTES,
     WEIGHTS_NAME,
@@ -160,7 +162,8 @@ def pull(
                 raise ManifestError(str(part), "it is a collection inside a collection, which no weights belong to")
             verify_weights(weights, manifest.sha256, str(part))
             card = part.optional(CARD_NAME, commit, MAX_CARD_BYTES)
-            _copy(new_folder and new_folder / name, config, weights, card)
+            labels = _pulled_labels(part, commit, manifest)
+            _copy(new_folder and new_folder / name, config, weights, card, labels)
         if isinstance(record, Index):
             card = remote.optional(CARD_NAME, commit, MAX_CARD_BYTES)
             companion = remote.optional(INTERVENABLE_NAME, commit, MAX_CONFIG_BYTES)
@@ -270,8 +273,10 @@ def _readable(record: Manifest, tensors: Mapping[str, str]) -> dict[str, Any]:
         about = {"site": record.sites_text(), "model": model, "tokens": tokens}
         fields |= {name: value for name, value in about.items() if value is not None}
     fields |= {name: text for name, text in card.summary_of(record).items() if name not in fields}
+    if labels := labels_format.record_in(record, record.id):
+        fields["labels"] = labels_format.in_words(labels)
     for name, value in record.metadata.items():
-        if name != "summary":
+        if name not in ("summary", labels_format.KEY):
             size = len(text := json.dumps(value, ensure_ascii=True))
             fields[f"metadata: {shown(name)[1:-1]}"] = text if size <= MOST_SHOWN else f"{size} characters; see --json"
     if record.features:
@@ -280,6 +285,15 @@ def _readable(record: Manifest, tensors: Mapping[str, str]) -> dict[str, Any]:
         fields["tensors"] = "\n".join(f"{shown(name)[1:-1]}: {spec}" for name, spec in tensors.items())
     saved_with = ", ".join(f"{name} {version}" for name, version in record.saved_with.items())
     return fields | {"saved with": saved_with, "sha256": record.sha256}
+
+
+def _pulled_labels(part: hub.Remote, commit: str, manifest: Manifest) -> Path | None:
+    """Download the labels of an artefact and check them; return None if it has none."""
+    if (record := labels_format.record_in(manifest, str(part))) is None:
+        return None
+    path = part.file(LABELS_NAME, commit, labels_format.MAX_BYTES)
+    labels_format.read(path.parent, record, str(part))
+    return path
 
 
 def _rows(artefacts: Mapping[str, Entry]) -> list[dict[str, Any]]:

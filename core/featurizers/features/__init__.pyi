@@ -1,5 +1,6 @@
 from .derivatives import Error as Error
 from .feature_space import FeatureSpace as FeatureSpace
+from .feature_space import Numbering as Numbering
 from .featurizer import Featurizer as Featurizer
 from .gates import SigmoidGate as SigmoidGate
 from .indices import Indices as Indices

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Self, TypeVar, final
 
 from pydantic import BaseModel
 from torch import Tensor, nn
 
 import featurizers
-from featurizers.errors import UsageError
+from featurizers.errors import FeatureIndexError, UsageError, shown
+from featurizers.format.labels import Label, Labels
 from featurizers.format.sites import Site
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+class Numbering(NamedTuple):
+    """Numbers of the features of a group.
+
+    Attributes:
+        numbers: number of each feature, in the order of the columns; of a slice, its numbers in the whole.
+        whole: number of features of the whole.
+    """
+
+    numbers: Sequence[int]
+    whole: int
 
 
 class FeatureSpace(nn.Module, ABC, Generic[ConfigT]):
@@ -34,6 +48,7 @@ class FeatureSpace(nn.Module, ABC, Generic[ConfigT]):
         revision: commit that it was loaded from, if any.
         feature_sets: named indices (int64) or masks (any other dtype) that belong to it; saved with it. ``selected``
             are the features that a search found, which `attach` interchanges.
+        labels: what people or programs say that features mean; saved with it.
         metadata: anything that JSON can hold; saved with it.
         special_tokens: ids of tokens whose activations `featurizers.intervene` does not change.
     """
@@ -52,6 +67,7 @@ class FeatureSpace(nn.Module, ABC, Generic[ConfigT]):
         self.feature_sets: dict[str, Tensor] = {}
         self.metadata: dict[str, Any] = {}
         self.special_tokens: tuple[int, ...] = ()
+        self._labels: Labels | None = None
 
     @property
     @abstractmethod
@@ -88,6 +104,47 @@ class FeatureSpace(nn.Module, ABC, Generic[ConfigT]):
             FeatureIndexError: an index is out of range.
             UsageError: they are not a list of numbers, the same for every example.
         """
+
+    @abstractmethod
+    def numbering(self) -> Mapping[str | None, Numbering]:
+        """Return the numbers of the features of each group; of a featurizer of one site, those under None."""
+
+    @property
+    def labels(self) -> Labels | None:
+        """What is said of the features, saved with them; None if nothing is.
+
+        A sequence of `Label` may be assigned. A slice keeps the labels of its own features.
+
+        Raises:
+            UsageError: a label is of a group that is not there, or one is repeated.
+            FeatureIndexError: a label is of a feature that is not there.
+        """
+        return self._labels
+
+    @labels.setter
+    def labels(self, labels: Labels | Iterable[Label] | None) -> None:
+        if labels is not None:
+            labels = self._of_features(labels if isinstance(labels, Labels) else Labels(labels))
+        self._labels = labels
+
+    def _of_features(self, labels: Labels) -> Labels:
+        """Check labels, and return those of the features that are here."""
+        groups = self.numbering()
+        if None not in groups and len(groups) == 1:  # then the group goes without saying
+            (only,) = groups
+            labels = Labels(replace(label, group=only) if label.group is None else label for label in labels)
+        for group, feature in labels.features:
+            if group not in groups:
+                what = "a label is of no group" if group is None else f"a label is of the group {shown(group)}"
+                names = ", ".join(map(shown, list(groups)[:8])) + (", …" if len(groups) > 8 else "")
+                allowed = "whose features have no groups" if None in groups else f"whose groups are {names}"
+                raise UsageError(f"{what}, of feature {feature} of {self.id!r}, {allowed}")
+            if feature >= (whole := groups[group].whole):
+                where = "" if group is None else f" in the group {shown(group)}"
+                raise FeatureIndexError(
+                    f"a label is of feature {feature}{where}, and {self.id!r} has {whole}, which are numbered from 0"
+                )
+        return labels.only({group: _lookup(own) for group, own in groups.items()})
 
     def check(self) -> None:
         """Raise a `FeaturizerError` if the tensors lack a property that the kind promises.
@@ -129,7 +186,13 @@ class FeatureSpace(nn.Module, ABC, Generic[ConfigT]):
     # ------------------------------------------------------------------ helpers
     @final
     def described_as(self, other: FeatureSpace[Any]) -> Self:
-        """Copy the id, revision, metadata and feature sets of ``other``, and go to evaluation mode."""
+        """Copy the id, revision, metadata, feature sets and labels of ``other``, and go to evaluation mode."""
         self.id, self.revision, self.metadata = other.id, other.revision, dict(other.metadata)
         self.feature_sets = dict(other.feature_sets)  # their numbers and masks refer to the whole, also in a slice
+        self.labels = other.labels
         return self.eval()
+
+
+def _lookup(own: Numbering) -> Container[int]:
+    """Return numbers in a form in which one is found fast."""
+    return own.numbers if isinstance(own.numbers, range) else frozenset(own.numbers)

@@ -13,7 +13,7 @@ from torch import Tensor
 import featurizers
 from featurizers.errors import LoweringError, ShapeError, UsageError
 from featurizers.features.derivatives import Derivatives, Error
-from featurizers.features.feature_space import ConfigT, FeatureSpace
+from featurizers.features.feature_space import ConfigT, FeatureSpace, Numbering
 from featurizers.features.indices import Indices, Selection, check_broadcast, select, values_like
 from featurizers.features.placement import check_device
 from featurizers.features.precision import without_autocast, without_overflow
@@ -69,6 +69,11 @@ class Featurizer(Derivatives, FeatureSpace[ConfigT]):
     def sites_text(self) -> str | None:
         """Its site as a string."""
         return None if self.site is None else str(self.site)
+
+    def numbering(self) -> Mapping[str | None, Numbering]:
+        """See `FeatureSpace.numbering`. Kinds whose features are numbered otherwise override it."""
+        count = self.n_features or self.d_in or 2**31  # of any width
+        return {None: Numbering(range(count), count)}
 
     # ------------------------------------------------------------------ what a kind implements
     @abstractmethod

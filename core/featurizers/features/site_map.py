@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from featurizers.errors import ShapeError, SiteError, UsageError, shown
-from featurizers.features.feature_space import ConfigT, FeatureSpace
+from featurizers.features.feature_space import ConfigT, FeatureSpace, Numbering
 from featurizers.features.indices import Indices, Selection, select
 from featurizers.features.precision import without_autocast
 from featurizers.format.sites import Site
@@ -131,6 +131,10 @@ class SiteMap(FeatureSpace[ConfigT]):
         if not self._reads or not self._writes:
             return None
         return f"{_in_short(self._reads)} -> {_in_short(self._writes)}"
+
+    def numbering(self) -> Mapping[str | None, Numbering]:
+        """See `FeatureSpace.numbering`. Kinds whose features are numbered otherwise override it."""
+        return {name: Numbering(range(group.n_features), group.n_features) for name, group in self.groups.items()}
 
     def _checked_sites(self, sites: Mapping[str, Site | str], widths: Mapping[str, int], what: str) -> dict[str, Site]:
         if not isinstance(sites, Mapping) or (sites and sites.keys() != widths.keys()):

@@ -1,6 +1,7 @@
 from .locks import LOCK_NAME as LOCK_NAME
 from .locks import locked as locked
 from .regular import contained as contained
+from .regular import opened as opened
 from .regular import read_bytes as read_bytes
 from .regular import stat_signature as stat_signature
 from .replacement import filling as filling

@@ -5,6 +5,8 @@ from .companion import read_companion as read_companion
 from .external_files import ExternalFiles as ExternalFiles
 from .external_files import TensorFile as TensorFile
 from .fingerprints import fingerprint as fingerprint
+from .labels import Label as Label
+from .labels import Labels as Labels
 from .manifest import INTERVENABLE_NAME as INTERVENABLE_NAME
 from .manifest import INTERVENABLE_WEIGHTS_NAME as INTERVENABLE_WEIGHTS_NAME
 from .manifest import LIBRARY_NAME as LIBRARY_NAME

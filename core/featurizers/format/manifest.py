@@ -27,6 +27,7 @@ from featurizers.names import KIND
 CONFIG_NAME: Final = "config.json"
 WEIGHTS_NAME: Final = "model.safetensors"
 CARD_NAME: Final = "README.md"
+LABELS_NAME: Final = "feature_labels.jsonl"
 INTERVENABLE_NAME: Final = "intervenable.json"
 INTERVENABLE_WEIGHTS_NAME: Final = "intervenable.safetensors"
 LIBRARY_NAME: Final = "featurizers"
@@ -37,7 +38,7 @@ MAX_CARD_BYTES: Final = 10_000_000
 MAX_DEPTH: Final = 64
 """Largest nesting depth of JSON."""
 
-RESERVED: Final = {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME}
+RESERVED: Final = {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, LABELS_NAME}
 
 
 def _not_a_file(subfolder: str) -> str:

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, TypeAlias, cast, get_args
 
+import torch
 from torch import Tensor, nn
 
 from featurizers.errors import ShapeError, UsageError, shown
 from featurizers.features.featurizer import Featurizer
-from featurizers.features.indices import Indices, values_like
+from featurizers.features.indices import Indices, Selection, values_like
 from featurizers.features.site_map import SiteMap
+from featurizers.format.labels import Label
 from featurizers.models.positions import Inputs, Positions
 
 Writes: TypeAlias = Literal["additive", "pinned", "pinned-everywhere"]
@@ -248,6 +250,35 @@ class Collect(Operation):
     def apply(self, base: Tensor, source: Tensor | None) -> Tensor:
         """Return the features, ``(batch, n_positions, k)``."""
         return self.of_site.collect(base, cast("Indices", self.indices))
+
+    def labels(self) -> Any:
+        """Return the labels of each column of what is collected; none for a feature that nothing is said of.
+
+        Returns:
+            A list with a tuple of `Label` for each column; of a map with several groups, such a list by group.
+
+        Raises:
+            FeatureIndexError: indices that the featurizer does not have.
+            UsageError: the featurizer takes activations of any width, so that its columns are not known.
+        """
+        f = self.featurizer
+        tensor = next(iter((*f.parameters(), *f.buffers())), torch.empty(0))
+        x, numbering = torch.empty(1, getattr(f, "d_in", None) or 0, device=tensor.device), f.numbering()
+        if isinstance(f, Featurizer):
+            if f.n_features is None and f.d_in is None:
+                raise UsageError(f"{f.id!r} takes activations of any width; create it with d_in, to know its columns")
+            chosen: dict[str | None, Selection] = {None: f.select(cast("Indices", self.indices), x)}
+        else:
+            chosen = {group: f.select(group, own, x) for group, own in f.by_group(self.indices).items()}
+        found: dict[str | None, list[tuple[Label, ...]]] = {}
+        for group, selection in chosen.items():
+            if selection.differs_by_example:
+                raise UsageError("Collect takes the same indices for every example; collect all and index the result")
+            numbers, columns = numbering[group].numbers, selection.as_columns()
+            own_columns = range(len(numbers)) if columns is None else columns.tolist()
+            labels = f.labels
+            found[group] = [() if labels is None else labels.of(numbers[c], group) for c in own_columns]
+        return found if isinstance(f, SiteMap) and len(f.groups) > 1 else next(iter(found.values()), [])
 
 
 def _each(value: Any) -> Iterable[Any]:

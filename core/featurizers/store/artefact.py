@@ -29,10 +29,11 @@ from featurizers.features.featurizer import Featurizer
 from featurizers.features.site_map import SiteMap
 from featurizers.files.regular import contained, read_bytes
 from featurizers.files.replacement import replacing, resolved
-from featurizers.format import card, measured, weights
+from featurizers.format import card, labels, measured, weights
 from featurizers.format.manifest import (
     CARD_NAME,
     CONFIG_NAME,
+    LABELS_NAME,
     MAX_CARD_BYTES,
     RESERVED,
     WEIGHTS_NAME,
@@ -178,8 +179,10 @@ def read_folder(
         rows: dict[str, Tensor] = {}
         added: dict[str, Tensor] = {}
         names: set[str] | None = None
+        columns: Any = None
         if indices is not None:
-            config, rows, added = cls.rows_of_slice(config, featurizer.checked_columns(indices))
+            columns = featurizer.checked_columns(indices)
+            config, rows, added = cls.rows_of_slice(config, columns)
             featurizer = _on_meta(cls, config, where)
             names = {*featurizer.state_dict(), *(f"{weights.SET_PREFIX}{name}" for name in manifest.features)}
         stored = weights.read_tensors(path, device, where, rows, names=names, allow_nonfinite=allow_nonfinite)
@@ -193,7 +196,8 @@ def read_folder(
         featurizer.feature_sets = sets
         featurizer.id = manifest.id
         _set_sites(featurizer, manifest, where)
-        featurizer.metadata = manifest.metadata
+        featurizer.metadata = {name: value for name, value in manifest.metadata.items() if name != labels.KEY}
+        _set_labels(featurizer, folder, manifest, columns, where)
         featurizer.eval()
         featurizer.to(device=device, dtype=dtype)
         if allow_nonfinite and not all(map(weights.is_finite, tensors.values())):
@@ -252,7 +256,18 @@ def _config(cls: type[FeatureSpace[Any]], manifest: Manifest, where: str) -> Any
 
 
 def _write(featurizer: FeatureSpace[Any], folder: Path, source: str, metrics: object | None = None) -> Manifest:
-    """Write the three files into a new folder, and return the manifest."""
+    """Write the files into a new folder, and return the manifest.
+
+    Raises:
+        ManifestError: the metadata hold the key of labels, or are not JSON.
+    """
+    metadata = featurizer.metadata
+    if labels.KEY in metadata:
+        raise ManifestError(source, f"the metadata have the key {labels.KEY!r}, which save writes itself; rename it")
+    if featurizer.labels:
+        raw = labels.dump(featurizer.labels)
+        (folder / LABELS_NAME).write_bytes(raw)
+        metadata = {**metadata, labels.KEY: labels.record_of(featurizer.labels, raw).model_dump()}
     sets = {f"{weights.SET_PREFIX}{name}": tensor for name, tensor in featurizer.feature_sets.items()}
     digest = weights.write_tensors({**featurizer.state_dict(), **sets}, folder / WEIGHTS_NAME, source)
     try:
@@ -264,13 +279,13 @@ def _write(featurizer: FeatureSpace[Any], folder: Path, source: str, metrics: ob
             features=sorted(featurizer.feature_sets),
             saved_with=_distributions(featurizer),
             sha256=digest,
-            metadata=featurizer.metadata,
+            metadata=metadata,
         )
     except ValidationError as error:
         raise ManifestError(source, explain(error)) from error
     if metrics is not None:
         manifest = measured.added(manifest, metrics)
-        featurizer.metadata = manifest.metadata
+        featurizer.metadata = {**featurizer.metadata, measured.KEY: manifest.metadata[measured.KEY]}
     (folder / CONFIG_NAME).write_bytes(dump(manifest))
     card.write(manifest, folder / CARD_NAME, source=source)
     return manifest
@@ -312,6 +327,31 @@ def _set_sites(featurizer: FeatureSpace[Any], manifest: Manifest, where: str) ->
             raise ManifestError(where, str(error)) from error
     elif isinstance(featurizer, Featurizer):
         featurizer.site = manifest.site.site() if manifest.site else None
+
+
+def _set_labels(featurizer: FeatureSpace[Any], folder: Path, manifest: Manifest, columns: Any, where: str) -> None:
+    """Give a featurizer the labels of its artefact; of a slice, those of its features.
+
+    Args:
+        featurizer: built, with the numbers of its features.
+        folder: holds the labels.
+        manifest: says whether there are any.
+        columns: of the slice that is loaded, as `FeatureSpace.checked_columns` returns them; None for all.
+        where: name of the artefact in errors.
+
+    Raises:
+        ArtefactError: the labels are damaged, or are of features that are not there.
+    """
+    if (record := labels.record_in(manifest, where)) is None:
+        return
+    found = labels.read(folder, record, where)
+    if columns is not None:
+        by_group = columns if isinstance(columns, Mapping) else {None: columns}
+        found = found.only({group: set(own.tolist()) for group, own in by_group.items()})
+    try:
+        featurizer.labels = found
+    except FeaturizerError as error:
+        raise ArtefactError(where, f"{LABELS_NAME}: {error}") from error
 
 
 def _distributions(featurizer: FeatureSpace[Any]) -> dict[str, str]:

@@ -14,8 +14,9 @@ from featurizers.features.feature_space import FeatureSpace
 from featurizers.features.indices import Indices, select
 from featurizers.features.placement import check_placement
 from featurizers.files.regular import contained
+from featurizers.format import labels
 from featurizers.format.external_files import ExternalFiles
-from featurizers.format.manifest import CONFIG_NAME, WEIGHTS_NAME, Manifest, named_folder
+from featurizers.format.manifest import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME, Manifest, named_folder
 from featurizers.hub.repository import Remote
 from featurizers.hub.sources import CatalogueSource, FolderSource, HubSource, Source, parse_source
 from featurizers.registry.plugin_host import host
@@ -106,7 +107,7 @@ def load(
     if isinstance(parsed, FolderSource):
         featurizer = read_unchanged(
             parsed.path / (subfolder or ""),
-            (CONFIG_NAME, WEIGHTS_NAME),
+            (CONFIG_NAME, WEIGHTS_NAME, LABELS_NAME),
             lambda: read(locate(request), request),
             str(parsed),
         )
@@ -230,6 +231,8 @@ def read(located: Located, request: Request) -> FeatureSpace[Any]:
         revision = located.commit
         # a config that cannot be read is refused before the weights are downloaded
         folder = located.remote.weights(revision, artefact.most_bytes(located.manifest, request.where))
+        if labels.record_in(located.manifest, request.where):
+            located.remote.file(LABELS_NAME, revision, labels.MAX_BYTES)
     featurizer = artefact.read_folder(
         folder,
         located.manifest,

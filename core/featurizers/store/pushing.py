@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from featurizers.errors import ArtefactError, ManifestError, UsageError, WeightsError, explain, shown
 from featurizers.files.regular import contained, opened, read_bytes
 from featurizers.files.replacement import os_errors, temporary_folder
-from featurizers.format import card, measured
+from featurizers.format import card, labels, measured
 from featurizers.format.companion import Companion, read_companion
 from featurizers.format.manifest import (
     CARD_NAME,
     CONFIG_NAME,
     INTERVENABLE_NAME,
     INTERVENABLE_WEIGHTS_NAME,
+    LABELS_NAME,
     LIBRARY_NAME,
     MAX_CARD_BYTES,
     MAX_CONFIG_BYTES,
@@ -283,6 +284,8 @@ def _operations(
             _weights(f"{prefix}{WEIGHTS_NAME}", folder / WEIGHTS_NAME, manifest.sha256),
             CommitOperationAdd(f"{prefix}{CARD_NAME}", str(_card(repo_id, existing, folder, manifest, part, staging))),
         ]
+        if (labelled := labels.record_in(manifest, str(folder))) is not None:
+            added.append(_weights(f"{prefix}{LABELS_NAME}", folder / LABELS_NAME, labelled.sha256))
         if (results := measured.eval_results(manifest)) is not None:
             name = part.replace("/", "-") or "featurizer"
             added.append(CommitOperationAdd(f".eval_results/{name}.yaml", results))

@@ -10,6 +10,7 @@ from featurizers.files.replacement import recover
 from featurizers.format.manifest import (
     CARD_NAME,
     CONFIG_NAME,
+    LABELS_NAME,
     WEIGHTS_NAME,
     Entry,
     Index,
@@ -91,7 +92,7 @@ def local_record(root: Path, folder: Path) -> Manifest | Index:
         )
     contained(root, folder / CONFIG_NAME, where, ArtefactError)
     record = read(folder / CONFIG_NAME, where)
-    for name in (WEIGHTS_NAME, CARD_NAME):
+    for name in (WEIGHTS_NAME, CARD_NAME, LABELS_NAME):
         contained(root, folder / name, where, ArtefactError)
     return record
 

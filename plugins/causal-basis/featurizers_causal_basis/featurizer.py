@@ -151,6 +151,7 @@ class CausalBasisFeaturizer(Featurizer[CausalBasisConfig]):
         part = self.of(self.vectors[:, :k], self.energies[:k], self.mean, record, site=self.site)
         part.id, part.revision, part.metadata = self.id, self.revision, dict(self.metadata)
         part.special_tokens = self.special_tokens
+        part.labels = None if self.labels is None else self.labels.only({None: range(k)})
         part.feature_sets = {name: _first(chosen, k) for name, chosen in self.feature_sets.items()}
         return part
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from featurizers.builtin import rule_with_options
 from featurizers.errors import ConfigError, ShapeError, UsageError, explain
-from featurizers.features import Group, Indices, Rule, Selection, SiteMap, columns_of, select
+from featurizers.features import Group, Indices, Numbering, Rule, Selection, SiteMap, columns_of, select
 from jaxtyping import Float
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
@@ -187,6 +187,11 @@ class LinearMap(SiteMap[LinearMapConfig]):
         """Return the numbers of the features of a group in the whole map, int64 ``(n,)``."""
         own = self.config.groups[group]
         return torch.arange(own.n_features) if own.slice_of is None else self.get_buffer(f"numbers-{group}")
+
+    def numbering(self) -> Mapping[str | None, Numbering]:
+        """See `featurizers.FeatureSpace.numbering`."""
+        parts = {g: own.slice_of for g, own in self.config.groups.items() if own.slice_of is not None}
+        return {**super().numbering(), **{g: Numbering(self.numbers(g).tolist(), n) for g, n in parts.items()}}
 
     @classmethod
     def sliced(
