@@ -99,6 +99,11 @@ COMMANDS = {
         "featurizers-evaluate",
         "Measure several artefacts on the same documents: one table and one picture.",
     ),
+    "labels": Command(
+        "evaluate",
+        "featurizers-evaluate",
+        "Import what Neuronpedia or delphi says that features mean, and save it with the artefact.",
+    ),
     "sweep": Command(
         "training",
         "featurizers-training",

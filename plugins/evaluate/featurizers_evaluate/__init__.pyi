@@ -3,6 +3,7 @@ from .definitions import DEFINITIONS as DEFINITIONS
 from .evaluating import compare as compare
 from .evaluating import evaluate as evaluate
 from .evaluating import sweep as sweep
+from .labels import import_labels as import_labels
 from .pictures import densities as densities
 from .result import Evaluation as Evaluation
 from .result import Histogram as Histogram

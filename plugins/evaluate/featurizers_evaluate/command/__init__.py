@@ -1,1 +1,1 @@
-"""Commands ``featurizers evaluate`` and ``featurizers compare``."""
+"""Commands ``featurizers evaluate``, ``featurizers compare`` and ``featurizers labels``."""
