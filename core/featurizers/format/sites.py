@@ -57,8 +57,8 @@ class Site:
         True
         >>> str(Site("attn.z", 8, head=3))
         'attn.z:8:3'
-        >>> Site("attn.z:8:3") == Site("attn.z", 8, head=3)
-        True
+        >>> Site("attn.z", 8, head=3, position=(-1,))
+        Site('attn.z:8:3', position=(-1,))
     """
 
     kind: str
@@ -112,6 +112,12 @@ class Site:
     @property
     def _place(self) -> tuple[object, ...]:
         return self.kind, self.layer, self.head, self.module, self.side
+
+    def __repr__(self) -> str:
+        """Return an expression that makes the site, without the fields that are None."""
+        recorded = {name: getattr(self, name) for name in ("position", "model", "model_revision")}
+        more = [f"{name}={value!r}" for name, value in recorded.items() if value is not None]
+        return f"Site({', '.join([repr(str(self)), *more])})"
 
     def __str__(self) -> str:
         """Return the form that `parse` reads."""

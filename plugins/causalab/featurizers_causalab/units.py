@@ -59,8 +59,7 @@ def parse(name: str, component: str | None = None) -> Unit | None:
 
     Example:
         >>> parse("ResidualStream(Layer:3,Token:last_token)").site
-        Site(kind='resid.post', layer=3, head=None, module=None, side=None, position=(-1,), model=None, \
-model_revision=None)
+        Site('resid.post:3', position=(-1,))
         >>> parse("AttentionHead(Layer-3,Head-5,Token-all)").site.head
         5
     """
