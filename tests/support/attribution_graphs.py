@@ -39,7 +39,7 @@ def made(name: str, config: str, **settings: Any) -> Callable[[], Any]:
 MODELS: dict[str, Callable[[], Any]] = {
     "gpt2": made("GPT2LMHeadModel", "GPT2Config", **GPT),
     "llama": made("LlamaForCausalLM", "LlamaConfig", **SMALL),
-    "gemma2": made("Gemma2ForCausalLM", "Gemma2Config", **NARROW),
+    "gemma2": made("Gemma2ForCausalLM", "Gemma2Config", **NARROW, attn_implementation="eager"),
     "gemma3": made("Gemma3ForCausalLM", "Gemma3TextConfig", **NARROW),
     "qwen3": made("Qwen3ForCausalLM", "Qwen3Config", **NARROW),
     "olmo2": made("Olmo2ForCausalLM", "Olmo2Config", **SMALL),

@@ -1,13 +1,11 @@
-"""GPT-J is left out where `transformers` does not compute its attention by the AttentionInterface, as in 5.9."""
+"""Hooks of pytest."""
 
 import pytest
-from transformers.models.gptj import modeling_gptj
+
+from tests.support.gptj import skip_gptj
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip the tests of GPT-J if its attention cannot be looked into."""
-    values = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
-    is_gptj = any(isinstance(value, str) and value == "gptj" for value in values)
-    if is_gptj and not hasattr(modeling_gptj, "eager_attention_forward"):
-        pytest.skip("GPT-J of this transformers does not compute attention by the AttentionInterface")
+    """Skip what this version of `transformers` cannot do."""
+    skip_gptj(item)
