@@ -120,7 +120,7 @@ class PluginLoader:
             if name in self._refused:
                 hint = f" {install_hint(name)}" if install_command(name) else ""
                 raise PluginError(f"{'; '.join(str(row.error) for row in self._refused[name])}.{hint}")
-            raise UnknownKindError(name, {*self.names(), *self.known_kinds()}, install_hint(name))
+            raise UnknownKindError(name, self.known_kinds(), install_hint(name))
         if len(entries) > 1:
             raise PluginConflictError(name, map(_distribution, entries))
         if failure := self._failure(name, entries[0]):
