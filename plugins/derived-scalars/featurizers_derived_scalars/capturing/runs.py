@@ -63,7 +63,7 @@ def capture(
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=9))
         >>> needs = [Need("mlp.neurons"), Need("attn.probs", "backward", frozenset({1}))]
-        >>> [raw] = capture(model, [3, 1, 4], needs, metric=lambda logits: logits[-1, 5])
+        >>> raw = capture(model, [3, 1, 4], needs, metric=lambda logits: logits[-1, 5])[0]
         >>> raw[Place("mlp.neurons", 0), "forward"].shape, raw[Place("attn.probs", 1), "backward"].shape
         (torch.Size([3, 32]), torch.Size([3, 3, 2]))
     """
