@@ -69,6 +69,22 @@ def names_of_the_readmes_first_example(tmp_path, monkeypatch):
     return {"model": GPT2LMHeadModel(config).eval(), "prompt": prompt, "other_prompt": other_prompt}
 
 
+@pytest.fixture
+def model_of_the_quickstart(tmp_path, monkeypatch):
+    """A small model with a tokenizer of the words of the prompts, which `load_model` gives for any name."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    known = ["The", "capital", "of", "is", "the", "city", "France", "Italy", "Rome", "Paris"]
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="The"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    config = GPT2Config(n_layer=12, n_embd=16, n_head=2, vocab_size=10, bos_token_id=None, eos_token_id=None)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "small")
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "small")
+    load = featurizers.load_model
+    monkeypatch.setattr(featurizers, "load_model", lambda _: load(str(tmp_path / "small")))
+
+
 @pytest.mark.parametrize("path", [path for path in PAGES if path.name != "demo.md" and blocks(path)], **by_name)
 def test_examples_run(path, tmp_path, monkeypatch, request):
     workplace = tmp_path / "cwd"
@@ -83,6 +99,8 @@ def test_examples_run(path, tmp_path, monkeypatch, request):
     namespace = {"__name__": "an_example"}
     if path == ROOT / "README.md":
         namespace.update(request.getfixturevalue("names_of_the_readmes_first_example"))
+    if path.name == "quickstart.md":
+        request.getfixturevalue("model_of_the_quickstart")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for block in blocks(path):
