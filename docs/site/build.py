@@ -1,10 +1,11 @@
 """Build the documentation site: ``python docs/site/build.py [FOLDER]``, by default in ``build/site``.
 
 The pages in ``docs/`` stay readable in a checkout, so this script makes what only the site needs: the API pages, which
-list the public names of each distribution's ``__init__.pyi``, and absolute links to files outside ``docs/``. Zensical
+list the public names of each distribution, and absolute links to files outside ``docs/``. Zensical
 then builds it, and ends with an error for each link that leads nowhere.
 """
 
+import ast
 import re
 import shutil
 import subprocess
@@ -14,11 +15,11 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-STUB = ROOT / "core/featurizers/__init__.pyi"
+CORE = ROOT / "core/featurizers"
 CONFIG = ROOT / "docs/site/mkdocs.yml"
 PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 """Pages of the repository that are pages of the site too."""
-CORE = {
+GROUPS = {
     "Load, save and share": (
         "load save save_collection list_artefacts push push_featurizer convert "
         "create kinds plugins check_plugins PluginInfo"
@@ -36,23 +37,29 @@ FORWARDING = re.compile(r'^__getattr__ = attributes_of\("([a-z-]+)"', re.MULTILI
 """Line of a module of the core whose names are those of a plugin."""
 
 
-def names(stub: Path, module: str | None = None) -> list[str]:
-    """Return the public names that an ``__init__.pyi`` lists, of one module or of all."""
-    source = r"\S+" if module is None else rf"\.{module}"
-    return re.findall(rf"^from {source} import \w+ as (\w+)$", stub.read_text(), re.MULTILINE)
+def names(package: Path, module: str | None = None) -> list[str]:
+    """Return the public names of a package, or those that it takes from one of its modules, without importing it."""
+    stub = package / "__init__.pyi"
+    if stub.exists():
+        source = r"\S+" if module is None else rf"\.{module}"
+        return re.findall(rf"^from {source} import \w+ as (\w+)$", stub.read_text(), re.MULTILINE)
+    for statement in ast.parse((package / "__init__.py").read_text()).body:
+        if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", "") == "__all__":
+            return list(ast.literal_eval(statement.value))
+    return []
 
 
 def api_pages() -> dict[str, str]:
     """Return the text of each API page by its path in the site."""
-    known = [name for name in names(STUB) if name not in ("errors", "pyvene")]
+    known = [name for name in names(CORE) if name not in ("errors", "pyvene")]
     known.remove("__version__")
-    groups = {title: text.split() for title, text in CORE.items()}
+    groups = {title: text.split() for title, text in GROUPS.items()}
     if unknown := {name for group in groups.values() for name in group} - set(known):
         raise SystemExit(f"docs/site/build.py lists names that the core does not have: {', '.join(sorted(unknown))}")
     forwarded = {}
-    for module in sorted((ROOT / "core/featurizers").glob("*.py")):
+    for module in sorted(CORE.glob("*.py")):
         if plugin := FORWARDING.search(module.read_text()):
-            forwarded |= dict.fromkeys(names(STUB, module.stem), f"featurizers-{plugin[1]}")
+            forwarded |= dict.fromkeys(names(CORE, module.stem), f"featurizers-{plugin[1]}")
     listed = {*forwarded, *(name for group in groups.values() for name in group)}
     groups["Others"] = [name for name in known if name not in listed]
     core = "# featurizers\n\nThe names of the package `featurizers`.\n"
@@ -66,17 +73,12 @@ def api_pages() -> dict[str, str]:
     for project in sorted((ROOT / "plugins").glob("*/pyproject.toml")):
         metadata = tomllib.loads(project.read_text())["project"]
         module = metadata["name"].replace("-", "_")
-        public = names(project.parent / module / "__init__.pyi") if _has_stub(project.parent / module) else []
-        if public:
+        if public := names(project.parent / module):
             text = f"# {metadata['name']}\n\n{metadata['description']}\n\n`pip install {metadata['name']}`\n\n"
             pages[f"api/{metadata['name']}.md"] = text + _directives(module, public)
     listed = "\n".join(f"- [{Path(path).stem}]({Path(path).name})" for path in pages)
     pages["api/index.md"] = f"# API\n\nThe public names, by distribution. Everything else is private.\n\n{listed}\n"
     return pages
-
-
-def _has_stub(package: Path) -> bool:
-    return (package / "__init__.pyi").exists()
 
 
 def _directives(module: str, public: list[str]) -> str:
