@@ -17,6 +17,7 @@ from featurizers.cli.output import commit_link, escaped, print_fields, print_jso
 from featurizers.cli.plugin_commands import CommandGroup
 from featurizers.errors import FeaturizerError, ManifestError, SourceError, printable, shown
 from featurizers.format import card
+from featurizers.format import edits as edits_format
 from featurizers.format import labels as labels_format
 from featurizers.format.companion import Companion, read_companion
 from featurizers.format.manifest import (
@@ -273,10 +274,12 @@ def _readable(record: Manifest, tensors: Mapping[str, str]) -> dict[str, Any]:
         about = {"site": record.sites_text(), "model": model, "tokens": tokens}
         fields |= {name: value for name, value in about.items() if value is not None}
     fields |= {name: text for name, text in card.summary_of(record).items() if name not in fields}
+    if edits := edits_format.record_in(record, record.id):
+        fields["edits"] = "\n".join(edits_format.in_words(edit) for edit in edits.edits[:20])
     if labels := labels_format.record_in(record, record.id):
         fields["labels"] = labels_format.in_words(labels)
     for name, value in record.metadata.items():
-        if name not in ("summary", labels_format.KEY):
+        if name not in ("summary", labels_format.KEY, edits_format.KEY):
             size = len(text := json.dumps(value, ensure_ascii=True))
             fields[f"metadata: {shown(name)[1:-1]}"] = text if size <= MOST_SHOWN else f"{size} characters; see --json"
     if record.features:

@@ -49,6 +49,7 @@ class FeatureSpace(nn.Module, ABC, Generic[ConfigT]):
         feature_sets: named indices (int64) or masks (any other dtype) that belong to it; saved with it. ``selected``
             are the features that a search found, which `attach` interchanges.
         labels: what people or programs say that features mean; saved with it.
+        edits: operations through it, at its site, that belong to it; saved with it, and carried out by `attach`.
         metadata: anything that JSON can hold; saved with it.
         special_tokens: ids of tokens whose activations `featurizers.intervene` does not change.
     """
@@ -67,6 +68,7 @@ class FeatureSpace(nn.Module, ABC, Generic[ConfigT]):
         self.feature_sets: dict[str, Tensor] = {}
         self.metadata: dict[str, Any] = {}
         self.special_tokens: tuple[int, ...] = ()
+        self.edits: list[Any] = []
         self._labels: Labels | None = None
 
     @property

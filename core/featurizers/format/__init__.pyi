@@ -2,6 +2,12 @@ from .card import markdown as markdown
 from .card import write_card as write_card
 from .companion import Companion as Companion
 from .companion import read_companion as read_companion
+from .edits import AblateSpec as AblateSpec
+from .edits import EditSpec as EditSpec
+from .edits import EditsRecord as EditsRecord
+from .edits import InterchangeSpec as InterchangeSpec
+from .edits import MaskSpec as MaskSpec
+from .edits import SteerSpec as SteerSpec
 from .external_files import ExternalFiles as ExternalFiles
 from .external_files import TensorFile as TensorFile
 from .fingerprints import fingerprint as fingerprint

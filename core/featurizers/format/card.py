@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from featurizers.errors import ArtefactError, one_line, printable
-from featurizers.format import labels, measured
+from featurizers.format import edits, labels, measured
 from featurizers.format.manifest import LIBRARY_NAME, Index, Manifest
 
 START: Final = "<!-- featurizers: start -->"
@@ -35,7 +35,7 @@ def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -
     """
     site, found = next(iter(manifest.sites().values()), None), measured.of(manifest)
     where = _code(manifest.sites_text() or "") if site else "not recorded"
-    labelled = labels.record_in(manifest, source)
+    labelled, edited = labels.record_in(manifest, source), edits.record_in(manifest, source)
     arguments = json.dumps(source) + (f", subfolder={json.dumps(subfolder)}" if subfolder else "")
     lines = [
         START,
@@ -51,6 +51,7 @@ def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -
         f"| model | {_code(site.model) if site and site.model else 'not recorded'} |",
         f"| site | {where} |",
         *([f"| tokens | {', '.join(map(str, site.position[:20]))} |"] if site and site.position else []),
+        *(f"| edit | {markdown(edits.in_words(each))} |" for each in (edited.edits[:20] if edited else ())),
         *([f"| labels | {markdown(labels.in_words(labelled))} |"] if labelled else []),
         *(f"| {markdown(name)} | {markdown(text)} |" for name, text in summary_of(manifest).items()),
         f"| saved with | {markdown(', '.join(f'{name} {version}' for name, version in manifest.saved_with.items()))} |",
@@ -158,6 +159,11 @@ def _code(words: str) -> str:
 
 def _example(manifest: Manifest) -> list[str]:
     """Return the lines of an interchange; with `attach` if the artefact knows at which tokens it was found."""
+    if edits.KEY in manifest.metadata:
+        return [
+            "attached = f.attach(model)  # at its site, with the edits that it holds",
+            "logits = attached(inputs).logits",
+        ]
     site_known = next(iter(manifest.sites().values()), None)
     if site_known and site_known.position:
         return [

@@ -58,6 +58,8 @@ from .restart import head_of as head_of
 from .restart import last_clean_block as last_clean_block
 from .restart import restarted as restarted
 from .restart import wrap_like as wrap_like
+from .saved_edits import operation_of as operation_of
+from .saved_edits import spec_of as spec_of
 from .stopping import run_until as run_until
 from .stopping import stoppable as stoppable
 from .unembedding import Unembedding as Unembedding

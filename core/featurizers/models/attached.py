@@ -36,7 +36,7 @@ class Attached:
     """Featurizers at their sites of one model; what `attach` returns.
 
     Each featurizer acts on the features of its feature set ``selected`` (on all without such a set), at the tokens of
-    its ``site.position`` (at all if that is None).
+    its ``site.position`` (at all if that is None). Edits that an artefact holds say these things themselves.
     """
 
     def __init__(self, model: object, featurizers: Sequence[FeatureSpace[Any]]) -> None:
@@ -89,11 +89,49 @@ class Attached:
             )
         return intervene(self.model, operations)
 
+    def edited(self) -> AbstractContextManager[dict[Any, Any]]:
+        """Return a context in which the model runs with the edits that the artefacts hold.
+
+        Raises:
+            UsageError: they hold none.
+            SiteError, PositionError, ShapeError: as in `featurizers.intervene`.
+        """
+        edits = [edit for featurizer in self.featurizers for edit in featurizer.edits]
+        if not edits:
+            raise UsageError("there are no edits in the artefact; give a source to take features from")
+        return intervene(self.model, edits)
+
     def __call__(
-        self, base: Inputs, source: Source, *, positions: Positions = None, source_positions: Positions = None
+        self,
+        base: Inputs,
+        source: Source | None = None,
+        *,
+        positions: Positions = None,
+        source_positions: Positions = None,
     ) -> Any:
-        """Run the model on the base with the selected features of the source; arguments as in `interchange`."""
-        with self.interchange(source, positions=positions, source_positions=source_positions):
+        """Run the model on the base, with the edits that the artefacts hold or with selected features of a source.
+
+        Args:
+            base: inputs of the model.
+            source: as in `interchange`; None for the edits of the artefacts.
+            positions: as in `interchange`.
+            source_positions: as in `interchange`.
+
+        Raises:
+            UsageError: there is neither a source nor an edit, or there are both.
+        """
+        if source is not None and any(featurizer.edits for featurizer in self.featurizers):
+            raise UsageError(
+                "the artefact says which edits to make: call it without a source; "
+                "for the features of a source, use its interchange(source)"
+            )
+        if source is None and (positions is not None or source_positions is not None):
+            raise UsageError("positions go with a source; the edits of an artefact have their own")
+        with (
+            self.edited()
+            if source is None
+            else self.interchange(source, positions=positions, source_positions=source_positions)
+        ):
             return _run(self.model, base)
 
     def collect(self, inputs: Inputs, *, positions: Positions = None) -> list[Any]:

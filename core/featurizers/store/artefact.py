@@ -29,11 +29,10 @@ from featurizers.features.featurizer import Featurizer
 from featurizers.features.site_map import SiteMap
 from featurizers.files.regular import contained, read_bytes
 from featurizers.files.replacement import replacing, resolved
-from featurizers.format import card, labels, measured, weights
+from featurizers.format import card, measured, weights
 from featurizers.format.manifest import (
     CARD_NAME,
     CONFIG_NAME,
-    LABELS_NAME,
     MAX_CARD_BYTES,
     RESERVED,
     WEIGHTS_NAME,
@@ -48,6 +47,7 @@ from featurizers.format.manifest import (
 from featurizers.models.passport import KEY as PASSPORT
 from featurizers.models.passport import passport_of
 from featurizers.registry.plugin_host import host
+from featurizers.store import descriptions
 
 MAX_SET_NUMBERS = 2**16
 """Most numbers for each feature that a stored feature set may have."""
@@ -196,10 +196,9 @@ def read_folder(
         featurizer.feature_sets = sets
         featurizer.id = manifest.id
         _set_sites(featurizer, manifest, where)
-        featurizer.metadata = {name: value for name, value in manifest.metadata.items() if name != labels.KEY}
-        _set_labels(featurizer, folder, manifest, columns, where)
         featurizer.eval()
         featurizer.to(device=device, dtype=dtype)
+        descriptions.give(featurizer, folder, manifest, columns, where)
         if allow_nonfinite and not all(map(weights.is_finite, tensors.values())):
             return featurizer
         try:
@@ -259,15 +258,10 @@ def _write(featurizer: FeatureSpace[Any], folder: Path, source: str, metrics: ob
     """Write the files into a new folder, and return the manifest.
 
     Raises:
-        ManifestError: the metadata hold the key of labels, or are not JSON.
+        ManifestError: the metadata hold a key that is written here, or are not JSON.
+        UsageError: an edit cannot be saved.
     """
-    metadata = featurizer.metadata
-    if labels.KEY in metadata:
-        raise ManifestError(source, f"the metadata have the key {labels.KEY!r}, which save writes itself; rename it")
-    if featurizer.labels:
-        raw = labels.dump(featurizer.labels)
-        (folder / LABELS_NAME).write_bytes(raw)
-        metadata = {**metadata, labels.KEY: labels.record_of(featurizer.labels, raw).model_dump()}
+    metadata = descriptions.written(featurizer, folder, source)
     sets = {f"{weights.SET_PREFIX}{name}": tensor for name, tensor in featurizer.feature_sets.items()}
     digest = weights.write_tensors({**featurizer.state_dict(), **sets}, folder / WEIGHTS_NAME, source)
     try:
@@ -327,31 +321,6 @@ def _set_sites(featurizer: FeatureSpace[Any], manifest: Manifest, where: str) ->
             raise ManifestError(where, str(error)) from error
     elif isinstance(featurizer, Featurizer):
         featurizer.site = manifest.site.site() if manifest.site else None
-
-
-def _set_labels(featurizer: FeatureSpace[Any], folder: Path, manifest: Manifest, columns: Any, where: str) -> None:
-    """Give a featurizer the labels of its artefact; of a slice, those of its features.
-
-    Args:
-        featurizer: built, with the numbers of its features.
-        folder: holds the labels.
-        manifest: says whether there are any.
-        columns: of the slice that is loaded, as `FeatureSpace.checked_columns` returns them; None for all.
-        where: name of the artefact in errors.
-
-    Raises:
-        ArtefactError: the labels are damaged, or are of features that are not there.
-    """
-    if (record := labels.record_in(manifest, where)) is None:
-        return
-    found = labels.read(folder, record, where)
-    if columns is not None:
-        by_group = columns if isinstance(columns, Mapping) else {None: columns}
-        found = found.only({group: set(own.tolist()) for group, own in by_group.items()})
-    try:
-        featurizer.labels = found
-    except FeaturizerError as error:
-        raise ArtefactError(where, f"{LABELS_NAME}: {error}") from error
 
 
 def _distributions(featurizer: FeatureSpace[Any]) -> dict[str, str]:

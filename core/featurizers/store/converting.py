@@ -65,6 +65,8 @@ def _lost(featurizer: FeatureSpace[Any], reread: FeatureSpace[Any] | None) -> li
         lost.append(f"The feature sets {', '.join(map(repr, gone))} are not kept.")
     if featurizer.labels and not (reread and reread.labels):
         lost.append(f"The labels of {len(featurizer.labels.features)} features are not kept.")
+    if featurizer.edits and not (reread and reread.edits):
+        lost.append(f"The edits that it holds ({len(featurizer.edits)}) are not kept.")
     positions, kept = (next((s.position for s in f.sites.values()), None) if f else None for f in (featurizer, reread))
     if positions is not None and kept != positions:
         lost.append(f"The positions {list(positions)} are not kept.")

@@ -16,7 +16,7 @@ from featurizers.errors import ConfigError, FeatureIndexError, LoweringError, Sh
 from featurizers.features.derivatives import Error
 from featurizers.features.featurizer import Featurizer
 from featurizers.models.lowering import lower
-from featurizers.models.operations import Ablate, Steer
+from featurizers.models.operations import Ablate, Interchange, Mask, Steer
 from featurizers.registry.plugin_host import build, host
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -355,6 +355,27 @@ class FeaturizerContract:
                 "for example with .contiguous()"
             )
         self._behaves_the_same(loaded, featurizer, activations)
+
+    def test_saved_edits_do_what_they_did(
+        self, featurizer: Featurizer[Any], activations: Tensor, tmp_path: Path
+    ) -> None:
+        source = featurizer.flatten(activations)[None, :1]
+        values = featurizer.collect(source)[0, 0].detach()
+        some = None if featurizer.n_features is None and featurizer.d_in is None else [len(values) - 1]
+        featurizer.site = featurizer.site or "resid.post:0"
+        featurizer.edits = [
+            Steer(featurizer, delta=1.5, indices=some),
+            Ablate(featurizer, value=values, positions=[-1]),
+            Interchange(featurizer, source=source, indices=some),
+            Mask(featurizer, source=source, gate=torch.linspace(0, 1, len(values))),
+        ]
+        loaded = featurizers.load(featurizer.save_pretrained(tmp_path / "edits"))
+        base = activations[None, 1:]
+        for saved, edit in zip(loaded.edits, featurizer.edits, strict=True):
+            assert saved.positions == edit.positions
+            given = (getattr(each, "source", None) for each in (saved, edit))
+            results = [each.apply(base, own) for each, own in zip((saved, edit), given, strict=True)]
+            self._close(*results)
 
     def test_a_copy_and_a_state_dict_are_the_same_featurizer(
         self, featurizer: Featurizer[Any], activations: Tensor

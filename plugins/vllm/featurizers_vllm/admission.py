@@ -17,12 +17,11 @@ import torch
 from featurizers import Ablate, Program, Steer
 from featurizers.errors import FeaturizerError, did_you_mean, shown
 from featurizers.features import FeatureRows, FeatureSpace, Gate
-from featurizers.format import Site
+from featurizers.format import AblateSpec, EditSpec, InterchangeSpec, MaskSpec, Site, SteerSpec
 
 from featurizers_vllm import spec
 from featurizers_vllm.errors import RequestError, ServerError
 from featurizers_vllm.settings import Settings
-from featurizers_vllm.spec import AblateSpec, EditSpec, InterchangeSpec, MaskSpec, SteerSpec
 
 LARGEST: Final = 1e6
 """Largest number that an edit may write, far below what overflows in bfloat16 and far above activations."""
@@ -194,7 +193,10 @@ def lowered(edit: EditSpec, f: Any) -> Program:
     match edit:
         case SteerSpec(delta=delta):
             return featurizers.lower(Steer(f, delta=_tensor(delta), indices=indices, positions=positions))
-        case AblateSpec(value=values) | InterchangeSpec(features=values) | MaskSpec(features=values):
+        case AblateSpec() | InterchangeSpec() | MaskSpec():
+            values = edit.value if isinstance(edit, AblateSpec) else edit.features
+            if values is None:
+                raise RequestError("a request gives its source by 'features', not by its activations")
             program = featurizers.lower(Ablate(f, value=_tensor(values), indices=indices, positions=positions))
             return program if not isinstance(edit, MaskSpec) else _in_part(program, edit)
         case _:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from featurizers.errors import FeaturizerError, explain, shown
-from featurizers.format import parse_json
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from featurizers.format import EditsRecord, parse_json
+from pydantic import ValidationError
 
 from featurizers_vllm.errors import RequestError
 
@@ -16,77 +16,8 @@ ARGUMENT: Final = "featurizers"
 MOST_BYTES: Final = 1_000_000
 """Longest JSON of a request."""
 
-Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=200)]
-Place: TypeAlias = Annotated[int, Field(ge=-(2**31), lt=2**31)]
-Number: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
-Numbers: TypeAlias = Number | list[Number]
-Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
-
-
-class EditSpec(BaseModel):
-    """One operation of a request.
-
-    Attributes:
-        site: an armed site.
-        featurizer: id in the operator's list.
-        revision: its revision there; may be left out if the list has one featurizer of this id.
-        indices: features to edit, all if left out.
-        positions: tokens of the prompt to edit, negative from its end; all tokens if left out.
-    """
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-    site: Name
-    featurizer: Name
-    revision: Name | None = None
-    indices: list[int] | None = None
-    positions: Annotated[list[Place], Field(min_length=1)] | None = None
-
-
-class SteerSpec(EditSpec):
-    """`featurizers.Steer`; ``delta`` is a number, or one for each feature."""
-
-    do: Literal["steer"]
-    delta: Numbers
-
-
-class AblateSpec(EditSpec):
-    """`featurizers.Ablate`; ``value`` is a number, or one for each feature."""
-
-    do: Literal["ablate"]
-    value: Numbers = 0.0
-
-
-class InterchangeSpec(EditSpec):
-    """`featurizers.Interchange`; ``features`` are those of the source. It acts on the prompt alone."""
-
-    do: Literal["interchange"]
-    features: Numbers
-
-
-class MaskSpec(EditSpec):
-    """`featurizers.Mask`; ``features`` are those of the source, ``gate`` is from 0 to 1. On the prompt alone."""
-
-    do: Literal["mask"]
-    features: Numbers
-    gate: Share | list[Share]
-
-
-AnySpec: TypeAlias = Annotated[SteerSpec | AblateSpec | InterchangeSpec | MaskSpec, Field(discriminator="do")]
-
-
-class RequestSpec(BaseModel):
-    """The edits of a request, in the order in which those of one site are made.
-
-    Attributes:
-        version: of this form.
-        edits: the operations.
-    """
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-    version: Literal[1]
-    edits: list[AnySpec]
+RequestSpec: TypeAlias = EditsRecord
+"""The edits of a request, in the form in which artefacts hold edits too; a source is given by its features."""
 
 
 def given(arguments: Mapping[str, Any] | None) -> str | None:
