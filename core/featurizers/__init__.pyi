@@ -50,4 +50,5 @@ from .store.loading import load as load
 from .store.pushing import push as push
 from .store.pushing import push_featurizer as push_featurizer
 from .store.records import list_artefacts as list_artefacts
+from .store.referring import save_reference as save_reference
 from .version import __version__ as __version__

@@ -116,7 +116,7 @@ COMMANDS = {
     ),
 }
 # No other distribution may provide these.
-OWNERS = {**FIRST_PARTY, "composition": "featurizers", "dictionary": "featurizers"}
+OWNERS = {**FIRST_PARTY, "composition": "featurizers", "dictionary": "featurizers", "reference": "featurizers"}
 
 
 def install_command(kind: str) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import featurizers
 from featurizers.errors import FeatureIndexError, UsageError, shown
 from featurizers.format.labels import Label, Labels
+from featurizers.format.reference import Reference
 from featurizers.format.sites import Site
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class FeatureSpace(nn.Module, ABC, Generic[ConfigT]):
         feature_sets: named indices (int64) or masks (any other dtype) that belong to it; saved with it. ``selected``
             are the features that a search found, which `attach` interchanges.
         labels: what people or programs say that features mean; saved with it.
+        origin: repository of the Hub and commit that it was loaded from, if any; see `featurizers.save_reference`.
         edits: operations through it, at its site, that belong to it; saved with it, and carried out by `attach`.
         metadata: anything that JSON can hold; saved with it.
         special_tokens: ids of tokens whose activations `featurizers.intervene` does not change.
@@ -68,6 +70,7 @@ class FeatureSpace(nn.Module, ABC, Generic[ConfigT]):
         self.feature_sets: dict[str, Tensor] = {}
         self.metadata: dict[str, Any] = {}
         self.special_tokens: tuple[int, ...] = ()
+        self.origin: Reference | None = None
         self.edits: list[Any] = []
         self._labels: Labels | None = None
 

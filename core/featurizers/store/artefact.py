@@ -25,7 +25,6 @@ from featurizers.errors import (
     shown,
 )
 from featurizers.features.feature_space import FeatureSpace
-from featurizers.features.featurizer import Featurizer
 from featurizers.features.site_map import SiteMap
 from featurizers.files.regular import contained, read_bytes
 from featurizers.files.replacement import replacing, resolved
@@ -44,6 +43,8 @@ from featurizers.format.manifest import (
     read,
     repeated,
 )
+from featurizers.format.reference import KIND as REFERENCE
+from featurizers.format.reference import Reference
 from featurizers.models.passport import KEY as PASSPORT
 from featurizers.models.passport import passport_of
 from featurizers.registry.plugin_host import host
@@ -81,6 +82,14 @@ def save(
     target = resolved(folder)
     with _replacing(target) as new_folder:
         _write(featurizer, new_folder, source=f"./{target.name}", metrics=metrics)
+    return Path(folder).expanduser()
+
+
+def save_referring(featurizer: FeatureSpace[Any], folder: str | Path, to: Reference) -> Path:
+    """Write an artefact that refers to the featurizer's repository and holds the rest: see `save_reference`."""
+    target = resolved(folder)
+    with _replacing(target) as new_folder:
+        _write(featurizer, new_folder, source=f"./{target.name}", reference=to)
     return Path(folder).expanduser()
 
 
@@ -195,7 +204,7 @@ def read_folder(
             featurizer.load_state_dict(tensors, assign=True)
         featurizer.feature_sets = sets
         featurizer.id = manifest.id
-        _set_sites(featurizer, manifest, where)
+        descriptions.set_sites(featurizer, manifest, where)
         featurizer.eval()
         featurizer.to(device=device, dtype=dtype)
         descriptions.give(featurizer, folder, manifest, columns, where)
@@ -214,6 +223,8 @@ def most_bytes(manifest: Manifest, where: str) -> int:
     Raises:
         PluginError, ManifestError: as `read_folder`.
     """
+    if manifest.kind == REFERENCE:
+        return 8 * len(manifest.features) * MAX_SET_NUMBERS * 2**8 + weights.MAX_HEADER_BYTES
     cls = host().featurizer_class(manifest.kind)
     with plugin_errors(f"kind {manifest.kind!r}", where):
         featurizer = _on_meta(cls, _config(cls, manifest, where), where)
@@ -254,7 +265,13 @@ def _config(cls: type[FeatureSpace[Any]], manifest: Manifest, where: str) -> Any
         raise ManifestError(where, f"the kind {manifest.kind!r} refuses its config: {explain(error)}") from error
 
 
-def _write(featurizer: FeatureSpace[Any], folder: Path, source: str, metrics: object | None = None) -> Manifest:
+def _write(
+    featurizer: FeatureSpace[Any],
+    folder: Path,
+    source: str,
+    metrics: object | None = None,
+    reference: Reference | None = None,
+) -> Manifest:
     """Write the files into a new folder, and return the manifest.
 
     Raises:
@@ -263,12 +280,14 @@ def _write(featurizer: FeatureSpace[Any], folder: Path, source: str, metrics: ob
     """
     metadata = descriptions.written(featurizer, folder, source)
     sets = {f"{weights.SET_PREFIX}{name}": tensor for name, tensor in featurizer.feature_sets.items()}
-    digest = weights.write_tensors({**featurizer.state_dict(), **sets}, folder / WEIGHTS_NAME, source)
+    tensors = featurizer.state_dict() if reference is None else {}
+    digest = weights.write_tensors({**tensors, **sets}, folder / WEIGHTS_NAME, source)
+    config = featurizer.config if reference is None else reference
     try:
         manifest = Manifest(
-            kind=featurizer.kind,
+            kind=featurizer.kind if reference is None else REFERENCE,
             id=featurizer.id,
-            config=featurizer.config.model_dump(mode="json"),
+            config=config.model_dump(mode="json"),
             **_site_fields(featurizer),
             features=sorted(featurizer.feature_sets),
             saved_with=_distributions(featurizer),
@@ -298,29 +317,6 @@ def _site_fields(featurizer: FeatureSpace[Any]) -> dict[str, Any]:
         return {"format_version": 2, "reads": reads, "writes": writes}
     site = featurizer.sites.get("site")
     return {"site": None if site is None else SiteRecord.of(site)}
-
-
-def _set_sites(featurizer: FeatureSpace[Any], manifest: Manifest, where: str) -> None:
-    """Give a featurizer the sites of its manifest.
-
-    Raises:
-        ManifestError: they are those of another form, or their names are not those of the config.
-    """
-    is_map = isinstance(featurizer, SiteMap)
-    if is_map != (manifest.reads is not None):
-        raise ManifestError(
-            where,
-            f"the kind {manifest.kind!r} has {'reads and writes' if is_map else 'one site'}, and so the format_version "
-            f"{2 if is_map else 1}, not {manifest.format_version}",
-        )
-    if isinstance(featurizer, SiteMap):
-        try:
-            featurizer.reads = {name: record.site() for name, record in (manifest.reads or {}).items()}
-            featurizer.writes = {name: record.site() for name, record in (manifest.writes or {}).items()}
-        except FeaturizerError as error:
-            raise ManifestError(where, str(error)) from error
-    elif isinstance(featurizer, Featurizer):
-        featurizer.site = manifest.site.site() if manifest.site else None
 
 
 def _distributions(featurizer: FeatureSpace[Any]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Labels and edits of an artefact: written with it, and given to the featurizer when it is loaded."""
+"""What an artefact says of its featurizer beside config and weights: sites, labels, edits; written and given back."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from featurizers.errors import ArtefactError, FeatureIndexError, FeaturizerError, ManifestError, UsageError, shown
 from featurizers.features.feature_space import FeatureSpace
 from featurizers.features.featurizer import Featurizer
-from featurizers.format import edits, labels
-from featurizers.format.manifest import LABELS_NAME, Manifest
+from featurizers.features.site_map import SiteMap
+from featurizers.format import edits, labels, weights
+from featurizers.format.manifest import LABELS_NAME, WEIGHTS_NAME, Manifest
 from featurizers.models.saved_edits import operation_of, spec_of
 
 OWN_KEYS: Final = (labels.KEY, edits.KEY)
@@ -59,6 +62,61 @@ def give(featurizer: FeatureSpace[Any], folder: Path, manifest: Manifest, column
     featurizer.metadata = {name: value for name, value in manifest.metadata.items() if name not in OWN_KEYS}
     _give_labels(featurizer, folder, manifest, columns, where)
     _give_edits(featurizer, manifest, columns, where)
+
+
+def set_sites(featurizer: FeatureSpace[Any], manifest: Manifest, where: str) -> None:
+    """Give a featurizer the sites of its manifest.
+
+    Raises:
+        ManifestError: they are those of another form, or their names are not those of the config.
+    """
+    is_map = isinstance(featurizer, SiteMap)
+    if is_map != (manifest.reads is not None):
+        raise ManifestError(
+            where,
+            f"the kind {manifest.kind!r} has {'reads and writes' if is_map else 'one site'}, and so the format_version "
+            f"{2 if is_map else 1}, not {manifest.format_version}",
+        )
+    if isinstance(featurizer, SiteMap):
+        try:
+            featurizer.reads = {name: record.site() for name, record in (manifest.reads or {}).items()}
+            featurizer.writes = {name: record.site() for name, record in (manifest.writes or {}).items()}
+        except FeaturizerError as error:
+            raise ManifestError(where, str(error)) from error
+    elif isinstance(featurizer, Featurizer):
+        featurizer.site = manifest.site.site() if manifest.site else None
+
+
+def apply_description(
+    featurizer: FeatureSpace[Any], folder: Path, manifest: Manifest, *, where: str, verify: bool, is_slice: bool
+) -> FeatureSpace[Any]:
+    """Give a featurizer of another artefact the name, sites, feature sets, labels and edits of one that refers to it.
+
+    Args:
+        featurizer: loaded from the repository that is referred to.
+        folder: of the artefact that refers to it.
+        manifest: of that artefact.
+        where: its name in errors.
+        verify: whether to compare the sha256 of its feature sets.
+        is_slice: whether only some features were loaded.
+
+    Raises:
+        ArtefactError: the artefact is damaged, or does not fit the featurizer.
+    """
+    path = folder / WEIGHTS_NAME
+    weights.check_header(weights.read_header(path, where), {}, manifest.features, where)
+    if verify:
+        weights.verify_weights(path, manifest.sha256, where)
+    tensor = next(iter((*featurizer.parameters(), *featurizer.buffers())), torch.empty(0))
+    stored = weights.read_tensors(path, tensor.device, where, {}, names=None, allow_nonfinite=False)
+    featurizer.feature_sets = {name: stored[f"{weights.SET_PREFIX}{name}"] for name in manifest.features}
+    featurizer.id, featurizer.revision, featurizer.edits = manifest.id, None, []
+    set_sites(featurizer, manifest, where)
+    columns: Any = None
+    if is_slice:
+        columns = {group: torch.tensor(list(own.numbers)) for group, own in featurizer.numbering().items()}
+    give(featurizer, folder, manifest, columns, where)
+    return featurizer
 
 
 def _give_labels(featurizer: FeatureSpace[Any], folder: Path, manifest: Manifest, columns: Any, where: str) -> None:

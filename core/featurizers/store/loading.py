@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from pydantic import ValidationError
 
 from featurizers.errors import HubNotFoundError, ManifestError, NotOursError, PluginError, UsageError, one_line, shown
 from featurizers.features.feature_space import FeatureSpace
@@ -17,10 +19,12 @@ from featurizers.files.regular import contained
 from featurizers.format import labels
 from featurizers.format.external_files import ExternalFiles
 from featurizers.format.manifest import CONFIG_NAME, LABELS_NAME, WEIGHTS_NAME, Manifest, named_folder
+from featurizers.format.reference import KIND as REFERENCE
+from featurizers.format.reference import Reference, reference_in
 from featurizers.hub.repository import Remote
 from featurizers.hub.sources import CatalogueSource, FolderSource, HubSource, Source, parse_source
 from featurizers.registry.plugin_host import host
-from featurizers.store import artefact, external
+from featurizers.store import artefact, descriptions, external
 from featurizers.store.records import check_kind, local_record, single_artefact
 from featurizers.store.retrying import read_unchanged
 from featurizers.store.suggestions import suggesting
@@ -221,9 +225,11 @@ def read(located: Located, request: Request) -> FeatureSpace[Any]:
         HubError: the Hub refused or did not answer.
     """
     if isinstance(located, ExternalFiles):
-        return external.read(located)
+        return _with_origin(external.read(located), request)
     if isinstance(located, CatalogueSource):
         return _read_entry(located, request)
+    if (to := reference_in(located.manifest, request.where)) is not None:
+        return _read_reference(located, to, request)
     revision = None
     if isinstance(located, LocalArtefact):
         folder = located.folder
@@ -242,6 +248,46 @@ def read(located: Located, request: Request) -> FeatureSpace[Any]:
         verify=request.verify,
         indices=request.indices,
         allow_nonfinite=request.allow_nonfinite,
+    )
+    featurizer.revision = revision
+    return _with_origin(featurizer, request)
+
+
+def _with_origin(featurizer: FeatureSpace[Any], request: Request) -> FeatureSpace[Any]:
+    """Note the repository and the commit that a featurizer comes from, if it comes from the Hub."""
+    if isinstance(request.source, HubSource) and featurizer.revision is not None:
+        repository, subfolder = request.source.repo_id, request.subfolder or None
+        with suppress(ValidationError):  # names that no reference holds
+            featurizer.origin = Reference(repository=repository, revision=featurizer.revision, subfolder=subfolder)
+    return featurizer
+
+
+def _read_reference(located: LocalArtefact | RemoteArtefact, to: Reference, request: Request) -> FeatureSpace[Any]:
+    """Read the featurizer that an artefact refers to, and give it what the artefact says itself.
+
+    Raises:
+        ManifestError: it refers to another reference, or does not fit what it refers to.
+        HubError: the Hub refused or did not answer.
+    """
+    of_target = replace(request, source=HubSource(to.repository, to.revision), subfolder=to.subfolder, kind=None)
+    target = locate(of_target)
+    if isinstance(target, LocalArtefact | RemoteArtefact) and target.manifest.kind == REFERENCE:
+        raise ManifestError(request.where, f"it refers to {to}, which refers to another repository; name that one")
+    featurizer = read(target, of_target)
+    if isinstance(located, LocalArtefact):
+        folder, revision = located.folder, None
+    else:
+        revision = located.commit
+        folder = located.remote.weights(revision, artefact.most_bytes(located.manifest, request.where))
+        if labels.record_in(located.manifest, request.where):
+            located.remote.file(LABELS_NAME, revision, labels.MAX_BYTES)
+    descriptions.apply_description(
+        featurizer,
+        folder,
+        located.manifest,
+        where=request.where,
+        verify=request.verify,
+        is_slice=request.indices is not None,
     )
     featurizer.revision = revision
     return featurizer

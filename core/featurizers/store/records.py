@@ -7,6 +7,7 @@ from pathlib import Path
 from featurizers.errors import ArtefactError, ManifestError, PluginError, UsageError, shown
 from featurizers.files.regular import contained
 from featurizers.files.replacement import recover
+from featurizers.format import reference
 from featurizers.format.manifest import (
     CARD_NAME,
     CONFIG_NAME,
@@ -103,7 +104,7 @@ def single_artefact(record: Manifest | Index, where: str, kind: str | None = Non
     Args:
         record: from its ``config.json``.
         where: name of the artefact in errors.
-        kind: the only kind allowed, None for any.
+        kind: the only kind allowed, None for any; a reference is checked when it is followed.
 
     Raises:
         ManifestError: it is the index of a collection.
@@ -113,7 +114,8 @@ def single_artefact(record: Manifest | Index, where: str, kind: str | None = Non
         names = list(record.artefacts)
         listed = ", ".join(map(shown, names[:10])) + (", …" if len(names) > 10 else "")
         raise ManifestError(where, f"it holds {len(names)} artefacts; name one with subfolder=, of {listed}")
-    check_kind(record.kind, where, kind)
+    if record.kind != reference.KIND:
+        check_kind(record.kind, where, kind)
     return record
 
 
