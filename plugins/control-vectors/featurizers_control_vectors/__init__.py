@@ -1,4 +1,4 @@
-"""Control vectors of llama.cpp: steering edits written as GGUF files, and GGUF files read as featurizers.
+"""Control vectors of llama.cpp and of the library steering-vectors: edits written as their files, and these read.
 
 A control vector adds one direction for each layer to what the block of this layer returns, at every token. EasySteer's
 algorithm ``direct`` reads the same files.
@@ -9,15 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from featurizers import Steer, hookimpl
+from featurizers import Site, Steer, hookimpl
 from featurizers.errors import ConversionError, FeaturizerError, ManifestError, UsageError
 from featurizers.features import FeatureSpace, Featurizer
 from featurizers.format import ExternalFiles
 
-from featurizers_control_vectors.edits import featurizer_of, read_gguf, to_gguf
+from featurizers_control_vectors.edits import featurizer_of
+from featurizers_control_vectors.gguf_edits import read_gguf, to_gguf
 from featurizers_control_vectors.gguf_files import ARCHITECTURE, MAX_BYTES, architecture_of, read_directions
+from featurizers_control_vectors.steering_vectors import read_steering_vector, to_steering_vector
 
-__all__ = ["read_gguf", "to_gguf"]
+__all__ = ["read_gguf", "read_steering_vector", "to_gguf", "to_steering_vector"]
 
 FILE = "control_vector.gguf"
 """Name of the file that `featurizers.convert` writes."""
@@ -51,20 +53,23 @@ def featurizers_read(source: ExternalFiles) -> FeatureSpace[Any] | None:
             "featurizers_control_vectors.read_gguf(path)",
         )
     ((layer, direction),) = directions.items()
-    return featurizer_of(layer, direction)
+    return featurizer_of(Site("resid.post", layer), direction, f"direction.{layer}")
 
 
 @hookimpl
 def featurizers_write(featurizer: FeatureSpace[Any], folder: Path) -> list[str] | None:
-    """Write the direction that a growth by 1 of a featurizer's one feature adds; return a sentence for each thing lost.
+    """Write the direction that the edits of an artefact add; without any, that of a growth by 1 of its one feature.
+
+    Returns:
+        A sentence for each thing that is lost.
 
     Raises:
-        ConversionError: it has more features, another site than the output of a block, or no such direction.
+        ConversionError: it has no edits and more features, another site than the output of a block, or no direction.
     """
     where = str(folder)
     if not isinstance(featurizer, Featurizer):
         raise ConversionError(where, f"a control vector has one site, and {featurizer.id!r} maps between sites")
-    if featurizer.n_features != 1:
+    if featurizer.n_features != 1 and not featurizer.edits:
         count = "any number of" if featurizer.n_features is None else featurizer.n_features
         raise ConversionError(
             where,
@@ -75,7 +80,8 @@ def featurizers_write(featurizer: FeatureSpace[Any], folder: Path) -> list[str] 
     if featurizer.special_tokens:
         lost.append(f"The special tokens {list(featurizer.special_tokens)} are not kept: every token is changed.")
     try:
-        to_gguf({featurizer.site: Steer(featurizer, delta=1.0)}, folder / FILE, all_tokens=True)
+        edits = featurizer.edits or [Steer(featurizer, delta=1.0)]
+        to_gguf({featurizer.site: edits}, folder / FILE, all_tokens=True)
     except FeaturizerError as error:
         raise ConversionError(where, str(error)) from error
     return lost

@@ -89,6 +89,24 @@ def test_a_steer_of_several_layers_comes_back_as_the_same_edit_of_a_model(tmp_pa
     }
 
 
+def test_a_control_vector_is_an_artefact_that_is_attached_and_back(tmp_path: Path) -> None:
+    f = sae()
+    f.site, f.edits = "resid.post:1", [Steer(f, delta=3.0, indices=[4, 9])]
+    model = model_of("llama")
+    with featurizers.intervene(model, f.edits):
+        expected = model(IDS).logits
+    lost = featurizers.convert(f, tmp_path / "gguf", "control-vectors")  # of sixteen features, by its edits
+    assert not [sentence for sentence in lost if "edits" in sentence]
+    loaded = featurizers.load(tmp_path / "gguf")
+    assert torch.allclose(loaded.attach(model)({"input_ids": IDS}).logits, expected, atol=1e-4)
+    again = featurizers.load(loaded.save_pretrained(tmp_path / "artefact"))
+    assert torch.allclose(again.attach(model)({"input_ids": IDS}).logits, expected, atol=1e-4)
+    plugin.to_gguf([again], tmp_path / "again.gguf")
+    ((site, read),) = plugin.read_gguf(tmp_path / "again.gguf").items()
+    assert str(site) == "resid.post:1"
+    assert torch.allclose(read.W_dec[0], 3.0 * f.W_dec[[4, 9]].sum(0), atol=1e-5)
+
+
 def test_a_file_that_llama_cpp_writes_is_read(tmp_path: Path) -> None:
     """The generator of llama.cpp writes a signed count and every layer but the first."""
     writer = gguf.GGUFWriter(path := tmp_path / "c.gguf", "controlvector")
