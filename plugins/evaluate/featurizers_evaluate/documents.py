@@ -26,6 +26,7 @@ class Reading:
         vocabulary: number of token ids that the model knows; None if that is not known.
         most: tokens of the longest row that the model takes; None if that is not known.
         excluded: token ids that are not measured.
+        mask_first: number of tokens at the start of each row that are not measured.
     """
 
     tokenizer: Any = None
@@ -34,6 +35,7 @@ class Reading:
     vocabulary: int | None = None
     most: int | None = None
     excluded: tuple[int, ...] = ()
+    mask_first: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def _batch(rows: list[tuple[int, list[int]]], reading: Reading, device: torch.de
         is_token[number, : len(row)] = True
     excluded = torch.isin(ids, torch.tensor(reading.excluded, dtype=torch.long))
     kept = is_token & ~excluded
+    kept[:, : reading.mask_first] = False
     return Batch(ids.to(device), is_token.to(device), kept.to(device), [number for number, _ in rows])
 
 

@@ -16,7 +16,7 @@ from featurizers.models import evaluating
 from featurizers_evaluate.comparison import Comparison
 from featurizers_evaluate.definitions import ABLATIONS, GROUPS
 from featurizers_evaluate.documents import Reading
-from featurizers_evaluate.measuring import Measured, Plan, measure
+from featurizers_evaluate.measuring import Measured, Observer, Plan, measure
 from featurizers_evaluate.of_plugins import fidelity, interchange
 from featurizers_evaluate.options import Options
 from featurizers_evaluate.result import Evaluation, Metric
@@ -36,6 +36,7 @@ def evaluate(
     pairs: Any = None,
     tokenizer: Any = None,
     exclude_special_tokens: bool | Iterable[int] = False,
+    mask_first: int = 0,
     context: int | None = None,
     max_tokens: int | None = None,
     k: int | None = None,
@@ -68,6 +69,8 @@ def evaluate(
         exclude_special_tokens: True leaves out the tokenizer's bos, eos, pad, sep and decoder start, as SAELens does;
             or token ids to leave out. Those of the featurizer are left out in any case. At a token that is left out the
             model keeps its own activation, but for ablations.
+        mask_first: number of tokens at the start of each row to leave out too: many models have enormous activations
+            at the first token, whatever it is.
         context: tokens of a row; longer documents are cut into several.
         max_tokens: number of tokens to read; None for all.
         k: keep the k largest features of each token alone.
@@ -101,6 +104,7 @@ def evaluate(
         pairs=pairs,
         tokenizer=tokenizer,
         exclude_special_tokens=exclude_special_tokens,
+        mask_first=mask_first,
         context=context,
         max_tokens=max_tokens,
         batch_size=batch_size,
@@ -111,7 +115,7 @@ def evaluate(
     )
     subject = Subject.of(featurizer, site, Limit(k, threshold))
     checked = [] if any_model or site is not None else [featurizer]
-    return _measured([subject], model, tokens, options, checked)[0]
+    return measured([subject], model, tokens, options, checked)[0]
 
 
 def sweep(
@@ -145,7 +149,7 @@ def sweep(
     limits = [Limit(k=each) for each in k] or [Limit(threshold=float(each)) for each in threshold]
     subjects = [Subject.of(featurizer, site, limit) for limit in limits]
     checked = [] if options.pop("any_model", False) or site is not None else [featurizer]
-    found = _measured(subjects, model, tokens, Options.of(options), checked)
+    found = measured(subjects, model, tokens, Options.of(options), checked)
     return Comparison(tuple(str(limit) for limit in limits), tuple(found))
 
 
@@ -169,14 +173,19 @@ def compare(
     limit = Limit(options.pop("k", None), options.pop("threshold", None))
     subjects = [Subject.of(each, None, limit) for each in labelled.values()]
     checked = [] if options.pop("any_model", False) else list(labelled.values())
-    found = _measured(subjects, model, tokens, Options.of(options), checked)
+    found = measured(subjects, model, tokens, Options.of(options), checked)
     return Comparison(tuple(labelled), tuple(found))
 
 
-def _measured(
-    subjects: Sequence[Subject], model: object, tokens: Any, options: Options, checked: Sequence[FeatureSpace[Any]]
+def measured(
+    subjects: Sequence[Subject],
+    model: object,
+    tokens: Any,
+    options: Options,
+    checked: Sequence[FeatureSpace[Any]],
+    observe: Observer | None = None,
 ) -> list[Evaluation]:
-    """Measure subjects on the same data; those to check are compared with the model first."""
+    """Measure subjects on the same data; those to check are compared with the model first; see `measure`."""
     if checked:
         featurizers.attach(model, checked)
     own = (token for subject in subjects for token in subject.space.special_tokens)
@@ -190,6 +199,7 @@ def _measured(
         vocabulary=_vocabulary(anatomy),
         most=_longest(anatomy),
         excluded=excluded,
+        mask_first=options.mask_first,
     )
     with evaluating(anatomy.model), _bar(options) as reach:
         plan = Plan(
@@ -200,7 +210,7 @@ def _measured(
             options.seed,
             reach,
         )
-        found = measure(Runs(model, sites), subjects, tokens, reading, plan)
+        found = measure(Runs(model, sites), subjects, tokens, reading, plan, observe)
         others: list[dict[str, Metric]] = [{} for _ in subjects]
         for number, subject in enumerate(subjects):
             if options.pairs is not None:
@@ -253,6 +263,7 @@ def _about(each: Measured, anatomy: Anatomy, options: Options, excluded: Sequenc
         "documents": each.documents,
         "context": options.context,
         "excluded_tokens": list(excluded),
+        "mask_first": options.mask_first,
         "resamples": options.resamples,
         "seed": options.seed,
         "interval": "95 %, percentiles of a Poisson bootstrap of documents",

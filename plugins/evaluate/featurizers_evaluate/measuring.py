@@ -18,6 +18,11 @@ from featurizers_evaluate.sums import Sums, Weights, per_row
 
 CHUNK: Final = 2**25
 """Features that are computed at once."""
+FEW: Final = 0.12
+"""Share of features that are not 0 up to which they are looked for first, and then counted alone."""
+
+Observer = Callable[[Tensor, Batch], None]
+"""Is called with the features of some rows, ``(rows, width, n_features)``, and these rows."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,23 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(runs: Runs, subjects: Sequence[Subject], tokens: Any, reading: Reading, plan: Plan) -> list[Measured]:
+def measure(
+    runs: Runs,
+    subjects: Sequence[Subject],
+    tokens: Any,
+    reading: Reading,
+    plan: Plan,
+    observe: Observer | None = None,
+) -> list[Measured]:
     """Measure subjects on the same data.
+
+    Args:
+        runs: of the model.
+        subjects: what to measure.
+        tokens: documents.
+        reading: how to read them.
+        plan: what to measure.
+        observe: is called with all features as they are computed; None for nothing.
 
     Raises:
         UsageError: the data or the model do not fit, or no token is measured.
@@ -89,7 +109,7 @@ def measure(runs: Runs, subjects: Sequence[Subject], tokens: Any, reading: Readi
         clean = runs.clean(batch, logits=has_effect)
         effects = _Effects(runs, batch, clean, means, plan.ablations) if has_effect else None
         for each in measured:
-            rows = _reconstructed(each, clean, batch, of_rows, plan)
+            rows = _reconstructed(each, clean, batch, of_rows, plan, observe)
             if effects is not None:
                 rows |= effects.of(each)
             each.sums.add(of_rows, rows)
@@ -124,7 +144,9 @@ def _check_measured(tokens: int) -> None:
         raise UsageError("every token is excluded; give other documents, or exclude fewer special tokens")
 
 
-def _reconstructed(each: Measured, clean: Clean, batch: Batch, weights: Tensor, plan: Plan) -> dict[str, Tensor]:
+def _reconstructed(
+    each: Measured, clean: Clean, batch: Batch, weights: Tensor, plan: Plan, observe: Observer | None
+) -> dict[str, Tensor]:
     """Add vectors and counts of features of a batch, keep the reconstructions, and return sums of its rows."""
     space = each.subject.space
     width = batch.ids.shape[1] * max(space.n_features or 1, 1)
@@ -148,6 +170,8 @@ def _reconstructed(each: Measured, clean: Clean, batch: Batch, weights: Tensor, 
         found = _of_rows(whole, torch.cat(list(y_hat.values()), dim=-1), kept)
         if "sparsity" in plan.groups:
             found |= _sparsity(each, features, kept.to(features.device))
+        if observe is not None:
+            observe(features, batch.rows(rows))
         parts.append(found)
         reconstructions.append(decoded)
     clean.reconstructions = {site: torch.cat([part[site] for part in reconstructions]) for site in reconstructions[0]}
@@ -173,16 +197,24 @@ def _of_rows(y: Tensor, y_hat: Tensor, kept: Tensor) -> dict[str, Tensor]:
 
 def _sparsity(each: Measured, features: Tensor, kept: Tensor) -> dict[str, Tensor]:
     """Count the features that are not 0, and return sums of the rows."""
-    active = features != 0
-    if not bool(kept.all()):
-        active = active & kept[..., None]
-    count = active.sum(dim=(0, 1)).cpu()
+    rows, width, n = features.shape
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    if int(features.count_nonzero()) <= FEW * features.numel():
+        flat = features.reshape(-1, n)
+        tokens, columns = flat.nonzero(as_tuple=True)
+        here = kept.reshape(-1)[tokens]
+        tokens, columns = tokens[here], columns[here]
+        sizes = flat[tokens, columns].abs().to(dtype)
+        l0 = torch.bincount(tokens // width, minlength=rows)
+        l1 = sizes.new_zeros(rows * width).index_add_(0, tokens, sizes).reshape(rows, width)
+        count = torch.bincount(columns, minlength=n).cpu()
+    else:
+        active = (features != 0) & kept[..., None]
+        count, l0 = active.sum(dim=(0, 1)).cpu(), active.sum(dim=(1, 2))
+        l1 = features.abs().sum(dim=-1, dtype=dtype)
     each.active = count if each.active is None else each.active + count
-    each.inactive += int(kept.sum()) * features.shape[-1] - int(count.sum())
-    return {
-        "l0": active.sum(dim=(1, 2)),
-        "l1": per_row(features.abs().sum(dim=-1, dtype=torch.promote_types(features.dtype, torch.float32)), kept),
-    }
+    each.inactive += int(kept.sum()) * n - int(count.sum())
+    return {"l0": l0, "l1": per_row(l1, kept)}
 
 
 class _Effects:
@@ -222,7 +254,10 @@ class _Effects:
     def _with_reconstruction(self, subject: Subject) -> Tensor:
         sites, space = list(subject.writes.values()), subject.space
         if isinstance(space, SiteMap) and len(sites) > 1:
-            excluded = set(self._batch.ids[self._batch.is_token & ~self._batch.is_measured].tolist())
+            left_out = self._batch.is_token & ~self._batch.is_measured
+            excluded = set(self._batch.ids[left_out].tolist())
+            if excluded & set(self._batch.ids[self._batch.is_measured].tolist()):
+                raise UsageError("tokens are left out by their place, and a replacement model by their id alone")
             return self._runs.replaced(self._batch, self._clean, space, excluded)
         put = {}
         for site in sites:

@@ -12,6 +12,8 @@ from featurizers_evaluate.definitions import ABLATIONS, GROUPS, ON_REQUEST
 
 SPECIAL = ("bos", "eos", "pad", "sep", "decoder_start")
 """Special tokens of a tokenizer that SAELens leaves out."""
+NUMBERS = {"mask_first": 0, "context": 1, "max_tokens": 1, "batch_size": 1, "resamples": 0, "seed": 0}
+"""Options that are whole numbers, with the least of each."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Options:
     pairs: Any = None
     tokenizer: Any = None
     exclude_special_tokens: bool | Iterable[int] = False
+    mask_first: int = 0
     context: int | None = None
     max_tokens: int | None = None
     batch_size: int = 8
@@ -51,11 +54,15 @@ class Options:
         """Check the options, and put the names into their order."""
         object.__setattr__(self, "metrics", _names(self.metrics, (*GROUPS, *ON_REQUEST), "metrics"))
         object.__setattr__(self, "ablations", _names(self.ablations, ABLATIONS, "ablations"))
-        for name, least in (("context", 1), ("max_tokens", 1), ("batch_size", 1), ("resamples", 0), ("seed", 0)):
+        for name, least in NUMBERS.items():
             number = getattr(self, name)
             optional = name in ("context", "max_tokens")
             if not (optional and number is None) and (type(number) is not int or number < least):
                 raise UsageError(f"{name} is a whole number of at least {least}, not {shown(number)}")
+        if self.context is not None and self.mask_first >= self.context:
+            raise UsageError(
+                f"mask_first={self.mask_first} leaves nothing of rows of {self.context} tokens; leave out fewer"
+            )
 
     def special_tokens(self) -> set[int]:
         """Return the token ids that are not measured.

@@ -83,10 +83,11 @@ def test_losses_are_those_of_plain_hooks() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["dictionary", "subspace", "composition", "identity"])
+@pytest.mark.parametrize("kind", ["dictionary", "relu", "subspace", "composition", "identity"])
 def test_reconstruction_and_sparsity_are_the_formulas_of_numpy(kind: str) -> None:
     of = {
         "dictionary": sparse,
+        "relu": lambda: dictionary("relu", d_in=32),
         "subspace": lambda: featurizers.create("subspace", d_in=32, n_features=4, seed=0),
         "composition": lambda: featurizers.create("identity", d_in=32) >> sparse(normalize="layer-norm"),
         "identity": lambda: featurizers.create("identity"),
@@ -108,7 +109,7 @@ def test_reconstruction_and_sparsity_are_the_formulas_of_numpy(kind: str) -> Non
         "l2_ratio": (norms_hat / norms).mean(),
         "relative_reconstruction_bias": (x_hat**2).sum() / (y * x_hat).sum(),
     }
-    is_sparse = kind in ("dictionary", "composition")
+    is_sparse = kind in ("dictionary", "relu", "composition")
     if is_sparse:
         density = (z != 0).mean(0)
         expected |= {
@@ -324,6 +325,34 @@ def test_special_tokens_keep_their_activation_and_are_not_measured() -> None:
         assert result["ce_loss"] == pytest.approx(float(losses[""][of_measured].mean()), rel=1e-5)
         assert result["ce_loss_zero_ablation"] == pytest.approx(float(losses["zero"][of_measured].mean()), rel=1e-5)
         assert result.about["excluded_tokens"] == [7]
+
+
+@torch.no_grad()
+def test_the_first_tokens_of_a_row_are_left_out_as_special_tokens_are() -> None:
+    """Compared with a token that is special and stands at the start alone."""
+    ids = torch.where(IDS == 7, 8, IDS)
+    ids[:, 0] = 7
+    own, f = sparse(special_tokens=[7]), sparse()
+    expected = evaluated(own, tokens=ids).metrics
+    result = evaluated(f, tokens=ids, mask_first=1)
+    assert {n: m.value for n, m in result.metrics.items()} == pytest.approx({n: m.value for n, m in expected.items()})
+    assert result.about["mask_first"] == 1
+    rows = evaluated(f, tokens=ids, mask_first=2, context=4, metrics=["sparsity"]).about
+    assert (rows["tokens"], rows["tokens_read"]) == (ids.numel() // 2, ids.numel())
+    with pytest.raises(UsageError, match="leaves nothing of rows of 4 tokens"):
+        evaluated(f, tokens=ids, mask_first=4, context=4)
+
+
+def test_a_replacement_model_says_that_it_leaves_out_no_places() -> None:
+    clt = of_maps(
+        CrossLayerTranscoder,
+        {0: (["in-0"], ["out-0", "out-1"]), 1: (["in-1"], ["out-1"])},
+        {"in-0": "mlp.in:0", "in-1": "mlp.in:1"},
+        {"out-0": "mlp.out:0", "out-1": "mlp.out:1"},
+    )
+    ids = torch.full((4, 6), 5)
+    result = featurizers.evaluate(clt, decoder("llama"), ids, mask_first=1, ablations=[], progress=False)
+    assert "left out by their place" in result.metrics["ce_loss"].why
 
 
 # ---------------------------------------------------------------------- sums and intervals

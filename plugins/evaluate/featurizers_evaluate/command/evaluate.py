@@ -37,6 +37,7 @@ def evaluate_command(
     context: options.Context = None,
     batch_size: options.BatchSize = None,
     exclude_special: options.ExcludeSpecial = False,
+    mask_first: options.MaskFirst = None,
     sweep_over: Annotated[
         str | None, typer.Option("--sweep", help="k=1,2,4: keep so many features; or threshold=0.1,1.")
     ] = None,
@@ -69,6 +70,7 @@ def evaluate_command(
         "--context": context,
         "--batch-size": batch_size,
         "--exclude-special": exclude_special or None,
+        "--mask-first": mask_first,
         "--sweep": sweep_over,
         "--seed": seed,
         "--out": out,
@@ -101,6 +103,7 @@ def evaluate_command(
         context=context,
         batch_size=batch_size,
         exclude_special=exclude_special,
+        mask_first=mask_first,
         seed=seed,
         any_model=any_model,
         as_json=as_json,

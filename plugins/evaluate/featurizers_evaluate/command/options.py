@@ -34,6 +34,7 @@ BatchSize = Annotated[int | None, typer.Option(min=1, help="Rows that run togeth
 ExcludeSpecial = Annotated[
     bool, typer.Option("--exclude-special", help="Do not measure special tokens of the tokenizer, such as bos.")
 ]
+MaskFirst = Annotated[int | None, typer.Option(min=0, help="Tokens at the start of each row not to measure; 0.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Of the resampling for the intervals; 0 by default.")]
 Out = Annotated[Path | None, typer.Option(help="A new folder for the result as JSON, a table and a picture.")]
 AnyModel = Annotated[bool, typer.Option("--any-model", help="Take another model than the artefact names.")]
@@ -82,6 +83,7 @@ def arguments(
     context: int | None,
     batch_size: int | None,
     exclude_special: bool,
+    mask_first: int | None,
     seed: int | None,
     any_model: bool,
     as_json: bool,
@@ -97,6 +99,7 @@ def arguments(
         "context": context or 128,
         "batch_size": batch_size or 8,
         "exclude_special_tokens": exclude_special,
+        "mask_first": mask_first or 0,
         "seed": seed or 0,
         "data": name,
         "any_model": any_model,
