@@ -4,6 +4,7 @@ from .builtin.composition import compose as compose
 from .builtin.dictionary import DictionaryFeaturizer as DictionaryFeaturizer
 from .evaluation import evaluate as evaluate
 from .evaluation import load_evaluation as load_evaluation
+from .evaluation import report as report
 from .features.derivatives import Error as Error
 from .features.feature_space import FeatureSpace as FeatureSpace
 from .features.featurizer import Featurizer as Featurizer

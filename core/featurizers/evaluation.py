@@ -1,7 +1,7 @@
 """Names of the distribution `featurizers-evaluate`, as attributes of the core.
 
-`featurizers.evaluate` and `featurizers.load_evaluation` are looked up in the installed plugin when they are used, so
-that the core does not import it.
+`featurizers.evaluate`, `featurizers.load_evaluation` and `featurizers.report` are looked up in the installed plugin
+when they are used, so that the core does not import it.
 """
 
 from __future__ import annotations

@@ -5,6 +5,9 @@ from .evaluating import evaluate as evaluate
 from .evaluating import sweep as sweep
 from .labels import import_labels as import_labels
 from .pictures import densities as densities
+from .reporting.making import report as report
+from .reporting.result import FeatureReport as FeatureReport
+from .reporting.result import Report as Report
 from .result import Evaluation as Evaluation
 from .result import Histogram as Histogram
 from .result import Metric as Metric
