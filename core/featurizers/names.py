@@ -104,6 +104,11 @@ COMMANDS = {
         "featurizers-evaluate",
         "Import what Neuronpedia or delphi says that features mean, and save it with the artefact.",
     ),
+    "report": Command(
+        "evaluate",
+        "featurizers-evaluate",
+        "Write one page that shows each feature: contexts, densities, effects on the logits, neighbours.",
+    ),
     "sweep": Command(
         "training",
         "featurizers-training",

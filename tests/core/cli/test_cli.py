@@ -40,6 +40,7 @@ COMMANDS = [
     "evaluate",
     "compare",
     "labels",
+    "report",
     "sweep",
     "demo",
 ]

@@ -1,1 +1,1 @@
-"""Commands ``featurizers evaluate``, ``featurizers compare`` and ``featurizers labels``."""
+"""Commands ``featurizers evaluate``, ``compare``, ``labels`` and ``report``."""

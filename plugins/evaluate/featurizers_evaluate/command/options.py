@@ -90,7 +90,6 @@ def arguments(
 ) -> tuple[Any, dict[str, Any]]:
     """Return the documents, and the arguments of `evaluate` that the options stand for."""
     documents = documents_of(data, key or "text", split or "train")
-    name = data if Path(data).expanduser().is_file() else f"hub:{data}, split {split or 'train'}"
     return documents, {
         "tokenizer": language_model.tokenizer,
         "metrics": words(metrics, GROUPS),
@@ -101,10 +100,15 @@ def arguments(
         "exclude_special_tokens": exclude_special,
         "mask_first": mask_first or 0,
         "seed": seed or 0,
-        "data": name,
+        "data": name_of(data, split),
         "any_model": any_model,
         "progress": not as_json,
     }
+
+
+def name_of(data: str, split: str | None) -> str:
+    """Return the name of the data for results: the path of a file, or the data set of the Hub and its split."""
+    return data if Path(data).expanduser().is_file() else f"hub:{data}, split {split or 'train'}"
 
 
 def check_out(out: Path | None) -> None:
