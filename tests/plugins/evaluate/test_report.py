@@ -10,6 +10,7 @@ import featurizers
 import numpy as np
 import pytest
 import torch
+from featurizers import Label
 from featurizers.errors import FeatureIndexError, ShapeError, SiteError, UsageError
 from featurizers_evaluate.reporting import making
 from featurizers_evaluate.reporting.histograms import Histograms
@@ -406,6 +407,20 @@ def test_of_too_many_features_the_most_active_are_shown(monkeypatch: Any) -> Non
     result = reported(f)
     assert result.names == [str(i) for i in sorted(count.argsort(descending=True, stable=True)[:10].tolist())]
     assert (result.about["features"], result.about["n_features"]) == (10, 64)
+
+
+def test_labels_follow_the_numbers_of_a_slice_and_the_groups_of_a_map() -> None:
+    f = sparse("relu")
+    f.labels = [Label(7, "rivers", "alice"), Label(7, "water", "bob", score=0.5), Label(40, "months", "alice")]
+    result = reported(f, features=[40, 9, 7])
+    assert [[label.text for label in each.labels] for each in result] == [["rivers", "water"], [], ["months"]]
+    assert reported(f.take([40, 9]))["40"].labels[0].text == "months"
+    clt = linear_map(CrossLayerTranscoder, {0: (["a"], ["x"]), 1: (["b"], ["y"])}, rule="relu")
+    clt.reads, clt.writes = {"a": "mlp.in:0", "b": "mlp.in:1"}, {"x": "mlp.out:0", "y": "mlp.out:1"}
+    clt.labels = [Label(3, "rivers", "alice", group="layer-1")]
+    found = reported(clt, model=decoder("llama"), tokens=IDS % 40)
+    assert {each.name for each in found if each.labels} == {"layer-1/3"}
+    assert found.to_pandas()["label"].dropna().tolist() == ["rivers"]
 
 
 def test_links_and_stored_metrics_come_from_the_artefact(tmp_path: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import featurizers
 import pytest
 import torch
+from featurizers import Label
 from featurizers.errors import ArtefactError
 from featurizers_evaluate.reporting.page import page_of
 from featurizers_evaluate.reporting.result import Report
@@ -24,7 +25,7 @@ from tests.support.dictionaries import dictionary
 from tests.support.models import tiny_model
 
 HOSTILE = "</script><script>window.bad = 1</script><img src=x onerror='window.bad = 2'>"
-LABEL = f"{HOSTILE} &amp; \u202eabc \x00 \ud800 <!--"
+LABEL = f"{HOSTILE} &amp; {{7*7}} <!--"
 IDS = torch.randint(0, 64, (24, 30), generator=torch.Generator().manual_seed(3))
 
 
@@ -53,9 +54,8 @@ def report() -> Report:
     f.get_parameter("b_enc").data[63] = -1e6
     f.id = HOSTILE
     f.metadata = {"sae_lens": {"metadata": {"neuronpedia_id": "gpt2-small/1-res-jb"}}}
-    found = report_of(f, data=HOSTILE)
-    labels = {3: [{"text": LABEL, "author": HOSTILE, "score": 0.75}], 5: [{"text": "a zebra"}, {"text": "stripes"}]}
-    return replace(found, labels=labels)
+    f.labels = [Label(3, LABEL, HOSTILE, score=0.75), Label(5, "a zebra", "alice"), Label(5, "stripes", "bob")]
+    return report_of(f, data=HOSTILE)
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +128,7 @@ def test_hostile_texts_are_shown_as_texts(opened: tuple[Tab, Report]) -> None:
     tab.run("choose(3)")
     label = texts(tab, ".labels li")[0]
     assert label.startswith(HOSTILE)
-    assert "\\u202eabc \\x00 \\ud800 <!--" in label
-    assert "(score 0.75)" in label
+    assert label == f"{LABEL} by {HOSTILE} (score 0.75)"
     shown = {token for each in texts(tab, ".token") for token in [each]}
     for number in range(0, 64, 5):
         tab.run(f"choose({number})")
@@ -302,7 +301,7 @@ def test_sorting_is_by_each_number_in_both_directions(opened: tuple[Tab, Report]
         "number": lambda each: int(each.name),
         "logit": lambda each: -max(abs(each.promoted[0][1]), abs(each.suppressed[0][1])),
         "cosine": lambda each: -round(1000 * each.neighbours[0][1]),
-        "label": lambda each: each.labels[0]["text"] if each.labels else "\uffff",
+        "label": lambda each: each.labels[0].text if each.labels else "\uffff",
     }
     assert tab.run("[...document.getElementById('sort').options].map(o => o.value)") == [
         "number",

@@ -9,7 +9,7 @@ from typing import Any, Final
 import featurizers
 import numpy as np
 import torch
-from featurizers import FeatureSpace, Featurizer, Site, SiteMap
+from featurizers import FeatureSpace, Featurizer, Label, Site, SiteMap
 from featurizers.errors import UsageError, one_line, shown
 from featurizers.models import evaluating
 from torch import Tensor
@@ -255,22 +255,35 @@ class _Report:
             norms=norms,
             note=directions.why if directions.writes else "",
             energies=self._energies(),
+            labels=self._labels(groups, numbers),
             texts=token_texts(self._tokenizer, [number for number in ids if number >= 0]),
         )
 
+    def _groups(self) -> dict[str | None, Tensor]:
+        """Return the numbers of the features of each group; under None those of a featurizer of one site."""
+        numbering = self._space.numbering()
+        if None in numbering:
+            return {None: torch.tensor(numbering[None].numbers[: len(self._tally.count)])}
+        return {name: torch.tensor(own.numbers) for name, own in numbering.items()}
+
+    def _labels(self, groups: Tensor, numbers: Tensor) -> dict[int, tuple[Label, ...]]:
+        """Return the labels of each place that has some."""
+        labels = self._space.labels
+        if labels is None:
+            return {}
+        known = list(self._groups())
+        found = {}
+        for place, (group, number) in enumerate(zip(groups.tolist(), numbers.tolist(), strict=True)):
+            if own := labels.of(number, known[group]):
+                found[place] = own
+        return found
+
     def _named(self) -> tuple[Tensor, Tensor, list[str]]:
         """Return the group, the number within the group, and the name of each feature."""
-        buffers = dict(self._space.named_buffers())
-        if isinstance(self._space, SiteMap):
-            sizes = {name: group.n_features for name, group in self._space.groups.items()}
-            parts = [buffers.get(f"numbers-{name}", torch.arange(n)).cpu() for name, n in sizes.items()]
-        else:
-            n = len(self._tally.count)
-            sizes = {"features": n}
-            parts = [buffers["numbers"].cpu() if "numbers" in buffers else torch.arange(n)]
-        groups = torch.arange(len(sizes)).repeat_interleave(torch.tensor(list(sizes.values())))[self._columns]
+        known, parts = list(self._groups()), list(self._groups().values())
+        sizes = torch.tensor([len(part) for part in parts])
+        groups = torch.arange(len(known)).repeat_interleave(sizes)[self._columns]
         numbers = torch.cat(parts)[self._columns]
-        known = list(sizes)
         several = len(known) > 1
         pairs = zip(groups.tolist(), numbers.tolist(), strict=True)
         return groups, numbers, [f"{known[group]}/{number}" if several else str(number) for group, number in pairs]

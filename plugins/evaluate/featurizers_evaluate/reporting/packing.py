@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from featurizers import Label
 from featurizers.errors import printable
 from numpy.typing import NDArray
 from torch import Tensor
@@ -55,14 +55,10 @@ def _about(report: Report) -> dict[str, Any]:
     }
 
 
-def _label(label: Mapping[str, Any]) -> list[Any]:
+def _label(label: Label) -> list[Any]:
     """Return text, author and score of a label."""
-    author, score = label.get("author"), label.get("score")
-    return [
-        printable(str(label.get("text", "")), 500),
-        None if author is None else printable(str(author), 80),
-        float(f"{score:.4g}") if isinstance(score, int | float) and np.isfinite(score) else None,
-    ]
+    score = None if label.score is None else float(f"{label.score:.4g}")
+    return [printable(label.text, 500), printable(label.author, 80), score]
 
 
 def _arrays(report: Report, ids: Array) -> dict[str, Array]:

@@ -97,7 +97,7 @@ function show(f) {
   if (D.link) byId("link").href = `${D.link}/${D.a.number[f]}`;
   if (D.labels[f]) {
     parts.push(el("ul", { class: "labels", "aria-label": "Labels" }, ...D.labels[f].map(([text, author, score]) => el("li", {}, text,
-      el("small", {}, [author ? ` by ${author}` : "", score === null ? "" : ` (score ${number(score)})`].join(""))))));
+      el("small", {}, [` by ${author}`, score === null ? "" : ` (score ${number(score)})`].join(""))))));
   }
   parts.push(describe(f));
   const chart = histogram(f);

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from featurizers import Label
 from featurizers.errors import FeatureIndexError, MissingDependencyError, UsageError, shown
 from torch import Tensor
 
@@ -69,7 +70,7 @@ class FeatureReport:
         neighbours: names of the features with the most similar directions, with the cosines.
         norms: length of its direction at each write.
         energy: see `Report.energies`; None where there is none.
-        labels: texts, with author and score.
+        labels: what people or programs say that it means.
         link: address of its page on Neuronpedia; None if the artefact does not say that there is one.
     """
 
@@ -87,7 +88,7 @@ class FeatureReport:
     neighbours: tuple[tuple[str, float], ...]
     norms: Mapping[str, float]
     energy: float | None
-    labels: tuple[Mapping[str, Any], ...]
+    labels: tuple[Label, ...]
     link: str | None
 
 
@@ -117,7 +118,7 @@ class Report:
         norms: lengths of the directions at each write, ``(n, writes)``; None if they are not defined.
         note: what is to be known of the directions; empty if nothing is.
         energies: energy of ablating each direction of a causal basis, nats per token; None for other kinds.
-        labels: texts for each feature, by its place.
+        labels: of features, by place.
         texts: of all tokens in it, by id.
     """
 
@@ -143,7 +144,7 @@ class Report:
     note: str
     energies: Tensor | None
     texts: Mapping[int, str]
-    labels: Mapping[int, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    labels: Mapping[int, Sequence[Label]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return the number of features."""
@@ -198,7 +199,7 @@ class Report:
         for row, each in zip(rows, self, strict=True):
             row["top"] = "".join(each.high[0].tokens) if each.high else None
             row["promoted"] = [text for text, _ in each.promoted]
-            row["label"] = each.labels[0]["text"] if each.labels else None
+            row["label"] = each.labels[0].text if each.labels else None
         return pandas.DataFrame(rows)
 
     @property
