@@ -18,6 +18,7 @@ import graphs
 import hooks
 import patching
 import report
+import reporting
 import site_maps
 import swapping
 import timing
@@ -38,6 +39,7 @@ BENCHMARKS = {
         hooks,
         patching,
         evaluate,
+        reporting,
         tracing,
         training,
         derived_scalars,

@@ -168,6 +168,7 @@ def _reconstructed(
         if not each.writes:
             each.sums.add_vectors(weights[rows], whole, kept.to(device))
         found = _of_rows(whole, torch.cat(list(y_hat.values()), dim=-1), kept)
+        features = features.flatten(2)
         if "sparsity" in plan.groups:
             found |= _sparsity(each, features, kept.to(features.device))
         if observe is not None:

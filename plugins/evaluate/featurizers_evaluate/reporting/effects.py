@@ -18,7 +18,9 @@ from featurizers_evaluate.reporting.top import top_rows
 
 SHOWN: Final = 10
 STEP: Final = 512
-"""Features whose logits are computed at once."""
+"""Features whose logits are computed at once, at most."""
+CHUNK: Final = 2**25
+"""Logits that are computed at once."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def logit_effects(directions: Directions, sites: Mapping[str, Site], model: obje
         return f"the model's logits are not a final norm and a head: {error}"
     k = min(SHOWN, len(weight))
     parts: list[tuple[Tensor, ...]] = []
-    for some in torch.split(columns, STEP):
+    for some in torch.split(columns, max(1, min(STEP, CHUNK // len(weight)))):
         rows = torch.stack([directions.writes[name](some) for name in added]).sum(dim=0)
         rows = (rows if norm is None else norm.linear(rows)).to(weight)
         logits = weight @ rows.T.contiguous()  # a third faster so, on a CPU

@@ -69,7 +69,7 @@ def nearest(directions: Directions, columns: Tensor) -> tuple[Neighbours | str, 
             alike = alike + part @ part[start:stop].T.contiguous()
         alike[torch.arange(start, stop), torch.arange(stop - start)] = -2.0
         values, places = top_rows(alike, k)
-        found_rows[start:stop, :k], cosines[start:stop, :k] = places.T.int(), values.T
+        found_rows[start:stop, :k], cosines[start:stop, :k] = places.T.int(), values.T.nan_to_num()
     if float(cosines.abs().max()) < ORTHOGONAL:
         return "the directions are orthogonal to each other", norms
     silent = whole == 0
