@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from featurizers.errors import ConfigError, LoweringError, ShapeError
+from featurizers.features.active import Active
 from featurizers.features.derivatives import Error
 from featurizers.features.featurizer import Featurizer
 from featurizers.features.programs import FeatureRows
@@ -121,6 +122,13 @@ class Composition(Featurizer[CompositionConfig]):
         for stage in first:
             x = stage.encode(x)
         return last.encode(x, columns)
+
+    def encode_active(self, x: Float[Tensor, "*batch d_in"]) -> Active:
+        """See `Featurizer.encode_active`; the last stage does it."""
+        *first, last = self._stages()
+        for stage in first:
+            x = stage.encode(x)
+        return last.encode_active(x)
 
     def apply_edit(
         self,

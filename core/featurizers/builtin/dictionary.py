@@ -15,9 +15,9 @@ from featurizers.builtin.dictionary_config import DictionaryConfig, Units, valid
 from featurizers.builtin.encoder import Encoder
 from featurizers.builtin.linear_decoder import LinearDecoderFeaturizer
 from featurizers.builtin.normalization import Normalization
-from featurizers.builtin.sparse import Active, SparseFeatures
 from featurizers.builtin.units import convert
 from featurizers.errors import ConfigError, FeatureIndexError, LoweringError, ShapeError, UsageError, explain
+from featurizers.features.active import Active, SparseFeatures, nonzero, side_by_side
 from featurizers.features.feature_space import Numbering
 from featurizers.features.indices import Indices, Selection, columns_of, select
 from featurizers.features.programs import FeatureRows
@@ -205,26 +205,29 @@ class DictionaryFeaturizer(LinearDecoderFeaturizer[DictionaryConfig]):
             rows = features.reshape(-1, self.n_features)
             few = rows.numel() * self.d_in >= SMALL and int(rows.count_nonzero()) <= sparse.DENSE * rows.numel()
             if few:
-                decoded = sparse.times_rows(sparse.nonzero(rows), self.W_dec, len(rows))
+                decoded = sparse.times_rows(nonzero(rows), self.W_dec, len(rows))
                 return decoded.reshape(*features.shape[:-1], self.d_in)
         return features @ self.W_dec
 
-    def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> SparseFeatures:
-        """Return the features that fire as values and indices ``(*batch, k)``; k is the largest count of a token.
+    def encode_active(self, x: Float[Tensor, "*batch d_in"]) -> Active:
+        """See `Featurizer.encode_active`; the gradient reaches x, and not the weights."""
+        return self._active(self.flatten(x)).nonzero()
 
-        The indices are columns. The gradient reaches x, and not the weights.
-        """
-        x = self.flatten(x).to(self.W_enc.dtype)
-        normal, _ = self._normalize(x)
+    def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> SparseFeatures:
+        """See `Featurizer.encode_sparse`; a rule that selects k features gives k. The gradient reaches x alone."""
+        x = self.flatten(x)
+        return side_by_side(self._active(x), x.shape[:-1])
+
+    def _active(self, x: Float[Tensor, "*batch d_in"]) -> Active:
+        """Return the features that fire, and those of value 0 that the rule selects."""
+        normal, _ = self._normalize(x.to(self.W_enc.dtype))
         rows = normal.reshape(-1, self.d_in)
         active = self._encoder().active(rows, share=1.0) if self.rule.separable else None
         if active is None:
-            active = sparse.nonzero(self.encode_normalized(rows))
-        elif self.config.units == "decoder-norm":
-            active = active._replace(values=active.values * self._scale(active.columns))
-        values, indices = active.padded(len(rows))
-        shape = (*x.shape[:-1], values.shape[-1])
-        return SparseFeatures(values.reshape(shape), indices.reshape(shape))
+            return nonzero(self.encode_normalized(rows))
+        if self.config.units == "decoder-norm":
+            return active._replace(values=active.values * self._scale(active.columns))
+        return active
 
     def decode_sparse(self, features: SparseFeatures) -> Float[Tensor, "*batch d_in"]:
         """Return `decode` of features in the form of `encode_sparse`, in O(k d_in) a token."""

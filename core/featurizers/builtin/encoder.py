@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from featurizers.builtin import sparse
-from featurizers.builtin.sparse import Active
+from featurizers.features.active import Active
 from featurizers.features.rules import Rule
 
 CHUNK = 4096
@@ -67,6 +67,7 @@ class Encoder:
         selected = select(pre, **self.options)
         if selected.numel() > share * n * f:
             return None
+        selected = selected.sort(dim=-1).values
         rows = torch.arange(n, device=normal.device).repeat_interleave(selected.shape[-1])
         return Active(rows, selected.reshape(-1), pre.gather(-1, selected).reshape(-1))
 

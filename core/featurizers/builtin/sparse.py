@@ -1,56 +1,17 @@
-"""Sparse activations: coordinates of the active features, and products with the matrix rows that they select."""
+"""Products of active features with the matrix rows that they select."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from featurizers.features.active import Active
+
 DENSE = 0.12
 """Share of active features above which a dense matrix product is faster than the sparse form, on a CPU."""
-
-
-class SparseFeatures(NamedTuple):
-    """Active features of each token.
-
-    Attributes:
-        values: ``(*batch, k)``; zero where a token has fewer than k.
-        indices: ``(*batch, k)``, int64, columns of the features; ascending unless the rule selects, else in any order.
-    """
-
-    values: Tensor
-    indices: Tensor
-
-
-class Active(NamedTuple):
-    """Values at some coordinates of a matrix ``(n, n_features)``, ordered by token.
-
-    Attributes:
-        rows: ``(m,)``, numbers of the tokens, ascending.
-        columns: ``(m,)``, columns of the features.
-        values: ``(m,)``.
-    """
-
-    rows: Tensor
-    columns: Tensor
-    values: Tensor
-
-    def padded(self, n: int) -> SparseFeatures:
-        """Return the values of each of n tokens side by side."""
-        counts = torch.bincount(self.rows, minlength=n)
-        k = int(counts.max()) if n else 0
-        slot = torch.arange(len(self.rows), device=self.rows.device) - (counts.cumsum(0) - counts)[self.rows]
-        values = self.values.new_zeros(n, k).index_put((self.rows, slot), self.values)
-        indices = self.columns.new_zeros(n, k).index_put((self.rows, slot), self.columns)
-        return SparseFeatures(values, indices)
-
-
-def nonzero(features: Tensor) -> Active:
-    """Return the nonzero values of a matrix ``(n, n_features)``."""
-    rows, columns = features.nonzero(as_tuple=True)
-    return Active(rows, columns, features[rows, columns])
 
 
 def times_rows(active: Active, weight: Tensor, n: int) -> Tensor:

@@ -1,3 +1,6 @@
+from .active import Active as Active
+from .active import SparseFeatures as SparseFeatures
+from .active import nonzero as nonzero
 from .derivatives import Error as Error
 from .feature_space import FeatureSpace as FeatureSpace
 from .feature_space import Numbering as Numbering

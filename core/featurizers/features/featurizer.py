@@ -12,6 +12,7 @@ from torch import Tensor
 
 import featurizers
 from featurizers.errors import LoweringError, ShapeError, UsageError
+from featurizers.features.active import Active, SparseFeatures, nonzero, side_by_side
 from featurizers.features.derivatives import Derivatives, Error
 from featurizers.features.feature_space import ConfigT, FeatureSpace, Numbering
 from featurizers.features.indices import Indices, Selection, check_broadcast, select, values_like
@@ -93,6 +94,22 @@ class Featurizer(Derivatives, FeatureSpace[ConfigT]):
         """
         features, _ = self.featurize(x)
         return features if columns is None else features[..., columns]
+
+    def encode_active(self, x: Float[Tensor, "*batch d_in"]) -> Active:
+        """Return the features that are not 0 in flat form, without a place for those that are.
+
+        The tokens are numbered in their order, whatever ``*batch`` is. Kinds override it where they need not compute
+        the features that are 0; the default searches `encode` for them.
+        """
+        features = self.encode(self.flatten(x))
+        return nonzero(features.reshape(-1, features.shape[-1]))
+
+    def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> SparseFeatures:
+        """Return the features that are not 0 as values and indices ``(*batch, k)``; k is the largest count of a token.
+
+        The indices are columns.
+        """
+        return side_by_side(self.encode_active(x), self.flatten(x).shape[:-1])
 
     def reconstruct(
         self, x: Float[Tensor, "*batch d_in"]

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from featurizers.errors import ShapeError, SiteError, UsageError, shown
+from featurizers.features.active import Active, nonzero
 from featurizers.features.feature_space import ConfigT, FeatureSpace, Numbering
 from featurizers.features.indices import Indices, Selection, select
 from featurizers.features.precision import without_autocast
@@ -187,6 +188,17 @@ class SiteMap(FeatureSpace[ConfigT]):
             columns: as in `encode`.
         """
         return self.encode(group, x, columns)
+
+    def encode_active(self, group: str, x: Mapping[str, Float[Tensor, "*batch d_read"]]) -> Active:
+        """Return the features of a group that are not 0 in flat form, the tokens numbered in their order.
+
+        Raises:
+            UsageError: the features of a token depend on earlier ones: see `encode_sequences`.
+        """
+        if self.encodes_sequences:
+            raise UsageError(f"{self.id!r} encodes whole sequences: take the nonzero features of encode_sequences")
+        features = self.encode(group, x)
+        return nonzero(features.reshape(-1, features.shape[-1]))
 
     def skip_change(
         self, write: str, change: Mapping[str, Float[Tensor, "*batch d_read"]]

@@ -20,12 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from featurizers.errors import UsageError
+from featurizers.features.active import SparseFeatures
 from featurizers.features.featurizer import Featurizer
 from featurizers.format.sites import Site
 from featurizers.models.anatomy import Anatomy
@@ -33,7 +34,7 @@ from featurizers.models.calling import with_position_ids
 from featurizers.models.operations import Operation
 from featurizers.models.positions import Inputs, Positions
 from featurizers.models.prepared import Prepared
-from featurizers.models.reading import read
+from featurizers.models.reading import read, read_sparse
 
 SiteT = TypeVar("SiteT", bound=Site | str | None)
 
@@ -123,6 +124,7 @@ def prepare(
     return Prepared(model, operations)
 
 
+@overload
 def collect(
     model: object,
     inputs: Inputs,
@@ -130,7 +132,27 @@ def collect(
     *,
     positions: Positions = None,
     grad: bool = False,
-) -> dict[SiteT, Tensor]:
+    sparse: Literal[False] = False,
+) -> dict[SiteT, Tensor]: ...
+@overload
+def collect(
+    model: object,
+    inputs: Inputs,
+    sites: Mapping[SiteT, Featurizer[Any]],
+    *,
+    positions: Positions = None,
+    grad: bool = False,
+    sparse: Literal[True],
+) -> dict[SiteT, SparseFeatures]: ...
+def collect(
+    model: object,
+    inputs: Inputs,
+    sites: Iterable[SiteT] | Mapping[SiteT, Featurizer[Any]],
+    *,
+    positions: Positions = None,
+    grad: bool = False,
+    sparse: bool = False,
+) -> dict[SiteT, Tensor] | dict[SiteT, SparseFeatures]:
     """Return activations of a model at sites, or their features. The forward pass stops after the last site.
 
     Args:
@@ -139,12 +161,16 @@ def collect(
         sites: sites whose activations to return, or a mapping from sites to featurizers whose features to return.
         positions: tokens of each prompt; None for all columns, padding included.
         grad: whether to keep the graph.
+        sparse: True returns the features that are not 0, see `Featurizer.encode_sparse`, so that no tensor has a place
+            for each feature of each token.
 
     Returns:
-        ``(batch, n_positions, d)`` for each site, under the key that was given.
+        ``(batch, n_positions, d)`` for each site, under the key that was given; if sparse, values and indices
+        ``(batch, n_positions, k)``.
 
     Raises:
         SiteError, PositionError, ShapeError: as in `intervene`.
+        UsageError: sparse features are asked for, and a site has no featurizer.
 
     Example:
         >>> import torch
@@ -160,6 +186,11 @@ def collect(
             f"inputs are the keyword arguments of the model, such as {{'input_ids': …}}, not {type(inputs).__name__}"
         )
     featurizers = dict(sites) if isinstance(sites, Mapping) else dict.fromkeys(sites)
+    if sparse and None in featurizers.values():
+        raise UsageError("sparse=True is for features: give a mapping from sites to featurizers, {site: featurizer}")
     anatomy = Anatomy(model)
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+        if sparse:
+            own = {site: f for site, f in featurizers.items() if f is not None}
+            return read_sparse(anatomy, with_position_ids(anatomy.model, inputs), own, positions)
         return read(anatomy, with_position_ids(anatomy.model, inputs), featurizers, positions)

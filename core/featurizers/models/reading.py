@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from featurizers.errors import PositionError, UsageError
+from featurizers.features.active import SparseFeatures
 from featurizers.features.featurizer import Featurizer
+from featurizers.features.precision import without_autocast
 from featurizers.features.site_map import SiteMap
 from featurizers.format.sites import Site
 from featurizers.models.anatomy import Anatomy
@@ -29,6 +31,7 @@ from featurizers.models.stopping import stoppable
 from featurizers.models.watching import Watch, watching
 
 SiteT = TypeVar("SiteT", bound=Site | str | None)
+ValueT = TypeVar("ValueT")
 
 
 def read(
@@ -47,8 +50,38 @@ def read(
         positions: tokens of each prompt.
         module: part of the model to call; None for the model.
     """
-    places = {key: anatomy.place(key) for key in featurizers}
-    activations: dict[SiteT, Tensor] = {}
+
+    def take(key: SiteT, x: Tensor) -> Tensor:
+        featurizer = featurizers[key]
+        # cloned: a later layer may write into its input
+        return x.clone() if featurizer is None else featurizer.collect(x)
+
+    return _read(anatomy, inputs, featurizers, positions, take, module)
+
+
+def read_sparse(
+    anatomy: Anatomy, inputs: Inputs, featurizers: Mapping[SiteT, Featurizer[Any]], positions: Positions
+) -> dict[SiteT, SparseFeatures]:
+    """Return the features that are not 0 at sites, as `read` does."""
+
+    def take(key: SiteT, x: Tensor) -> SparseFeatures:
+        with without_autocast(x):
+            return featurizers[key].encode_sparse(x)
+
+    return _read(anatomy, inputs, featurizers, positions, take)
+
+
+def _read(
+    anatomy: Anatomy,
+    inputs: Inputs,
+    keys: Iterable[SiteT],
+    positions: Positions,
+    take: Callable[[SiteT, Tensor], ValueT],
+    module: nn.Module | None = None,
+) -> dict[SiteT, ValueT]:
+    """Return what ``take`` makes of the activations at each site."""
+    places = {key: anatomy.place(key) for key in keys}
+    found: dict[SiteT, ValueT] = {}
 
     def keep(key: SiteT, watch: Watch, mark: object, stop: Callable[[], NoReturn], hidden: Tensor) -> Tensor:
         if not is_reading(mark):
@@ -59,10 +92,8 @@ def read(
                 "collect from the whole prompt"
             )
         chosen = gather(hidden, columns(positions, hidden, watch.current))
-        featurizer = featurizers[key]
-        # cloned: a later layer may write into its input
-        activations[key] = chosen.clone() if featurizer is None else featurizer.collect(chosen)
-        if len(activations) == len(places):
+        found[key] = take(key, chosen)
+        if len(found) == len(places):
             stop()
         return hidden
 
@@ -76,9 +107,9 @@ def read(
         called = anatomy.model if module is None else module
         arguments = inputs if called is not anatomy.model else anatomy.arguments(inputs)
         called(**{**without_cache(called), **arguments})
-    if missing := [str(key) for key in places if key not in activations]:
+    if missing := [str(key) for key in places if key not in found]:
         raise UsageError(f"the model ran without passing through {', '.join(missing)}")
-    return activations
+    return found
 
 
 def read_again(anatomy: Anatomy, current: Pass, sites: Sequence[Site]) -> dict[Site, Tensor]:

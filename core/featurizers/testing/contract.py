@@ -91,6 +91,17 @@ class FeaturizerContract:
         columns = _some(features.shape[-1])
         self._close(featurizer.encode(activations, columns), features[..., columns])
 
+    def test_sparse_features_are_the_features(self, featurizer: Featurizer[Any], activations: Tensor) -> None:
+        expected = featurizer.encode(featurizer.flatten(activations))
+        active = featurizer.encode_active(activations)
+        places = active.rows * expected.shape[-1] + active.columns
+        assert (places.diff() > 0).all(), "features are ordered by token, and by column within a token"
+        assert (active.values != 0).all(), "features that are 0 are left out"
+        found = torch.zeros_like(expected).view(-1).index_put((places,), active.values)
+        self._close(found.view(expected.shape), expected)
+        values, indices = featurizer.encode_sparse(activations)
+        self._close(torch.zeros_like(expected).scatter_add(-1, indices, values), expected)
+
     def test_each_example_is_mapped_alone(self, featurizer: Featurizer[Any], activations: Tensor) -> None:
         together, _ = featurizer.featurize(activations)
         for i in (0, len(activations) - 1):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from featurizers import DictionaryFeaturizer
 from featurizers.builtin import sparse
-from featurizers.builtin.sparse import SparseFeatures
 from featurizers.errors import ConfigError, FeatureIndexError, PositionError, ShapeError, UsageError
+from featurizers.features import SparseFeatures
 from featurizers.testing import FeaturizerContract
 
 from tests.support.dictionaries import RULES, dictionary, features_by_hand, normalized_by_hand, weights
