@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from featurizers.errors import UsageError, shown
@@ -36,6 +36,20 @@ class Reading:
     most: int | None = None
     excluded: tuple[int, ...] = ()
     mask_first: int = 0
+
+
+class Row(NamedTuple):
+    """Tokens that the model reads at once: a document, or a part of one.
+
+    Attributes:
+        document: its number.
+        start: number of the document's tokens before the row.
+        ids: token ids.
+    """
+
+    document: int
+    start: int
+    ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -86,52 +100,70 @@ def batches(tokens: Any, reading: Reading, batch_size: int, device: torch.device
     Raises:
         UsageError: a document is no text and no token ids, does not fit the model, or there is none.
     """
-    group: list[tuple[int, list[int]]] = []
+    group: list[Row] = []
     found = False
     for row in _rows(tokens, reading):
         found = True
         group.append(row)
         if len(group) == batch_size:
-            yield _batch(group, reading, device)
+            yield padded(group, reading, device)
             group = []
     if group:
-        yield _batch(group, reading, device)
+        yield padded(group, reading, device)
     if not found:
         raise UsageError("there are no tokens to measure on: give at least one document that is not empty")
 
 
-def _batch(rows: list[tuple[int, list[int]]], reading: Reading, device: torch.device) -> Batch:
-    width = max(len(ids) for _, ids in rows)
+def padded(rows: Sequence[Row], reading: Reading, device: torch.device) -> Batch:
+    """Return rows as one batch."""
+    width = max(len(row.ids) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     is_token = torch.zeros(len(rows), width, dtype=torch.bool)
-    for number, (_, row) in enumerate(rows):
-        ids[number, : len(row)] = torch.tensor(row)
-        is_token[number, : len(row)] = True
+    for number, row in enumerate(rows):
+        ids[number, : len(row.ids)] = torch.tensor(row.ids)
+        is_token[number, : len(row.ids)] = True
     excluded = torch.isin(ids, torch.tensor(reading.excluded, dtype=torch.long))
     kept = is_token & ~excluded
     kept[:, : reading.mask_first] = False
-    return Batch(ids.to(device), is_token.to(device), kept.to(device), [number for number, _ in rows])
+    return Batch(ids.to(device), is_token.to(device), kept.to(device), [row.document for row in rows])
 
 
-def _rows(tokens: Any, reading: Reading) -> Iterator[tuple[int, list[int]]]:
-    """Yield rows with the numbers of their documents; the last row ends at the most tokens."""
+def rows_of(document: Any, number: int, reading: Reading) -> list[Row]:
+    """Return the rows of a document; none if it has no tokens.
+
+    Args:
+        document: text, token ids or record.
+        number: of the document.
+        reading: how to read it; ``max_tokens`` is not looked at.
+
+    Raises:
+        UsageError: it is none of these, or does not fit the model.
+    """
+    return list(_cut(_ids(document, number, reading.tokenizer), number, reading))
+
+
+def _cut(ids: list[int], number: int, reading: Reading) -> Iterator[Row]:
+    _check_ids(ids, number, reading)
+    step = reading.context or max(len(ids), 1)
+    for start in range(0, len(ids), step):
+        row = ids[start : start + step]
+        if reading.most is not None and len(row) > reading.most:
+            raise UsageError(
+                f"document {number} has {len(row)} tokens, and the model takes {reading.most}; cut documents into "
+                f"rows with context={reading.most}"
+            )
+        yield Row(number, start, row)
+
+
+def _rows(tokens: Any, reading: Reading) -> Iterator[Row]:
+    """Yield rows; the last one ends at the most tokens."""
     left = reading.max_tokens
     for number, ids in enumerate(_documents(tokens, reading.tokenizer)):
-        _check_ids(ids, number, reading)
-        step = reading.context or max(len(ids), 1)
-        for start in range(0, len(ids), step):
-            row = ids[start : start + step][:left]
-            if not row:
-                return
-            if reading.most is not None and len(row) > reading.most:
-                raise UsageError(
-                    f"document {number} has {len(row)} tokens, and the model takes {reading.most}; cut documents into "
-                    f"rows with context={reading.most}"
-                )
-            yield number, row
-            left = None if left is None else left - len(row)
-            if left == 0:
-                return
+        read = ids[:left]
+        yield from _cut(read, number, reading)
+        left = None if left is None else left - len(read)
+        if left == 0:
+            return
 
 
 def _documents(tokens: Any, tokenizer: Any) -> Iterator[list[int]]:
@@ -163,7 +195,16 @@ def _of_inputs(inputs: Mapping[str, Any]) -> Iterator[list[int]]:
         yield row[real != 0].tolist()
 
 
-def _ids(document: Any, number: int, tokenizer: Any) -> list[int]:
+def content(document: Any, number: int) -> str | list[int]:
+    """Return the text or the token ids of a document.
+
+    Args:
+        document: text, token ids, or a record with one of these.
+        number: of the document, for errors.
+
+    Raises:
+        UsageError: it is none of these.
+    """
     if isinstance(document, Mapping):
         found = next((document[key] for key in (*IDS, "text") if document.get(key) is not None), None)
         if found is None:
@@ -172,14 +213,21 @@ def _ids(document: Any, number: int, tokenizer: Any) -> list[int]:
             )
         document = found
     if isinstance(document, str):
-        if tokenizer is None:
-            raise UsageError(f"document {number} is a text: give the tokenizer of the model, tokenizer=…")
-        return text_ids(tokenizer, document)[0]
+        return document
     if hasattr(document, "tolist"):
         document = document.tolist()
     if not isinstance(document, Sequence) or not all(type(each) is int for each in document):
         raise UsageError(f"document {number} is no text and no list of token ids: {shown(document)}")
     return list(document)
+
+
+def _ids(document: Any, number: int, tokenizer: Any) -> list[int]:
+    found = content(document, number)
+    if not isinstance(found, str):
+        return found
+    if tokenizer is None:
+        raise UsageError(f"document {number} is a text: give the tokenizer of the model, tokenizer=…")
+    return text_ids(tokenizer, found)[0]
 
 
 def _check_ids(ids: list[int], number: int, reading: Reading) -> None:
@@ -190,3 +238,16 @@ def _check_ids(ids: list[int], number: int, reading: Reading) -> None:
             f"document {number} has the token id {wrong}; this model knows those from 0 to "
             f"{'its vocabulary' if limit is None else limit - 1}"
         )
+
+
+def vocabulary_of(model: object) -> int | None:
+    """Return the number of token ids that a model knows; None if that is not known."""
+    get = getattr(model, "get_input_embeddings", None)
+    number = getattr(get() if callable(get) else None, "num_embeddings", None)
+    return number if isinstance(number, int) else None
+
+
+def longest_of(model: object) -> int | None:
+    """Return the tokens of the longest row that a model takes; None if that is not known."""
+    number = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return number if isinstance(number, int) else None

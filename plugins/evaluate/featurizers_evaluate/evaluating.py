@@ -15,7 +15,7 @@ from featurizers.models import evaluating
 
 from featurizers_evaluate.comparison import Comparison
 from featurizers_evaluate.definitions import ABLATIONS, GROUPS
-from featurizers_evaluate.documents import Reading
+from featurizers_evaluate.documents import Reading, longest_of, vocabulary_of
 from featurizers_evaluate.measuring import Measured, Observer, Plan, measure
 from featurizers_evaluate.of_plugins import fidelity, interchange
 from featurizers_evaluate.options import Options
@@ -196,8 +196,8 @@ def measured(
         tokenizer=options.tokenizer,
         context=options.context,
         max_tokens=options.max_tokens,
-        vocabulary=_vocabulary(anatomy),
-        most=_longest(anatomy),
+        vocabulary=vocabulary_of(anatomy.backend.model),
+        most=longest_of(anatomy.backend.model),
         excluded=excluded,
         mask_first=options.mask_first,
     )
@@ -228,18 +228,6 @@ def _evaluation(each: Measured, plan: Plan, others: dict[str, Metric], about: di
     density = density_of(each)
     histogram = None if density is None else histogram_of(density)
     return Evaluation(metrics, about, histogram, density, writes_of(each, plan))
-
-
-def _vocabulary(anatomy: Anatomy) -> int | None:
-    get = getattr(anatomy.backend.model, "get_input_embeddings", None)
-    number = getattr(get() if callable(get) else None, "num_embeddings", None)
-    return number if isinstance(number, int) else None
-
-
-def _longest(anatomy: Anatomy) -> int | None:
-    config = getattr(anatomy.backend.model, "config", None)
-    number = getattr(config, "max_position_embeddings", None)
-    return number if isinstance(number, int) else None
 
 
 def _about(each: Measured, anatomy: Anatomy, options: Options, excluded: Sequence[int]) -> dict[str, Any]:

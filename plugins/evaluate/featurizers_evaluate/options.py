@@ -70,18 +70,30 @@ class Options:
         Raises:
             UsageError: they are those of a tokenizer that is not given, or are no numbers.
         """
-        given = self.exclude_special_tokens
-        if given is False:
-            return set()
-        if given is True:
-            if self.tokenizer is None:
-                raise UsageError("exclude_special_tokens=True needs the tokenizer of the model; or give the token ids")
-            found = (getattr(self.tokenizer, f"{name}_token_id", None) for name in SPECIAL)
-            return {each for each in found if each is not None}
-        ids = list(given)
-        if not all(type(each) is int for each in ids):
-            raise UsageError(f"special tokens are token ids, not {shown(ids)}")
-        return set(ids)
+        return special_tokens(self.exclude_special_tokens, self.tokenizer)
+
+
+def special_tokens(given: bool | Iterable[int], tokenizer: Any) -> set[int]:
+    """Return the token ids that an argument ``exclude_special_tokens`` stands for.
+
+    Args:
+        given: True for bos, eos, pad, sep and decoder start of the tokenizer, as SAELens has them; or token ids.
+        tokenizer: of the model; None if there is none.
+
+    Raises:
+        UsageError: they are those of a tokenizer that is not given, or are no numbers.
+    """
+    if given is False:
+        return set()
+    if given is True:
+        if tokenizer is None:
+            raise UsageError("exclude_special_tokens=True needs the tokenizer of the model; or give the token ids")
+        found = (getattr(tokenizer, f"{name}_token_id", None) for name in SPECIAL)
+        return {each for each in found if each is not None}
+    ids = list(given)
+    if not all(type(each) is int for each in ids):
+        raise UsageError(f"special tokens are token ids, not {shown(ids)}")
+    return set(ids)
 
 
 def _names(given: Iterable[str], known: Sequence[str], what: str) -> tuple[str, ...]:

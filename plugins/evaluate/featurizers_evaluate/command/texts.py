@@ -90,16 +90,34 @@ def documents_of(data: str, key: str, split: str) -> Iterable[Any]:
     is_repository = REPO_ID.fullmatch(data) is not None and "/" in data and not path.exists()
     if not path.is_file() and not is_repository:
         raise UsageError(f"there is no file {shown(data)}; --data is a .jsonl, .parquet or text file, or owner/name")
+    return (
+        hub_documents(data, key, split) if is_repository else _loaded(shown(data), key, "parquet", str(path), "train")
+    )
+
+
+def hub_documents(name: str, key: str, split: str) -> Iterable[Any]:
+    """Return the documents of a data set of the Hub, which is streamed, anew each time that it is iterated.
+
+    Args:
+        name: id of the data set.
+        key: of the text, or the token ids, in a record.
+        split: of the data set.
+
+    Raises:
+        UsageError: the data set cannot be loaded.
+        MissingDependencyError: it needs `datasets`, which is not installed.
+    """
+    return _loaded(shown(name), key, name, None, split)
+
+
+def _loaded(where: str, key: str, name: str, files: str | None, split: str) -> Column:
     try:
         from datasets import load_dataset
     except ImportError as error:
         command = "pip install 'featurizers-evaluate[datasets]'"
         raise MissingDependencyError("a table or a data set of the Hub", "datasets", command) from error
     try:
-        if is_repository:
-            rows = load_dataset(data, split=split, streaming=True)
-        else:
-            rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        rows = load_dataset(name, data_files=files, split=split, streaming=True)
     except Exception as error:  # datasets and the libraries under it raise many kinds
-        raise UsageError(f"cannot load the data set {shown(data)}: {one_line(error)}") from error
-    return Column(rows, key, shown(data))
+        raise UsageError(f"cannot load the data set {where}: {one_line(error)}") from error
+    return Column(rows, key, where)
