@@ -259,6 +259,18 @@ def evaluate() -> None:
     assert featurizers.load_evaluation(result.save("evaluation.json")).metrics == result.metrics
 
 
+def harvest() -> None:
+    """Harvest a dictionary and a site, and read both again."""
+    import featurizers_harvest
+
+    f = dictionary("relu")
+    f.site = featurizers.Site("resid.post", 1)
+    featurizers.harvest(decoder(), {"f": f, "x": f.site}, IDS, "harvest")
+    found = featurizers_harvest.open("harvest")
+    assert found.table("f").num_rows == IDS.numel()
+    assert next(found.batches("x", 4)).shape == (4, 8)
+
+
 def interp_engine() -> None:
     """Collect at a point of an eager model, and steer it by specs."""
     from featurizers_interp_engine import to_specs
@@ -338,6 +350,7 @@ CHECKS = {
     "dictionary-learning": dictionary_learning,
     "evaluate": evaluate,
     "graphs": graphs,
+    "harvest": harvest,
     "identity": lambda: create("identity", d_in=8),
     "interp-engine": interp_engine,
     "llamascopium": llamascopium,

@@ -17,6 +17,7 @@ from .format.labels import Labels as Labels
 from .format.sites import Site as Site
 from .graphs import graph as graph
 from .graphs import load_graph as load_graph
+from .harvesting import harvest as harvest
 from .models.anatomy import Anatomy as Anatomy
 from .models.attached import Attached as Attached
 from .models.attached import attach as attach

@@ -19,6 +19,7 @@ FIRST_PARTY = {
     "dictionary-learning": "featurizers-dictionary-learning",
     "evaluate": "featurizers-evaluate",
     "graphs": "featurizers-graphs",
+    "harvest": "featurizers-harvest",
     "identity": "featurizers-identity",
     "interp-engine": "featurizers-interp-engine",
     "llamascopium": "featurizers-llamascopium",
@@ -78,6 +79,11 @@ COMMANDS = {
         "graphs",
         "featurizers-graphs",
         "Trace which features of transcoders bring about the next token of a prompt, and write a page of them.",
+    ),
+    "harvest": Command(
+        "harvest",
+        "featurizers-harvest",
+        "Write the features of artefacts on a corpus, or activations, to Parquet files; called again it goes on.",
     ),
     "patch": Command(
         "patching",

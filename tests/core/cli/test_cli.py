@@ -35,6 +35,7 @@ COMMANDS = [
     "fit causal-basis",
     "scalars",
     "graph",
+    "harvest",
     "patch",
     "train",
     "evaluate",

@@ -1,0 +1,25 @@
+"""Features or activations of a corpus in Parquet files, one row a token: exactly once, and resumable.
+
+`harvest` is the entry. The files, lowest first: `sources` (documents that can be read from any shard on), `plan`,
+`folders` (files that are replaced as a whole), `tables` of rows, `targets` (what is harvested), `parts` (the files of a
+shard), `shards` (computes and commits one), `engines`, `job` (what a worker begins from), `prepared` (arguments that
+were checked), `reading` (what was harvested), `harvesting`, `command`.
+
+``__init__.pyi`` lists the public names. A name is imported when it is first used. This module has no ``__dir__``,
+because pluggy would get each name that it lists.
+"""
+
+from typing import Any
+
+import lazy_loader
+from featurizers import hookimpl
+
+__getattr__, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+@hookimpl
+def featurizers_commands(app: Any) -> None:
+    """Add ``harvest``."""
+    from featurizers_harvest.command import add_to
+
+    add_to(app)
