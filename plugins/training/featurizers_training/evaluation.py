@@ -33,6 +33,12 @@ class Accuracy:
     n: int
     right: tuple[bool, ...] = field(default=(), repr=False, compare=False)
 
+    @classmethod
+    def of(cls, right: Tensor) -> Accuracy:
+        """Return the share of pairs that are answered correctly, given booleans ``(n,)``."""
+        outcomes = tuple(right.tolist())
+        return cls(sum(outcomes), len(outcomes), outcomes)
+
     @property
     def value(self) -> float:
         """Share, 0 to 1."""
@@ -105,18 +111,18 @@ def evaluate(
 def accuracy_of(runs: CleanRuns, featurizers: Sequence[Featurizer[Any]], *, batch_size: int = 64) -> Accuracy:
     """Measure the same as `evaluate`, given clean runs."""
     numbers = runs.numbers([site_of(featurizer) for featurizer in featurizers])
-    edits = [SiteEdit(j, f, _interchanged(f)) for j, f in zip(numbers, featurizers, strict=True)]
+    edits = [SiteEdit(j, f, interchanged(f)) for j, f in zip(numbers, featurizers, strict=True)]
     return accuracy(runs, edits, batch_size=batch_size)
 
 
 @torch.no_grad()
 def accuracy(runs: CleanRuns, edits: Sequence[SiteEdit], *, batch_size: int = 64) -> Accuracy:
     """Measure the share of pairs for which every token of the label is the model's most likely one after edits."""
-    right: list[bool] = []
+    right = []
     for start in range(0, len(runs), batch_size):
         rows = range(start, min(start + batch_size, len(runs)))
-        right += answered(runs.logits(rows, edits), *runs.labels(rows)).tolist()
-    return Accuracy(sum(right), len(runs), tuple(right))
+        right.append(answered(runs.logits(rows, edits), *runs.labels(rows)))
+    return Accuracy.of(torch.cat(right))
 
 
 @torch.no_grad()
@@ -135,10 +141,17 @@ def accuracy_alone(model: nn.Module, prompts: Sequence[tuple[Tokens, Tokens]], *
 
 def answered(logits: Tensor, label: Tensor, is_token: Tensor) -> Tensor:
     """Return for each pair whether the most likely tokens are those of its label: booleans ``(n,)``."""
-    return ((logits.argmax(-1) == label) | ~is_token).all(-1)
+    return is_right(logits.argmax(-1), label, is_token)
 
 
-def _interchanged(featurizer: Featurizer[Any]) -> Edit:
+def is_right(answers: Tensor, label: Tensor, is_token: Tensor) -> Tensor:
+    """Return for each pair whether some tokens ``(n, n_label)`` are those of its label: booleans ``(n,)``."""
+    return ((answers == label) | ~is_token).all(-1)
+
+
+def interchanged(featurizer: Featurizer[Any]) -> Edit:
+    """Return the edit that takes from the source the features which a featurizer selects."""
+
     def edit(base: Tensor, source: Tensor) -> Tensor:
         return interchange(featurizer, source).apply(base, source)
 

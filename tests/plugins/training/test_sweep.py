@@ -2,6 +2,8 @@
 
 import csv
 import json
+import random
+import warnings
 
 import featurizers
 import featurizers_training as training
@@ -118,7 +120,7 @@ def test_a_gate_is_hard_when_accuracy_is_measured(model, parts, tmp_path):
         assert measured.hits == hits
 
 
-def test_the_prompts_are_run_once_per_position(model, parts, monkeypatch):
+def test_searches_run_the_prompts_once_per_position(model, parts, monkeypatch):
     made = []
     real = CleanRuns.__init__
 
@@ -127,16 +129,88 @@ def test_the_prompts_are_run_once_per_position(model, parts, monkeypatch):
         real(self, *arguments, **options)
 
     monkeypatch.setattr(CleanRuns, "__init__", counted)
-    methods = [training.FullVector(), training.PCA(2), training.RandomSubspace(2)]
-    training.sweep(model, *parts, ["resid.post:0", LAST], [-1, 0], methods, settings=SETTINGS)
+    methods = [training.DAS(2), training.DBM()]
+    settings = training.Settings(epochs=1, batch_size=24)
+    training.sweep(model, *parts, ["resid.post:0", LAST], [-1, 0], methods, settings=settings)
     assert len(made) == 2 * 2
     made.clear()
     controls = ("random-model", "shuffled-labels")
-    swept = training.sweep(model, *parts, [LAST], [-1, 0], methods[:1], settings=SETTINGS, controls=controls)
+    swept = training.sweep(model, *parts, [LAST], [-1, 0], methods[:1], settings=settings, controls=controls)
     assert len(made) == 2 * 2 + 2 * 2  # once more in the random model
     assert [(cell.control, cell.position) for cell in swept.cells] == [
         (control, position) for control in (None, *controls) for position in (-1, 0)
     ]
+
+
+@pytest.mark.parametrize("controls", [(), ("shuffled-labels",)])
+def test_baselines_run_the_prompts_once_for_all_positions_and_labels(model, parts, controls):
+    rows = []
+    handle = model.model.layers[0].self_attn.register_forward_hook(lambda _, __, out: rows.append(len(out[0])))
+    methods = [training.FullVector(), training.PCA(2), training.RandomSubspace(2)]
+    training.sweep(model, *parts, ["resid.post:1", LAST], [-1, 0, 2], methods, controls=controls)
+    handle.remove()
+    in_train, in_test, checked = 24, 17, 4
+    assert sum(rows) == 3 * in_train + 2 * in_test + 2 * checked  # sources, bases, and those of the search for PCA
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neo"])
+@torch.no_grad()
+def test_a_baselines_answers_are_those_of_plain_hooks(architecture):
+    """With prompts of different lengths, some of them shared, labels of one and two tokens, and two tokens at once."""
+    model, random_ = tiny_model(architecture), random.Random(0)
+    prompt = [[random_.randrange(1, 60) for _ in range(random_.randrange(4, 8))] for _ in range(12)]
+    module, side = module_of(model, architecture, "resid.post", 1)
+    positions = [[-2, -1], [1, 3]]
+
+    def answer(base, source, tokens, n_label):
+        """Generate an answer, one prompt at a time and without a cache, while a hook edits it."""
+        there = read(model, module, side, input_ids=torch.tensor([source]))[0, tokens]
+
+        def edit(hidden):
+            hidden = hidden.clone()
+            hidden[0, [token % len(base) for token in tokens]] = there
+            return hidden
+
+        given = []
+        with hooked(module, side, edit):
+            for _ in range(n_label):
+                given.append(int(model(torch.tensor([[*base, *given]])).logits[0, -1].argmax()))
+        return given
+
+    bases = [prompt[i - i % 2] for i in range(len(prompt))]
+    for tokens in positions:
+        labels = [answer(b, s, tokens, 1 + n % 3 % 2) for n, (b, s) in enumerate(zip(bases, prompt, strict=True))]
+        spoilt = [[*label[:-1], label[-1] ^ (n % 4 == 0)] for n, label in enumerate(labels)]
+        train, test = (
+            training.Pairs.of(
+                {"base": b, "source": s, "label": label} for b, s, label in zip(bases, prompt, given, strict=True)
+            )
+            for given in (labels, spoilt)
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # gpt_neo does not run on packed rows
+            swept = training.sweep(model, train, test, ["resid.post:1"], positions, [training.FullVector()])
+        found = cell(swept, position=tokens)
+        assert found.train.right == (True,) * len(prompt)
+        assert found.held_out.right == tuple(n % 4 != 0 for n in range(len(prompt)))
+
+
+def test_a_baseline_is_what_train_makes(model, parts):
+    """A sweep runs baselines on packed rows, and `train` from the middle of the model."""
+    methods = [training.FullVector(), training.PCA(3), training.RandomSubspace(3)]
+    swept = training.sweep(model, *parts, ["resid.post:0", "mlp.out:1"], [[1, -1], -1], methods, settings=SETTINGS)
+    for cell in swept.cells:
+        (method,) = [method for method in methods if method.name == cell.method]
+        alone = training.train(model, parts[0].at(cell.position), cell.site, method, settings=SETTINGS)
+        assert (cell.train, cell.train.right) == (alone.accuracy["train"], alone.accuracy["train"].right)
+        assert cell.held_out == training.evaluate(model, parts[1].at(cell.position), alone.featurizer)
+    best, found = swept.best("pca")
+    alone = training.train(model, parts[0].at(best.position), best.site, methods[1], settings=SETTINGS)
+    torch.testing.assert_close(found.featurizer.state_dict(), alone.featurizer.state_dict())
+    described = found.measured(train=alone.accuracy["train"]).featurizer
+    assert described.site == alone.featurizer.site
+    about = described.metadata["training"]
+    assert {**about, "accuracy": 0} == {**alone.featurizer.metadata["training"], "accuracy": 0}
 
 
 def test_labels_of_another_length_are_run_anew(model):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -51,6 +51,20 @@ def read_activations(
         for j in numbers:
             read[j] = torch.cat([part[sites[j]] for part in parts])[back], row_of
     return [read[j] for j in range(len(sites))]
+
+
+def each_token_once(read: Iterable[tuple[Sequence[PromptTokens], Tensor]]) -> Tensor:
+    """Return activations ``(n, d)``, those of each token of a prompt once, in order of first use.
+
+    Args:
+        read: prompts with positions, and their activations ``(prompts, n_positions, d)``.
+    """
+    by_token: dict[tuple[Tokens, int], Tensor] = {}
+    for prompts, activations in read:
+        for (prompt, positions), rows in zip(prompts, activations, strict=True):
+            for position, row in zip(positions, rows, strict=True):
+                by_token.setdefault((prompt, position), row)
+    return torch.stack(list(by_token.values()))
 
 
 def distinct(keys: Sequence[KeyT]) -> tuple[list[KeyT], Tensor]:

@@ -29,8 +29,8 @@ from featurizers.models import (
 from torch import Tensor, nn
 
 from featurizers_training.pairs import Pairs, check_fit, check_vocabulary
-from featurizers_training.records import Pair, Tokens
-from featurizers_training.runs.activations import chunks, distinct, padded, read_activations
+from featurizers_training.records import Pair
+from featurizers_training.runs.activations import chunks, distinct, each_token_once, padded, read_activations
 from featurizers_training.runs.kept_states import KeptStates
 
 Edit = Callable[[Tensor, Tensor], Tensor]
@@ -128,7 +128,7 @@ class CleanRuns:
 
     def serves(self, model: nn.Module, pairs: Pairs) -> bool:
         """Return whether these are clean runs of pairs too, whatever their labels say."""
-        return model is self.model and [_run_of(pair) for pair in pairs] == [_run_of(pair) for pair in self.pairs]
+        return model is self.model and same_runs(pairs, self.pairs)
 
     def with_labels(self, pairs: Pairs) -> CleanRuns:
         """Return the same runs for pairs with other labels, which they serve."""
@@ -156,13 +156,8 @@ class CleanRuns:
 
     def activations(self, site: int) -> Tensor:
         """Return the activations ``(n, d)`` of sources and bases at a site, each token of a prompt once."""
-        by_token: dict[tuple[Tokens, int], Tensor] = {}
         sides = (self._source_tokens[site], self._sources[site]), (self._base_tokens[site], self._bases[site])
-        for prompts, (tensor, _) in sides:
-            for (prompt, positions), rows in zip(distinct(prompts)[0], tensor, strict=True):
-                for position, row in zip(positions, rows, strict=True):
-                    by_token.setdefault((prompt, position), row)
-        return torch.stack(list(by_token.values()))
+        return each_token_once((distinct(prompts)[0], tensor) for prompts, (tensor, _) in sides)
 
     @functools.cached_property
     def _bases(self) -> list[tuple[Tensor, Tensor]]:
@@ -316,6 +311,11 @@ class CleanRuns:
 
 def _label_lengths(pairs: Pairs) -> Tensor:
     return torch.tensor([len(pair.label) for pair in pairs])
+
+
+def same_runs(pairs: Pairs, others: Pairs) -> bool:
+    """Return whether pairs differ at most in the tokens of their labels that no run reads."""
+    return [_run_of(pair) for pair in pairs] == [_run_of(pair) for pair in others]
 
 
 def _run_of(pair: Pair) -> tuple[object, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,12 +27,15 @@ from featurizers_training.search.found import Found
 from featurizers_training.search.objectives import Objective, named_objective
 from featurizers_training.search.settings import Settings
 from featurizers_training.search.training import train
+from featurizers_training.sweeps.baselines import Baselines, PartsAtEach, trains_nothing
 from featurizers_training.sweeps.controls import check_controls, controlled
 from featurizers_training.sweeps.report import heat_map, write_csv
 
 TABLE: Final = "table.csv"
 DATA: Final = "table.json"
 PICTURE: Final = "heatmap.png"
+Control: TypeAlias = str | None
+"""One of `CONTROLS`, or None for the searches themselves."""
 Runs: TypeAlias = "dict[str, CleanRuns]"
 """Clean runs of the pairs of the search and of those that no search sees, by name."""
 
@@ -48,7 +52,8 @@ class Cell:
         held_out: accuracy on pairs that the search did not see.
         train: accuracy on the pairs of the search.
         selected: number of features that are interchanged.
-        seconds: of the search and of both accuracies, without the clean runs.
+        seconds: of the search and of both accuracies, without the clean runs; the share of a baseline, as all run
+            together.
     """
 
     site: Site
@@ -146,6 +151,7 @@ def sweep(
     """Search each site at each position by each method, and measure the results on pairs that no search saw.
 
     The prompts are run once for each position, and once more for a random model, for any number of sites and methods.
+    Methods that train nothing run together at all sites and positions; see `Baselines`.
 
     Args:
         model: a decoder of `transformers` with its language-model head.
@@ -184,41 +190,38 @@ def sweep(
     if settings.patience is not None:
         raise UsageError("a sweep has no validation pairs, so that no search stops early; leave out patience")
     check_controls(controls)
-    objective_name, _ = named_objective(objective)
+    named_objective(objective)
     for site in parsed:
         Anatomy(model).place(site)
     both = {"train": train_pairs, "test": test_pairs}
-    at_each = [{name: pairs.at(position) for name, pairs in both.items()} for position in positions]
-    for pairs in (pairs for parts in at_each for pairs in parts.values()):
+    models: dict[Control, nn.Module] = {None: model}
+    by_control: dict[Control, dict[str, Pairs]] = {None: both}
+    for name in sorted(controls, key=lambda name: name == "random-model"):
+        models[name], by_control[name] = controlled(name, model, both, settings.seed)
+    at_each = {
+        control: [{name: pairs.at(position) for name, pairs in parts.items()} for position in positions]
+        for control, parts in by_control.items()
+    }
+    for pairs in (pairs for parts in at_each[None] for pairs in parts.values()):
         check_fit(pairs, 1)
     cells: list[Cell] = []
     best: dict[str, tuple[Cell, Found]] = {}
-    total = (1 + len(controls)) * len(positions) * len(parsed) * len(by_name)
+    asked = _Asked(parsed, by_name, objective, settings)
+    total = len(models) * len(positions) * len(parsed) * len(by_name)
     with progress_bar(total, "sweep", shown=progress) as bar:
-        for position, parts in zip(positions, at_each, strict=True):
-            runs: Runs = {}
-            for control in sorted((None, *controls), key=lambda control: control == "random-model"):
-                searched, own = (model, parts) if control is None else controlled(control, model, parts, settings.seed)
-                runs = {
-                    name: each.with_labels(own[name]) for name, each in runs.items() if each.serves(searched, own[name])
-                }
-                if len(runs) < len(own):
-                    runs.clear()  # before others are made, which need the memory
-                    runs = _clean_runs(searched, own, parsed, settings)
-                for site, name, found, seconds in _search_all(searched, own, runs, by_name, objective, settings):
-                    measured = found.accuracy
-                    cell = Cell(
-                        site, position, name, control, measured["test"], measured["train"], found.selected[0], seconds
-                    )
-                    cells.append(cell)
-                    bar.advance(1, f"sweep  accuracy {cell.held_out.value:.0%}")
-                    under = "" if control is None else f", {control}"
-                    bar.note(
-                        f"cell {len(cells)} of {total}: {site}, position {position}, {name}{under}: "
-                        f"accuracy {cell.held_out.value:.0%}"
-                    )
-                    if control is None and (name not in best or _merit(cell) > _merit(best[name][0])):
-                        best[name] = cell, found
+        for control, number, name, found, seconds in _search_all(models, at_each, asked):
+            measured, position = found.accuracy, positions[number]
+            (site,), (selected,) = found.sites, found.selected
+            cell = Cell(site, position, name, control, measured["test"], measured["train"], selected, seconds)
+            cells.append(cell)
+            bar.advance(1, f"sweep  accuracy {cell.held_out.value:.0%}")
+            under = "" if control is None else f", {control}"
+            bar.note(
+                f"cell {len(cells)} of {total}: {site}, position {position}, {name}{under}: "
+                f"accuracy {cell.held_out.value:.0%}"
+            )
+            if control is None and (name not in best or _merit(cell) > _merit(best[name][0])):
+                best[name] = cell, found
     cells.sort(key=lambda cell: (None, *controls).index(cell.control))
     about = {
         "title": "Interchange-intervention accuracy on held-out pairs",
@@ -226,35 +229,79 @@ def sweep(
         "train_pairs": {"count": len(train_pairs), "sha256": train_pairs.digest()},
         "test_pairs": {"count": len(test_pairs), "sha256": test_pairs.digest()},
         "methods": {key: {"name": method.name, **dataclasses.asdict(method)} for key, method in by_name.items()},
-        "settings": {**dataclasses.asdict(settings), "objective": objective_name},
+        "settings": asked.settings_record,
     }
     return Sweep(cells, best, about)
 
 
-def _clean_runs(model: nn.Module, parts: Mapping[str, Pairs], sites: list[Site], settings: Settings) -> Runs:
+@dataclass(frozen=True)
+class _Asked:
+    """What is searched at each position and in each control."""
+
+    sites: Sequence[Site]
+    methods: Mapping[str, Method]
+    objective: str | Objective
+    settings: Settings
+
+    @property
+    def settings_record(self) -> dict[str, Any]:
+        """The settings as JSON data."""
+        return {**dataclasses.asdict(self.settings), "objective": named_objective(self.objective)[0]}
+
+
+def _search_all(
+    models: Mapping[Control, nn.Module], at_each: Mapping[Control, PartsAtEach], asked: _Asked
+) -> Iterator[tuple[Control, int, str, Found, float]]:
+    """Yield the control, number of the position, name of the method, result and seconds of each cell.
+
+    Args:
+        models: of each control.
+        at_each: for each control the pairs at each position.
+        asked: sites, methods and settings.
+    """
+    untrained = {name: method for name, method in asked.methods.items() if trains_nothing(method)}
+    baselines: dict[Control, Baselines] = {}
+    for number in range(len(at_each[None])):
+        runs: Runs = {}
+        for control, model in models.items():
+            parts = at_each[control][number]
+            if untrained and control not in baselines:
+                made = (each for each in baselines.values() if each.serve(model, at_each[control]))
+                baselines[control] = next(made, None) or Baselines(
+                    model, at_each[control], asked.sites, untrained, asked.settings
+                )
+            if len(untrained) < len(asked.methods):
+                runs = _clean_runs(model, parts, asked, runs)
+            for site, (name, method) in itertools.product(asked.sites, asked.methods.items()):
+                start = time.perf_counter()
+                if name in untrained:
+                    found = baselines[control].found((number, site, name), method, parts, asked.settings_record)
+                    start -= baselines[control].seconds
+                else:
+                    found = _search(model, parts, site, method, asked, runs)
+                yield control, number, name, found, time.perf_counter() - start
+
+
+def _clean_runs(model: nn.Module, parts: Mapping[str, Pairs], asked: _Asked, made: Runs) -> Runs:
+    """Return clean runs of the parts: those made before, if they serve."""
+    if made and all(runs.serves(model, parts[name]) for name, runs in made.items()):
+        return {name: runs.with_labels(parts[name]) for name, runs in made.items()}
+    made.clear()  # before others are made, which need the memory
+    settings, sites = asked.settings, asked.sites
     with frozen(model):
         size = settings.micro_batch or settings.batch_size
         unseen = CleanRuns(model, parts["test"], sites, batch_size=size, cache_bytes=settings.cache_bytes)
         return {"train": settings.clean_runs(model, parts["train"], sites), "test": unseen}
 
 
-def _search_all(
-    model: nn.Module,
-    parts: Mapping[str, Pairs],
-    runs: Runs,
-    methods: Mapping[str, Method],
-    objective: str | Objective,
-    settings: Settings,
-) -> Iterator[tuple[Site, str, Found, float]]:
-    """Yield the result of each site and method at one position, from the same clean runs, and its seconds."""
-    options = {"objective": objective, "settings": settings, "runs": runs["train"]}
+def _search(
+    model: nn.Module, parts: Mapping[str, Pairs], site: Site, method: Method, asked: _Asked, runs: Runs
+) -> Found:
+    """Search at one site, from clean runs."""
+    options: Any = {"objective": asked.objective, "settings": asked.settings, "runs": runs["train"]}
     with frozen(model):
-        for site in runs["train"].sites:
-            for name, method in methods.items():
-                start = time.perf_counter()
-                found = train(model, parts["train"], site, method, **options)  # type: ignore[arg-type]
-                found = found.measured(test=accuracy_of(runs["test"], found.featurizers))
-                yield site, name, found, time.perf_counter() - start
+        found = train(model, parts["train"], site, method, **options)
+        return found.measured(test=accuracy_of(runs["test"], found.featurizers))
 
 
 def _merit(cell: Cell) -> tuple[float, float]:
