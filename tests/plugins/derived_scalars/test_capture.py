@@ -269,6 +269,14 @@ def test_probabilities_are_transformers_own(name):
         assert torch.equal(forward(raw, "attn.probs", layer), probs[0].permute(1, 2, 0))
 
 
+def test_what_is_kept_of_heads_is_not_copied(captured):
+    """Probabilities and their gradients are the largest tensors of a capture."""
+    _, raw = captured
+    for layer in range(LAYERS):
+        for kept in (forward(raw, "attn.probs", layer), backward(raw, "attn.probs", layer)):
+            assert kept.permute(2, 0, 1).is_contiguous()  # the model's own order of axes
+
+
 def test_the_gradient_of_a_scale_is_its_derivative():
     """Against a difference: a norm's output is edited to what another scale would give."""
     circuit, raw = everything("gpt2", freeze_norms=())
@@ -426,7 +434,6 @@ def test_what_is_kept_has_memory_of_its_own(name):
     circuit = Circuit(decoder(name))
     [raw] = capture(circuit, tokens(), needs_of(circuit), metric=METRIC)
     for key in raw:
-        assert raw[key].is_contiguous(), key
         storage = raw[key].untyped_storage()
         assert storage.nbytes() == raw[key].numel() * raw[key].element_size(), key
 

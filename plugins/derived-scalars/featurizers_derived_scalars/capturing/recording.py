@@ -62,9 +62,12 @@ class Keeper:
         return self.copy_exactly(tensor).to(self.dtype)
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Keep the tensor if it owns its whole storage, else copy it (a view would keep the large base alive)."""
+        """Keep the tensor if it is its whole storage, in any order of axes, else copy it.
+
+        A view of a part would keep all of a large base alive.
+        """
         tensor = tensor.detach()
-        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        whole = _is_dense(tensor) and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
         return tensor.to(self.device, self.dtype) if whole else self.copy(tensor)
 
     def copy_exactly(self, tensor: Tensor) -> Tensor:
@@ -359,6 +362,12 @@ def _in_turn(functions: list[Callable[[Tensor], Tensor]], tensor: Tensor) -> Ten
 def _leaf(tensor: Tensor) -> Tensor:
     """Begin the graph at a tensor."""
     return tensor.detach().requires_grad_()
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Return whether a tensor is contiguous with its axes in some order."""
+    axes = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor.permute(axes).is_contiguous()
 
 
 def _unbatched(tensor: Tensor) -> Tensor:
