@@ -15,6 +15,7 @@ from pathlib import Path
 import featurizers
 import pytest
 import torch
+import yaml
 from featurizers import errors
 from featurizers.format.sites import BLOCK_KINDS, MODEL_KINDS
 from featurizers.registry import hookspecs
@@ -313,6 +314,31 @@ def test_relative_links_lead_somewhere(path):
 def test_no_page_holds_an_unresolved_merge(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if re.match(r"<{7} |={7}$|>{7} ", line)] == []
+
+
+def test_the_site_has_every_page_in_its_navigation():
+    sections = yaml.safe_load((ROOT / "docs" / "site" / "mkdocs.yml").read_text())["nav"]
+    listed = [
+        page for part in sections for pages in ([[part]] if isinstance(part, str) else part.values()) for page in pages
+    ]
+    of_repository = runpy.run_path(str(ROOT / "docs" / "site" / "build.py"))["PAGES"]
+    assert sorted(listed) == sorted([*(path.name for path in DOCS), *of_repository, "api/index.md"])
+    assert ".venv/bin/python docs/site/build.py" in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_the_api_pages_have_every_public_name():
+    pages = runpy.run_path(str(ROOT / "docs" / "site" / "build.py"))["api_pages"]()
+    core = pages["api/featurizers.md"]
+    for name in featurizers.__all__:
+        if name not in ("errors", "pyvene", "__version__"):
+            assert f"::: featurizers.{name}\n" in core or f"`{name}`" in core, name
+    assert "::: featurizers_training.DAS\n" in pages["api/featurizers-training.md"]
+    assert "::: featurizers_patching.patch\n" in pages["api/featurizers-patching.md"]
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == featurizers.__version__
 
 
 def test_the_index_lists_every_page():
