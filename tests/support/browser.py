@@ -89,9 +89,13 @@ class Tab:
     def open(self, path: Path) -> None:
         """Open a file, and wait until its script has run."""
         self.call("Page.navigate", url=path.resolve().as_uri())
-        until = time.monotonic() + PATIENCE
-        while not self.run("document.documentElement && document.documentElement.dataset.ready"):
-            assert time.monotonic() < until, f"the page's script has not run: {self.problems}"
+        self.until("document.documentElement && document.documentElement.dataset.ready")
+
+    def until(self, condition: str) -> None:
+        """Wait until an expression of JavaScript is true; fail if it is not within the time of `PATIENCE`."""
+        end = time.monotonic() + PATIENCE
+        while not self.run(condition):
+            assert time.monotonic() < end, f"this did not come about: {condition}; problems: {self.problems}"
             time.sleep(0.05)
 
     def run(self, script: str) -> Any:

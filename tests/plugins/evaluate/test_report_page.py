@@ -366,8 +366,8 @@ def test_neighbours_and_addresses_lead_to_features(opened: tuple[Tab, Report]) -
     )
     tab.click("#next")
     tab.click("#previous")
-    tab.run("location.hash = '#63'; new Promise(done => setTimeout(done, 50))")
-    assert title(tab) == "Feature 63"
+    tab.run("location.hash = '#63'")
+    tab.until("document.getElementById('feature-title').innerText == 'Feature 63'")
     assert any("active nowhere" in text for text in texts(tab, ".soft"))
 
 
@@ -408,13 +408,11 @@ def test_a_narrow_screen_shows_everything_without_scrolling_sideways(opened: tup
     try:
         assert tab.run("document.documentElement.scrollWidth") <= 360
         tab.click(".row:nth-child(4)")
-        tab.run("new Promise(done => setTimeout(done, 50))")
         top = "document.getElementById('feature').getBoundingClientRect().top"
-        assert -5 < tab.run(top) < 40
+        tab.until(f"-5 < {top} && {top} < 40")
         assert tab.run("document.documentElement.scrollWidth") <= 360
         tab.click("#back")
-        assert tab.run("document.activeElement.id") == "list"
-        assert tab.run(top) > 200
+        tab.until(f"document.activeElement.id == 'list' && {top} > 200")
     finally:
         tab.call("Emulation.clearDeviceMetricsOverride")
 
