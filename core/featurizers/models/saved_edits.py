@@ -114,10 +114,10 @@ def operation_of(spec: AnySpec, through: Featurizer[Any]) -> Operation:
 
 def _indices(operation: Operation, f: Featurizer[Any], name: str) -> tuple[Tensor | None, list[int] | None]:
     """Return the columns of the features, and their numbers in the whole; None for all."""
-    indices = getattr(operation, "indices", None)
+    indices, numbering = getattr(operation, "indices", None), f.numbering()[None]
     if indices is None:
-        return None, None
-    numbering = f.numbering()[None]
+        is_slice = not isinstance(numbering.numbers, range) and not isinstance(operation, Mask)
+        return None, list(numbering.numbers) if is_slice else None  # all of a slice are some of the whole
     if f.n_features is None and f.d_in is None:
         raise UsageError(f"{f.id!r} takes activations of any width; create it with d_in, to save edits of features")
     selection = f.select(indices, torch.empty(1, f.d_in or 0))

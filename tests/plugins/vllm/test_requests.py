@@ -49,6 +49,27 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.parametrize("name", [name for name, make in OPERATIONS.items() if name not in ("interchange", "mask")])
+def test_the_edits_of_an_artefact_have_the_form_of_a_request(name, folder, admission, tmp_path):
+    operation = OPERATIONS[name](lambda name, **options: loaded(folder, name, **options))
+    f = operation.featurizer
+    f.site, f.edits = SITE, [operation]
+    saved = featurizers.load(f.save_pretrained(tmp_path / "a"))
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    sent, stored = admission.of({"featurizers": json.dumps(config["metadata"]["feature_edits"])}), saved.edits
+    x = torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(1)) * 3
+    for edit, own in zip(sent, stored, strict=True):
+        assert torch.allclose(edit.program.apply(x), featurizers.lower(own).apply(x), atol=1e-5)
+    saved.revision = "r1"
+    assert extra_args({SITE: saved.edits}) == extra_args({SITE: operation})
+
+
+def test_a_request_gives_its_source_by_features(admission):
+    sourced = {"featurizer": "owner/relu", "do": "interchange", "source": [[0.0] * WIDTH]}
+    with pytest.raises(RequestError, match="gives its source by 'features', not by its activations"):
+        admission.of({"featurizers": request(sourced)})
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_request_of_an_operation_is_lowered_to_the_operation(name, folder, admission):
     operation = OPERATIONS[name](lambda name, **options: loaded(folder, name, **options))
