@@ -61,18 +61,21 @@ class Label:
         """Check the values."""
         if type(self.feature) is not int or not 0 <= self.feature < 2**31:
             raise UsageError(f"a label is of a feature by its number, from 0 on, not of {shown(self.feature)}")
-        for name, text, most in (
-            ("text", self.text, MAX_TEXT),
-            ("author", self.author, MAX_NAME),
-            ("group", "-" if self.group is None else self.group, MAX_NAME),
-        ):
-            if not isinstance(text, str) or not 0 < len(text) <= most or not text.isprintable() or not text.strip():
-                raise UsageError(
-                    f"the {name} of a label of feature {self.feature} is one line of 1 to {most} printable characters, "
-                    f"not {shown(text)}"
-                )
+        _check_line(self.text, MAX_TEXT, "text", self.feature)
+        _check_line(self.author, MAX_NAME, "author", self.feature)
+        if self.group is not None:
+            _check_line(self.group, MAX_NAME, "group", self.feature)
         if self.score is not None and (type(self.score) not in (int, float) or not math.isfinite(self.score)):
             raise UsageError(f"the score of a label of feature {self.feature} is a number, not {shown(self.score)}")
+
+
+def _check_line(text: object, most: int, name: str, feature: int) -> None:
+    """Raise UsageError unless a text is one line of printable characters."""
+    if not isinstance(text, str) or not 0 < len(text) <= most or not text.isprintable() or text.isspace():
+        raise UsageError(
+            f"the {name} of a label of feature {feature} is one line of 1 to {most} printable characters, "
+            f"not {shown(text)}"
+        )
 
 
 class Labels:
