@@ -11,6 +11,8 @@ from featurizers.format.manifest import Manifest
 
 KEY: Final = "feature_edits"
 """Key in the metadata of an artefact that has edits."""
+MAX_EDITS: Final = 64
+"""Most edits of an artefact."""
 
 Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
 Place: TypeAlias = Annotated[int, Field(ge=-(2**31), lt=2**31)]
@@ -117,9 +119,14 @@ def record_in(manifest: Manifest, where: str) -> EditsRecord | None:
     if record is None:
         return None
     try:
-        return EditsRecord.model_validate(record)
+        edits = EditsRecord.model_validate(record)
     except ValidationError as error:
         raise ManifestError(where, f"metadata.{KEY} does not describe edits: {explain(error)}") from error
+    if len(edits.edits) > MAX_EDITS:
+        raise ManifestError(
+            where, f"metadata.{KEY} has {len(edits.edits)} edits; an artefact holds {MAX_EDITS} at most"
+        )
+    return edits
 
 
 def in_words(spec: AnySpec) -> str:

@@ -69,8 +69,8 @@ def spec_of(operation: Operation, through: FeatureSpace[Any]) -> AnySpec:
                 if not isinstance(gate, Tensor):
                     raise UsageError("the gate of a saved Mask is a tensor; give that of a module: gate().detach()")
                 values = _numbers(gate, count, "the gate of Mask")
-                if count is not None and isinstance(values, list) and len(values) != count:
-                    raise ShapeError(f"the gate of Mask has {len(values)} numbers for {count} features")
+                if not isinstance(values, list) or (count is not None and len(values) != count):
+                    raise ShapeError(f"the gate of Mask has the shape {tuple(gate.shape)}, for {count} features")
                 return MaskSpec(do="mask", gate=values, **_source(source, through, name), **common)
             case Interchange(source=source):
                 return InterchangeSpec(do="interchange", **_source(source, through, name), **common)
@@ -90,8 +90,8 @@ def operation_of(spec: AnySpec, through: Featurizer[Any]) -> Operation:
     options: dict[str, Any] = {"positions": spec.positions}
     if not isinstance(spec, MaskSpec):
         options["indices"] = spec.indices
-    elif spec.indices is not None:
-        raise UsageError("a mask of an artefact has a gate for every feature, and no indices")
+    elif spec.indices is not None or not isinstance(spec.gate, list):
+        raise UsageError("a mask of an artefact has a list with a gate for every feature, and no indices")
     if isinstance(spec, SourcedSpec):
         if spec.source is None:
             raise UsageError("an edit of an artefact has the activations of its source, not their features")
@@ -106,8 +106,7 @@ def operation_of(spec: AnySpec, through: Featurizer[Any]) -> Operation:
         case InterchangeSpec():
             operation = Interchange(through, **options)
         case MaskSpec(gate=gate):
-            whole = gate if isinstance(gate, list) else [gate] * (through.n_features or through.d_in or 1)
-            operation = Mask(through, gate=torch.as_tensor(_tensor(whole)), **options)
+            operation = Mask(through, gate=torch.as_tensor(_tensor(gate)), **options)
     spec_of(operation, through)  # raises for what does not fit
     return operation
 

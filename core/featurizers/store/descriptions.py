@@ -39,6 +39,8 @@ def written(featurizer: FeatureSpace[Any], folder: Path, source: str) -> dict[st
         raw = labels.dump(featurizer.labels)
         (folder / LABELS_NAME).write_bytes(raw)
         metadata = {**metadata, labels.KEY: labels.record_of(featurizer.labels, raw).model_dump()}
+    if len(featurizer.edits) > edits.MAX_EDITS:
+        raise UsageError(f"there are {len(featurizer.edits)} edits; an artefact holds {edits.MAX_EDITS} at most")
     if featurizer.edits:
         specs = [spec_of(edit, featurizer).model_dump(mode="json", exclude_none=True) for edit in featurizer.edits]
         metadata = {**metadata, edits.KEY: {"version": 1, "edits": specs}}

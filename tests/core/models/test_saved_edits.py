@@ -159,6 +159,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "a gate beyond 1": (lambda f: Mask(f, source=source(), gate=torch.full((4,), 1.5)), UsageError, "this Mask cannot"),
     "a short gate": (lambda f: Mask(f, source=source(), gate=torch.ones(3)), ShapeError, "has 3 numbers for 4"),
+    "a gate of no axis": (lambda f: Mask(f, source=source(), gate=torch.tensor(1.0)), ShapeError, r"shape \(\), for 4"),
     "the batch's mean": (lambda f: Ablate(f, value="mean"), UsageError, "give the mean of a data set as numbers"),
     "nothing to do": (Collect, UsageError, "holds Steer, Ablate, Interchange and Mask as edits, not Collect"),
     "a class of others": (lambda f: Doubled(f, delta=1.0), UsageError, "not Doubled"),
@@ -231,6 +232,21 @@ def test_a_forged_edit_is_refused(tmp_path, name):
     config["metadata"]["feature_edits"]["edits"] = [{key: value for key, value in edit.items() if value is not None}]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ManifestError, match=words):
+        featurizers.load(folder)
+
+
+def test_edits_are_bounded(tmp_path):
+    f = at_site()
+    f.edits = [Steer(f, delta=1.0)] * 64
+    folder = f.save_pretrained(tmp_path / "a")
+    assert len(featurizers.load(folder).edits) == 64
+    f.edits.append(f.edits[0])
+    with pytest.raises(UsageError, match="there are 65 edits; an artefact holds 64 at most"):
+        f.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["metadata"]["feature_edits"]["edits"] *= 2
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ManifestError, match="has 128 edits; an artefact holds 64"):
         featurizers.load(folder)
 
 
