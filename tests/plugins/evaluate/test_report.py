@@ -20,7 +20,7 @@ from featurizers_evaluate.reporting.top import top_rows
 from featurizers_transcoder import Crosscoder, CrossLayerTranscoder, Transcoder
 
 from tests.support.dictionaries import dictionary
-from tests.support.models import module_of, read, tiny_model
+from tests.support.models import fresh_model, module_of, read, tiny_model
 from tests.support.site_maps import linear_map, written
 from tests.support.site_maps import model as decoder
 
@@ -174,6 +174,16 @@ def test_metrics_are_those_of_evaluate() -> None:
         assert found.metrics.keys() == expected.metrics.keys()
         for name, metric in expected.metrics.items():
             assert found.metrics[name].value == pytest.approx(metric.value, rel=1e-6), name
+
+
+def test_a_model_without_a_head_has_contexts_and_says_what_is_missing() -> None:
+    body = fresh_model("llama").model
+    result = reported(sparse(), model=body, effect_tokens=60)
+    assert "returns no logits" in result.about["no_effect"]
+    assert result.effect is None
+    assert "head" in result.effects
+    assert result[0].high
+    assert result[0].neighbours
 
 
 # ---------------------------------------------------------------------- histograms and tops

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -43,7 +43,13 @@ class Effects:
 
 
 @torch.no_grad()
-def logit_effects(directions: Directions, sites: Mapping[str, Site], model: object, columns: Tensor) -> Effects | str:
+def logit_effects(
+    directions: Directions,
+    sites: Mapping[str, Site],
+    model: object,
+    columns: Tensor,
+    reach: Callable[[int], None] = lambda _: None,
+) -> Effects | str:
     """Return the direct effects of features on the logits, or why they are not defined.
 
     A direction goes through the weight of the final norm (a LayerNorm subtracts the mean too) and the unembedding. It
@@ -54,6 +60,7 @@ def logit_effects(directions: Directions, sites: Mapping[str, Site], model: obje
         sites: of the writes, by name.
         model: a decoder with its head.
         columns: of the features, ``(n,)``.
+        reach: is called with the number of features that are done.
     """
     if not directions.writes:
         return directions.why
@@ -73,6 +80,7 @@ def logit_effects(directions: Directions, sites: Mapping[str, Site], model: obje
         logits = weight @ rows.T.contiguous()  # a third faster so, on a CPU
         high, low = top_rows(logits, k), top_rows(logits, k, largest=False)
         parts.append(tuple(each.T.cpu() for each in (*high, *low)))
+        reach(sum(len(part[0]) for part in parts))
     high_values, high_ids, low_values, low_ids = (torch.cat(each) for each in zip(*parts, strict=True))
     through = "" if norm is None else "the final norm's weight and "
     scale = "" if norm is None else ", before the norm's division by its scale"

@@ -10,7 +10,8 @@ import featurizers
 import numpy as np
 import torch
 from featurizers import FeatureSpace, Featurizer, Label, Site, SiteMap
-from featurizers.errors import UsageError, one_line, shown
+from featurizers.cli import progress_bar
+from featurizers.errors import FeaturizerError, UsageError, one_line, shown
 from featurizers.models import evaluating
 from torch import Tensor
 
@@ -119,14 +120,24 @@ def report(
         first.add(batch)
 
     evaluation = measured([subject], model, tokens, options, checked, observe)[0]
-    effect = None
+    effect, no_effect = None, ""
     if effect_tokens:
         common = {name: getattr(options, name) for name in ("mask_first", "context", "batch_size", "seed", "progress")}
         excluded = evaluation.about["excluded_tokens"]
         few = {**common, "exclude_special_tokens": excluded, "max_tokens": effect_tokens, "data": data}
-        effect = evaluate(featurizer, model, first.documents(), site=site, metrics=["effect"], any_model=True, **few)
+        try:
+            effect = evaluate(
+                featurizer, model, first.documents(), site=site, metrics=["effect"], any_model=True, **few
+            )
+        except FeaturizerError as error:  # the rest was measured, and need not be lost
+            no_effect = str(error)
     columns = _chosen(tally) if chosen is None else chosen
-    return _Report(subject, model, tally, columns, evaluation, effect, tokenizer).made(_probe(subject, model, first))
+    found = _Report(subject, model, tally, columns, evaluation, effect, no_effect, tokenizer)
+    with (
+        evaluating(featurizers.Anatomy(model).model),
+        progress_bar(len(columns), "effects on the logits", shown=progress) as bar,
+    ):
+        return found.made(_probe(subject, model, first), bar.reach)
 
 
 class _First:
@@ -211,22 +222,23 @@ class _Report:
         columns: Tensor,
         evaluation: Evaluation,
         effect: Evaluation | None,
+        no_effect: str,
         tokenizer: Any,
     ) -> None:
         self._subject, self._model, self._tally, self._columns = subject, model, tally, columns
         self._evaluation, self._effect, self._tokenizer = evaluation, effect, tokenizer
+        self._no_effect = no_effect
         self._space = subject.space
 
-    def made(self, probe: Tensor | None) -> Report:
-        """Return the report."""
+    def made(self, probe: Tensor | None, reach: Callable[[int], None]) -> Report:
+        """Return the report; ``reach`` is called with the number of features whose effects are known."""
         tally, columns = self._tally, self._columns
         tokens = tally.tokens
         mean = tally.total.cpu() / tokens
         variance = tally.squares.cpu() / tokens - mean.square()
         high, low = _some(tally.high(), columns), tally.low()
-        with evaluating(featurizers.Anatomy(self._model).model):
-            directions = directions_of(self._space, probe)
-            effects = logit_effects(directions, self._subject.writes, self._model, columns)
+        directions = directions_of(self._space, probe)
+        effects = logit_effects(directions, self._subject.writes, self._model, columns, reach)
         some_low = None if low is None else _some(low, columns)
         shown = [each.ids for each in (high, some_low) if each is not None]
         shown += [effects.high, effects.low] if isinstance(effects, Effects) else []
@@ -297,6 +309,7 @@ class _Report:
         space = self._space
         return {
             **self._evaluation.about,
+            "no_effect": self._no_effect,
             "effect_tokens": None if self._effect is None else self._effect.about["tokens"],
             "dense": self._tally.is_dense,
             "features": len(self._columns),

@@ -159,6 +159,7 @@ def _facts(report: Report) -> dict[str, str]:
         "tokens left out at the start of a row": about["mask_first"] or None,
         "token ids left out": ", ".join(map(str, about["excluded_tokens"])) or None,
         "tokens for the effect on the model": about["effect_tokens"],
+        "effect on the model": f"not measured, because {about['no_effect']}" if about["no_effect"] else None,
         **{f"version of {name}": number for name, number in about["versions"].items()},
     }
     return {name: printable(str(value), 400) for name, value in facts.items() if value is not None}
