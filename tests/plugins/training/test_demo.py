@@ -103,8 +103,11 @@ def language_model(tmp_path_factory):
     return folder
 
 
-def test_a_language_model_from_a_folder(language_model, tmp_path):
-    result = run(str(language_model), tmp_path, layers="0,1", features=2, quiet=True)
+def test_the_command_prints_json_and_nothing_else_about_a_language_model_from_a_folder(language_model, tmp_path):
+    options = ["--model", language_model, "--layers", "0,1", "--features", "2", "--out", tmp_path, "--json"]
+    command = [sys.executable, "-m", "featurizers", "demo", *options]
+    result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert result["artefact"] == str(tmp_path / "artefact")
     assert list(result["accuracy"]) == ["resid.post:0", "resid.post:1"]
     last = result["accuracy"]["resid.post:1"]
     assert last["full vector"] == 1.0  # the answer depends on nothing but the last residual stream
@@ -136,12 +139,6 @@ def test_layers_without_a_model_are_refused(tmp_path, monkeypatch):
         code, _, err = run_command("demo", "--layers", layers, "--out", tmp_path)
         assert (code, len(err.splitlines())) == (1, 1)
         assert "layers" in err
-
-
-def test_the_command_prints_json_and_nothing_else(language_model, tmp_path):
-    command = [sys.executable, "-m", "featurizers", "demo", "--model", language_model, "--out", tmp_path, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["artefact"] == str(tmp_path / "artefact")
 
 
 def test_the_examples_show_the_answer_follow_the_source(toy):

@@ -50,6 +50,11 @@ def swept(model, parts):
     return training.sweep(model, *parts, sites, [-1, 0], methods, controls=training.CONTROLS, settings=SETTINGS)
 
 
+@pytest.fixture(scope="module")
+def written(swept, tmp_path_factory):
+    return swept.write(tmp_path_factory.mktemp("sweep") / "out")
+
+
 def cell(swept, **wanted):
     (found,) = [c for c in swept.cells if all(str(getattr(c, key)) == str(value) for key, value in wanted.items())]
     return found
@@ -350,11 +355,10 @@ def test_the_search_of_a_control_is_made_with_its_labels(model, parts):
 # ---------------------------------------------------------------------- tables and pictures
 
 
-def test_the_table_holds_the_numbers(swept, tmp_path):
-    folder = swept.write(tmp_path / "out")
-    with (folder / "table.csv").open() as file:
+def test_the_table_holds_the_numbers(swept, written):
+    with (written / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
-    data = json.loads((folder / "table.json").read_text())
+    data = json.loads((written / "table.json").read_text())
     assert data["cells"] == swept.rows()
     assert data["methods"]["das"]["n_features"] == 4
     assert len(rows) == len(swept.cells)
@@ -366,7 +370,7 @@ def test_the_table_holds_the_numbers(swept, tmp_path):
         assert float(row["train_accuracy"]) == one.train.value
 
 
-def test_the_heat_map_holds_the_numbers(swept, tmp_path):
+def test_the_heat_map_holds_the_numbers(swept, written):
     from matplotlib import image
 
     figure = heat_map(swept.rows(), "title")
@@ -387,7 +391,7 @@ def test_the_heat_map_holds_the_numbers(swept, tmp_path):
                 wanted = cell(swept, site=f"resid.post:{x}", position=position, method=method, control=control or None)
                 assert values[y, x] == wanted.held_out.value
         assert axes.texts[0].get_text() == f"{values[0, 0]:.0%}"
-    pixels = image.imread(swept.write(tmp_path) / "heatmap.png")
+    pixels = image.imread(written / "heatmap.png")
     assert pixels.shape[0] > 300
     assert pixels.std() > 0.05
 
