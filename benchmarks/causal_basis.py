@@ -115,11 +115,11 @@ def toy(*, trained: bool) -> Problem:
 
 
 def smollm2() -> Problem:
-    """Return 512 tokens of English, without the first of each prompt, at two layers of SmolLM2-135M."""
+    """Return 512 tokens of the licence, which never changes, without the first of each prompt, at two layers."""
     from featurizers.models import load_model
 
     given = load_model(MODEL)
-    text = (ROOT / "docs" / "design.md").read_text() + (ROOT / "docs" / "interventions.md").read_text()
+    text = (ROOT / "LICENSE").read_text()
     ids = given.tokenizer(text, return_tensors="pt").input_ids[0, : 4 * 129].reshape(4, 129)
     with torch.no_grad():
         states = given.model(ids, output_hidden_states=True).hidden_states
