@@ -15,6 +15,7 @@ import derived_scalars
 import dictionaries
 import evaluate
 import graphs
+import harvest
 import hooks
 import patching
 import report
@@ -45,6 +46,7 @@ BENCHMARKS = {
         derived_scalars,
         site_maps,
         graphs,
+        harvest,
     )
     for benchmark in theme.BENCHMARKS
 }

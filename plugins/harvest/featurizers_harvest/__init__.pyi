@@ -1,7 +1,12 @@
 from .engines import Engine as Engine
 from .engines import Ray as Ray
+from .exports import to_delphi as to_delphi
+from .exports import to_sae_lens as to_sae_lens
 from .harvesting import check as check
 from .harvesting import harvest as harvest
+from .index import Context as Context
+from .index import build_index as build_index
+from .index import top_contexts as top_contexts
 from .reading import Harvest as Harvest
 from .reading import open as open
 from .shards import Result as Result

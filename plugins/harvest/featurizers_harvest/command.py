@@ -12,6 +12,7 @@ from featurizers.errors import ArtefactError, UsageError, printable, shown
 from featurizers.hub import REPO_ID
 
 from featurizers_harvest.harvesting import check, harvest
+from featurizers_harvest.index import build_index
 from featurizers_harvest.reading import Harvest
 
 
@@ -47,12 +48,17 @@ def harvest_command(
         float | None,
         typer.Option("--check", help="Compute this share of the shards again, such as 0.01, and compare the rows."),
     ] = None,
+    by_feature: Annotated[
+        bool, typer.Option("--index", help="Build the index by feature of each featurizer at the end.")
+    ] = False,
     any_model: Annotated[bool, typer.Option("--any-model", help="Take another model than the artefact names.")] = False,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; an accelerator if there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16 or auto.")] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Write the features of artefacts on a corpus, or activations, to Parquet files; called again it goes on."""
+    if by_feature and (shard is not None or check_share is not None):
+        raise UsageError("--index takes no --shard and no --check: give it when all shards are there")
     if (shard is None) != (of is None):
         raise UsageError("give --shard and --of together, such as --shard 0 --of 8")
     wanted = _wanted(featurizer or [], site or [])
@@ -78,6 +84,9 @@ def harvest_command(
     found = harvest(
         model, wanted, given, out, shard=chosen, engine=engine, workers=workers, progress=not as_json, **options
     )
+    if by_feature:
+        for name in (name for name, each in found.plan.features.items() if each["kind"] != "activations"):
+            build_index(found, name)
     _show(found, as_json)
 
 

@@ -70,6 +70,17 @@ class Harvest:
         where = TOKENS if name is None else f"site={self._known(name)}"
         return [f"{where}/{part_name(number)}.parquet" for number in sorted(self.entries)]
 
+    def file_of(self, document: int) -> str:
+        """Return the name of the file with the tokens of a document.
+
+        Raises:
+            UsageError: the harvest has no such document.
+        """
+        for number, entry in self.entries.items():
+            if entry.document <= document < entry.document + entry.documents:
+                return f"{TOKENS}/{part_name(number)}.parquet"
+        raise UsageError(f"there is no document {shown(document)} in {self.folder.where}")
+
     def dataset(self, name: str | None = None) -> Any:
         """Return a `pyarrow.dataset.Dataset` of the rows of a name, or of all tokens; nothing is read yet."""
         return self.folder.dataset(self.files(name))

@@ -52,6 +52,13 @@ def test_the_command_writes_what_the_function_writes(folder: Path) -> None:
     assert (about["names"], about["tokens"]) == (["f", "x"], sum(map(len, IDS)))
 
 
+def test_the_command_builds_the_index(folder: Path) -> None:
+    code, _, error = run("harvest", *options(folder, "indexed"), "--index")
+    assert code == 0, error
+    assert [path.name for path in (folder / "indexed" / "by=feature").iterdir()] == ["name=f"]
+    assert "--index takes no --shard" in run("harvest", *options(folder, "x"), "--index", "--shard", 0, "--of", 1)[2]
+
+
 def test_the_command_checks_a_harvest(folder: Path) -> None:
     run("harvest", *options(folder, "checked"))
     assert as_json("harvest", *options(folder, "checked"), "--check", 0.01) == {"problems": []}
