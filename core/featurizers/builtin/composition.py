@@ -42,7 +42,7 @@ class Composition(Featurizer[CompositionConfig]):
     lossless stages is lossless and an edit that changes nothing returns the base exactly. Cost: the sum over the
     stages.
 
-    Example:
+    Examples:
         >>> import torch, featurizers
         >>> a = featurizers.create("subspace", d_in=8, n_features=4)
         >>> b = featurizers.create("subspace", d_in=4, n_features=2)

@@ -49,7 +49,7 @@ class DictionaryFeaturizer(LinearDecoderFeaturizer[DictionaryConfig]):
     Sources: Bricken et al. 2023, "Towards Monosemanticity"; Gao et al. 2024 (arXiv:2406.04093); Rajamanoharan et al.
     2024 (arXiv:2404.16014, arXiv:2407.14435). Normalisations as in SAELens.
 
-    Example:
+    Examples:
         >>> import torch, featurizers
         >>> f = featurizers.DictionaryFeaturizer.from_tensors(torch.eye(4, 3), torch.eye(4, 3))
         >>> f.encode(torch.tensor([[1.0, -1.0, 2.0]]))

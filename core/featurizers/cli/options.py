@@ -21,7 +21,7 @@ def layer_numbers(text: str, n_layers: int | None = None) -> list[int]:
     Raises:
         UsageError: the text is not of that form, or names a layer that the model does not have.
 
-    Example:
+    Examples:
         >>> layer_numbers("4,0-2,1")
         [4, 0, 1, 2]
     """

@@ -61,7 +61,7 @@ def progress_bar(
     Yields:
         The bar, to advance.
 
-    Example:
+    Examples:
         >>> with progress_bar(3, "scalars") as bar:
         ...     for _ in range(3):
         ...         bar.advance()

@@ -98,7 +98,7 @@ class Derivatives(nn.Module, ABC):
             error_grad: ``live`` lets the gradient reach x through the error term as well as through the features;
                 ``stop`` lets it through the features alone, with the error held constant as in SAELens.
 
-        Example:
+        Examples:
             >>> import torch, featurizers
             >>> x = torch.randn(2, 8, requires_grad=True)
             >>> seen = []

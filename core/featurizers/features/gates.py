@@ -21,7 +21,7 @@ class SigmoidGate(nn.Module):
         hard: if True the gate is 1 where the logit is positive and 0 elsewhere.
         tied: if True all features share one logit.
 
-    Example:
+    Examples:
         >>> gate = SigmoidGate(3, hard=True)
         >>> gate.logits.data = torch.tensor([2.0, -1.0, 0.0])
         >>> gate()

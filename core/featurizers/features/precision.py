@@ -17,7 +17,7 @@ LARGEST = torch.finfo(torch.float16).max
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Return a context without autocast on the device of x; it does nothing where autocast is off.
 
-    Example:
+    Examples:
         >>> import torch
         >>> x = torch.ones(2, 2)
         >>> with torch.autocast("cpu", torch.bfloat16), without_autocast(x):

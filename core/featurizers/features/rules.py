@@ -78,7 +78,7 @@ def activation_rule(
 
     A plugin registers the rule with the hook ``featurizers_rules``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> @activation_rule("capped", options=("cap",))
         ... def capped(pre, cap):

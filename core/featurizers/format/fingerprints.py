@@ -19,7 +19,7 @@ def fingerprint(tensors: Iterable[Tensor] | Mapping[str, Tensor], about: str | N
         tensors: whose fingerprint it is; the names of a mapping enter it.
         about: text that enters it first, such as a kind and a config.
 
-    Example:
+    Examples:
         >>> import torch
         >>> fingerprint([torch.ones(2)]) == fingerprint([torch.ones(2)])
         True

@@ -87,7 +87,7 @@ class Labels:
     Raises:
         UsageError: something is no `Label`, or an author says the same of a feature twice.
 
-    Example:
+    Examples:
         >>> labels = Labels([Label(7, "names of rivers", "alice", score=0.9), Label(7, "water", "bob")])
         >>> [label.text for label in labels.of(7)]
         ['names of rivers', 'water']

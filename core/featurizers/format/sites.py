@@ -52,7 +52,7 @@ class Site:
         model: Hub id of the model.
         model_revision: commit of the model.
 
-    Example:
+    Examples:
         >>> Site.parse("resid.post:8") == Site("resid.post", 8)
         True
         >>> str(Site("attn.z", 8, head=3))

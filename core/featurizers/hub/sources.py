@@ -65,7 +65,7 @@ def parse_source(source: str | Path, revision: str | None = None) -> Source:
     Raises:
         SourceError: the source has none of the forms, fits two of them, or names two revisions.
 
-    Example:
+    Examples:
         >>> parse_source("owner/name@v1")
         HubSource(repo_id='owner/name', revision='v1')
     """

@@ -52,7 +52,7 @@ class Anatomy:
         UsageError: the model is no torch module, and no plugin knows it.
         FeaturizerError: the plugin of its library refuses it, fails, or is not installed.
 
-    Example:
+    Examples:
         >>> from transformers import GPT2Config, GPT2Model
         >>> Anatomy(GPT2Model(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=5))).place("attn.z:1:0").path
         'h.1.attn.c_proj'

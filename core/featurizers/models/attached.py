@@ -169,7 +169,7 @@ def attach(
         SiteError: the model does not have a site.
         ShapeError, FeatureIndexError: the featurizer does not have the selected features.
 
-    Example:
+    Examples:
         >>> import torch, featurizers
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=20)).eval()

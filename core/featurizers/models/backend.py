@@ -77,7 +77,7 @@ def intervene(
         PositionError: a prompt does not have a position.
         ShapeError: a source does not fit the batch, or a featurizer does not fit the site.
 
-    Example:
+    Examples:
         >>> import torch, featurizers
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=20)).eval()
@@ -110,7 +110,7 @@ def prepare(
     Raises:
         SiteError, PositionError, ShapeError: as in `intervene`.
 
-    Example:
+    Examples:
         >>> import torch, featurizers
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=20)).eval()
@@ -172,7 +172,7 @@ def collect(
         SiteError, PositionError, ShapeError: as in `intervene`.
         UsageError: sparse features are asked for, and a site has no featurizer.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transformers import GPT2Config, GPT2Model
         >>> model = GPT2Model(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=20))

@@ -27,7 +27,7 @@ def eager() -> AbstractContextManager[None]:
     Raises:
         UsageError: the context is entered inside a compiled function.
 
-    Example:
+    Examples:
         >>> layer = torch.nn.Linear(2, 2)
         >>> compiled, called = torch.compile(layer, backend="eager"), []
         >>> _ = compiled(torch.zeros(2))

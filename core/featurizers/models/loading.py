@@ -42,7 +42,7 @@ def load_model(
         UsageError: the model cannot be loaded, or the device or the dtype does not exist.
         MissingDependencyError: transformers is not installed.
 
-    Example:
+    Examples:
         >>> model, tokenizer, revision = load_model("HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
     """
     check_placement(device, dtype)

@@ -33,7 +33,7 @@ class Norm:
         epsilon: added to the variance.
         centred: whether the mean is subtracted.
 
-    Example:
+    Examples:
         >>> norm = Norm.of(nn.LayerNorm(4, eps=1e-3), 4)
         >>> norm.centred, norm.epsilon
         (True, 0.001)

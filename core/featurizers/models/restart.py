@@ -50,7 +50,7 @@ def restarted(
         hidden: its output.
         wrap: form of the output of every block, or of each block up to ``start``; see `wrap_like`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from featurizers.models import first_tensor
         >>> from transformers import GPT2Config, GPT2Model

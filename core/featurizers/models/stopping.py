@@ -26,7 +26,7 @@ def stoppable() -> Iterator[Callable[[], NoReturn]]:
 
     Blocks may be nested: each function ends the block that it was made for.
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = nn.Linear(2, 2)
         >>> with stoppable() as stop:

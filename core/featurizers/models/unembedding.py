@@ -56,7 +56,7 @@ class Unembedding:
         Raises:
             SiteError: the model has no head, or its logits are not final norm, head, factor and soft cap.
 
-        Example:
+        Examples:
             >>> from transformers import GPT2Config, GPT2LMHeadModel
             >>> unembedding = Unembedding.of(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)))
             >>> unembedding.scale, unembedding.softcap, unembedding.weight.shape

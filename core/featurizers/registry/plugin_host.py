@@ -215,7 +215,7 @@ def create(kind: str, **config: Any) -> Any:
         ConfigError: the kind refuses the arguments; the message lists those that it takes.
         UsageError: the kind is not a string.
 
-    Example:
+    Examples:
         >>> create("subspace", d_in=768, n_features=16, seed=0).n_features
         16
     """

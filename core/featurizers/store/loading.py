@@ -82,7 +82,7 @@ def load(
         HubError: the Hub refused or did not answer.
         PluginError: no installed plugin reads the kind, or the plugin fails.
 
-    Example:
+    Examples:
         >>> import tempfile, featurizers
         >>> folder = tempfile.mkdtemp()
         >>> _ = featurizers.create("subspace", d_in=8, n_features=2).save_pretrained(folder)

@@ -24,7 +24,7 @@ class HolderContract:
         refused: for names of cells, in which ``*`` stands for any text, words that the error must have.
         left_out: for names of cells, the reason why the holder itself cannot do this even without an edit.
 
-    Example:
+    Examples:
         class TestMyHolder(HolderContract):
             @classmethod
             def make(cls):

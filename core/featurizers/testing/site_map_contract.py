@@ -25,7 +25,7 @@ class SiteMapContract:
     Attributes:
         tolerance: largest difference, relative to the largest value, that rounding may cause in float32.
 
-    Example:
+    Examples:
         class TestMyMap(SiteMapContract):
             @pytest.fixture
             def site_map(self):

@@ -47,7 +47,7 @@ def remove_subspace(
         UsageError: the mode is unknown; ``mean`` or ``resample`` has fewer than 2 tokens; ``resample`` has no
             generator.
 
-    Example:
+    Examples:
         >>> u = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
         >>> remove_subspace(u, torch.tensor([0.0, 5.0]), "mean")
         tensor([[1., 3.],

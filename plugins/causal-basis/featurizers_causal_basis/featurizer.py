@@ -60,7 +60,7 @@ class CausalBasisFeaturizer(Featurizer[CausalBasisConfig]):
     ``energies (n_features)`` in non-increasing order; ``mean (d_in)`` of the activations. Features have the dtype of
     the directions. Cost: O(d k) per activation.
 
-    Example:
+    Examples:
         >>> import torch
         >>> record = BasisRecord(mode="mean", side="output", readout="logit-lens", n_tokens=100)
         >>> f = CausalBasisFeaturizer.of(torch.eye(4)[:, :2], torch.tensor([0.5, 0.1]), torch.ones(4), record)

@@ -117,7 +117,7 @@ def causal_fidelity(
 def spearman(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float | None:
     """Return Spearman's rank correlation; equal values share their mean rank. None if all of x or of y are equal.
 
-    Example:
+    Examples:
         >>> round(spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 30.0, 20.0])), 6)
         0.5
     """

@@ -129,7 +129,7 @@ def derangement(n: int, generator: torch.Generator) -> Int[Tensor, " n"]:
     Raises:
         UsageError: n is less than 2.
 
-    Example:
+    Examples:
         >>> derangement(2, torch.Generator().manual_seed(0))
         tensor([1, 0])
     """

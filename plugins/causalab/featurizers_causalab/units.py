@@ -57,7 +57,7 @@ def parse(name: str, component: str | None = None) -> Unit | None:
         name: name of the unit.
         component: component of pyvene, if another source gives it.
 
-    Example:
+    Examples:
         >>> parse("ResidualStream(Layer:3,Token:last_token)").site
         Site('resid.post:3', position=(-1,))
         >>> parse("AttentionHead(Layer-3,Head-5,Token-all)").site.head
@@ -78,7 +78,7 @@ def name_of(site: Site) -> str | None:
 
     The component is left out for the output of a block, as in the benchmark's experiments, and for heads.
 
-    Example:
+    Examples:
         >>> name_of(Site("resid.post", 3, position=(-1,)))
         'ResidualStream(Layer-3,Token-last_token)'
     """

@@ -30,7 +30,7 @@ def to_gguf(edits: Edits, path: str | Path, *, model_hint: str = "", all_tokens:
             message says why.
         ArtefactError: there is a file already, or it cannot be written.
 
-    Example:
+    Examples:
         >>> import featurizers, tempfile
         >>> f = featurizers.create("subspace", d_in=4, n_features=2, seed=0)
         >>> with tempfile.TemporaryDirectory() as folder:

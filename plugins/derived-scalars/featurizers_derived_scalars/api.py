@@ -161,7 +161,7 @@ def scalars(
         UsageError: a name or an option is unknown, or the prompt is not one sequence.
         SiteError: the model lacks a place; the message says which and why.
 
-    Example:
+    Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=20)).eval()
         >>> found = scalars(model, [1, 2, 3], "write_to", metric=lambda logits: logits[-1, 5])

@@ -87,7 +87,7 @@ def evaluate(
         SiteError, ShapeError: the featurizer does not fit the model.
         MissingDependencyError: pairs are given, and featurizers-training is not installed.
 
-    Example:
+    Examples:
         >>> import torch, featurizers
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=20)).eval()

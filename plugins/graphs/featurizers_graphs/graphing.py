@@ -76,7 +76,7 @@ def graph(
         UsageError: an argument is wrong, the memory is too small, or the prompt does not begin as the maps expect.
         SiteError: the model is not supported, or a map does not fit it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from featurizers_transcoder import Transcoder
         >>> from transformers import GPT2Config, GPT2LMHeadModel

@@ -80,7 +80,7 @@ def harvest(
         ArtefactError: the folder holds a harvest of another plan, or cannot be written.
         SiteError, ShapeError: a featurizer does not fit the model.
 
-    Example:
+    Examples:
         >>> import torch, featurizers, tempfile
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=20)).eval()

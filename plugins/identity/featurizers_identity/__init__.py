@@ -33,7 +33,7 @@ class IdentityFeaturizer(Featurizer[IdentityConfig]):
     activation patching (Vig et al. 2020, arXiv:2004.12265) with the result of a plain torch hook. Cost: one pass over
     the activations.
 
-    Example:
+    Examples:
         >>> import torch, featurizers
         >>> f = featurizers.create("identity", d_in=3)
         >>> f.interchange(torch.zeros(1, 3), torch.ones(1, 3), indices=[2])

@@ -35,7 +35,7 @@ def to_specs(
         LoweringError: an edit has no such form, or has positions or special tokens; the message says what to do.
         SiteError: the site is no point of interp-engine.
 
-    Example:
+    Examples:
         >>> import featurizers
         >>> f = featurizers.create("subspace", d_in=4, n_features=2, seed=0)
         >>> (spec,) = to_specs(featurizers.Ablate(f), site="resid.post:1")

@@ -44,7 +44,7 @@ def edit(lm: Envoy, operations: Operations) -> dict[Any, Tensor]:
         PositionError: a prompt does not have a position.
         ShapeError: a source does not fit the batch, or a featurizer does not fit the site.
 
-    Example:
+    Examples:
         >>> with lm.trace(ids):  # doctest: +SKIP
         ...     edit(lm, {"resid.post:8": featurizers.Steer(f, delta=2.0)})
         ...     logits = lm.output.logits.save()

@@ -30,7 +30,7 @@ def remote_edit(lm: Envoy, operations: Operations) -> Callable[[Envoy], None]:
         LoweringError: an operation has no fixed form; the message says why.
         SiteError: the model does not have a site.
 
-    Example:
+    Examples:
         >>> change = remote_edit(lm, {"resid.post:8": featurizers.Steer(f, delta=2.0)})  # doctest: +SKIP
         >>> with lm.trace(ids, remote=True):
         ...     change(lm)

@@ -108,7 +108,7 @@ def patch(
         UsageError: an argument is wrong, or a metric gives NaN.
         SiteError: the model does not have a site.
 
-    Example:
+    Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=20)).eval()
         >>> grid = patch(model, [1, 2, 3], [4, 5, 3], "resid.post", metric=("logit_difference", 7, 9))

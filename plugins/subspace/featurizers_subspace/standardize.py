@@ -32,7 +32,7 @@ class StandardizeFeaturizer(Featurizer[StandardizeConfig]):
     were fitted to. Stored as ``mean (d_in)`` and ``std (d_in)``, which are not trained. Cost: one pass over the
     activations.
 
-    Example:
+    Examples:
         >>> import torch
         >>> x = torch.tensor([[0.0, 1.0], [2.0, 5.0]])
         >>> StandardizeFeaturizer.fit(x).encode(x)

@@ -64,7 +64,7 @@ class SubspaceFeaturizer(Featurizer[SubspaceConfig]):
     Cost: O(d k) for each activation; O(d k²) time and O(d k) memory for each optimizer step, however often the basis is
     used.
 
-    Example:
+    Examples:
         >>> import torch, featurizers
         >>> f = featurizers.create("subspace", d_in=8, n_features=2, seed=0)
         >>> features, error = f.featurize(torch.randn(5, 8))

@@ -92,7 +92,7 @@ def evaluate(
         UsageError: a featurizer does not say where it belongs.
         SiteError: the model does not have its site.
 
-    Example:
+    Examples:
         >>> import featurizers, featurizers_training, torch
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=20))

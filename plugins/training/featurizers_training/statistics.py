@@ -72,7 +72,7 @@ def clustered_mean(
         UsageError: there are fewer than two clusters.
         ShapeError: there is not one cluster for each value.
 
-    Example:
+    Examples:
         >>> estimate = clustered_mean([1, 1, 0, 1, 0, 0], ["tea", "tea", "milk", "rum", "beer", "beer"])
         >>> estimate.value, estimate.clusters
         (0.5, 4)
@@ -110,7 +110,7 @@ def paired_difference(
         UsageError: there are fewer than two clusters.
         ShapeError: the methods were not measured on the same number of pairs.
 
-    Example:
+    Examples:
         >>> paired_difference([1, 1, 1, 1], [0, 1, 0, 1], ["tea", "tea", "rum", "rum"]).p
         0.5
     """
@@ -136,7 +136,7 @@ def paired_difference(
 def holm(p: Sequence[float]) -> list[float]:
     """Return the probabilities of several tests adjusted so that all may be read together (Holm 1979).
 
-    Example:
+    Examples:
         >>> holm([0.25, 0.5])
         [0.5, 0.5]
     """

@@ -17,7 +17,7 @@ from featurizers_transcoder.linear_map import LinearMap
 class Transcoder(LinearMap):
     """Map with one read ``in``, one write ``out`` and one group ``features``, with or without a skip connection.
 
-    Example:
+    Examples:
         >>> import torch
         >>> f = Transcoder.from_weights(torch.eye(4, 3), torch.ones(4, 2))
         >>> f.encode("features", {"in": torch.tensor([[1.0, -1.0, 2.0]])})

@@ -95,7 +95,7 @@ class OffsetLayerIndexer(LayerMap):
     Attributes:
         layer_index_offset: number of blocks.
 
-    Example:
+    Examples:
         >>> OffsetLayerIndexer(-1).source(3), sorted(OffsetLayerIndexer(-1).results([0, 1, 2]))
         (2, [1, 2, 3])
     """

@@ -58,7 +58,7 @@ def upstream(
     Raises:
         UsageError: the name is unknown, or it needs a featurizer, a node or a latent.
 
-    Example:
+    Examples:
         >>> upstream("mlp_write_norm").axes
         ('token', 'neuron')
     """

@@ -30,7 +30,7 @@ def fill_cache(bridge: nn.Module) -> Iterator[None]:
     Raises:
         UsageError: it has no blocks.
 
-    Example:
+    Examples:
         >>> with fill_cache(bridge):  # doctest: +SKIP
         ...     bridge.generate(ids, max_new_tokens=8)
     """

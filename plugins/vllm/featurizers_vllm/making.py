@@ -34,7 +34,7 @@ def extra_args(
     Raises:
         LoweringError: an operation has no fixed form, so that no server can make it.
 
-    Example:
+    Examples:
         >>> f = featurizers.create("subspace", d_in=8, n_features=2)
         >>> extra_args({"resid.post:3": featurizers.Steer(f, delta=2.0, indices=[1])}, names={f: "owner/name"})
         {'featurizers': '{"version":1,"edits":[{"site":"resid.post:3","featurizer":"owner/name","do":"steer",\

@@ -119,7 +119,7 @@ class Decoder(Readout):
         decode: the callable. Gradients of a module's parameters are never computed, and their flags are left as they
             are.
 
-    Example:
+    Examples:
         >>> decoder = Decoder(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 10)))
         >>> decoder.log_probs(torch.ones(2, 4), 0).shape
         torch.Size([2, 10])

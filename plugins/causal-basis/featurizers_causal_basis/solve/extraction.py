@@ -109,7 +109,7 @@ def extract_causal_bases(
         MassiveTokenWarning: a selected token is far longer than the others.
         NoDirectionWarning: a layer has no basis.
 
-    Example:
+    Examples:
         >>> decoder = nn.Sequential(nn.RMSNorm(4, eps=1e-6), nn.Linear(4, 10))
         >>> hidden = torch.randn(2, 50, 4, generator=torch.Generator().manual_seed(0))
         >>> (basis,) = extract_causal_bases(decoder, [hidden], k=2)

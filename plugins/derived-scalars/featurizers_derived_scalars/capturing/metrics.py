@@ -87,7 +87,7 @@ class LogitDifference(_OfLogits):
     Raises:
         UsageError: there is no target, or an id is not an integer from 0.
 
-    Example:
+    Examples:
         >>> LogitDifference(5, [7, 8])
         LogitDifference(targets=(5,), distractors=(7, 8), position=-1)
     """

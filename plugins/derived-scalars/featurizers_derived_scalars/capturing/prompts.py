@@ -22,7 +22,7 @@ def sequences(inputs: Inputs) -> list[Int[Tensor, " token"]]:
     Raises:
         UsageError: these are no token ids, the mask has another shape or a gap, or a sequence is empty.
 
-    Example:
+    Examples:
         >>> sequences({"input_ids": [[7, 7, 4], [1, 2, 7]], "attention_mask": [[0, 0, 1], [1, 1, 0]]})
         [tensor([4]), tensor([1, 2])]
     """

@@ -59,7 +59,7 @@ def capture(
         SiteError: the model is not supported, or does not have a place.
         UsageError: inputs, metric or norms are not what they should be, or a backward need has no metric.
 
-    Example:
+    Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=9))
         >>> needs = [Need("mlp.neurons"), Need("attn.probs", "backward", frozenset({1}))]

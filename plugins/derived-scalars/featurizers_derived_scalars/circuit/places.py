@@ -98,7 +98,7 @@ class Place:
     Raises:
         SiteError: the kind is unknown, or the layer is missing or not allowed.
 
-    Example:
+    Examples:
         >>> Place.parse("mlp.neurons:3")
         Place(kind='mlp.neurons', layer=3)
         >>> str(Place("logits"))
@@ -200,7 +200,7 @@ class Need:
     def of(cls, places: Iterable[Place | str], pass_: Pass = "forward") -> frozenset[Need]:
         """Return the needs of some places.
 
-        Example:
+        Examples:
             >>> Need.of(["logits"])
             frozenset({Need(kind='logits', pass_='forward', layers=None)})
         """

@@ -32,7 +32,7 @@ class DiagonalFeaturizer(Featurizer[DiagonalConfig]):
     has a feature that is always zero, and no edit changes it. Stored as ``gain (d_in)``, not trained. Cost: one pass
     over the activations.
 
-    Example:
+    Examples:
         >>> import torch
         >>> f = DiagonalFeaturizer.from_gain(torch.tensor([2.0, 0.0]))
         >>> f.featurize(torch.tensor([3.0, 5.0]))

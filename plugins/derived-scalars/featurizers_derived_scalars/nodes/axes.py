@@ -23,7 +23,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def pair_of(pair: int) -> tuple[int, int]:
     """Return token and key of a number on the axis ``pair``.
 
-    Example:
+    Examples:
         >>> [pair_of(p) for p in range(4)]
         [(0, 0), (1, 0), (1, 1), (2, 0)]
     """

@@ -52,7 +52,7 @@ class Basis:
         SiteError: the kind is unknown, or cannot have a featurizer.
         UsageError: the other attributes do not fit the kind.
 
-    Example:
+    Examples:
         >>> Basis("attn.probs").axes
         ('token', 'key', 'head')
         >>> Basis("attn.z", whole=True).axes

@@ -28,7 +28,7 @@ class Node:
     Raises:
         UsageError: the indices do not fit the axes.
 
-    Example:
+    Examples:
         >>> print(Node(Basis("mlp.neurons"), 3, (4, 17)))
         mlp.neurons:3[token 4, neuron 17]
     """

@@ -64,7 +64,7 @@ class Deriver:
         within: from a circuit and a layer to True if there is a result; None for every layer.
         reverse: makes the featurizer that this scalar is; None if it is no featurizer.
 
-    Example:
+    Examples:
         >>> from featurizers_derived_scalars.quantities import RawSource
         >>> double = Deriver("double", (RawSource("mlp.neurons"),), ("token", "neuron"), lambda context, x: 2 * x)
         >>> double.map(lambda context, x: x.abs(), name="size").name

@@ -39,7 +39,7 @@ class LayerMap(ABC):
 class Same(LayerMap):
     """Identity: the same layer.
 
-    Example:
+    Examples:
         >>> Same().source(3)
         3
     """

@@ -36,7 +36,7 @@ def _inputs(basis: Basis) -> tuple[ScalarSource, ...]:
 def value(basis: Basis) -> Deriver:
     """Return the activations: one for each unit or feature; for a whole vector, its entries.
 
-    Example:
+    Examples:
         >>> value(Basis("mlp.neurons")).axes
         ('token', 'neuron')
     """

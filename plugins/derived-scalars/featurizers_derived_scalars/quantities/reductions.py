@@ -47,7 +47,7 @@ def sum_heads(deriver: Deriver) -> Deriver:
 def sum_nodes(deriver: Deriver) -> Deriver:
     """Sum over all nodes of a token: ``(token, one)``, or ``(token, d_model)`` for writes.
 
-    Example:
+    Examples:
         >>> from featurizers_derived_scalars.nodes import Basis
         >>> from featurizers_derived_scalars.quantities import act_times_grad, write
         >>> sum_nodes(act_times_grad(Basis("attn.probs"))).axes, sum_nodes(write(Basis("mlp.neurons"))).axes
@@ -74,7 +74,7 @@ def pairs(deriver: Deriver) -> Deriver:
     Raises:
         UsageError: its first two axes are not token and key.
 
-    Example:
+    Examples:
         >>> from featurizers_derived_scalars.nodes import Basis
         >>> from featurizers_derived_scalars.quantities import write_norm
         >>> pairs(write_norm(Basis("attn.probs"))).axes

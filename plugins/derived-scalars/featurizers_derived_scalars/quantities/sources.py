@@ -58,7 +58,7 @@ class RawSource(ScalarSource):
         pass_: activations, or their gradient.
         at: from the layer of the result to the layer of the place.
 
-    Example:
+    Examples:
         >>> RawSource("mlp.neurons").axes
         ('token', 'neuron')
     """

@@ -83,7 +83,7 @@ def report(
         UsageError: an argument is invalid, a document does not fit the model, or no token is left.
         SiteError, ShapeError: the featurizer does not fit the model.
 
-    Example:
+    Examples:
         >>> import torch, featurizers
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=20)).eval()

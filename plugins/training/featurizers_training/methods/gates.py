@@ -19,7 +19,7 @@ class BoundaryGate(nn.Module):
         share: of the features that are within the boundary at first.
         temperature: in features; towards 0 the gate becomes a step.
 
-    Example:
+    Examples:
         >>> gate = BoundaryGate(4, share=0.5, temperature=1.0)
         >>> gate.selected()
         tensor([0, 1])

@@ -77,7 +77,7 @@ def train(
         ArtefactError: another program searches in the folder of the checkpoint, or the checkpoint is damaged.
         SiteError: the model does not have a site.
 
-    Example:
+    Examples:
         >>> import torch, featurizers_training as training
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=20))

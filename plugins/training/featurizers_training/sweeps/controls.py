@@ -29,7 +29,7 @@ def randomly_initialised(model: nn.Module, seed: int = 0) -> nn.Module:
     Raises:
         UsageError: the model has no config to make a new one from.
 
-    Example:
+    Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20))
         >>> randomly_initialised(model).config.n_embd

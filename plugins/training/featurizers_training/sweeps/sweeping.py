@@ -171,7 +171,7 @@ def sweep(
         SiteError: the model does not have a site.
         UsageError: there is no site or no position, or two methods have one name.
 
-    Example:
+    Examples:
         >>> import featurizers_training as training
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=20))
