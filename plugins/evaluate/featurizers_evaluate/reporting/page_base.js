@@ -45,7 +45,7 @@ function firesOn(f, most = 4) {
   for (let c = 0; c < k && found.length < most; c += 1) {
     const at = (f * k + c) * w + (w - 1) / 2;
     if (D.a.high_ids[at] === 0) break;
-    const text = D.texts[D.a.high_ids[at] - 1];
+    const text = D.texts[D.a.high_ids[at] - 1].trim() || "␠";
     if (!found.includes(text)) found.push(text);
   }
   return found;

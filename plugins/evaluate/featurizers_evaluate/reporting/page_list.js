@@ -122,7 +122,7 @@ function largestOf(name) {
 function row(i) {
   const f = order[i], label = labelOf(f), [share, text] = shareOf(f), fill = el("i");
   fill.style.width = `${Math.round(100 * Math.min(1, share))}%`;
-  const what = label ? el("span", { class: "what" }, label) : el("span", { class: "what" }, ...firesOn(f).map((each) => el("span", { class: "chip" }, each.trim() || "␠")));
+  const what = label ? el("span", { class: "what" }, label) : el("span", { class: "what" }, ...firesOn(f).map((each) => el("span", { class: "chip" }, each)));
   const attributes = { class: "row", role: "option", id: `row-${f}`, "aria-selected": String(f === chosen), "aria-posinset": i + 1, "aria-setsize": order.length };
   const element = el("div", attributes, el("div", {}, el("span", { class: "name" }, nameOf(f)), what),
     el("div", { class: "key" }, el("span", { class: "meter", "aria-hidden": "true" }, fill), el("span", {}, text)));
