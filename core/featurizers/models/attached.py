@@ -13,7 +13,7 @@ from torch import Tensor
 from featurizers.errors import ShapeError, UsageError, shown
 from featurizers.features.feature_space import FeatureSpace
 from featurizers.features.featurizer import Featurizer
-from featurizers.features.indices import select
+from featurizers.features.indices import columns_of, select
 from featurizers.features.site_map import SiteMap
 from featurizers.models.anatomy import Anatomy
 from featurizers.models.backend import collect, intervene
@@ -254,6 +254,8 @@ def interchange(
 def selected(featurizer: FeatureSpace[Any]) -> Tensor | None:
     """Return the features that a search found: int64 indices or a floating-point gate; None for all features.
 
+    The indices are those that operations take: of a slice, the numbers in the whole.
+
     Raises:
         ShapeError: a gate has another number of features.
         FeatureIndexError: an index is out of range or repeated.
@@ -273,7 +275,14 @@ def selected(featurizer: FeatureSpace[Any]) -> Tensor | None:
                 f"{featurizer.n_features} features"
             )
         return chosen
-    return select(chosen, featurizer.n_features, chosen.device).as_columns()
+    (own,) = featurizer.numbering().values()
+    if own.whole == featurizer.n_features:
+        return select(chosen, featurizer.n_features, chosen.device).as_columns()
+    numbers = torch.tensor(own.numbers, device=chosen.device)  # of a slice, which operations take by these
+    if chosen.dtype == torch.bool and chosen.shape == (own.whole,):
+        chosen = chosen.nonzero().flatten()  # so that a feature which was not loaded is noticed
+    columns = select(columns_of(chosen, numbers, own.whole), len(numbers), chosen.device).as_columns()
+    return None if columns is None else numbers[columns]
 
 
 def _positions(featurizer: FeatureSpace[Any]) -> Positions:

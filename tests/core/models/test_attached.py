@@ -11,6 +11,7 @@ import torch
 from featurizers.errors import FeatureIndexError, ShapeError, SiteError, UsageError
 from torch import Tensor
 
+from tests.support.dictionaries import dictionary
 from tests.support.models import VOCABULARY, WIDTH, tiny_model
 
 BASE = {"input_ids": torch.arange(8).reshape(2, 4)}
@@ -30,7 +31,7 @@ def found(*, position: tuple[int, ...] | None = (-1,), **sets: Tensor) -> featur
 
 
 def by_hand(model: Any, change: Any, columns: Any = slice(-1, None), layer: int = 1) -> Tensor:
-    """Logits where a plain hook puts ``change(base, source)`` in columns of a block's output."""
+    """Logits where a plain hook puts ``change(BASE, SOURCE)`` in columns of a block's output."""
     kept: list[Tensor] = []
     block = model.model.layers[layer]
     handle = block.register_forward_hook(lambda _, __, out: kept.append(out))
@@ -166,3 +167,28 @@ def test_the_card_says_how_to_run_what_was_found(model: Any, tmp_path: Path) -> 
     names = {"model": model, "base_inputs": BASE, "source_inputs": SOURCE}
     exec(snippet.replace("./f", f"local:{tmp_path / 'f'}"), names)
     assert torch.equal(names["logits"], f.attach(model)(BASE, SOURCE).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chosen", [torch.tensor([3, 40]), torch.arange(64) % 37 == 3], ids=["numbers", "a mask"])
+def test_the_selected_features_of_a_slice_are_those_of_the_whole(model: Any, tmp_path: Path, chosen: Tensor) -> None:
+    whole = dictionary("relu", d_in=WIDTH, n_features=64)
+    whole.site, whole.feature_sets["selected"] = featurizers.Site("resid.post:1"), chosen
+    folder = whole.save_pretrained(tmp_path / "whole")
+    wanted = featurizers.attach(model, whole)(BASE, SOURCE).logits
+    for indices in ([40, 3], [0, 3, 1, 40], [3, 40, 5]):
+        part = featurizers.load(folder, indices=indices)
+        torch.testing.assert_close(featurizers.attach(model, part)(BASE, SOURCE).logits, wanted)
+    with pytest.raises(FeatureIndexError, match="feature 40 is not among"):
+        featurizers.attach(model, featurizers.load(folder, indices=[3, 5]))
+
+
+@torch.no_grad()
+def test_a_mask_that_is_set_on_a_slice_is_of_its_columns(model: Any, tmp_path: Path) -> None:
+    folder = dictionary("relu", d_in=WIDTH, n_features=64).save_pretrained(tmp_path / "whole")
+    part = featurizers.load(folder, indices=[1, 0])
+    part.site, part.feature_sets["selected"] = featurizers.Site("resid.post:1"), torch.tensor([True, False])
+    swap = featurizers.Interchange(part, source=SOURCE, indices=[1])
+    with featurizers.intervene(model, {part.site: swap}):
+        wanted = model(**BASE).logits
+    torch.testing.assert_close(featurizers.attach(model, part)(BASE, SOURCE).logits, wanted)
