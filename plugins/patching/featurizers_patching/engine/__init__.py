@@ -11,4 +11,9 @@ the model a site is), `cells` (the table of edits), `attention`, `clean` (the cl
 that edit packed rows), `ending` (from the last block to the logits), `advance` (the run of a chunk of cells),
 `reference` (the same cells through `featurizers.intervene`), `sweep` (chunks, memory, verification), `receiving` (path
 patching). `reading` reads activations and `gradients` takes gradients at sites in whole runs without edits.
+``__init__.pyi`` lists the names for other plugins.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -14,10 +14,8 @@ import numpy as np
 import torch
 from featurizers import Featurizer, Site
 from featurizers.models import frozen
-from featurizers_patching.engine.cells import Cells, Edit, IntArray
-from featurizers_patching.engine.clean import Prompts
-from featurizers_patching.engine.sweep import Report
-from featurizers_patching.engine.sweep import Sweep as CellSweep
+from featurizers_patching.engine import Cells, Edit, IntArray, Prompts, Report
+from featurizers_patching.engine import Sweep as CellSweep
 from torch import Tensor, nn
 
 from featurizers_training.evaluation import Accuracy, interchanged, is_right
