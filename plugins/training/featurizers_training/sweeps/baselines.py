@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from featurizers import Featurizer, Site
 from featurizers.models import frozen
-from featurizers_patching.engine import Cells, Edit, IntArray, Prompts, Report
-from featurizers_patching.engine import Sweep as CellSweep
+from featurizers_patching import engine  # whose names are imported when they are used, transformers with them
 from torch import Tensor, nn
 
 from featurizers_training.evaluation import Accuracy, interchanged, is_right
@@ -75,7 +74,7 @@ class Baselines:
         self._model, self._at_each = model, at_each
         self.featurizers: dict[Key, Featurizer[Any]] = {}
         self._answers: dict[str, Tensor] = {}
-        report, device = Report(batch_rows=BATCH_ROWS), next(model.parameters()).device
+        report, device = engine.Report(batch_rows=BATCH_ROWS), next(model.parameters()).device
         with frozen(model):
             for name in ("train", "test"):
                 with settings.arithmetic(device) if name == "train" else nullcontext():
@@ -157,7 +156,7 @@ class _Part:
         return each_token_once(sides)
 
     @torch.no_grad()
-    def answers(self, featurizers: Mapping[Key, Featurizer[Any]], report: Report) -> Tensor:
+    def answers(self, featurizers: Mapping[Key, Featurizer[Any]], report: engine.Report) -> Tensor:
         """Return the tokens that the model gives after each interchange, ``(interchanges, pairs, n_label)``."""
         longest = max(len(pair.label) for pair in self._pairs)
         steps = [[min(step, len(pair.label) - 1) for step in range(longest)] for pair in self._pairs]
@@ -166,20 +165,20 @@ class _Part:
         groups = list(self._groups())
         for rows in groups:
             runs, run_of = distinct([(self._pairs[row].run, tuple(at[row].tolist())) for row in rows])
-            prompts = Prompts([tokens for tokens, _ in runs], np.array([read for _, read in runs]))
+            prompts = engine.Prompts([tokens for tokens, _ in runs], np.array([read for _, read in runs]))
             cells, edits = self._table(featurizers, rows, run_of.numpy())
 
-            def consume(numbers: IntArray, logits: Tensor, _: Tensor, rows: IntArray = rows) -> None:
+            def consume(numbers: engine.IntArray, logits: Tensor, _: Tensor, rows: engine.IntArray = rows) -> None:
                 key, row = np.divmod(numbers, len(rows))
                 found[torch.from_numpy(key), torch.from_numpy(rows[row])] = logits.argmax(-1).cpu()
 
             share = max(1, VERIFIED // len(groups))
             equal = np.zeros(len(cells.cell), dtype=bool)
             sites = [site for _, site, _ in featurizers]
-            CellSweep(self._model, prompts, cells, equal, sites, edits, verify=share).run(consume, report)
+            engine.Sweep(self._model, prompts, cells, equal, sites, edits, verify=share).run(consume, report)
         return found
 
-    def _groups(self) -> Iterator[IntArray]:
+    def _groups(self) -> Iterator[engine.IntArray]:
         """Yield numbers of pairs whose bases share a clean run, those of like length together."""
         group, runs = list[int](), set[Tokens]()
         for row in sorted(range(len(self._pairs)), key=lambda row: len(self._pairs[row].run)):
@@ -192,8 +191,8 @@ class _Part:
         yield np.array(group)
 
     def _table(
-        self, featurizers: Mapping[Key, Featurizer[Any]], rows: IntArray, run_of: IntArray
-    ) -> tuple[Cells, list[Edit]]:
+        self, featurizers: Mapping[Key, Featurizer[Any]], rows: engine.IntArray, run_of: engine.IntArray
+    ) -> tuple[engine.Cells, list[engine.Edit]]:
         """Return a cell for each interchange and pair, and the edit of each interchange."""
         tokens = np.array([self._pairs[row].base_at(0)[1] for row in rows])
         pair, column, cell, spot = ([] for _ in range(4))
@@ -204,18 +203,20 @@ class _Part:
             cell.append(number * len(rows) + pair[-1])
             spot.append(np.full(len(pair[-1]), number))
         pairs, columns = np.concatenate(pair), np.concatenate(column)
-        cells = Cells.of(
+        cells = engine.Cells.of(
             np.tile(run_of, len(featurizers)), np.concatenate(cell), np.concatenate(spot), tokens[pairs, columns]
         )
         edits = [self._edit(site, f, rows[pairs], columns) for (_, site, _), f in featurizers.items()]
         return cells, edits
 
-    def _edit(self, site: Site, featurizer: Featurizer[Any], pair: IntArray, column: IntArray) -> Edit:
+    def _edit(
+        self, site: Site, featurizer: Featurizer[Any], pair: engine.IntArray, column: engine.IntArray
+    ) -> engine.Edit:
         """Return an interchange, given the pair of each edit and its token's number among those of all positions."""
         sources, row_of = self._sources[self._sites.index(site)]
         change, rows = interchanged(featurizer), row_of[torch.from_numpy(pair)]
 
-        def edit(base: Tensor, numbers: IntArray) -> Tensor:
+        def edit(base: Tensor, numbers: engine.IntArray) -> Tensor:
             which = rows[numbers], torch.from_numpy(column[numbers])
             return change(base, sources[tuple(each.to(sources.device) for each in which)])
 
