@@ -23,7 +23,9 @@ STEER = {"featurizer": "owner/relu", "do": "steer", "indices": [1], "delta": 2.0
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("artefacts")
+    folder = tmp_path_factory.mktemp("artefacts")
+    settings(folder)  # writes the artefacts, also for tests that ask no server
+    return folder
 
 
 @pytest.fixture(scope="module")
