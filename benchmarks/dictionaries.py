@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from featurizers import DictionaryFeaturizer
+from resident import touched
 from timing import Benchmark, Case, Settings, Sizes, Skipped, same
 from torch import Tensor
 

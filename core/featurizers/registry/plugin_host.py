@@ -239,7 +239,7 @@ def build(cls: type[FeatureSpace[Any]], config: Mapping[str, Any]) -> Any:
     return cls(validated)
 
 
-def _takes(cls: type[Featurizer[Any]], config: Mapping[str, Any]) -> str:
+def _takes(cls: type[FeatureSpace[Any]], config: Mapping[str, Any]) -> str:
     """Return a sentence on the arguments of a class, or on the one that a misspelt argument may mean."""
     from featurizers.registry.kind_arguments import arguments
 
