@@ -105,10 +105,12 @@ class Tab:
         return result["result"].get("value")
 
     def click(self, selector: str) -> None:
-        """Click into the middle of the first element that a selector finds."""
-        find = f"const e = document.querySelector({json.dumps(selector)})"
-        move = 'e.scrollIntoView({block: "center", inline: "center"}); const r = e.getBoundingClientRect()'
-        script = f"(() => {{ {find}; {move}; return [r.x + r.width / 2, r.y + r.height / 2]; }})()"
+        """Scroll to the first element that a selector finds, let the page react to that, and click into its middle."""
+        find = f"document.querySelector({json.dumps(selector)})"
+        scroll = f'{find}.scrollIntoView({{block: "center", inline: "center"}})'
+        settled = "await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+        middle = f"const r = {find}.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]"
+        script = f"(async () => {{ {scroll}; {settled}; {middle}; }})()"
         x, y = self.run(script)
         for event in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=event, x=x, y=y, button="left", clickCount=1)
