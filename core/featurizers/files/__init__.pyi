@@ -10,6 +10,7 @@ from .replacement import recover as recover
 from .replacement import refuse_full as refuse_full
 from .replacement import refuse_unwritable as refuse_unwritable
 from .replacement import replacing as replacing
+from .replacement import replacing_file as replacing_file
 from .replacement import resolved as resolved
 from .replacement import temporary_folder as temporary_folder
 from .torch_files import load_torch as load_torch

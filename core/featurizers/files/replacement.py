@@ -90,6 +90,28 @@ def replacing(target: Path, rewritten: Rewritten, check: Callable[[Path], None])
 
 
 @contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """Yield a new path beside a file, which takes the file's place when the block ends well.
+
+    Raises:
+        ArtefactError: the system refuses.
+    """
+    if not path.name or "\0" in str(path):
+        raise ArtefactError(str(path), "it is not the path of a file")
+    new = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}")
+    try:
+        yield new
+        with open(new, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError as error:
+        raise ArtefactError(str(path), f"it cannot be written: {one_line(error.strerror or error)}") from error
+    finally:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+
+
+@contextmanager
 def filling(folder: str | Path) -> Iterator[Path]:
     """Yield a new folder as `replacing` does, for a target that is empty or does not exist.
 

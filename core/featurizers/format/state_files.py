@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
@@ -15,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from featurizers.errors import ArtefactError, explain, one_line, shown
 from featurizers.files.regular import read_bytes
+from featurizers.files.replacement import replacing_file
 from featurizers.format.manifest import MAX_CONFIG_BYTES, parse_json
 from featurizers.format.weights import read_header_and_metadata, read_tensors, save_tensors
 
@@ -55,7 +54,7 @@ def write_state(
     """
     path = Path(path)
     text = _dumped(about, format, version, str(path), indent=None)
-    with _replaced(path) as new:
+    with replacing_file(path) as new:
         save_tensors(tensors, new, str(path), {key: text})
 
 
@@ -129,7 +128,7 @@ def write_json(
     """
     path = Path(path)
     text = _dumped(data, format, version, str(path), indent=2)
-    with _replaced(path) as new:
+    with replacing_file(path) as new:
         new.write_text(f"{text}\n", encoding="utf-8")
 
 
@@ -227,25 +226,3 @@ def _expecting(where: str, expected: str | None, format: str | None) -> Iterator
         yield
     except ArtefactError as error:
         raise ArtefactError(where, f"expected {what}: {error.problem}") from error
-
-
-@contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    """Yield a new path beside a file, which takes the file's place when the block ends well.
-
-    Raises:
-        ArtefactError: the system refuses.
-    """
-    if not path.name or "\0" in str(path):
-        raise ArtefactError(str(path), "it is not the path of a file")
-    new = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}")
-    try:
-        yield new
-        with open(new, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except OSError as error:
-        raise ArtefactError(str(path), f"it cannot be written: {one_line(error.strerror or error)}") from error
-    finally:
-        with suppress(OSError):
-            new.unlink(missing_ok=True)

@@ -1,4 +1,5 @@
 from .command.texts import hub_documents as hub_documents
+from .command.texts import text_of_line as text_of_line
 from .comparison import Comparison as Comparison
 from .definitions import DEFINITIONS as DEFINITIONS
 from .documents import Batch as Batch
@@ -15,8 +16,8 @@ from .evaluating import sweep as sweep
 from .labels import import_labels as import_labels
 from .options import special_tokens as special_tokens
 from .pictures import densities as densities
+from .reporting.data import FeatureReport as FeatureReport
 from .reporting.making import report as report
-from .reporting.result import FeatureReport as FeatureReport
 from .reporting.result import Report as Report
 from .result import Evaluation as Evaluation
 from .result import Histogram as Histogram

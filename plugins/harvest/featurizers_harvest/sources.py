@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from featurizers.errors import ArtefactError, UsageError, one_line, printable, shown
-from featurizers.format import parse_json
-from featurizers_evaluate import content
+from featurizers.errors import UsageError, one_line, printable, shown
+from featurizers_evaluate import content, text_of_line
 from torch import Tensor
 
 MAX_LINE_BYTES = 2**28
@@ -52,23 +51,13 @@ class Lines:
                 file.seek(place)
                 for line in file:
                     if line.strip():
-                        yield place, self._record(line, document) if is_json else line.decode().rstrip("\r\n")
+                        where = f"{printable(str(self.path), 200)}, document {document}"
+                        text = text_of_line(line, self.key, where) if is_json else line.decode().rstrip("\r\n")
+                        yield place, text
                         document += 1
                     place += len(line)
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read documents from {shown(str(self.path))}: {one_line(error)}") from error
-
-    def _record(self, line: bytes, document: int) -> Any:
-        where = f"{printable(str(self.path), 200)}, document {document}"
-        try:
-            record = parse_json(line, where, "the line", most=MAX_LINE_BYTES)
-        except ArtefactError as error:
-            raise UsageError(f"{where}: {error.problem}") from error
-        found = record.get(self.key) if isinstance(record, dict) else None
-        if not isinstance(found, str | list):
-            wanted = f"an object with a text or token ids under {self.key!r}"
-            raise UsageError(f"{where}: expected {wanted}, not {shown(record)}; name the key with key=… or --key")
-        return found
 
 
 @dataclass(frozen=True)

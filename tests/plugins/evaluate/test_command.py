@@ -113,7 +113,7 @@ def test_parquet_without_datasets_says_what_to_install(folder: Path, monkeypatch
         "two sites": (("--data", "texts.txt", "--site", "resid.post:0", "--site", "resid.post:1"), "--site once"),
         "a sweep": (("--data", "texts.txt", "--sweep", "k=a"), "--sweep is k=1,2,4"),
         "no file": (("--data", "none.txt"), "there is no file"),
-        "no key": (("--data", "texts.jsonl"), "name the key with --key"),
+        "no key": (("--data", "texts.jsonl"), "name the key with key=… or --key"),
         "a metric": (("--data", "texts.txt", "--metrics", "x"), "metrics are some of"),
     }.values(),
 )

@@ -102,7 +102,7 @@ def test_what_cannot_be_done_is_one_line_before_the_model_is_loaded(
     for given, expected in (
         ({"data": "none.txt"}, "there is no file"),
         ({"data": "empty.txt"}, "there are no documents in"),
-        ({"data": "other.jsonl"}, "name the key with --key"),
+        ({"data": "other.jsonl"}, "name the key with key=… or --key"),
         ({"source": "none"}, "none"),
         ({"source": "nowhere"}, "name the site with --site"),
     ):

@@ -31,22 +31,14 @@ class TextFile:
         try:
             with self.path.open(encoding="utf-8") as file:
                 for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield self._document(line, number) if self.path.suffix == ".jsonl" else line.rstrip("\r\n")
+                    if not line.strip():
+                        continue
+                    if self.path.suffix == ".jsonl":
+                        yield text_of_line(line.encode(), self.key, f"{printable(str(self.path), 200)}:{number}")
+                    else:
+                        yield line.rstrip("\r\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read documents from {shown(str(self.path))}: {one_line(error)}") from error
-
-    def _document(self, line: str, number: int) -> Any:
-        where = f"{printable(str(self.path), 200)}:{number}"
-        try:
-            record = parse_json(line.encode(), where, "the line", most=MAX_LINE_BYTES)
-        except ArtefactError as error:
-            raise UsageError(f"{where}: {error.problem}") from error
-        found = record.get(self.key) if isinstance(record, dict) else None
-        if not isinstance(found, str | list):
-            wanted = f"an object with a text or token ids under {self.key!r}"
-            raise UsageError(f"{where}: expected {wanted}, not {shown(record)}; name the key with --key")
-        return found
 
 
 @dataclass(frozen=True)
@@ -70,6 +62,28 @@ class Column:
                 columns = shown(sorted(row))
                 raise UsageError(f"{self.where} has no column {self.key!r}, but {columns}; name one with --key")
             yield row[self.key]
+
+
+def text_of_line(line: bytes, key: str, where: str) -> str | list[Any]:
+    """Return the text, or the token ids, of a record in a line of JSON.
+
+    Args:
+        line: of the file.
+        key: under which the record has it.
+        where: name of the line in errors.
+
+    Raises:
+        UsageError: the line is no such record.
+    """
+    try:
+        record = parse_json(line, where, "the line", most=MAX_LINE_BYTES)
+    except ArtefactError as error:
+        raise UsageError(f"{where}: {error.problem}") from error
+    found = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(found, str | list):
+        wanted = f"an object with a text or token ids under {key!r}"
+        raise UsageError(f"{where}: expected {wanted}, not {shown(record)}; name the key with key=… or --key")
+    return found
 
 
 def documents_of(data: str, key: str, split: str) -> Iterable[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import featurizers
@@ -18,10 +18,11 @@ from torch import Tensor
 from featurizers_evaluate.documents import Batch
 from featurizers_evaluate.evaluating import evaluate, measured
 from featurizers_evaluate.options import Options
+from featurizers_evaluate.reporting.data import NEURONPEDIA, Contexts, check_contexts
 from featurizers_evaluate.reporting.directions import directions_of
 from featurizers_evaluate.reporting.effects import Effects, logit_effects
 from featurizers_evaluate.reporting.neighbours import nearest
-from featurizers_evaluate.reporting.result import NEURONPEDIA, Contexts, Report, check_contexts
+from featurizers_evaluate.reporting.result import Report
 from featurizers_evaluate.reporting.tallies import Tally
 from featurizers_evaluate.reporting.texts import token_texts
 from featurizers_evaluate.result import Evaluation

@@ -14,13 +14,13 @@ from featurizers.errors import printable
 from numpy.typing import NDArray
 from torch import Tensor
 
+from featurizers_evaluate.reporting.data import Contexts, ReportData
 from featurizers_evaluate.reporting.effects import Effects
-from featurizers_evaluate.reporting.result import Contexts, Report
 
 Array = NDArray[Any]
 
 
-def packed(report: Report) -> str:
+def packed(report: ReportData) -> str:
     """Return the data of a page: base64 of gzip of the length of JSON (4 bytes), JSON, and arrays.
 
     The JSON says where each array is, from the first multiple of 8 bytes after the JSON on. Bytes are the same for the
@@ -40,7 +40,7 @@ def packed(report: Report) -> str:
     return base64.b64encode(gzip.compress(raw, compresslevel=6, mtime=0)).decode("ascii")
 
 
-def _about(report: Report) -> dict[str, Any]:
+def _about(report: ReportData) -> dict[str, Any]:
     effects, near, about = report.effects, report.neighbours, report.about
     return {
         "dense": report.is_dense,
@@ -61,7 +61,7 @@ def _label(label: Label) -> list[Any]:
     return [printable(label.text, 500), printable(label.author, 80), score]
 
 
-def _arrays(report: Report, ids: Array) -> dict[str, Array]:
+def _arrays(report: ReportData, ids: Array) -> dict[str, Array]:
     least = torch.where(report.least.isfinite(), report.least, 0.0)
     most = torch.where(report.most.isfinite(), report.most, 0.0)
     found: dict[str, Array] = {

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, Final
 
-from featurizers.errors import ArtefactError, one_line, printable
+from featurizers.errors import printable
+from featurizers.files import replacing_file
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from featurizers_evaluate.definitions import DEFINITIONS
+from featurizers_evaluate.reporting.data import ReportData
 from featurizers_evaluate.reporting.packing import packed
-from featurizers_evaluate.reporting.result import Report
 from featurizers_evaluate.result import Metric
 
 POLICY: Final = "default-src 'none'; base-uri 'none'; form-action 'none'"
@@ -35,7 +32,7 @@ TILES: Final = {
 SHARES: Final = ("explained_variance", "dead_features", "ce_recovered_zero_ablation", "ce_recovered_mean_ablation")
 
 
-def write_page(path: Path, report: Report) -> Path:
+def write_page(path: Path, report: ReportData) -> Path:
     """Write a page of a report, and return its path.
 
     The page may run only its own script and use only its own style, by their hashes, and may load nothing.
@@ -44,12 +41,12 @@ def write_page(path: Path, report: Report) -> Path:
         ArtefactError: the file cannot be written.
     """
     text = page_of(report)
-    with _replaced(path) as new:
+    with replacing_file(path) as new:
         new.write_text(text, encoding="utf-8", newline="\n")
     return path
 
 
-def page_of(report: Report) -> str:
+def page_of(report: ReportData) -> str:
     """Return the page of a report."""
     style = _file("page.css")
     script = "\n".join(['"use strict";', *(_file(name) for name in SCRIPTS)])
@@ -82,7 +79,7 @@ def _hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode('ascii')}"
 
 
-def _lead(report: Report) -> str:
+def _lead(report: ReportData) -> str:
     """Return what was measured on what, as a sentence."""
     about = report.about
     part = "" if len(report) == about["n_features"] else f"{len(report):,} of "
@@ -94,7 +91,7 @@ def _lead(report: Report) -> str:
     return printable(text, 600)
 
 
-def _tiles(report: Report) -> list[tuple[str, str, str]]:
+def _tiles(report: ReportData) -> list[tuple[str, str, str]]:
     """Return name, value and definition of the metrics at the head of the page."""
     found = {**report.evaluation.metrics, **({} if report.effect is None else report.effect.metrics)}
     tiles = []
@@ -106,7 +103,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _metrics(report: Report) -> list[dict[str, str]]:
+def _metrics(report: ReportData) -> list[dict[str, str]]:
     """Return the rows of the table of metrics: those measured here, and those that the artefact has."""
     stored = {} if report.about["stored"] is None else report.about["stored"]["metrics"]
     rows = []
@@ -134,7 +131,7 @@ def _interval(metric: Metric | None) -> str:
     return f"{metric.interval[0]:.4g} to {metric.interval[1]:.4g}" if metric.interval else f"none: {metric.why}"
 
 
-def _facts(report: Report) -> dict[str, str]:
+def _facts(report: ReportData) -> dict[str, str]:
     """Return what the page says of the featurizer, the data and the programs, by name."""
     about = report.about
     width = about["d"]
@@ -168,23 +165,3 @@ def _facts(report: Report) -> dict[str, str]:
 def _sites(sites: dict[str, str]) -> str:
     texts = list(sites.values())
     return ", ".join(texts if len(texts) < 9 else [*texts[:7], "…", texts[-1]])
-
-
-@contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    """Yield a new path beside a file, which takes the file's place when the block ends well.
-
-    Raises:
-        ArtefactError: the system refuses.
-    """
-    if not path.name or "\0" in str(path):
-        raise ArtefactError(str(path), "it is not the path of a file")
-    new = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}")
-    try:
-        yield new
-        os.replace(new, path)
-    except OSError as error:
-        raise ArtefactError(str(path), f"it cannot be written: {one_line(error.strerror or error)}") from error
-    finally:
-        with suppress(OSError):
-            new.unlink(missing_ok=True)
