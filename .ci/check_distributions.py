@@ -1,4 +1,4 @@
-"""Look at what source distributions and wheels hold: the licence, the README, the marker of types, and one package."""
+"""Look at what archives hold: the licence, the README, the addresses, the marker of types, and one package."""
 
 import re
 import sys
@@ -44,6 +44,8 @@ def faults(archive: Path) -> list[str]:
         found.append("no README in the metadata")
     if metadata["License-Expression"] != "Apache-2.0":
         found.append("no licence in the metadata")
+    if not metadata.get_all("Project-URL"):
+        found.append("no addresses in the metadata")
     return found
 
 
@@ -51,7 +53,7 @@ def main() -> None:
     """Check the archives that are named, and end with an error if one is faulty."""
     archives = [Path(name) for name in sys.argv[1:]]
     wrong = [f"{archive.name}: {fault}" for archive in archives for fault in faults(archive)]
-    print("\n".join(wrong) or f"{len(archives)} archives: licence, README and types are in each")
+    print("\n".join(wrong) or f"{len(archives)} archives: licence, README, addresses and types are in each")
     sys.exit(bool(wrong))
 
 

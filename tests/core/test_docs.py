@@ -269,6 +269,10 @@ def test_the_page_of_a_distribution_on_an_index_links_to_no_file(project):
     page = project.parent / tomllib.loads(project.read_text())["project"]["readme"]
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not link.startswith("https://")] == []
+    site = tomllib.loads(project.read_text())["project"]["urls"]["Documentation"]
+    pages = [link.removeprefix(site).strip("/") for link in links if link.startswith(site)]
+    assert pages
+    assert [name for name in pages if name and not (ROOT / "docs" / f"{name}.md").exists()] == []
 
 
 def test_the_page_of_the_core_names_every_distribution():
