@@ -55,23 +55,7 @@ def first_column(text: str) -> list[str]:
 
 
 @pytest.fixture
-def names_of_the_readmes_first_example(tmp_path, monkeypatch):
-    """A model, two prompts, and an artefact that ``owner/name`` stands for."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    f = featurizers.create("subspace", d_in=16, n_features=2)
-    f.site = featurizers.Site("resid.post", 1)
-    folder, load = f.save_pretrained(tmp_path / "owner-name"), featurizers.load
-    monkeypatch.setattr(
-        featurizers, "load", lambda source, **o: load(folder if source == "owner/name" else source, **o)
-    )
-    config = GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=20, bos_token_id=None, eos_token_id=None)
-    prompt, other_prompt = ({"input_ids": torch.randint(0, 20, (1, 4))} for _ in range(2))
-    return {"model": GPT2LMHeadModel(config).eval(), "prompt": prompt, "other_prompt": other_prompt}
-
-
-@pytest.fixture
-def model_of_the_quickstart(tmp_path, monkeypatch):
+def small_model(tmp_path, monkeypatch):
     """A small model with a tokenizer of the words of the prompts, which `load_model` gives for any name."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -79,11 +63,33 @@ def model_of_the_quickstart(tmp_path, monkeypatch):
     known = ["The", "capital", "of", "is", "the", "city", "France", "Italy", "Rome", "Paris"]
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="The"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    config = GPT2Config(n_layer=12, n_embd=16, n_head=2, vocab_size=10, bos_token_id=None, eos_token_id=None)
+    config = GPT2Config(n_layer=16, n_embd=16, n_head=2, vocab_size=10, bos_token_id=None, eos_token_id=None)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "small")
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "small")
     load = featurizers.load_model
     monkeypatch.setattr(featurizers, "load_model", lambda _: load(str(tmp_path / "small")))
+
+
+@pytest.fixture
+def small_dictionary(tmp_path, monkeypatch):
+    """A dictionary in sparsify's format, which stands for the one of the README."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "layers.15.mlp"
+    folder.mkdir()
+    (folder / "cfg.json").write_text('{"d_in": 16, "num_latents": 64, "k": 4, "expansion_factor": 4}')
+    save_file(
+        {
+            "encoder.weight": torch.randn(64, 16),
+            "encoder.bias": torch.randn(64),
+            "W_dec": torch.randn(64, 16),
+            "b_dec": torch.randn(16),
+        },
+        folder / "sae.safetensors",
+    )
+    load = featurizers.load
+    known = {"sparsify:EleutherAI/sae-SmolLM2-135M-64x/layers.15.mlp": folder}
+    monkeypatch.setattr(featurizers, "load", lambda source, **options: load(known.get(source, source), **options))
 
 
 @pytest.mark.parametrize("path", [path for path in PAGES if path.name != "demo.md" and blocks(path)], **by_name)
@@ -99,9 +105,9 @@ def test_examples_run(path, tmp_path, monkeypatch, request):
         pytest.importorskip("gguf")
     namespace = {"__name__": "an_example"}
     if path == ROOT / "README.md":
-        namespace.update(request.getfixturevalue("names_of_the_readmes_first_example"))
-    if path.name == "quickstart.md":
-        request.getfixturevalue("model_of_the_quickstart")
+        request.getfixturevalue("small_dictionary")
+    if path.name == "quickstart.md" or path == ROOT / "README.md":
+        request.getfixturevalue("small_model")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for block in blocks(path):
