@@ -214,7 +214,7 @@ BENCHMARKS = (
     Benchmark("scalars-top-direct", functools.partial(_top, "write_to"), "at most", 3),
     Benchmark("scalars-top-total", functools.partial(_top, "act_times_grad"), "at most", 3),
     Benchmark("scalars-top-direct-memory", functools.partial(_top_memory, "write_to"), "at most", 1),
-    Benchmark("scalars-top-total-memory", functools.partial(_top_memory, "act_times_grad"), "at most"),
+    Benchmark("scalars-top-total-memory", functools.partial(_top_memory, "act_times_grad"), "at most", 1),
 )
 
 

@@ -435,7 +435,9 @@ def test_what_is_kept_has_memory_of_its_own(name):
     [raw] = capture(circuit, tokens(), needs_of(circuit), metric=METRIC)
     for key in raw:
         storage = raw[key].untyped_storage()
-        assert storage.nbytes() == raw[key].numel() * raw[key].element_size(), key
+        assert storage.nbytes() <= raw[key].numel() * raw[key].element_size(), (
+            key
+        )  # less: zeros, where nothing is written
 
 
 class InPlace(nn.Module):

@@ -28,7 +28,8 @@ class RawActivations(Mapping[tuple[Place, Pass], Tensor]):
     Args:
         circuit: circuit of the model.
         tokens: ids, ``(token,)``.
-        values: the tensors; each must have as many axes as its place.
+        values: the tensors; each must have as many axes as its place. Logits may be those of one token, as a metric
+            of one position gets them.
         metric: value of the metric, if there was one.
         frozen: names of the norms whose scale the gradients took as constant: ``final``, ``attn``, ``mlp``,
             ``attn.post``, ``mlp.post``.
@@ -49,7 +50,8 @@ class RawActivations(Mapping[tuple[Place, Pass], Tensor]):
         arguments: Mapping[int, Arguments] | None = None,
     ) -> None:
         for (place, pass_), value in values.items():
-            if value.dim() != len(place.axes) or value.shape[0] != len(tokens):
+            rows = {len(tokens), 1} if place.kind == "logits" else {len(tokens)}
+            if value.dim() != len(place.axes) or value.shape[0] not in rows:
                 raise SiteError(
                     f"{place} ({pass_}) has the shape {tuple(value.shape)}; its axes are {', '.join(place.axes)}, "
                     f"and there are {len(tokens)} tokens"

@@ -33,6 +33,15 @@ class Metric(ABC):
     def needs(self) -> frozenset[Need]:
         """Activations that it reads, forward only."""
 
+    @property
+    def logit_position(self) -> int | None:
+        """Position of the only token whose logits are read; None if those of several may be.
+
+        Where it is a number, and nobody else needs the logits, ``raw`` has the logits of this token alone,
+        ``(1, vocab)``: the head is applied to one token.
+        """
+        return None
+
     @abstractmethod
     def __call__(self, raw: RawActivations) -> Float[Tensor, ""]:
         """Return the scalar, differentiable in the tensors of ``raw``."""
@@ -47,15 +56,41 @@ class _OfLogits(Metric):
         """Need for the logits."""
         return frozenset({Need("logits")})
 
-    @final
     def __call__(self, raw: RawActivations) -> Float[Tensor, ""]:
         """Return the scalar of the logits, in float32 or better."""
-        logits = raw[Place("logits"), "forward"]
-        return self.of(logits if logits.dtype == torch.float64 else logits.float())
+        return self.of(_logits(raw))
 
     @abstractmethod
     def of(self, logits: Float[Tensor, "token vocab"]) -> Float[Tensor, ""]:
         """Return the scalar of one sequence's logits."""
+
+
+class _AtPosition(_OfLogits):
+    """A metric of the logits of one token."""
+
+    position: int
+
+    @property
+    @final
+    def logit_position(self) -> int:
+        """The metric's position."""
+        return self.position
+
+    @final
+    def __call__(self, raw: RawActivations) -> Float[Tensor, ""]:
+        """Return the scalar of the position's logits, which may be all that there are."""
+        logits = _logits(raw)
+        return self.of(logits) if len(logits) == len(raw.tokens) else self._of_row(logits[0])
+
+    @final
+    def of(self, logits: Float[Tensor, "token vocab"]) -> Float[Tensor, ""]:
+        """Return the scalar of the logits at the metric's position."""
+        check_position(self.position, len(logits))
+        return self._of_row(logits[self.position])
+
+    @abstractmethod
+    def _of_row(self, row: Float[Tensor, " vocab"]) -> Float[Tensor, ""]:
+        """Return the scalar of the position's logits."""
 
 
 @final
@@ -76,7 +111,7 @@ class LogitMetric(_OfLogits):
 
 @final
 @dataclass(frozen=True)
-class LogitDifference(_OfLogits):
+class LogitDifference(_AtPosition):
     """Mean logit of the targets, minus the mean logit of the distractors if there are any.
 
     Attributes:
@@ -101,16 +136,14 @@ class LogitDifference(_OfLogits):
         _keep_ids(self, "targets")
         _keep_ids(self, "distractors", at_least=0)
 
-    def of(self, logits: Float[Tensor, "token vocab"]) -> Float[Tensor, ""]:
-        """Return the difference."""
-        row = _row(logits, self.position)
+    def _of_row(self, row: Tensor) -> Tensor:
         value = _entries(row, self.targets).mean()
         return value - _entries(row, self.distractors).mean() if self.distractors else value
 
 
 @final
 @dataclass(frozen=True)
-class LogitMinusMean(_OfLogits):
+class LogitMinusMean(_AtPosition):
     """Mean logit of the targets, minus the mean logit of the whole vocabulary; arguments as in `LogitDifference`."""
 
     targets: TokenIds
@@ -120,15 +153,13 @@ class LogitMinusMean(_OfLogits):
         """Check the ids."""
         _keep_ids(self, "targets")
 
-    def of(self, logits: Float[Tensor, "token vocab"]) -> Float[Tensor, ""]:
-        """Return the difference."""
-        row = _row(logits, self.position)
+    def _of_row(self, row: Tensor) -> Tensor:
         return _entries(row, self.targets).mean() - row.mean()
 
 
 @final
 @dataclass(frozen=True)
-class Probability(_OfLogits):
+class Probability(_AtPosition):
     """Probability that the next token is among the targets, or its logarithm; arguments as in `LogitDifference`.
 
     Attributes:
@@ -143,9 +174,8 @@ class Probability(_OfLogits):
         """Check the ids."""
         _keep_ids(self, "targets")
 
-    def of(self, logits: Float[Tensor, "token vocab"]) -> Float[Tensor, ""]:
-        """Return the summed probability, or its logarithm."""
-        log = _entries(_row(logits, self.position).log_softmax(-1), self.targets).logsumexp(-1)
+    def _of_row(self, row: Tensor) -> Tensor:
+        log = _entries(row.log_softmax(-1), self.targets).logsumexp(-1)
         return log if self.log else log.exp()
 
 
@@ -185,11 +215,20 @@ def _keep_ids(metric: _OfLogits, name: str, *, at_least: int = 1) -> None:
     object.__setattr__(metric, name, ids)
 
 
-def _row(logits: Tensor, position: int) -> Tensor:
-    length = len(logits)
+def check_position(position: int, length: int) -> None:
+    """Check that a prompt has the position of a metric.
+
+    Raises:
+        PositionError: it has fewer tokens.
+    """
     if not -length <= position < length:
         raise PositionError(f"the metric is at position {position}, but the prompt has {length} tokens")
-    return logits[position]
+
+
+def _logits(raw: RawActivations) -> Tensor:
+    """Return the logits in float32 or better."""
+    logits = raw[Place("logits"), "forward"]
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _entries(row: Tensor, tokens: TokenIds) -> Tensor:

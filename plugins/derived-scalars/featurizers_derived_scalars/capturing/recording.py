@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from featurizers_derived_scalars.capturing.activations import RawActivations
+from featurizers_derived_scalars.capturing.memory import HeapTrimmer
 from featurizers_derived_scalars.circuit import Circuit, Listener, Pass, Place
 from featurizers_derived_scalars.circuit.attention import PARTS, Part, part_layout, place_layout
 from featurizers_derived_scalars.circuit.places import norm_name
@@ -86,6 +87,7 @@ class Recorder(Listener):
         frozen: norms whose scale is held constant.
         edits: changes to make.
         keeper: stores tensors.
+        logit_row: the only token whose logits are computed; None for all.
     """
 
     def __init__(
@@ -96,8 +98,10 @@ class Recorder(Listener):
         frozen: frozenset[str],
         edits: tuple[Edit, ...],
         keeper: Keeper,
+        logit_row: int | None = None,
     ) -> None:
         self._circuit, self._to_keep, self._frozen, self._keeper = circuit, to_keep, frozen, keeper
+        self._logit_row, self._heap = logit_row, HeapTrimmer()
         self._read = frozenset(place for place, _ in read)
         self._edits: dict[Place, list[Callable[[Tensor], Tensor]]] = {}
         for edit in edits:
@@ -152,6 +156,8 @@ class Recorder(Listener):
         for place in self._edits:
             if place.kind == "resid.mid":
                 self._tap_middle(place, functions)
+        if self._logit_row is not None and self._circuit.layout.head is not None:
+            functions.setdefault((self._circuit.layout.head, "input"), []).append(self._only_row)
         return {point: functools.partial(_in_turn, todo) for point, todo in functions.items()}
 
     def _start(self) -> Point:
@@ -212,6 +218,10 @@ class Recorder(Listener):
         if (point := self._circuit.tap_point(delta)) is not None:
             functions.setdefault(point, []).append(add)
 
+    def _only_row(self, tensor: Tensor) -> Tensor:
+        """Return the input of the head at the only token whose logits are read."""
+        return tensor if self._logit_row is None else tensor[..., self._logit_row : self._logit_row + 1, :]
+
     def _edited(self, place: Place, value: Tensor) -> Tensor:
         for function in self._edits[place]:
             edited = function(value)
@@ -249,6 +259,9 @@ class Recorder(Listener):
         kept = (place, "forward") in self._to_keep
         if place in self._roots or place in self._read or (kept and tensor.requires_grad):
             self._held[place] = tensor, tensor._version
+            self._heap.note(tensor)
+            if place in self._roots:
+                tensor.register_hook(self._heap.note)  # type: ignore[no-untyped-call]  # its gradient stays too
         elif kept:
             self._kept[place, "forward"] = self._keeper.copy(self._in_place(place, tensor))
         return tensor
@@ -330,8 +343,12 @@ class Recorder(Listener):
         for place, pass_ in self._to_keep:
             if pass_ == "forward" and place.kind.endswith(".bias"):
                 written = raw.bias_write(place)
-                nothing = torch.zeros(len(tokens), self._circuit.d_model, device=tokens.device)
-                self._kept[place, pass_] = self._keeper.copy(nothing if written is None else written)
+                nothing = torch.zeros((), device=self._keeper.device or tokens.device, dtype=self._keeper.dtype)
+                self._kept[place, pass_] = (
+                    nothing.expand(len(tokens), self._circuit.d_model)
+                    if written is None
+                    else self._keeper.copy(written)
+                )
         return RawActivations(
             self._circuit,
             self._keeper.copy_exactly(tokens),

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from featurizers_derived_scalars.capturing.activations import RawActivations
-from featurizers_derived_scalars.capturing.metrics import LogitFunction, Metric, as_metric
+from featurizers_derived_scalars.capturing.metrics import LogitFunction, Metric, as_metric, check_position
 from featurizers_derived_scalars.capturing.prompts import Inputs, sequences
 from featurizers_derived_scalars.capturing.recording import Edit, Keeper, Recorder
 from featurizers_derived_scalars.circuit import KINDS, Circuit, Need, Pass, Place
@@ -112,7 +112,8 @@ def _capture(
     keeper: Keeper,
 ) -> RawActivations:
     read = frozenset() if metric is None else _expand(circuit, metric.needs)
-    recorder = Recorder(circuit, to_keep, read, frozen, edits, keeper)
+    row = _logit_row(metric, to_keep, len(tokens))
+    recorder = Recorder(circuit, to_keep, read, frozen, edits, keeper, row)
     tokens = tokens.to(circuit.token_device)
     with ExitStack() as stack:
         stack.enter_context(evaluating(circuit.model))
@@ -134,6 +135,18 @@ def _capture(
             _check_scalar(value, recorder.graph)
             recorder.differentiate(value)
         return recorder.kept(tokens)
+
+
+def _logit_row(metric: Metric | None, to_keep: frozenset[tuple[Place, Pass]], length: int) -> int | None:
+    """Return the only token whose logits are needed; None if those of all are, or none.
+
+    Raises:
+        PositionError: the prompt does not have the metric's position.
+    """
+    if metric is None or metric.logit_position is None:
+        return None
+    check_position(metric.logit_position, length)
+    return None if any(place.kind == "logits" for place, _ in to_keep) else metric.logit_position % length
 
 
 def _check_scalar(value: object, graph: bool) -> None:
