@@ -39,6 +39,7 @@ from featurizers_derived_scalars.quantities import (
     write_to,
     write_to_latent,
 )
+from featurizers_derived_scalars.quantities import latents as of_latents
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
@@ -243,6 +244,34 @@ def test_pairs_attributed_to_latents(name, rule):
     along = (fires[:, latent, None] * sae.W_enc[latent]).detach()
     heads = sum_heads(write(Basis("attn.probs"))).tensor(raw, 1)
     close(pairs[..., latent], torch.einsum("qkd,qd->qk", heads, along))
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("rule", ["topk", "jumprelu"])
+def test_pairs_need_one_encoding_of_the_prompt(rule, batched, monkeypatch):
+    """Beside torch's JVP of the encoder for each key, along what the heads write for it."""
+    raw, sae = captured("olmo2_biased"), dictionary(32, rule, normalize="layer-norm")
+    encode, encoded = sae.encode, []
+    x, probs, v = (forward(raw, kind, 1) for kind in ("attn.delta", "attn.probs", "attn.v"))
+    rows = torch.einsum("qkh,khe->kqhe", probs, v)
+    written = raw.write(Place("attn.z", 1), rows)
+    expected = torch.stack([torch.func.jvp(encode, (x.double(),), (row.double(),))[1] for row in written], dim=1)
+
+    def counting(x, *rest):
+        encoded.append(tuple(x.shape))
+        if not batched:  # vmap refuses random numbers
+            x = x + 0 * torch.rand(x.shape, dtype=x.dtype)
+        return encode(x, *rest)
+
+    monkeypatch.setattr(sae, "encode", counting)
+    pairs = pair_attribution(Basis("attn.delta", {1: sae})).tensor(raw, 1)
+    close(pairs, expected, 1e-5)
+    assert float(pairs.abs().max()) > 0
+    assert encoded == ([tuple(x.shape)] if batched else [tuple(x.shape)] * (1 + len(x)))
+    encoded.clear()
+    monkeypatch.setattr(of_latents, "PAIR_ENTRIES", 3 * len(x) * sae.n_features)
+    close(pair_attribution(Basis("attn.delta", {1: sae})).tensor(raw, 1), pairs, 1e-6)
+    assert len(encoded) == (3 if batched else 3 + len(x))
 
 
 def test_pairs_are_of_heads_that_write_there():

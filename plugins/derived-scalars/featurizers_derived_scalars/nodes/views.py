@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from featurizers import Featurizer
 from featurizers.errors import ShapeError, UsageError
+from jaxtyping import Float
 from torch import Tensor
 
 from featurizers_derived_scalars.capturing import RawActivations
@@ -121,6 +122,13 @@ class View:
             return torch.zeros_like(tangent)
         features, error = self.encoded
         return tangent - self._apart(at_least_float32(self.featurizer.decode_jvp(features, error, moved)))
+
+    def follow_each(self, tangents: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
+        """Return `follow` of each of n changes, with one encoding where `torch.vmap` takes the encoder."""
+        try:
+            return torch.vmap(self.follow)(tangents)  # type: ignore[no-any-return]
+        except RuntimeError:  # random numbers, or operations without a rule for batches
+            return torch.stack([self.follow(tangent) for tangent in tangents])
 
     def _apart(self, x: Tensor) -> Tensor:
         """Undo `flat`: split the last axis into heads if the place has them."""

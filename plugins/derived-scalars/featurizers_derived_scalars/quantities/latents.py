@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from featurizers import Featurizer
-from featurizers.errors import FeatureIndexError, UsageError
+from featurizers.errors import FeatureIndexError, SiteError, UsageError
+from jaxtyping import Float
 from torch import Tensor
 
 from featurizers_derived_scalars.circuit import KINDS, Place
@@ -15,7 +16,9 @@ from featurizers_derived_scalars.nodes.dependencies import anywhere
 from featurizers_derived_scalars.quantities.derivers import Context, Deriver
 from featurizers_derived_scalars.quantities.sources import RawSource
 
-PAIR_SITES = ("attn.delta", "attn.out")
+PAIR_SITES: Final = ("attn.delta", "attn.out")
+PAIR_ENTRIES: Final = 2**26
+"""Entries of `pair_attribution` that are computed at a time."""
 
 
 def latent_direction(basis: Basis, latent: int) -> Deriver:
@@ -105,7 +108,8 @@ def pair_attribution(basis: Basis) -> Deriver:
 
     ``(token, key, feature)``: the encoder's JVP of the write of each key, so that any featurizer will do. Features of a
     TopK or JumpReLU dictionary that do not fire have none. Summed over keys it is the JVP of the write of all heads
-    together, which is the site without its bias. Cost: one encoding for each pair of tokens.
+    together, which is the site without its bias. The prompt is encoded once for all pairs, or once for each
+    `PAIR_ENTRIES` of a long result; each pair costs the encoder's derivative.
 
     Args:
         basis: features of a featurizer at ``attn.delta``; or at ``attn.out``, in models without a norm or a factor
@@ -123,15 +127,27 @@ def pair_attribution(basis: Basis) -> Deriver:
         view, heads = View(basis, context.raw, context.layer, x), Place("attn.z", context.layer)
         if context.circuit.write_matrix(view.place) is not None:
             raise UsageError("this model has a norm or a factor behind attn.out; take attn.delta, which heads write")
-        columns = []
-        for key in range(len(values)):
-            output = torch.einsum("qh,hd->qhd", probabilities[:, key], values[key])
-            columns.append(view.follow(at_least_float32(context.raw.write(heads, output))))
-        return torch.stack(columns, dim=1)
+        written = _written_by_heads(context, heads, values)
+        scale, parts = context.raw.write_scale(heads), []
+        step = max(1, PAIR_ENTRIES // (len(x) * (_featurizer(basis, context.layer).n_features or x.shape[-1])))
+        for at, write in zip(probabilities.split(step, dim=1), written.split(step), strict=True):
+            tangents = torch.einsum("qkh,khd->kqd", at.to(write), write)
+            parts.append(view.follow_each(tangents if scale is None else tangents / scale.to(tangents)))
+        return torch.cat(parts).transpose(0, 1)
 
     sources = (RawSource(basis.kind), RawSource(HEADS), RawSource("attn.v"))
     axes: tuple[NodeAxis, ...] = ("token", "key", "feature")
     return Deriver(f"pair_attribution:{basis}", sources, axes, fn, {"basis": basis}, basis, anywhere(basis))
+
+
+def _written_by_heads(context: Context, heads: Place, values: Tensor) -> Float[Tensor, "key head d_model"]:
+    """Return what each head writes for each key at probability 1, before a norm behind attention divides it."""
+    matrix = context.circuit.write_matrix(heads)
+    if matrix is None:
+        raise SiteError(f"{heads} has no output projection")
+    values = at_least_float32(values)
+    matrix = matrix.to(values.device, torch.promote_types(values.dtype, matrix.dtype))
+    return torch.einsum("khe,hed->khd", values.to(matrix), matrix)
 
 
 def _gradient(basis: Basis, context: Context, latent: int, x: Tensor) -> Tensor:
