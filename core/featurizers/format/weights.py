@@ -360,7 +360,9 @@ def _little_endian(tensor: Tensor) -> Any:
     """Return the bytes of a tensor in its logical order, as a buffer."""
     import torch
 
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    data = tensor.detach().cpu().contiguous()
+    # the strides of a tensor of one number may be 0, and are 1 here
+    data = data.as_strided((data.numel(),), (1,)).view(torch.uint8)
     if sys.byteorder == "big":
         data = data.reshape(-1, tensor.element_size()).flip(-1).contiguous()
     return data.numpy()

@@ -49,3 +49,9 @@ def test_views_and_tensors_that_share_memory_are_written_whole(tmp_path: Path) -
     found = safetensors.torch.load_file(path)
     assert torch.equal(found["view"], base[1:, ::2])
     assert torch.equal(found["again"], base)
+
+
+def test_a_tensor_of_one_number_is_written_whatever_its_stride(tmp_path: Path) -> None:
+    one = torch.tensor(3.5).expand(1)  # its stride is 0, and torch takes it for contiguous
+    weights.save_tensors({"one": one}, tmp_path / "model.safetensors", "here")
+    assert safetensors.torch.load_file(tmp_path / "model.safetensors")["one"].tolist() == [3.5]
