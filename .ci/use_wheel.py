@@ -271,6 +271,21 @@ def harvest() -> None:
     assert next(found.batches("x", 4)).shape == (4, 8)
 
 
+def sharded() -> None:
+    """Divide a dictionary over a mesh of one process, and save it."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    whole = dictionary("topk")
+    folder = whole.save_pretrained("whole")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    f = featurizers.load(f"./{folder}", mesh=init_device_mesh("cpu", (1,)))
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(f.encode(x), whole.encode(x))
+    assert (f.save_pretrained("again") / "model.safetensors").stat().st_size
+    dist.destroy_process_group()
+
+
 def interp_engine() -> None:
     """Collect at a point of an eager model, and steer it by specs."""
     from featurizers_interp_engine import to_specs
@@ -358,6 +373,7 @@ CHECKS = {
     "patching": patching,
     "pyvene": pyvene,
     "sae-lens": sae_lens,
+    "sharded": sharded,
     "sparsify": sparsify,
     "subspace": lambda: [create("subspace", d_in=8, n_features=2), create("standardize", d_in=8)],
     "training": training,

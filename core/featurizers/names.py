@@ -27,6 +27,7 @@ FIRST_PARTY = {
     "patching": "featurizers-patching",
     "pyvene": "featurizers-pyvene",
     "sae-lens": "featurizers-sae-lens",
+    "sharded": "featurizers-sharded",
     "sparsify": "featurizers-sparsify",
     "standardize": "featurizers-subspace",
     "subspace": "featurizers-subspace",

@@ -7,3 +7,6 @@ from .export import lost_settings as lost_settings
 from .export import plain_weights as plain_weights
 from .linear_decoder import LinearDecoderFeaturizer as LinearDecoderFeaturizer
 from .normalization import normalize as normalize
+from .sparse import DENSE as DENSE
+from .sparse import times_rows as times_rows
+from .sparse import times_rows_of_each as times_rows_of_each

@@ -75,6 +75,11 @@ class LinearDecoderFeaturizer(Featurizer[ConfigT]):
     def encoder_dtype(self) -> torch.dtype:
         """Dtype that activations are converted to before they are encoded."""
 
+    @property
+    def decoder_dtype(self) -> torch.dtype:
+        """Dtype that changes of features are converted to before they are decoded: that of ``W_dec``."""
+        return self.W_dec.dtype
+
     @abstractmethod
     def encode_normalized(
         self, normal: Float[Tensor, "*batch d_in"], columns: Tensor | None = None
@@ -137,7 +142,7 @@ class LinearDecoderFeaturizer(Featurizer[ConfigT]):
         columns: Tensor | None = None,
     ) -> Float[Tensor, "*batch d_in"]:
         """Return ``base`` plus the decoded difference of the features; features that do not change cost nothing."""
-        change = (edited - features).to(self.W_dec.dtype)
+        change = (edited - features).to(self.decoder_dtype)
         return self._add(base, self.decode_change(change, columns))
 
     def flatten(self, x: Tensor) -> Tensor:
@@ -151,7 +156,7 @@ class LinearDecoderFeaturizer(Featurizer[ConfigT]):
 
     def _add(self, base: Tensor, change: Tensor) -> Tensor:
         """Add a change of what is decoded to ``base``, in the statistics of the base."""
-        _, statistics = self._normalize(base.to(self.W_dec.dtype))
+        _, statistics = self._normalize(base.to(self.decoder_dtype))
         change = denormalize(change, self._normalization, self._input_scale, statistics, offset=False)
         return (base + change).to(base.dtype)  # in the wider of the two dtypes, so that no bit of the base is lost
 

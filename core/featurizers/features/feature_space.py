@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Self, TypeVar, final
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import featurizers
 from featurizers.errors import FeatureIndexError, UsageError, shown
 from featurizers.format.labels import Label, Labels
+from featurizers.format.pieces import Stored
 from featurizers.format.reference import Reference
 from featurizers.format.sites import Site
 
@@ -158,6 +160,15 @@ class FeatureSpace(nn.Module, ABC, Generic[ConfigT]):
         """
 
     # ------------------------------------------------------------------ artefacts
+    def stored_tensors(self) -> Mapping[str, Stored]:
+        """Return what `featurizers.save` writes: the state dict. One that no process holds whole overrides it."""
+        return self.state_dict()
+
+    @contextmanager
+    def saving(self) -> Iterator[bool]:
+        """Enclose a save; yield True if this process writes. One that no process holds whole overrides it."""
+        yield True
+
     @final
     def attach(self, model: object, *, any_model: bool = False) -> featurizers.Attached:
         """Attach this feature space to its sites in a model, ready to intervene with; see `featurizers.attach`."""

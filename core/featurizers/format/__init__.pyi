@@ -22,6 +22,7 @@ from .manifest import Manifest as Manifest
 from .manifest import Name as Name
 from .manifest import Subfolder as Subfolder
 from .manifest import parse_json as parse_json
+from .pieces import Pieces as Pieces
 from .sites import Blocks as Blocks
 from .sites import Side as Side
 from .sites import Site as Site

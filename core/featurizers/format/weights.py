@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from featurizers.errors import WeightsError, one_line, shown
 from featurizers.files.regular import looks_like, opened
 from featurizers.format.manifest import CONFIG_NAME, WEIGHTS_NAME, repeated
+from featurizers.format.pieces import Pieces, Stored
 
 if TYPE_CHECKING:
     import torch
@@ -217,7 +218,7 @@ def read_tensors(
     path: Path,
     device: torch.device | str | None,
     where: str,
-    rows: Mapping[str, Tensor] | None = None,
+    rows: Mapping[str, Tensor | slice] | None = None,
     *,
     names: Collection[str] | None = None,
     allow_nonfinite: bool = False,
@@ -228,7 +229,7 @@ def read_tensors(
         path: the file.
         device: device to put them on; None for the CPU.
         where: name of the artefact in errors.
-        rows: int64 ``(k,)`` by the name of a tensor, the only rows of it to read.
+        rows: int64 ``(k,)`` or a slice by the name of a tensor, the only rows of it to read.
         names: of the tensors to read; None for all.
         allow_nonfinite: accept NaN and infinity.
 
@@ -289,15 +290,18 @@ def _order(tensor: Tensor) -> list[int]:
     return sorted(range(tensor.dim()), key=lambda axis: -tensor.stride()[axis])
 
 
-def take_rows(stored: Any, rows: Tensor) -> Tensor:
+def take_rows(stored: Any, rows: Tensor | slice) -> Tensor:
     """Read some rows of a tensor in a file, adjacent rows at once, and no others.
 
     Args:
         stored: slice object of safetensors.
-        rows: int64 ``(k,)``, the rows in the order of the result.
+        rows: int64 ``(k,)``, the rows in the order of the result; or a slice of step 1.
     """
     import torch
 
+    if isinstance(rows, slice):
+        part: Tensor = stored[rows].clone()
+        return part
     numbers = rows.tolist()
     starts = [i for i in range(len(numbers)) if i == 0 or numbers[i] != numbers[i - 1] + 1]
     pieces = [
@@ -307,18 +311,20 @@ def take_rows(stored: Any, rows: Tensor) -> Tensor:
     return torch.cat(pieces)
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path, where: str) -> str:
+def write_tensors(tensors: Mapping[str, Stored], path: Path, where: str) -> str:
     """Write tensors to a file, whose mode follows the umask, and return its sha256.
+
+    Who gives `Pieces` has checked that they are finite.
 
     Raises:
         WeightsError: a tensor has a dtype that an artefact cannot hold, or holds NaN or infinity; the write failed.
     """
-    check_finite(tensors, where)
+    check_finite({name: each for name, each in tensors.items() if not isinstance(each, Pieces)}, where)
     save_tensors(tensors, path, where)
     return sha256(path, where)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, where: str, metadata: dict[str, str] | None = None) -> None:
+def save_tensors(tensors: Mapping[str, Stored], path: Path, where: str, metadata: dict[str, str] | None = None) -> None:
     """Write tensors and strings to a safetensors file, with the mode that the umask gives.
 
     The header is padded with spaces to whole multiples of `ALIGNMENT`, so that a tensor of such a size begins at an
@@ -350,7 +356,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, where: str, metadata
         try:
             file.write(len(written).to_bytes(8, "little") + written)
             for _, tensor in ordered:
-                file.write(_little_endian(tensor))
+                for piece in tensor.read() if isinstance(tensor, Pieces) else (tensor,):
+                    file.write(_little_endian(piece))
             file.flush()
         except OSError as error:  # above all a full disk
             raise WeightsError(where, f"{path.name} cannot be written: {one_line(error)}") from error
@@ -386,10 +393,16 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
 
 def is_finite(tensor: Tensor) -> bool:
     """Return True if the tensor holds neither NaN nor infinity."""
+    import torch
+
     if tensor.is_floating_point() and tensor.element_size() == 1:  # torch has no isfinite for 8-bit floats
         tensor = tensor.float()
     # A finite sum proves it cheaply; a sum that is not finite may have overflowed, so each element is then checked.
-    return not tensor.is_floating_point() or bool(tensor.float().sum().isfinite()) or bool(tensor.isfinite().all())
+    return (
+        not tensor.is_floating_point()
+        or bool(tensor.sum(dtype=torch.float32).isfinite())
+        or bool(tensor.isfinite().all())
+    )
 
 
 def verify_weights(path: Path, expected: str, where: str) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from featurizers.errors import (
     ArtefactError,
@@ -50,6 +50,10 @@ from featurizers.models.passport import passport_of
 from featurizers.registry.plugin_host import host
 from featurizers.store import descriptions
 
+Divide: TypeAlias = "Callable[[FeatureSpace[Any]], tuple[FeatureSpace[Any], nn.Module, Mapping[str, slice]]]"
+"""From a featurizer without memory to what one of several processes holds of it: that featurizer, the module in it
+whose tensors have the names of the file, and the rows to read of each tensor that is not read whole."""
+
 MAX_SET_NUMBERS = 2**16
 """Most numbers for each feature that a stored feature set may have."""
 
@@ -79,9 +83,11 @@ def save(
     if model is not None:
         record = passport_of(model, featurizer).model_dump(mode="json")
         featurizer.metadata = {**featurizer.metadata, PASSPORT: record}
-    target = resolved(folder)
-    with _replacing(target) as new_folder:
-        _write(featurizer, new_folder, source=f"./{target.name}", metrics=metrics)
+    with featurizer.saving() as is_writer:
+        if is_writer:
+            target = resolved(folder)
+            with _replacing(target) as new_folder:
+                _write(featurizer, new_folder, source=f"./{target.name}", metrics=metrics)
     return Path(folder).expanduser()
 
 
@@ -155,6 +161,7 @@ def read_folder(
     verify: bool = False,
     indices: Any = None,
     allow_nonfinite: bool = False,
+    divide: Divide | None = None,
 ) -> FeatureSpace[Any]:
     """Read the weights of an artefact and build its featurizer.
 
@@ -167,6 +174,7 @@ def read_folder(
         verify: whether to compare the sha256 of the weights with the one in the config.
         indices: which features to read, None for all.
         allow_nonfinite: accept weights that hold NaN or infinity; such a featurizer is not checked further.
+        divide: chooses what this process reads of it, if several processes share it.
 
     Raises:
         UsageError: the kind can be loaded only as a whole.
@@ -185,7 +193,7 @@ def read_folder(
         weights.check_header(weights.read_header(path, where), featurizer.state_dict(), manifest.features, where)
         if verify:
             weights.verify_weights(path, manifest.sha256, where)
-        rows: dict[str, Tensor] = {}
+        rows: Mapping[str, Tensor | slice] = {}
         added: dict[str, Tensor] = {}
         names: set[str] | None = None
         columns: Any = None
@@ -194,11 +202,14 @@ def read_folder(
             config, rows, added = cls.rows_of_slice(config, columns)
             featurizer = _on_meta(cls, config, where)
             names = {*featurizer.state_dict(), *(f"{weights.SET_PREFIX}{name}" for name in manifest.features)}
+        part: nn.Module = featurizer
+        if divide is not None:
+            featurizer, part, rows = divide(featurizer)
         stored = weights.read_tensors(path, device, where, rows, names=names, allow_nonfinite=allow_nonfinite)
         tensors = {**stored, **added}
         sets = {name: tensors.pop(f"{weights.SET_PREFIX}{name}") for name in manifest.features}
-        tensors = weights.laid_out(tensors, featurizer.state_dict())
-        featurizer.load_state_dict(tensors, assign=True)
+        tensors = weights.laid_out(tensors, part.state_dict())
+        part.load_state_dict(tensors, assign=True)
         if any(t.is_meta for t in (*featurizer.parameters(), *featurizer.buffers())):
             featurizer = cls(config)  # the kind computes tensors that it does not store
             featurizer.load_state_dict(tensors, assign=True)
@@ -280,7 +291,7 @@ def _write(
     """
     metadata = descriptions.written(featurizer, folder, source)
     sets = {f"{weights.SET_PREFIX}{name}": tensor for name, tensor in featurizer.feature_sets.items()}
-    tensors = featurizer.state_dict() if reference is None else {}
+    tensors = featurizer.stored_tensors() if reference is None else {}
     digest = weights.write_tensors({**tensors, **sets}, folder / WEIGHTS_NAME, source)
     config = featurizer.config if reference is None else reference
     try:

@@ -23,6 +23,7 @@ from featurizers.format.reference import KIND as REFERENCE
 from featurizers.format.reference import Reference, reference_in
 from featurizers.hub.repository import Remote
 from featurizers.hub.sources import CatalogueSource, FolderSource, HubSource, Source, parse_source
+from featurizers.registry.forwarding import forwarded
 from featurizers.registry.plugin_host import host
 from featurizers.store import artefact, descriptions, external
 from featurizers.store.records import check_kind, local_record, single_artefact
@@ -45,6 +46,7 @@ def load(
     indices: Indices | Mapping[str, Indices] = None,
     verify: bool = False,
     allow_nonfinite: bool = False,
+    mesh: Any = None,
 ) -> Any:
     """Load a featurizer from a folder, a repository or the catalogue of a plugin.
 
@@ -69,6 +71,8 @@ def load(
         verify: compare the sha256 of the weights with the one in the config; for files of another library, compare
             them with the Hub's checksums.
         allow_nonfinite: load weights that hold NaN or infinity too, to look at them.
+        mesh: `torch.distributed.device_mesh.DeviceMesh` whose processes share a dictionary, each of which reads and
+            holds its rows alone; with several axes, the one named ``features``. Needs ``featurizers-sharded``.
 
     Returns:
         A `Featurizer`, or a `SiteMap` where the features are read and written at different sites; the source decides,
@@ -108,12 +112,22 @@ def load(
         verify=verify,
         allow_nonfinite=allow_nonfinite,
     )
-    if isinstance(parsed, FolderSource):
+    if mesh is None:
+        return _loaded(request, source)
+    if indices is not None:
+        raise UsageError("give mesh= or indices=: with a mesh all features are loaded, and take() gives some of them")
+    load_share = forwarded("sharded", "load_share", "load with mesh=")
+    return load_share(lambda **share: _loaded(replace(request, **share), source), mesh, device)
+
+
+def _loaded(request: Request, source: str | Path) -> FeatureSpace[Any]:
+    """Locate, read and place the featurizer of a request, whose source the caller wrote as ``source``."""
+    if isinstance(request.source, FolderSource):
         featurizer = read_unchanged(
-            parsed.path / (subfolder or ""),
+            request.source.path / (request.subfolder or ""),
             (CONFIG_NAME, WEIGHTS_NAME, LABELS_NAME),
             lambda: read(locate(request), request),
-            str(parsed),
+            str(request.source),
         )
     else:
         with suggesting(source):
@@ -128,6 +142,7 @@ class Request:
 
     Attributes:
         source: parsed, with its revision; ``~`` in the path of a folder is expanded.
+        divide: as in `artefact.read_folder`.
     """
 
     source: Source
@@ -142,6 +157,7 @@ class Request:
     indices: Indices | Mapping[str, Indices]
     verify: bool
     allow_nonfinite: bool
+    divide: artefact.Divide | None = None
 
     @property
     def where(self) -> str:
@@ -224,6 +240,11 @@ def read(located: Located, request: Request) -> FeatureSpace[Any]:
         PluginError: no installed plugin reads the kind, or the plugin fails.
         HubError: the Hub refused or did not answer.
     """
+    if request.divide is not None and isinstance(located, ExternalFiles | CatalogueSource):
+        raise UsageError(
+            f"{request.where} was written by another library, and only an artefact of featurizers is divided over a "
+            "mesh: load it without mesh=, save it with save_pretrained, and load that folder"
+        )
     if isinstance(located, ExternalFiles):
         return _with_origin(external.read(located), request)
     if isinstance(located, CatalogueSource):
@@ -248,6 +269,7 @@ def read(located: Located, request: Request) -> FeatureSpace[Any]:
         verify=request.verify,
         indices=request.indices,
         allow_nonfinite=request.allow_nonfinite,
+        divide=request.divide,
     )
     featurizer.revision = revision
     return _with_origin(featurizer, request)

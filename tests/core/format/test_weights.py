@@ -8,7 +8,7 @@ import featurizers
 import pytest
 import safetensors.torch
 import torch
-from featurizers.format import weights
+from featurizers.format import Pieces, weights
 from safetensors import safe_open
 
 TENSORS = {
@@ -55,3 +55,22 @@ def test_a_tensor_of_one_number_is_written_whatever_its_stride(tmp_path: Path) -
     one = torch.tensor(3.5).expand(1)  # its stride is 0, and torch takes it for contiguous
     weights.save_tensors({"one": one}, tmp_path / "model.safetensors", "here")
     assert safetensors.torch.load_file(tmp_path / "model.safetensors")["one"].tolist() == [3.5]
+
+
+def test_pieces_are_written_as_the_tensor_that_they_make(tmp_path: Path) -> None:
+    whole, other = torch.randn(70, 3), torch.arange(5)
+    weights.save_tensors({"whole": whole, "other": other}, tmp_path / "whole", "here")
+    pieces = Pieces(whole.dtype, tuple(whole.shape), lambda: iter(whole.split(32)))
+    digest = weights.write_tensors({"whole": pieces, "other": other}, tmp_path / "pieces", "here")
+    assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert digest == weights.sha256(tmp_path / "whole", "here")
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "pieces")["whole"], whole)
+
+
+def test_a_slice_of_the_rows_is_read_alone(tmp_path: Path) -> None:
+    whole, other = torch.randn(70, 3), torch.arange(5)
+    safetensors.torch.save_file({"whole": whole, "other": other}, tmp_path / "weights")
+    found = weights.read_tensors(tmp_path / "weights", None, "here", {"whole": slice(20, 50)})
+    assert torch.equal(found["whole"], whole[20:50])
+    assert torch.equal(found["other"], other)
+    assert found["whole"].untyped_storage().nbytes() == found["whole"].nbytes

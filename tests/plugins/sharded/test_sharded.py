@@ -1,0 +1,32 @@
+"""Dictionaries on a mesh of 2 and of 4 processes, beside the whole ones: one launch each, which runs all checks."""
+
+from __future__ import annotations
+
+import featurizers
+import pytest
+from featurizers import errors
+from featurizers.registry.plugin_host import host
+
+from tests.support.dictionaries import dictionary
+from tests.support.ranks import checks_of, run_ranks
+
+MODULE = "tests.plugins.sharded.checks"
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["two", "four"])
+def found(request, tmp_path_factory):
+    """What went wrong in each check."""
+    return run_ranks(MODULE, request.param, tmp_path_factory.mktemp("ranks") / "folder")
+
+
+@pytest.mark.parametrize("check", checks_of(MODULE))
+def test_on_a_mesh(found, check):
+    assert check in found, "the checks before it left the processes out of step"
+    assert not found[check], found[check]
+
+
+def test_without_the_plugin_a_mesh_names_the_package(monkeypatch, tmp_path):
+    dictionary("relu").save_pretrained(tmp_path / "dictionary")
+    monkeypatch.delitem(host()._entries, "sharded")
+    with pytest.raises(errors.MissingDependencyError, match=r"load with mesh= needs featurizers-sharded.*pip install"):
+        featurizers.load(tmp_path / "dictionary", mesh=object())
