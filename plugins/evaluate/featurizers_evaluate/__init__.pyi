@@ -13,6 +13,8 @@ from .documents import vocabulary_of as vocabulary_of
 from .evaluating import compare as compare
 from .evaluating import evaluate as evaluate
 from .evaluating import sweep as sweep
+from .harvests import Harvested as Harvested
+from .harvests import HarvestedRow as HarvestedRow
 from .labels import import_labels as import_labels
 from .options import special_tokens as special_tokens
 from .pictures import densities as densities

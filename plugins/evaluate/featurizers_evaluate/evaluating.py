@@ -14,8 +14,9 @@ from featurizers.errors import UsageError
 from featurizers.models import evaluating
 
 from featurizers_evaluate.comparison import Comparison
-from featurizers_evaluate.definitions import ABLATIONS, GROUPS
+from featurizers_evaluate.definitions import ABLATIONS
 from featurizers_evaluate.documents import Reading, longest_of, vocabulary_of
+from featurizers_evaluate.harvests import NO_MODEL, HarvestRuns, check_named, harvest_of
 from featurizers_evaluate.measuring import Measured, Observer, Plan, measure
 from featurizers_evaluate.of_plugins import fidelity, interchange
 from featurizers_evaluate.options import Options
@@ -27,11 +28,12 @@ from featurizers_evaluate.summary import density_of, histogram_of, metrics_of, w
 
 def evaluate(
     featurizer: FeatureSpace[Any],
-    model: object,
-    tokens: Any,
+    model: object = None,
+    tokens: Any = None,
     *,
+    harvest: Any = None,
     site: Site | str | None = None,
-    metrics: Iterable[str] = GROUPS,
+    metrics: Iterable[str] | None = None,
     ablations: Iterable[str] = ABLATIONS,
     pairs: Any = None,
     tokenizer: Any = None,
@@ -60,9 +62,12 @@ def evaluate(
         model: a decoder with its head, as in `featurizers.intervene`. It is run in evaluation mode.
         tokens: documents: token ids ``(documents, tokens)``; inputs of a model with ``attention_mask``; or an iterable
             of texts, lists of token ids, or records with ``text`` or ``input_ids``, such as a data set.
+        harvest: in the place of model and tokens: what `featurizers_harvest.open` returns, or its folder. Sparsity is
+            that of the features in it, if those of this featurizer are; else they are computed from the activations in
+            it. Reconstruction needs the activations. What needs the model is named in ``about["not_measured"]``.
         site: place to measure at; None for the featurizer's own.
-        metrics: some of ``reconstruction``, ``sparsity`` and ``effect``; and ``fidelity`` of causal bases, which takes
-            2 k + 1 more passes and holds all token ids at once.
+        metrics: some of ``reconstruction``, ``sparsity`` and ``effect``, None for all three; and ``fidelity`` of causal
+            bases, which takes 2 k + 1 more passes and holds all token ids at once.
         ablations: baselines of the effect, some of ``zero`` and ``mean``.
         pairs: counterfactual pairs, `featurizers_training.Pairs`, to measure interchange accuracy too; None for none.
         tokenizer: of the model, for texts and for ``exclude_special_tokens=True``.
@@ -83,7 +88,8 @@ def evaluate(
         progress: whether to show a bar on a terminal.
 
     Raises:
-        UsageError: an argument is invalid, a document does not fit the model, or no token is left.
+        UsageError: an argument is invalid, a document does not fit the model, or no token is left; or a metric is asked
+            for that the harvest cannot give.
         SiteError, ShapeError: the featurizer does not fit the model.
         MissingDependencyError: pairs are given, and featurizers-training is not installed.
 
@@ -112,6 +118,7 @@ def evaluate(
         seed=seed,
         data=data,
         progress=progress,
+        harvest=harvest,
     )
     subject = Subject.of(featurizer, site, Limit(k, threshold))
     checked = [] if any_model or site is not None else [featurizer]
@@ -120,8 +127,8 @@ def evaluate(
 
 def sweep(
     featurizer: FeatureSpace[Any],
-    model: object,
-    tokens: Any,
+    model: object = None,
+    tokens: Any = None,
     *,
     k: Sequence[int] = (),
     threshold: Sequence[float] = (),
@@ -154,7 +161,10 @@ def sweep(
 
 
 def compare(
-    several: Mapping[str, FeatureSpace[Any]] | Sequence[FeatureSpace[Any]], model: object, tokens: Any, **options: Any
+    several: Mapping[str, FeatureSpace[Any]] | Sequence[FeatureSpace[Any]],
+    model: object = None,
+    tokens: Any = None,
+    **options: Any,
 ) -> Comparison:
     """Measure several featurizers on the same data, in one reading of it.
 
@@ -186,6 +196,10 @@ def measured(
     observe: Observer | None = None,
 ) -> list[Evaluation]:
     """Measure subjects on the same data; those to check are compared with the model first; see `measure`."""
+    if options.harvest is not None:
+        return _of_harvest(subjects, model, tokens, options, checked, observe)
+    if model is None or tokens is None:
+        raise UsageError("give a model and documents, or harvest=…")
     if checked:
         featurizers.attach(model, checked)
     own = (token for subject in subjects for token in subject.space.special_tokens)
@@ -202,14 +216,7 @@ def measured(
         mask_first=options.mask_first,
     )
     with evaluating(anatomy.model), _bar(options) as reach:
-        plan = Plan(
-            tuple(options.metrics),
-            tuple(options.ablations),
-            options.batch_size,
-            options.resamples,
-            options.seed,
-            reach,
-        )
+        plan = _plan(options, reach)
         found = measure(Runs(model, sites), subjects, tokens, reading, plan, observe)
         others: list[dict[str, Metric]] = [{} for _ in subjects]
         for number, subject in enumerate(subjects):
@@ -217,10 +224,67 @@ def measured(
                 others[number] |= interchange(model, options.pairs, subject)
             if "fidelity" in plan.groups:
                 others[number] |= fidelity(anatomy.model, tokens, reading, plan, subject)
+    config, parameter = getattr(anatomy.backend.model, "config", None), next(anatomy.model.parameters(), None)
+    about = {
+        "model": getattr(config, "_name_or_path", None) or type(anatomy.model).__name__,
+        "model_revision": getattr(config, "_commit_hash", None),
+        "dtype": None if parameter is None else str(parameter.dtype).removeprefix("torch."),
+        "context": options.context,
+    }
     return [
-        _evaluation(each, plan, metrics, _about(each, anatomy, options, excluded))
+        _evaluation(each, plan, metrics, _about(each, about, options, excluded))
         for each, metrics in zip(found, others, strict=True)
     ]
+
+
+def _of_harvest(
+    subjects: Sequence[Subject],
+    model: object,
+    tokens: Any,
+    options: Options,
+    checked: Sequence[FeatureSpace[Any]],
+    observe: Observer | None,
+) -> list[Evaluation]:
+    """Measure subjects on a harvest.
+
+    Raises:
+        UsageError: an option is for a run of the model, or the harvest lacks something; see `HarvestRuns`.
+    """
+    if model is not None or tokens is not None:
+        raise UsageError("give a model and documents, or a harvest, which has documents of its own, but not both")
+    harvest = harvest_of(options.harvest)
+    if options.pairs is not None:
+        raise UsageError(f"pairs cannot be measured on a harvest: {NO_MODEL}")
+    if options.context not in (None, harvest.context):
+        raise UsageError(f"the rows of the harvest have context={harvest.context}, not {options.context}: leave it out")
+    runs = HarvestRuns(harvest, subjects)
+    for subject in subjects:
+        for name, why in runs.why_not(subject).items():
+            if name in options.asked:
+                raise UsageError(f"the metrics {name!r} of {subject.space.id!r} cannot be measured on a harvest: {why}")
+    for space in checked:
+        check_named(space, harvest)
+    own = (token for subject in subjects for token in subject.space.special_tokens)
+    excluded = tuple(sorted({*options.special_tokens(), *harvest.excluded_tokens, *own}))
+    reading = Reading(
+        context=harvest.context, max_tokens=options.max_tokens, excluded=excluded, mask_first=options.mask_first
+    )
+    with _bar(options) as reach:
+        plan = _plan(options, reach)
+        found = measure(runs, subjects, None, reading, plan, observe)
+    about = {**harvest.about, "context": harvest.context}
+    return [_evaluation(each, plan, {}, _about(each, about, options, excluded)) for each in found]
+
+
+def _plan(options: Options, reach: Callable[[int], None]) -> Plan:
+    return Plan(
+        tuple(options.metrics or ()),
+        tuple(options.ablations),
+        options.batch_size,
+        options.resamples,
+        options.seed,
+        reach,
+    )
 
 
 def _evaluation(each: Measured, plan: Plan, others: dict[str, Metric], about: dict[str, Any]) -> Evaluation:
@@ -230,10 +294,16 @@ def _evaluation(each: Measured, plan: Plan, others: dict[str, Metric], about: di
     return Evaluation(metrics, about, histogram, density, writes_of(each, plan))
 
 
-def _about(each: Measured, anatomy: Anatomy, options: Options, excluded: Sequence[int]) -> dict[str, Any]:
-    """Return what was measured on what, as JSON data."""
-    space, config = each.subject.space, getattr(anatomy.backend.model, "config", None)
-    parameter = next(anatomy.model.parameters(), None)
+def _about(each: Measured, about: Mapping[str, Any], options: Options, excluded: Sequence[int]) -> dict[str, Any]:
+    """Return what was measured on what, as JSON data.
+
+    Args:
+        each: what was measured.
+        about: what is known of the model and of the rows.
+        options: of the measurement.
+        excluded: token ids that were not measured.
+    """
+    space = each.subject.space
     writes = [str(site) for site in each.subject.writes.values()]
     return {
         "featurizer": space.id,
@@ -242,20 +312,18 @@ def _about(each: Measured, anatomy: Anatomy, options: Options, excluded: Sequenc
         "n_features": space.n_features,
         "site": ", ".join(writes if len(writes) < 4 else [writes[0], "…", writes[-1]]),
         "limit": str(each.subject.limit) or None,
-        "model": getattr(config, "_name_or_path", None) or type(anatomy.model).__name__,
-        "model_revision": getattr(config, "_commit_hash", None),
-        "dtype": None if parameter is None else str(parameter.dtype).removeprefix("torch."),
+        **about,
         "data": options.data,
         "tokens": int(each.sums["tokens"][0]),
         "tokens_read": each.tokens,
         "documents": each.documents,
-        "context": options.context,
         "excluded_tokens": list(excluded),
         "mask_first": options.mask_first,
         "resamples": options.resamples,
         "seed": options.seed,
         "interval": "95 %, percentiles of a Poisson bootstrap of documents",
         "versions": {name: version(name) for name in ("featurizers", "featurizers-evaluate", "torch")},
+        **({"not_measured": each.missing} if each.missing else {}),
     }
 
 

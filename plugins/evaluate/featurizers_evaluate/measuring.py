@@ -11,7 +11,8 @@ from featurizers import Site, SiteMap
 from featurizers.errors import FeaturizerError, UsageError
 from torch import Tensor
 
-from featurizers_evaluate.documents import Batch, Reading, batches, check_readable_again
+from featurizers_evaluate.documents import Batch, Reading, check_readable_again
+from featurizers_evaluate.harvests import HarvestRuns
 from featurizers_evaluate.runs import Clean, Losses, Runs, has_next
 from featurizers_evaluate.subjects import Subject
 from featurizers_evaluate.sums import Sums, Weights, per_row
@@ -59,6 +60,7 @@ class Measured:
         documents: number of documents.
         tokens: number of tokens that are no padding.
         no_effect: reason why the model cannot run with the reconstruction; empty if it can.
+        missing: groups of metrics that cannot be measured, each with the reason.
     """
 
     subject: Subject
@@ -69,6 +71,7 @@ class Measured:
     documents: int = 0
     tokens: int = 0
     no_effect: str = ""
+    missing: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Begin the sums."""
@@ -79,7 +82,7 @@ class Measured:
 
 @torch.no_grad()
 def measure(
-    runs: Runs,
+    runs: Runs | HarvestRuns,
     subjects: Sequence[Subject],
     tokens: Any,
     reading: Reading,
@@ -89,9 +92,9 @@ def measure(
     """Measure subjects on the same data.
 
     Args:
-        runs: of the model.
+        runs: of the model, or of a harvest in its place.
         subjects: what to measure.
-        tokens: documents.
+        tokens: documents; those of the harvest, if it is one.
         reading: how to read them.
         plan: what to measure.
         observe: is called with all features as they are computed; None for nothing.
@@ -101,13 +104,15 @@ def measure(
         ShapeError: a subject does not fit its site.
     """
     measured = [Measured(subject) for subject in subjects]
-    has_effect = "effect" in plan.groups
+    if isinstance(runs, HarvestRuns):
+        for each in measured:
+            each.missing = runs.why_not(each.subject)
+    has_effect = "effect" in plan.groups and isinstance(runs, Runs)
     means = _means(runs, subjects, tokens, reading, plan) if has_effect and "mean" in plan.ablations else {}
     weights, n_tokens, n_measured = Weights(plan.resamples, plan.seed), 0, 0
-    for batch in batches(tokens, reading, plan.batch_size, runs.device):
+    for batch, clean in runs.read(tokens, reading, plan.batch_size, logits=has_effect):
         of_rows = weights.of(batch.documents)
-        clean = runs.clean(batch, logits=has_effect)
-        effects = _Effects(runs, batch, clean, means, plan.ablations) if has_effect else None
+        effects = _Effects(runs, batch, clean, means, plan.ablations) if has_effect and isinstance(runs, Runs) else None
         for each in measured:
             rows = _reconstructed(each, clean, batch, of_rows, plan, observe)
             if effects is not None:
@@ -122,14 +127,15 @@ def measure(
     return measured
 
 
-def _means(runs: Runs, subjects: Sequence[Subject], tokens: Any, reading: Reading, plan: Plan) -> dict[Site, Tensor]:
+def _means(
+    runs: Runs | HarvestRuns, subjects: Sequence[Subject], tokens: Any, reading: Reading, plan: Plan
+) -> dict[Site, Tensor]:
     """Return the mean of the measured activations at each write, in a first reading that stops after the sites."""
     check_readable_again(tokens)
     sites = dict.fromkeys(site for subject in subjects for site in subject.writes.values())
     sums = {site: Sums() for site in sites}
-    for batch in batches(tokens, reading, plan.batch_size, runs.device):
+    for batch, clean in runs.read(tokens, reading, plan.batch_size, logits=False):
         ones = torch.ones(len(batch.documents), 1, dtype=torch.float64)
-        clean = runs.clean(batch, logits=False)
         for site, own in sums.items():
             y = _flat(clean.activations[site])
             own.add_vectors(ones, y, batch.is_measured.to(y.device))
@@ -148,35 +154,48 @@ def _reconstructed(
     each: Measured, clean: Clean, batch: Batch, weights: Tensor, plan: Plan, observe: Observer | None
 ) -> dict[str, Tensor]:
     """Add vectors and counts of features of a batch, keep the reconstructions, and return sums of its rows."""
-    space = each.subject.space
+    space, stored = each.subject.space, clean.stored.get(each.subject.space)
     width = batch.ids.shape[1] * max(space.n_features or 1, 1)
     step = max(1, CHUNK // width)
     parts: list[dict[str, Tensor]] = []
     reconstructions: list[dict[Site, Tensor]] = []
     for start in range(0, len(batch.ids), step):
         rows = slice(start, start + step)
-        x = {site: value[rows] for site, value in clean.activations.items()}
-        features, decoded = each.subject.reconstruct(x, batch.is_token[rows])
         kept = batch.is_measured[rows]
-        device = x[next(iter(decoded))].device
-        y = {name: _flat(x[site].to(device)).float() for name, site in each.subject.writes.items()}
-        y_hat = {name: _flat(decoded[site].to(device)).float() for name, site in each.subject.writes.items()}
-        for name, sums in each.writes.items():
-            sums.add_vectors(weights[rows], y[name], kept.to(device))
-            sums.add(weights[rows], _of_rows(y[name], y_hat[name], kept))
-        whole = torch.cat(list(y.values()), dim=-1)
-        if not each.writes:
-            each.sums.add_vectors(weights[rows], whole, kept.to(device))
-        found = _of_rows(whole, torch.cat(list(y_hat.values()), dim=-1), kept)
+        found = {"tokens": kept.sum(dim=-1)}
+        if all(site in clean.activations for site in each.subject.sites):
+            x = {site: value[rows] for site, value in clean.activations.items()}
+            features, decoded = each.subject.reconstruct(x, batch.is_token[rows])
+            found |= _of_writes(each, x, decoded, kept, weights[rows])
+            reconstructions.append(decoded)
+        if stored is not None:
+            features = stored.dense(rows, each.subject.limit)
         features = features.flatten(2)
         if "sparsity" in plan.groups:
             found |= _sparsity(each, features, kept.to(features.device))
         if observe is not None:
             observe(features, batch.rows(rows))
         parts.append(found)
-        reconstructions.append(decoded)
-    clean.reconstructions = {site: torch.cat([part[site] for part in reconstructions]) for site in reconstructions[0]}
+    clean.reconstructions = {
+        site: torch.cat([part[site] for part in reconstructions]) for site in (reconstructions or [{}])[0]
+    }
     return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+
+
+def _of_writes(
+    each: Measured, x: Mapping[Site, Tensor], decoded: Mapping[Site, Tensor], kept: Tensor, weights: Tensor
+) -> dict[str, Tensor]:
+    """Add activations and the sums of each write, and return sums of the rows of all writes side by side."""
+    device = x[next(iter(decoded))].device
+    y = {name: _flat(x[site].to(device)).float() for name, site in each.subject.writes.items()}
+    y_hat = {name: _flat(decoded[site].to(device)).float() for name, site in each.subject.writes.items()}
+    for name, sums in each.writes.items():
+        sums.add_vectors(weights, y[name], kept.to(device))
+        sums.add(weights, _of_rows(y[name], y_hat[name], kept))
+    whole = torch.cat(list(y.values()), dim=-1)
+    if not each.writes:
+        each.sums.add_vectors(weights, whole, kept.to(device))
+    return _of_rows(whole, torch.cat(list(y_hat.values()), dim=-1), kept)
 
 
 def _of_rows(y: Tensor, y_hat: Tensor, kept: Tensor) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from featurizers.errors import UsageError, did_you_mean, shown
@@ -24,7 +24,7 @@ class Options:
         UsageError: one is invalid.
     """
 
-    metrics: Iterable[str] = GROUPS
+    metrics: Iterable[str] | None = None
     ablations: Iterable[str] = ABLATIONS
     pairs: Any = None
     tokenizer: Any = None
@@ -37,6 +37,9 @@ class Options:
     seed: int = 0
     data: str | None = None
     progress: bool = True
+    harvest: Any = None
+    asked: tuple[str, ...] = field(init=False, default=())
+    """Groups of metrics that were named, and not taken because they are the default."""
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
@@ -45,14 +48,16 @@ class Options:
         Raises:
             UsageError: one is not known, or is invalid.
         """
-        known = [field.name for field in fields(cls)]
+        known = [each.name for each in fields(cls) if each.init]
         if unknown := [name for name in given if name not in known]:
             raise UsageError(f"there is no argument {shown(unknown[0])}. {did_you_mean(unknown[0], known)}")
         return cls(**given)
 
     def __post_init__(self) -> None:
         """Check the options, and put the names into their order."""
-        object.__setattr__(self, "metrics", _names(self.metrics, (*GROUPS, *ON_REQUEST), "metrics"))
+        names = _names(GROUPS if self.metrics is None else self.metrics, (*GROUPS, *ON_REQUEST), "metrics")
+        object.__setattr__(self, "asked", () if self.metrics is None else names)
+        object.__setattr__(self, "metrics", names)
         object.__setattr__(self, "ablations", _names(self.ablations, ABLATIONS, "ablations"))
         for name, least in NUMBERS.items():
             number = getattr(self, name)

@@ -13,7 +13,7 @@ from featurizers.format import read_json, write_json
 from pydantic import BaseModel, ConfigDict, JsonValue
 from torch import Tensor
 
-from featurizers_evaluate.definitions import DEFINITIONS
+from featurizers_evaluate.definitions import DEFINITIONS, GROUPS
 
 FORMAT: Final = "featurizers-evaluate"
 VERSION: Final = 1
@@ -229,7 +229,11 @@ def table_of(evaluations: list[Evaluation], labels: list[str]) -> Any:
     alone = len(evaluations) == 1
     names = [name for name in DEFINITIONS if any(name in each.metrics for each in evaluations)]
     title = evaluations[0].title() if alone else ""
-    table = Table(title=escape(title) or None, title_justify="left")
+    missing = {name: why for each in evaluations for name, why in (each.about.get("not_measured") or {}).items()}
+    missing = {name: why for name, why in missing.items() if name in GROUPS}
+    caption = "\n".join(f"not measured: {name}, because {printable(str(why), 300)}" for name, why in missing.items())
+    table = Table(title=escape(title) or None, title_justify="left", caption=escape(caption) or None)
+    table.caption_justify = "left"
     table.add_column("metric", overflow="fold")
     for label in labels:
         table.add_column(escape(printable(label, 60)) if label else "value", overflow="fold")

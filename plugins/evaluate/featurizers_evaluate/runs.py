@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import featurizers
 import torch
-from featurizers import Anatomy, Featurizer, Site, SiteMap
+from featurizers import Anatomy, FeatureSpace, Featurizer, Site, SiteMap
 from featurizers.errors import UsageError
 from featurizers.models import (
     NativeBackend,
@@ -24,7 +24,8 @@ from featurizers.models import (
 )
 from torch import Tensor
 
-from featurizers_evaluate.documents import Batch
+from featurizers_evaluate.documents import Batch, Reading, batches
+from featurizers_evaluate.subjects import StoredFeatures
 
 CHUNK: Final = 2**25
 """Logits of which the losses are computed at once."""
@@ -48,12 +49,14 @@ class Clean:
         logits: ``(rows, width, vocabulary)``; None if the run ended after the last site.
         block: output of the block from which runs with edits begin; None if they run everything.
         reconstructions: by site, those of the subject that is being measured.
+        stored: features of harvests, by featurizer, which need not be computed.
     """
 
     activations: dict[Site, Tensor]
     logits: Tensor | None
     block: Any = None
     reconstructions: dict[Site, Tensor] = field(default_factory=dict)
+    stored: Mapping[FeatureSpace[Any], StoredFeatures] = field(default_factory=dict)
 
 
 class Runs:
@@ -83,6 +86,11 @@ class Runs:
         """Device of the model's inputs."""
         parameter = next(self.anatomy.model.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
+
+    def read(self, tokens: Any, reading: Reading, batch_size: int, *, logits: bool) -> Iterator[tuple[Batch, Clean]]:
+        """Yield the documents in batches, each with a run without edits; see `batches` and `clean`."""
+        for batch in batches(tokens, reading, batch_size, self.device):
+            yield batch, self.clean(batch, logits=logits)
 
     def clean(self, batch: Batch, *, logits: bool) -> Clean:
         """Run the model without edits; without logits it stops after the last site."""

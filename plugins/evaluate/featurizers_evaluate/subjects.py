@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from featurizers import FeatureSpace, Featurizer, Site, SiteMap
 from featurizers.errors import UsageError, shown
-from featurizers.features import without_autocast
+from featurizers.features import Active, without_autocast
 from featurizers.models import site_of
 from torch import Tensor
 
@@ -47,6 +47,32 @@ class Limit:
             top = size.topk(self.k, dim=-1).indices
             features = torch.zeros_like(features).scatter(-1, top, features.gather(-1, top))
         return features
+
+
+@dataclass(frozen=True)
+class StoredFeatures:
+    """Features of some rows.
+
+    Attributes:
+        rows: of each, the features by group.
+        groups: number of the features of each group.
+        width: tokens of a row.
+    """
+
+    rows: Sequence[Sequence[Active]]
+    groups: Sequence[int]
+    width: int
+
+    def dense(self, rows: slice, limit: Limit) -> Tensor:
+        """Return ``(rows, width, n_features)`` of some rows, the groups side by side, with those that a limit keeps."""
+        some = self.rows[rows]
+        parts = []
+        for group, n in enumerate(self.groups):
+            x = torch.zeros(len(some), self.width, n)
+            for number, row in enumerate(some):
+                x[number, row[group].rows, row[group].columns] = row[group].values
+            parts.append(limit.of(x))
+        return torch.cat(parts, dim=-1)
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ def metrics_of(measured: Measured, plan: Plan) -> dict[str, Metric]:
         if (
             name not in _MEASURED
             or definition.group not in plan.groups
+            or definition.group in measured.missing
             or (of_ablation and name.split("_")[-2] not in plan.ablations)
         ):
             continue
@@ -67,7 +68,7 @@ def metrics_of(measured: Measured, plan: Plan) -> dict[str, Metric]:
 
 def writes_of(measured: Measured, plan: Plan) -> dict[str, dict[str, Metric]]:
     """Return the metrics of the reconstruction at each write by its site; nothing for a single write."""
-    if "reconstruction" not in plan.groups:
+    if "reconstruction" not in plan.groups or "reconstruction" in measured.missing:
         return {}
     names = [name for name, definition in DEFINITIONS.items() if definition.group == "reconstruction"]
     return {

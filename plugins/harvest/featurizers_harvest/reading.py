@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
+from featurizers import Anatomy, FeatureSpace, Site
 from featurizers.errors import ArtefactError, UsageError, did_you_mean, shown
+from featurizers_evaluate import HarvestedRow
 from torch import Tensor
 
 from featurizers_harvest.folders import Folder, folder_of
 from featurizers_harvest.plan import Plan
 from featurizers_harvest.prepared import finished, known_plan
+from featurizers_harvest.rows import rows_of_shard
 from featurizers_harvest.shards import TOKENS, Entry, part_name
+from featurizers_harvest.targets import checksum_of, checksum_of_model
 
 BUFFER: Final = 2**16
 """Activations among which `Harvest.batches` shuffles, at least."""
@@ -154,6 +158,74 @@ class Harvest:
             counts += np.bincount(indices, minlength=len(counts))
             tokens += len(batch)
         return torch.from_numpy(counts).double() / max(tokens, 1)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Names for people: the model, its revision and dtype, and the dtype of the values."""
+        own = {name: self.plan.about.get(name) for name in ("model", "model_revision")}
+        return {**own, "dtype": self.plan.model.get("dtype"), "values": self.plan.rows["values"]}
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest row that the model read."""
+        return int(self.plan.rows["context"])
+
+    @property
+    def excluded_tokens(self) -> list[int]:
+        """Token ids that have neither features nor activations."""
+        return list(self.plan.rows["excluded_tokens"])
+
+    def features_of(self, space: FeatureSpace[Any], reads: Mapping[str, Site]) -> dict[str | None, str]:
+        """Return the names of the features of each group of a map, under None of a featurizer; empty if one is missing.
+
+        Args:
+            space: featurizer or map; its kind, configuration and tensors are those of the harvested one.
+            reads: sites by name at which it reads, likewise.
+        """
+        checksum, sites = checksum_of(space), {name: str(site) for name, site in reads.items()}
+        found = {
+            each["group"]: name
+            for name, each in self.plan.features.items()
+            if each.get("checksum") == checksum and all(sites.get(k) == site for k, site in each["sites"].items())
+        }
+        return found if all(group in found for group in space.numbering()) else {}
+
+    def activations_at(self, site: Site) -> str | None:
+        """Return the name of the activations at a site; None if there are none."""
+        wanted = {"site": str(site)}
+        own = (name for name, each in self.plan.features.items() if each["kind"] == "activations")
+        return next((name for name in own if self.plan.features[name]["sites"] == wanted), None)
+
+    def is_of(self, model: object) -> bool:
+        """Return whether a model has the parameters of the one that was run, in the same dtype."""
+        return checksum_of_model(Anatomy(model)) == self.plan.model.get("checksum")
+
+    def rows(self, features: Sequence[str] = (), activations: Sequence[str] = ()) -> Iterator[HarvestedRow]:
+        """Yield rows of tokens as the model read them, in the order of the documents, with what was harvested at them.
+
+        Args:
+            features: names of features.
+            activations: names of activations.
+
+        Raises:
+            UsageError: nothing was harvested under such a name.
+            ArtefactError: the files do not fit each other.
+        """
+        for name in (*features, *activations):
+            self._check(name, sparse=name in features)
+        for number in sorted(self.entries):
+            part = f"{part_name(number)}.parquet"
+            of_features, of_activations = (
+                {
+                    name: (
+                        f"site={name}/{part}",
+                        [*self.excluded_tokens, *self.plan.features[name].get("special_tokens", [])],
+                    )
+                    for name in names
+                }
+                for names in (features, activations)
+            )
+            yield from rows_of_shard(self.folder, f"{TOKENS}/{part}", self.context, of_features, of_activations)
 
     def _known(self, name: str) -> str:
         if name not in self.plan.features:

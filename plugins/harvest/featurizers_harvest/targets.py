@@ -9,13 +9,13 @@ from typing import Any, Final
 
 import featurizers
 import torch
-from featurizers import FeatureSpace, Featurizer, Site, SiteMap
+from featurizers import Anatomy, FeatureSpace, Featurizer, Site, SiteMap
 from featurizers.errors import UsageError, shown
 from featurizers.features import Active, nonzero, without_autocast
 from featurizers.format import fingerprint
 from featurizers.models import site_of
 from featurizers_evaluate import Batch
-from torch import Tensor
+from torch import Tensor, nn
 
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 CHUNK: Final = 2**26
@@ -217,9 +217,12 @@ def _targets(name: str, each: Any) -> list[Target]:
 def checksums_of(targets: list[Target]) -> dict[FeatureSpace[Any], str]:
     """Return a checksum of each featurizer's kind, config and tensors."""
     spaces = dict.fromkeys(target.space for target in targets if target.space is not None)
-    return {
-        space: fingerprint(space.state_dict(), f"{space.kind} {space.config.model_dump_json()}") for space in spaces
-    }
+    return {space: checksum_of(space) for space in spaces}
+
+
+def checksum_of(space: FeatureSpace[Any]) -> str:
+    """Return a checksum of a featurizer's kind, config and tensors."""
+    return fingerprint(space.state_dict(), f"{space.kind} {space.config.model_dump_json()}")
 
 
 def check_model(targets: list[Target], model: object) -> None:
@@ -227,3 +230,16 @@ def check_model(targets: list[Target], model: object) -> None:
     spaces = dict.fromkeys(target.space for target in targets if target.space is not None)
     if spaces:
         featurizers.attach(model, list(spaces))
+
+
+def checksum_of_model(anatomy: Anatomy) -> str:
+    """Return a checksum of the parameters and buffers of a model.
+
+    Raises:
+        UsageError: some are not in memory, as those of offloaded models.
+    """
+    model = anatomy.backend.model if isinstance(anatomy.backend.model, nn.Module) else anatomy.model
+    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    if missing := [name for name, tensor in state.items() if tensor.is_meta]:
+        raise UsageError(f"{missing[0]} is not in memory, so that the model has no checksum: load it whole")
+    return fingerprint(state)

@@ -14,8 +14,9 @@ from featurizers_evaluate.evaluating import compare
 
 def compare_command(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Artefacts, as for evaluate.")],
-    model: options.Model,
+    model: options.Model = None,
     data: options.Data = None,
+    harvest: options.Harvest = None,
     key: options.Key = None,
     split: options.Split = None,
     metrics: options.Metrics = None,
@@ -33,11 +34,30 @@ def compare_command(
     as_json: options.Json = False,
 ) -> None:
     """Measure several artefacts on the same documents: one table and one picture."""
-    if data is None:
-        raise UsageError("give --data with documents")
     if repeated := [each for each in sources if sources.count(each) > 1]:
         raise UsageError(f"the artefact {shown(repeated[0])} is given twice")
     options.check_out(out)
+    if harvest is not None:
+        of_model = {"--model": model, "--data": data, "--key": key, "--split": split, "--ablations": ablations}
+        options.refuse_given(
+            {**of_model, "--context": context, "--exclude-special": exclude_special, "--device": device},
+            options.OF_HARVEST,
+        )
+        stored = options.of_harvest(
+            metrics=metrics,
+            tokens=tokens,
+            batch_size=batch_size,
+            mask_first=mask_first,
+            seed=seed,
+            any_model=any_model,
+            as_json=as_json,
+            harvest=harvest,
+        )
+        found = compare({source: featurizers.load(source) for source in sources}, **stored)
+        options.show(found, out, joined=False, as_json=as_json)
+        return
+    if model is None or data is None:
+        raise UsageError("give --model and --data with documents, or --harvest with the folder of a harvest")
     language_model = options.loaded(model, device, dtype)
     placed = next(language_model.model.parameters()).device
     several = {source: featurizers.load(source, device=placed) for source in sources}

@@ -24,8 +24,9 @@ def evaluate_command(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="owner/name, owner/name@revision, ./folder or hub:owner/name.")
     ],
-    model: options.Model,
+    model: options.Model = None,
     data: options.Data = None,
+    harvest: options.Harvest = None,
     pairs: Annotated[
         str | None, typer.Option(help="File of JSON lines, one counterfactual pair each, to measure accuracy on.")
     ] = None,
@@ -75,6 +76,25 @@ def evaluate_command(
         "--seed": seed,
         "--out": out,
     }
+    if harvest is not None:
+        of_model = {"--model": model, "--data": data, "--pairs": pairs, "--cluster": cluster, "--device": device}
+        unfit = ("--key", "--split", "--ablations", "--context", "--exclude-special")
+        options.refuse_given({**of_model, **{name: of_data[name] for name in unfit}}, options.OF_HARVEST)
+        own = _one_site(site)
+        arguments = options.of_harvest(
+            metrics=metrics,
+            tokens=tokens,
+            batch_size=batch_size,
+            mask_first=mask_first,
+            seed=seed,
+            any_model=any_model,
+            as_json=as_json,
+            harvest=harvest,
+        )
+        _measure(source, subfolder, revision, (), own, sweep_over, arguments, out, as_json)
+        return
+    if model is None:
+        raise UsageError("give --model and --data, or --harvest with the folder of a harvest")
     if pairs is not None and data is None:
         if given := [name for name, value in of_data.items() if value is not None]:
             raise UsageError(f"{given[0]} is for documents, --data, not for --pairs")
@@ -84,14 +104,11 @@ def evaluate_command(
         raise UsageError("give --data with documents, or --pairs with a file of counterfactual pairs")
     if cluster is not None:
         raise UsageError("--cluster is for --pairs; intervals on documents are of whole documents")
-    if site is not None and len(site) > 1:
-        raise UsageError("give --site once: documents are measured at one site")
+    own = _one_site(site)
     options.check_out(out)
-    limits = None if sweep_over is None else options.numbers(sweep_over)
+    if sweep_over is not None:
+        options.numbers(sweep_over)
     language_model = options.loaded(model, device, dtype)
-    f = featurizers.load(
-        source, subfolder=subfolder, revision=revision, device=next(language_model.model.parameters()).device
-    )
     documents, arguments = options.arguments(
         language_model,
         data,
@@ -108,13 +125,49 @@ def evaluate_command(
         any_model=any_model,
         as_json=as_json,
     )
-    own = None if site is None else site[0]
+    run = (language_model.model, documents)
+    _measure(source, subfolder, revision, run, own, sweep_over, arguments, out, as_json)
+
+
+def _one_site(site: list[str] | None) -> str | None:
+    if site is not None and len(site) > 1:
+        raise UsageError("give --site once: documents are measured at one site")
+    return None if site is None else site[0]
+
+
+def _measure(
+    source: str,
+    subfolder: str | None,
+    revision: str | None,
+    run: tuple[Any, ...],
+    site: str | None,
+    sweep_over: str | None,
+    arguments: dict[str, Any],
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure an artefact with all its features or with fewer, and show the result.
+
+    Args:
+        source: of the artefact, with the next two.
+        subfolder: as in `featurizers.load`.
+        revision: as there.
+        run: model and documents; empty for a harvest, which the arguments have.
+        site: to measure at.
+        sweep_over: as the option ``--sweep``.
+        arguments: of `evaluate`.
+        out: folder to write to.
+        as_json: whether to print JSON.
+    """
+    options.check_out(out)
+    limits = None if sweep_over is None else options.numbers(sweep_over)
+    device = next(run[0].parameters()).device if run else "cpu"
+    f = featurizers.load(source, subfolder=subfolder, revision=revision, device=device)
     if limits is not None:
-        found = sweep(f, language_model.model, documents, k=limits[0], threshold=limits[1], site=own, **arguments)
+        found = sweep(f, *run, k=limits[0], threshold=limits[1], site=site, **arguments)
         options.show(found, out, joined=True, as_json=as_json)
         return
-    result = evaluate(f, language_model.model, documents, site=own, **arguments)
-    _show(result, out, as_json)
+    _show(evaluate(f, *run, site=site, **arguments), out, as_json)
 
 
 def _show(result: Evaluation, out: Path | None, as_json: bool) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import torch
 import typer
@@ -17,8 +17,13 @@ from rich.console import Console
 from featurizers_evaluate.command.texts import documents_of
 from featurizers_evaluate.comparison import Comparison
 from featurizers_evaluate.definitions import ABLATIONS, GROUPS
+from featurizers_evaluate.harvests import harvest_of
 
-Model = Annotated[str, typer.Option("--model", help="Hub id, folder or .gguf file of a language model.")]
+Model = Annotated[str | None, typer.Option("--model", help="Hub id, folder or .gguf file of a language model.")]
+Harvest = Annotated[
+    str | None, typer.Option(metavar="FOLDER", help="A finished harvest, in the place of documents and of the model.")
+]
+OF_HARVEST: Final = "is for a run of the model, --model and --data, and not for --harvest, whose rows are as they are"
 Data = Annotated[
     str | None, typer.Option(help="Documents: a .jsonl, .parquet or text file, or the id of a data set of the Hub.")
 ]
@@ -101,6 +106,42 @@ def arguments(
         "mask_first": mask_first or 0,
         "seed": seed or 0,
         "data": name_of(data, split),
+        "any_model": any_model,
+        "progress": not as_json,
+    }
+
+
+def refuse_given(given: Mapping[str, Any], why: str) -> None:
+    """Raise UsageError if one of some options was given.
+
+    Args:
+        given: their values by name; None or False for those that were not given.
+        why: what the error says of the option.
+    """
+    if named := [name for name, value in given.items() if value is not None and value is not False]:
+        raise UsageError(f"{named[0]} {why}")
+
+
+def of_harvest(
+    *,
+    metrics: str | None,
+    tokens: int | None,
+    batch_size: int | None,
+    mask_first: int | None,
+    seed: int | None,
+    any_model: bool,
+    as_json: bool,
+    harvest: str,
+) -> dict[str, Any]:
+    """Return the arguments of `evaluate` on a harvest that the options stand for."""
+    return {
+        "harvest": harvest_of(harvest),
+        "metrics": None if metrics is None else words(metrics, GROUPS),
+        "max_tokens": tokens,
+        "batch_size": batch_size or 8,
+        "mask_first": mask_first or 0,
+        "seed": seed or 0,
+        "data": f"harvest {harvest}",
         "any_model": any_model,
         "progress": not as_json,
     }

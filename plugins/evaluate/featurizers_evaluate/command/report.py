@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import featurizers
 import typer
@@ -22,15 +22,19 @@ def report_command(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="owner/name, owner/name@revision, ./folder or hub:owner/name.")
     ],
-    model: options.Model,
+    model: options.Model = None,
     data: options.Data = None,
+    harvest: options.Harvest = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="A new .html file.")] = Path("report.html"),
     key: options.Key = None,
     split: options.Split = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to read.")] = 16_384,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to read; 16384 by default, all of a harvest.")
+    ] = None,
     effect_tokens: Annotated[
-        int, typer.Option(min=0, help="Of them, those on which the effect on the model is measured; 0 for none.")
-    ] = 256,
+        int | None,
+        typer.Option(min=0, help="Of them, those on which the effect on the model is measured; 256; 0 for none."),
+    ] = None,
     contexts: Annotated[int, typer.Option(min=1, help="Contexts of each feature.")] = 5,
     context: options.Context = None,
     batch_size: options.BatchSize = None,
@@ -45,33 +49,41 @@ def report_command(
     as_json: options.Json = False,
 ) -> None:
     """Write one page that shows each feature: contexts, densities, effects on the logits, neighbours."""
-    if data is None:
-        raise UsageError("give --data with documents")
+    if harvest is None and (model is None or data is None):
+        raise UsageError("give --model and --data with documents, or --harvest with the folder of a harvest")
+    if harvest is not None:
+        of_run = {"--data": data, "--key": key, "--split": split, "--context": context}
+        options.refuse_given(
+            {**of_run, "--effect-tokens": effect_tokens, "--exclude-special": exclude_special}, options.OF_HARVEST
+        )
     path = out.expanduser()
     _check_new(path)
-    documents = documents_of(data, key or "text", split or "train")
-    if next(iter(documents), None) is None:
+    documents = None if data is None else documents_of(data, key or "text", split or "train")
+    if documents is not None and next(iter(documents), None) is None:
         raise UsageError(f"there are no documents in {shown(data)}")
     f = featurizers.load(source, subfolder=subfolder, revision=revision)
     if site is None and not f.sites:
         raise UsageError(f"{shown(source)} does not say where it belongs; name the site with --site")
-    language_model = options.loaded(model, device, dtype)
+    language_model = None if model is None else options.loaded(model, device, dtype)
+    if language_model is not None:
+        f = f.to(next(language_model.model.parameters()).device)
+    of_data: dict[str, Any] = {"harvest": harvest, "max_tokens": tokens, "data": f"harvest {harvest}"}
+    if data is not None:
+        of_data = {"max_tokens": tokens or 16_384, "context": context or 128, "data": options.name_of(data, split)}
     found = report(
-        f.to(next(language_model.model.parameters()).device),
-        language_model.model,
+        f,
+        None if language_model is None else language_model.model,
         documents,
         site=site,
         contexts=contexts,
-        effect_tokens=effect_tokens,
-        tokenizer=language_model.tokenizer,
+        effect_tokens=256 if effect_tokens is None else effect_tokens,
+        tokenizer=None if language_model is None else language_model.tokenizer,
         exclude_special_tokens=exclude_special,
         mask_first=mask_first or 0,
-        context=context or 128,
-        max_tokens=tokens,
         batch_size=batch_size or 8,
-        data=options.name_of(data, split),
         any_model=any_model,
         progress=not as_json,
+        **of_data,
     )
     found.save(path)
     if as_json:

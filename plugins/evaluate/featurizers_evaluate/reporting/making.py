@@ -17,6 +17,7 @@ from torch import Tensor
 
 from featurizers_evaluate.documents import Batch
 from featurizers_evaluate.evaluating import evaluate, measured
+from featurizers_evaluate.harvests import NO_MODEL, check_of_model, harvest_of
 from featurizers_evaluate.options import Options
 from featurizers_evaluate.reporting.data import NEURONPEDIA, Contexts, check_contexts
 from featurizers_evaluate.reporting.directions import directions_of
@@ -37,9 +38,10 @@ NEURONPEDIA_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,99}/[A-Za-z0-9][\w.-]{0
 
 def report(
     featurizer: FeatureSpace[Any],
-    model: object,
-    tokens: Any,
+    model: object = None,
+    tokens: Any = None,
     *,
+    harvest: Any = None,
     site: Site | str | None = None,
     features: Any = None,
     contexts: int = 5,
@@ -64,6 +66,8 @@ def report(
         featurizer: of any kind; of a map between sites all groups.
         model: a decoder with its head, as in `featurizers.evaluate`.
         tokens: documents, as there.
+        harvest: in the place of the tokens, as there. The model is then needed for the effects on the logits alone, and
+            may be left out; the effect of the reconstruction is not measured.
         site: place to measure at; None for the featurizer's own.
         features: numbers of the features to report; of a map with several groups, such numbers by group. None for all,
             or of more than 32,768 those that are active most often.
@@ -99,7 +103,7 @@ def report(
     if type(effect_tokens) is not int or effect_tokens < 0:
         raise UsageError(f"effect_tokens is a whole number of at least 0, not {shown(effect_tokens)}")
     options = Options(
-        metrics=("reconstruction", "sparsity"),
+        metrics=("reconstruction", "sparsity") if harvest is None else None,
         ablations=(),
         tokenizer=tokenizer,
         exclude_special_tokens=exclude_special_tokens,
@@ -110,7 +114,10 @@ def report(
         seed=seed,
         data=data,
         progress=progress,
+        harvest=None if harvest is None else harvest_of(harvest),
     )
+    if options.harvest is not None and model is not None and not any_model:
+        check_of_model(options.harvest, model)
     subject = Subject.of(featurizer, site)
     chosen = None if features is None else _columns(featurizer, features)
     checked = [] if any_model or site is not None else [featurizer]
@@ -120,9 +127,10 @@ def report(
         tally.add(found, batch)
         first.add(batch)
 
-    evaluation = measured([subject], model, tokens, options, checked, observe)[0]
-    effect, no_effect = None, ""
-    if effect_tokens:
+    given = model if harvest is None else None
+    evaluation = measured([subject], given, tokens, options, checked, observe)[0]
+    effect, no_effect = None, "" if harvest is None else NO_MODEL
+    if effect_tokens and harvest is None:
         common = {name: getattr(options, name) for name in ("mask_first", "context", "batch_size", "seed", "progress")}
         excluded = evaluation.about["excluded_tokens"]
         few = {**common, "exclude_special_tokens": excluded, "max_tokens": effect_tokens, "data": data}
@@ -134,6 +142,8 @@ def report(
             no_effect = str(error)
     columns = _chosen(tally) if chosen is None else chosen
     found = _Report(subject, model, tally, columns, evaluation, effect, no_effect, tokenizer)
+    if model is None:
+        return found.made(_tried(subject), lambda _: None)
     with (
         evaluating(featurizers.Anatomy(model).model),
         progress_bar(len(columns), "effects on the logits", shown=progress) as bar,
@@ -177,6 +187,12 @@ def _probe(subject: Subject, model: object, first: _First) -> Tensor | None:
     ids = torch.tensor([first.row()[:PROBE]], device=next(featurizers.Anatomy(model).model.parameters()).device)
     x = featurizers.collect(model, {"input_ids": ids}, [site])[site][0].flatten(1).float()
     return torch.stack([x[0], x[-1] if len(x) > 1 else 1.5 * x[0]])
+
+
+def _tried(subject: Subject) -> Tensor | None:
+    """Return two random activations ``(2, d)`` to try what features write without a model; None for a map."""
+    width = None if isinstance(subject.space, SiteMap) else subject.space.d_in
+    return None if width is None else torch.randn(2, width, generator=torch.Generator().manual_seed(0))
 
 
 def _columns(space: FeatureSpace[Any], features: Any) -> Tensor:
@@ -239,7 +255,9 @@ class _Report:
         variance = tally.squares.cpu() / tokens - mean.square()
         high, low = _some(tally.high(), columns), tally.low()
         directions = directions_of(self._space, probe)
-        effects = logit_effects(directions, self._subject.writes, self._model, columns, reach)
+        effects: Effects | str = NO_MODEL
+        if self._model is not None:
+            effects = logit_effects(directions, self._subject.writes, self._model, columns, reach)
         some_low = None if low is None else _some(low, columns)
         shown = [each.ids for each in (high, some_low) if each is not None]
         shown += [effects.high, effects.low] if isinstance(effects, Effects) else []
