@@ -15,7 +15,7 @@ from typing import Any, Final
 from featurizers.errors import ArtefactError, MissingDependencyError, UsageError, one_line, shown
 from featurizers.files import locked, os_errors, temporary_folder
 
-UNFINISHED: Final = re.compile(r"\.(part-\d{6,}|plan|work)\.[0-9a-f]{32}")
+UNFINISHED: Final = re.compile(r"\.(part-\d{6,}|plan|known|work)\.[0-9a-f]{32}")
 """Names of temporaries that a killed program leaves."""
 URL: Final = re.compile(r"[a-z][a-z0-9+.-]+://")
 

@@ -135,7 +135,7 @@ def check(
     """
     if not isinstance(share, int | float) or not 0 < share <= 1:
         raise UsageError(f"share is a number above 0, and at most 1, not {shown(share)}")
-    prepared = Prepared.of(model, wanted, data, out, Options(**options))
+    prepared = Prepared.of(model, wanted, data, out, Options(**options), trust=False)
     done = sorted(prepared.finished())
     if not done:
         raise UsageError(f"{prepared.folder.where} has no finished shard to check")

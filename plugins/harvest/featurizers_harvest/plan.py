@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, NamedTuple
 
 from featurizers.errors import ArtefactError, UsageError, shown
@@ -113,3 +114,16 @@ def shards_of(source: Source, tokens: int, most: int | None) -> list[Shard]:
     if not count:
         raise UsageError("there are no documents to harvest")
     return [*shards, Shard(first, count, begin, digest.hexdigest())]
+
+
+def digest_of(shards: Iterable[Shard]) -> str:
+    """Return the checksum of the documents of all shards."""
+    return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
+
+
+def version_of(name: str) -> str | None:
+    """Return the version of an installed distribution; None if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

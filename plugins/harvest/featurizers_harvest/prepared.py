@@ -7,22 +7,20 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from featurizers import Anatomy, FeatureSpace
 from featurizers.errors import ArtefactError, UsageError, one_line, shown
-from featurizers.format import fingerprint
 from featurizers_evaluate import Reading, longest_of, special_tokens, vocabulary_of
 from pydantic import ValidationError
-from torch import Tensor, nn
 
 from featurizers_harvest.engines import Engine, Start
 from featurizers_harvest.folders import Disk, Folder, folder_of
 from featurizers_harvest.job import Job, ModelName, sent
-from featurizers_harvest.plan import FORMAT, VERSION, Plan, Shard, shards_of
+from featurizers_harvest.known import Known
+from featurizers_harvest.plan import FORMAT, VERSION, Plan, Shard, digest_of, version_of
 from featurizers_harvest.shards import DONE, TOKENS, Entry, Work, Worker, device_of, part_name, read_entry
 from featurizers_harvest.sources import source_of
 from featurizers_harvest.tables import DTYPES
@@ -78,6 +76,7 @@ class Prepared:
         work: for workers in this process.
         model: name of the model, None if it was given itself.
         wanted: featurizers, maps and sites by name.
+        memory: of the checksums of files.
     """
 
     folder: Folder
@@ -86,10 +85,21 @@ class Prepared:
     work: Work
     model: ModelName | None
     wanted: Mapping[str, Any]
+    memory: Known
 
     @classmethod
-    def of(cls, model: object, wanted: Any, data: Any, out: str | Path, options: Options) -> Prepared:
+    def of(
+        cls, model: object, wanted: Any, data: Any, out: str | Path, options: Options, *, trust: bool = True
+    ) -> Prepared:
         """Check the arguments, read the documents once, and compare the plan with that of the folder.
+
+        Args:
+            model: as in `harvest`, as the next three.
+            wanted: as there.
+            data: as there.
+            out: as there.
+            options: other arguments.
+            trust: whether files that are those of the last run, by size and time, need not be read again; see `Known`.
 
         Raises:
             UsageError: an argument is invalid.
@@ -97,6 +107,7 @@ class Prepared:
         """
         folder = folder_of(out)
         known = known_plan(folder)
+        memory = Known(folder, known if trust else None)
         targets, source = targets_of(wanted), source_of(data, options.key)
         name = ModelName(model, options.device, options.dtype) if isinstance(model, str) else None
         tokenizer = options.tokenizer
@@ -108,9 +119,11 @@ class Prepared:
         if not options.any_model:
             check_model(targets, model)
         reading = _reading(anatomy.backend.model, tokenizer, options)
-        shards = tuple(shards_of(source, options.shard_tokens, options.max_documents))
+        shards = memory.shards(source, options.shard_tokens, options.max_documents)
+        loaded = [str(options.dtype), str(device_of(anatomy.model))]
+        checksum = memory.model_checksum(anatomy, None if name is None else name.name, loaded)
         threads = torch.get_num_threads() if known is None else int(known.environment.get("threads", 1))
-        plan = _plan(anatomy, targets, shards, reading, options, threads)
+        plan = _plan(anatomy, checksum, targets, shards, reading, options, threads)
         if known is not None:
             plan.check_same(known, folder.where)
         work = Work(
@@ -124,13 +137,14 @@ class Prepared:
             plan.sha256,
             threads,
         )
-        return cls(folder, plan if known is None else known, shards, work, name, by_name(wanted))
+        return cls(folder, plan if known is None else known, shards, work, name, by_name(wanted), memory)
 
     def begin(self) -> None:
-        """Write the plan, if the folder has none."""
+        """Write the plan, if the folder has none, and what is known of the files."""
         if self.folder.read("plan.json") is None:
             data = {"format": FORMAT, "version": VERSION, **self.plan.model_dump(), "sha256": self.work.plan}
             self.folder.write("plan.json", (json.dumps(data, indent=1) + "\n").encode())
+        self.memory.write()
 
     def worker(self) -> Worker:
         """Return a worker in this process."""
@@ -240,16 +254,21 @@ def _reading(model: object, tokenizer: Any, options: Options) -> Reading:
 
 
 def _plan(
-    anatomy: Anatomy, targets: list[Target], shards: tuple[Shard, ...], reading: Reading, options: Options, threads: int
+    anatomy: Anatomy,
+    checksum: str,
+    targets: list[Target],
+    shards: tuple[Shard, ...],
+    reading: Reading,
+    options: Options,
+    threads: int,
 ) -> Plan:
     model, config = anatomy.model, getattr(anatomy.backend.model, "config", None)
     device, checksums = device_of(model), checksums_of(targets)
-    digest = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
     names: dict[str, FeatureSpace[Any]] = {target.name: target.space for target in targets if target.space is not None}
     return Plan(
         model={
             "class": type(anatomy.backend.model).__name__,
-            "checksum": _checksum(anatomy.backend.model if isinstance(anatomy.backend.model, nn.Module) else model),
+            "checksum": checksum,
             "dtype": str(next((p.dtype for p in model.parameters()), None)).removeprefix("torch."),
             "attention": getattr(config, "_attn_implementation", None),
         },
@@ -257,7 +276,7 @@ def _plan(
         data={
             "documents": sum(shard.documents for shard in shards),
             "shards": len(shards),
-            "sha256": digest,
+            "sha256": digest_of(shards),
             "tokenizer": None if reading.tokenizer is None else _tokenizer_checksum(reading.tokenizer),
         },
         rows={
@@ -269,7 +288,7 @@ def _plan(
         },
         environment={
             "versions": {
-                name: _version(name) for name in ("featurizers", "featurizers-harvest", "torch", "transformers")
+                name: version_of(name) for name in ("featurizers", "featurizers-harvest", "torch", "transformers")
             },
             "device": device.type if device.type != "cuda" else torch.cuda.get_device_name(device),
             "threads": threads,
@@ -282,18 +301,6 @@ def _plan(
     )
 
 
-def _checksum(model: nn.Module) -> str:
-    """Return a checksum of the parameters and buffers.
-
-    Raises:
-        UsageError: some are not in memory, as those of offloaded models.
-    """
-    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
-    if missing := [name for name, tensor in state.items() if tensor.is_meta]:
-        raise UsageError(f"{missing[0]} is not in memory, so that the model has no checksum: load it whole")
-    return fingerprint(state)
-
-
 def _tokenizer_checksum(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and hasattr(backend, "to_str"):
@@ -302,10 +309,3 @@ def _tokenizer_checksum(tokenizer: Any) -> str:
         get = getattr(tokenizer, "get_vocab", None)
         text = json.dumps([type(tokenizer).__name__, sorted(get().items()) if callable(get) else None], default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -45,7 +45,7 @@ def by_hand(ids: list[int], layer: int = 1, context: int = 1000) -> Tensor:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    paths = (path for path in sorted(out.rglob("*")) if path.is_file() and path.name != ".lock")
+    paths = (path for path in sorted(out.rglob("*")) if path.is_file() and path.name not in (".lock", "known.json"))
     return {str(path.relative_to(out)): path.read_bytes() for path in paths}
 
 
