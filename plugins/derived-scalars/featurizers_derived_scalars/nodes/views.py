@@ -126,7 +126,7 @@ class View:
     def follow_each(self, tangents: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
         """Return `follow` of each of n changes, with one encoding where `torch.vmap` takes the encoder."""
         try:
-            return torch.vmap(self.follow)(tangents)  # type: ignore[no-any-return]
+            return torch.vmap(self.follow)(tangents)
         except RuntimeError:  # random numbers, or operations without a rule for batches
             return torch.stack([self.follow(tangent) for tangent in tangents])
 

@@ -130,7 +130,7 @@ def pair_attribution(basis: Basis) -> Deriver:
         written = _written_by_heads(context, heads, values)
         scale, parts = context.raw.write_scale(heads), []
         step = max(1, PAIR_ENTRIES // (len(x) * (_featurizer(basis, context.layer).n_features or x.shape[-1])))
-        for at, write in zip(probabilities.split(step, dim=1), written.split(step), strict=True):
+        for at, write in zip(probabilities.split(step, dim=1), written.split(step), strict=True):  # type: ignore[no-untyped-call]
             tangents = torch.einsum("qkh,khd->kqd", at.to(write), write)
             parts.append(view.follow_each(tangents if scale is None else tangents / scale.to(tangents)))
         return torch.cat(parts).transpose(0, 1)
