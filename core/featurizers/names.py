@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 KIND = re.compile(rf"{NAME.pattern}(\.{NAME.pattern})?")
+COMMAND = KIND
+"""Name of an entry point of a command: ``train``, or with its group ``fit.causal-basis``."""
 
 # A pip command is printed only for this project's own distributions, never for a name from a file.
 FIRST_PARTY = {
@@ -68,8 +70,13 @@ class Command(NamedTuple):
     help: str
 
 
+GROUPS = {"fit": "Fit featurizers to a model."}
 COMMANDS = {
-    "fit": Command("causal-basis", "featurizers-causal-basis", "Fit featurizers to a model."),
+    "fit.causal-basis": Command(
+        "causal-basis",
+        "featurizers-causal-basis",
+        "Find the directions of some layers whose ablation moves the output most, and save them.",
+    ),
     "scalars": Command(
         "derived-scalars",
         "featurizers-derived-scalars",
@@ -129,6 +136,12 @@ COMMANDS = {
 }
 # No other distribution may provide these.
 OWNERS = {**FIRST_PARTY, "composition": "featurizers", "dictionary": "featurizers", "reference": "featurizers"}
+
+
+def same_project(name: str, other: str) -> bool:
+    """Return whether two names of distributions are of one project, as pip compares them."""
+    first, second = (re.sub(r"[-_.]+", "-", each).lower() for each in (name, other))
+    return first == second
 
 
 def install_command(kind: str) -> str | None:

@@ -53,16 +53,22 @@ def test_asking_for_one_kind_imports_the_one_plugin_that_owns_it():
     assert not loaded.intersection(["pyvene", "transformers", "huggingface_hub", "matplotlib"])
 
 
-def test_a_command_of_a_plugin_imports_that_plugin_and_those_it_stands_on():
+def test_a_command_of_a_plugin_imports_that_plugin_alone():
     loaded = modules(
         "import sys; sys.argv = ['featurizers', 'demo', '--help']\n"
         "from featurizers.cli.app import app\n"
         "app(standalone_mode=False)"
     )
     plugins = {name.partition(".")[0] for name in loaded if name.startswith("featurizers_")}
+    assert plugins == {"featurizers_training"}
+    assert not loaded.intersection(HEAVY)
+
+
+def test_a_search_needs_neither_the_engine_of_patching_nor_a_picture_when_it_is_imported():
+    loaded = modules("from featurizers_training import train, sweep")
+    plugins = {name.partition(".")[0] for name in loaded if name.startswith("featurizers_")}
     assert plugins == {"featurizers_training", "featurizers_subspace", "featurizers_patching"}
-    assert not loaded.intersection(["transformers.masking_utils", "torch._dynamo"])
-    assert "matplotlib" not in loaded
+    assert not loaded.intersection(["transformers.masking_utils", "torch._dynamo", "matplotlib"])
 
 
 def test_every_public_name_is_there_and_every_other_is_an_attribute_error():

@@ -11,7 +11,7 @@ from typing import NoReturn
 import typer
 
 from featurizers.cli import commands
-from featurizers.cli.plugin_commands import CommandGroup
+from featurizers.cli.command_group import CommandGroup
 from featurizers.errors import CachedCopyWarning, FeaturizerError, one_line
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.callback()(commands.root)
 app.command()(commands.plugins)

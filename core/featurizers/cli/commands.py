@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
-import json
-import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featurizers import features, files, hub, models, registry, store
+from featurizers import hub, models, registry, store
+from featurizers.cli.command_group import CommandGroup
 from featurizers.cli.output import commit_link, escaped, print_fields, print_json, print_rows
-from featurizers.cli.plugin_commands import CommandGroup
-from featurizers.errors import FeaturizerError, ManifestError, SourceError, printable, shown
-from featurizers.format import card
-from featurizers.format import edits as edits_format
-from featurizers.format import labels as labels_format
-from featurizers.format.companion import Companion, read_companion
-from featurizers.format.manifest import (
-    CARD_NAME,
-    CONFIG_NAME,
-    INTERVENABLE_NAME,
-    INTERVENABLE_WEIGHTS_NAME,
-    LABELS_NAME,
-    MAX_CARD_BYTES,
-    MAX_CONFIG_BYTES,
-    WEIGHTS_NAME,
-    Entry,
-    Index,
-    Manifest,
-    named_folder,
-    read,
-)
-from featurizers.format.weights import read_header, verify_weights
+from featurizers.errors import FeaturizerError, printable
 from featurizers.version import __version__
 
-MOST_SHOWN = 300
-"""Characters of JSON that ``info`` prints of one entry of the metadata."""
+if TYPE_CHECKING:
+    from featurizers.format.manifest import Entry
+
 ENTRY_COLUMNS = ["subfolder", "kind", "id", "site"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -76,15 +53,20 @@ def plugins(
     as_json: Json = False,
 ) -> None:
     """List the installed plugins and their state; import them only with --strict or --commands."""
+    faults: list[str] = []
+    group = context.find_root().command
+    if (commands or strict) and isinstance(group, CommandGroup):
+        rows, faults = group.of_plugins()
+        for fault in faults:
+            typer.echo(f"warning: {fault}", err=True)
+        if commands:
+            print_rows(rows, ["command", "distribution", "help"], as_json=as_json)
+            return
     if strict:
         registry.host().load_all()
-    group = context.find_root().command
-    if commands and isinstance(group, CommandGroup):
-        print_rows(group.of_plugins(), ["command", "plugin", "help"], as_json=as_json)
-        return
-    rows = [vars(info) for info in registry.plugins()]
-    print_rows(rows, ["name", "distribution", "version", "state", "error"], as_json=as_json)
-    if strict and any(row["state"] != "loaded" for row in rows):
+    listed = [vars(info) for info in registry.plugins()]
+    print_rows(listed, ["name", "distribution", "version", "state", "error"], as_json=as_json)
+    if strict and (faults or any(row["state"] != "loaded" for row in listed)):
         raise typer.Exit(1)
 
 
@@ -97,10 +79,11 @@ def kinds(
         names = registry.kinds()
         print_json(names) if as_json else print("\n".join(names))
         return
+    from featurizers.cli.descriptions import about_class, constructors_of
+
     cls = registry.host().featurizer_class(kind)
     rows = [vars(argument) for argument in registry.arguments(cls.Config)]
-    constructors = _constructors(cls)
-    about = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].replace("\n", " ").replace("``", "")
+    constructors, about = constructors_of(cls), about_class(cls)
     name = f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
     if as_json:
         print_json({"kind": kind, "class": name, "about": about, "arguments": rows, "constructors": constructors})
@@ -117,19 +100,20 @@ def kinds(
 
 def info(source: SourceArgument, subfolder: Subfolder = None, revision: Revision = None, as_json: Json = False) -> None:
     """Show what an artefact is, with --json its whole config; needs no plugin and downloads no weights."""
+    from featurizers.cli.descriptions import readable, tensors_of
+    from featurizers.format.manifest import Index, Manifest
+
     record = store.manifest_of(source, subfolder=subfolder, revision=revision)
     fields = record.model_dump()
     parsed = hub.parse_source(source, revision)
     if isinstance(parsed, hub.FolderSource) and isinstance(record, Manifest):
-        folder = named_folder(parsed.path) / (subfolder or "")
-        header = read_header(folder / WEIGHTS_NAME, str(folder))
-        fields["tensors"] = {name: f"{spec.dtype} {list(spec.shape)}" for name, spec in header.items()}
+        fields["tensors"] = tensors_of(parsed.path, subfolder)
     if as_json:
         print_json(fields)
     elif isinstance(record, Index):
         print_rows(_rows(record.artefacts), ENTRY_COLUMNS, as_json=False)
     else:
-        print_fields(_readable(record, fields.get("tensors", {})))
+        print_fields(readable(record, fields.get("tensors", {})))
 
 
 def list_artefacts(source: SourceArgument, revision: Revision = None, as_json: Json = False) -> None:
@@ -147,33 +131,11 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Download an artefact or a whole collection, at one commit."""
-    parsed = hub.parse_source(source, revision)
-    if not isinstance(parsed, hub.HubSource):
-        raise SourceError(f"{source!r} is not a repository of the Hub: there is nothing to pull")
-    remote = hub.Remote(parsed, subfolder)
-    record, commit = remote.config()
-    names = list(record.artefacts) if isinstance(record, Index) else [""]
-    root = remote.file(CONFIG_NAME, commit).parent
-    with nullcontext() if out is None else files.filling(out) as new_folder:
-        for name in names:
-            part = hub.Remote(parsed, "/".join(filter(None, (subfolder, name))) or None)
-            config, weights = part.file(CONFIG_NAME, commit, MAX_CONFIG_BYTES), part.file(WEIGHTS_NAME, commit)
-            manifest = read(config, str(part))
-            if isinstance(manifest, Index):
-                raise ManifestError(str(part), "it is a collection inside a collection, which no weights belong to")
-            verify_weights(weights, manifest.sha256, str(part))
-            card = part.optional(CARD_NAME, commit, MAX_CARD_BYTES)
-            labels = _pulled_labels(part, commit, manifest)
-            _copy(new_folder and new_folder / name, config, weights, card, labels)
-        if isinstance(record, Index):
-            card = remote.optional(CARD_NAME, commit, MAX_CARD_BYTES)
-            companion = remote.optional(INTERVENABLE_NAME, commit, MAX_CONFIG_BYTES)
-            tensors = remote.file(INTERVENABLE_WEIGHTS_NAME, commit) if companion else None
-            if tensors:
-                verify_weights(tensors, read_companion(root, str(remote), Companion)[0].sha256, str(remote))
-            _copy(new_folder, root / CONFIG_NAME, card, companion, tensors)
-    result = {"folder": str(out or root), "revision": commit, "artefacts": len(names)}
-    print_json(result) if as_json else print(f"{result['folder']} (revision {commit}, artefacts: {len(names)})")
+    from featurizers.cli.pulling import pull
+
+    folder, commit, count = pull(source, out, subfolder, revision)
+    result = {"folder": str(folder), "revision": commit, "artefacts": count}
+    print_json(result) if as_json else print(f"{result['folder']} (revision {commit}, artefacts: {count})")
 
 
 def push(
@@ -219,6 +181,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check an artefact, or each of a collection: config, shapes, checksum, finite and well-formed weights."""
+    from featurizers.format.manifest import Index
+
     record = store.manifest_of(source, subfolder=subfolder, revision=revision)
     loaded = None if model is None else models.load_model(model).model
     names = list(record.artefacts) if isinstance(record, Index) else [subfolder or ""]
@@ -255,57 +219,5 @@ def convert(
     print("\n".join(f"not kept: {sentence}" for sentence in lost) or "nothing is lost")
 
 
-def _constructors(cls: type) -> dict[str, str]:
-    """Return the first line of the docstring of each public class method that a kind adds."""
-    common = dir(features.Featurizer)
-    return {
-        name: inspect.cleandoc(getattr(cls, name).__doc__ or "").partition("\n")[0]
-        for name, value in vars(cls).items()
-        if isinstance(value, classmethod) and not name.startswith("_") and name not in common
-    }
-
-
-def _readable(record: Manifest, tensors: Mapping[str, str]) -> dict[str, Any]:
-    """Return what people want to know of an artefact; long metadata, such as the history of a search, by their size."""
-    fields: dict[str, Any] = {"kind": record.kind, "id": record.id, "config": record.config}
-    if site := next(iter(record.sites().values()), None):
-        tokens = None if site.position is None else ", ".join(map(str, site.position[:20]))
-        model = site.model and " at ".join(filter(None, (site.model, site.model_revision)))
-        about = {"site": record.sites_text(), "model": model, "tokens": tokens}
-        fields |= {name: value for name, value in about.items() if value is not None}
-    fields |= {name: text for name, text in card.summary_of(record).items() if name not in fields}
-    if edits := edits_format.record_in(record, record.id):
-        fields["edits"] = "\n".join(edits_format.in_words(edit) for edit in edits.edits[:20])
-    if labels := labels_format.record_in(record, record.id):
-        fields["labels"] = labels_format.in_words(labels)
-    for name, value in record.metadata.items():
-        if name not in ("summary", labels_format.KEY, edits_format.KEY):
-            size = len(text := json.dumps(value, ensure_ascii=True))
-            fields[f"metadata: {shown(name)[1:-1]}"] = text if size <= MOST_SHOWN else f"{size} characters; see --json"
-    if record.features:
-        fields["feature sets"] = ", ".join(record.features)
-    if tensors:
-        fields["tensors"] = "\n".join(f"{shown(name)[1:-1]}: {spec}" for name, spec in tensors.items())
-    saved_with = ", ".join(f"{name} {version}" for name, version in record.saved_with.items())
-    return fields | {"saved with": saved_with, "sha256": record.sha256}
-
-
-def _pulled_labels(part: hub.Remote, commit: str, manifest: Manifest) -> Path | None:
-    """Download the labels of an artefact and check them; return None if it has none."""
-    if (record := labels_format.record_in(manifest, str(part))) is None:
-        return None
-    path = part.file(LABELS_NAME, commit, labels_format.MAX_BYTES)
-    labels_format.read(path.parent, record, str(part))
-    return path
-
-
 def _rows(artefacts: Mapping[str, Entry]) -> list[dict[str, Any]]:
     return [{"subfolder": subfolder, **entry.model_dump()} for subfolder, entry in artefacts.items()]
-
-
-def _copy(folder: Path | None, *paths: Path | None) -> None:
-    """Copy the files that exist into a folder, if there is one."""
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in filter(None, paths):
-            shutil.copyfile(path, folder / path.name)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-
-import torch
+from typing import TYPE_CHECKING, Final
 
 from featurizers.errors import UsageError
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 
 
 def layer_numbers(text: str, n_layers: int | None = None) -> list[int]:
@@ -51,4 +53,7 @@ def dtype_named(name: str) -> torch.dtype | None:
     """
     if name not in DTYPES:
         raise UsageError(f"a dtype is one of {', '.join(DTYPES)}, not {name!r}")
-    return DTYPES[name]
+    import torch
+
+    dtype: torch.dtype | None = None if name == "auto" else getattr(torch, name)
+    return dtype

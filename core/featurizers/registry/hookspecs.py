@@ -15,7 +15,6 @@ import pluggy
 
 if TYPE_CHECKING:
     from torch import nn
-    from typer import Typer
 
     from featurizers.features.feature_space import FeatureSpace
     from featurizers.features.rules import Rule
@@ -107,14 +106,4 @@ def featurizers_write(featurizer: FeatureSpace[Any], folder: Path) -> list[str] 
 
     Called by ``featurizers convert --to`` in the plugin that it names. Raise `featurizers.errors.ConversionError` if
     the format cannot hold the map itself.
-    """
-
-
-@hookspec
-def featurizers_commands(app: Typer) -> None:
-    """Add this plugin's commands to an empty `typer.Typer`; they become commands of ``featurizers``.
-
-    Called once, when a command is called that is not the core's, or by ``featurizers plugins --commands``. Groups that
-    several plugins add under one name, as by ``app.add_typer(typer.Typer(), name="fit")``, become one. Import heavy
-    packages inside the functions, and raise ``FeaturizerError`` for errors of the user.
     """

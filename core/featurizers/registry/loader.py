@@ -1,13 +1,11 @@
-"""Discovery of plugins without importing them, and import of a plugin when its kind is needed.
+"""List of the installed plugins without importing them, and import of a plugin when its kind is needed.
 
-Discovery reads `importlib.metadata` alone. pluggy's own discovery is not used, because it silently drops the second of
-two distributions with the same entry-point name. A broken plugin is reported by name; the others still load.
+A broken plugin is reported by name; the others still load.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,11 +15,10 @@ from featurizers.errors import (
     PluginError,
     PluginLoadError,
     UnknownKindError,
-    one_line,
     shown,
 )
-from featurizers.names import NAME, OWNERS, install_command, install_hint
-from featurizers.version import __version__
+from featurizers.names import NAME, OWNERS, install_command, install_hint, same_project
+from featurizers.registry.entry_points import claimant, discovered, distribution_of, reason_of, unmet
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -63,9 +60,7 @@ class PluginLoader:
         self._entries: dict[str, list[EntryPoint]] = {}
         self._refused: dict[str, list[PluginInfo]] = {}
         self._failures: dict[str, PluginLoadError] = {}
-        # a distribution that is on two entries of sys.path is listed twice; the first one is imported
-        entries = {(entry.name, entry.value, _distribution(entry)): entry for entry in reversed(_discovered())}
-        for entry in reversed(entries.values()):
+        for entry in discovered(GROUP):
             if refused := _refused(entry):
                 self._refused.setdefault(entry.name, []).append(refused)
             else:
@@ -86,18 +81,18 @@ class PluginLoader:
         return sorted(rows, key=lambda info: (info.name, info.distribution))
 
     def _info(self, name: str, entries: list[EntryPoint]) -> PluginInfo:
-        distributions, versions = map(" and ".join, zip(*map(_claimant, entries), strict=True))
+        distributions, versions = map(" and ".join, zip(*map(claimant, entries), strict=True))
         info = PluginInfo(name, distributions, versions, "loaded" if self.is_loaded(name) else "available")
         if len(entries) > 1:
-            return replace(info, state="conflict", error=str(PluginConflictError(name, map(_distribution, entries))))
+            return replace(info, state="conflict", error=str(PluginConflictError(name, map(distribution_of, entries))))
         if info.state == "available" and (failure := self._failure(name, entries[0])):
             return replace(info, state="failed", error=str(failure))
         return info
 
     def _failure(self, name: str, entry: EntryPoint) -> PluginLoadError | None:
         """Return why a plugin cannot be imported, as far as is known without importing it."""
-        if name not in self._failures and (reason := _unmet(entry)):
-            self._failures[name] = PluginLoadError(name, _distribution(entry), reason)
+        if name not in self._failures and (reason := unmet(entry)):
+            self._failures[name] = PluginLoadError(name, distribution_of(entry), reason)
         return self._failures.get(name)
 
     def is_loaded(self, name: str) -> bool:
@@ -122,7 +117,7 @@ class PluginLoader:
                 raise PluginError(f"{'; '.join(str(row.error) for row in self._refused[name])}.{hint}")
             raise UnknownKindError(name, self.known_kinds(), install_hint(name))
         if len(entries) > 1:
-            raise PluginConflictError(name, map(_distribution, entries))
+            raise PluginConflictError(name, map(distribution_of, entries))
         if failure := self._failure(name, entries[0]):
             raise failure
         try:
@@ -133,7 +128,7 @@ class PluginLoader:
             self._forget(name)
             if isinstance(error, (KeyboardInterrupt, GeneratorExit)):
                 raise
-            self._failures[name] = PluginLoadError(name, _distribution(entries[0]), _reason(error))
+            self._failures[name] = PluginLoadError(name, distribution_of(entries[0]), reason_of(error))
             raise self._failures[name] from error
 
     def module(self, name: str) -> Any:
@@ -188,8 +183,8 @@ class PluginLoader:
             except FeaturizerError:
                 raise
             except (Exception, SystemExit) as error:
-                owner = " and ".join(map(_distribution, self._entries.get(hook.plugin_name, [])))
-                faults.append(f"the plugin {hook.plugin_name!r} of {owner} fails in its {name}: {_reason(error)}")
+                owner = " and ".join(map(distribution_of, self._entries.get(hook.plugin_name, [])))
+                faults.append(f"the plugin {hook.plugin_name!r} of {owner} fails in its {name}: {reason_of(error)}")
                 cause = cause or error
         if faults:
             raise PluginError(f"{'; '.join(faults)}. Upgrade or uninstall that distribution.") from cause
@@ -208,75 +203,15 @@ class PluginLoader:
                 self.load(name)
 
 
-def _discovered() -> list[EntryPoint]:
-    from importlib.metadata import distributions, entry_points
-
-    try:
-        return list(entry_points(group=GROUP))
-    except Exception:  # an unreadable file of any installed package makes entry_points fail
-        entries: list[EntryPoint] = []
-        for distribution in distributions():
-            with contextlib.suppress(Exception):
-                entries += distribution.entry_points.select(group=GROUP)
-        return entries
-
-
-def _claimant(entry: EntryPoint) -> tuple[str, str]:
-    """Return the printable name and version of an entry point's distribution; ``?`` if its metadata lack them."""
-    name = version = "?"
-    with contextlib.suppress(Exception):  # no metadata, or in another encoding
-        metadata: Any = entry.dist and entry.dist.metadata  # each access parses them again
-        name, version = (str((metadata.get_all(field) or ["?"])[0]) for field in ("Name", "Version"))
-    return _plain(name), _plain(version)
-
-
-def _distribution(entry: EntryPoint) -> str:
-    name, version = _claimant(entry)
-    return shown(entry.value) if name == "?" else f"{name} {version}"
-
-
-def _plain(text: str) -> str:
-    """Return a name, a version or a specifier unchanged, and anything else from metadata as its `repr`."""
-    return text if re.fullmatch(r"\?|[A-Za-z0-9.,<>=!~+*_-]{1,80}", text) else shown(text)
-
-
 def _refused(entry: EntryPoint) -> PluginInfo | None:
     """Return the row of an entry point that must never be imported; None if it may be imported."""
-    name, claimant, version = entry.name, *_claimant(entry)
+    name, project, version = entry.name, *claimant(entry)
     if not NAME.fullmatch(name):
         name = shown(name)
         reason = "a plugin's name is lower-case words joined by '-'; uninstall that distribution"
-    elif (owner := OWNERS.get(name)) and re.sub(r"[-_.]+", "-", claimant).lower() != owner:
-        reason = f"the name {name!r} belongs to {owner}; uninstall {claimant}"
+    elif (owner := OWNERS.get(name)) and not same_project(project, owner):
+        reason = f"the name {name!r} belongs to {owner}; uninstall {project}"
     else:
         return None
-    error = f"the plugin {shown(entry.name)} of {_distribution(entry)} is refused: {reason}"
-    return PluginInfo(name, claimant, version, "failed", error)
-
-
-def _unmet(entry: EntryPoint) -> str | None:
-    """Return why a distribution's metadata exclude this version of the core; None if they do not."""
-    try:
-        for text in (entry.dist.requires if entry.dist else None) or []:
-            # pip checks the requirements of other projects, and parsing them takes time
-            if not re.match(r"\s*(featurizers(?![\w.-])|[^a-z0-9\s]|$)", text, re.IGNORECASE):
-                continue
-            from packaging.requirements import Requirement
-
-            requirement = Requirement(text)
-            applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-            if applies and not requirement.specifier.contains(__version__, prereleases=True):
-                return f"it needs featurizers {_plain(str(requirement.specifier))}, this is {__version__}"
-    except Exception as error:
-        return f"its requirements cannot be read: {_reason(error)}"
-    return None
-
-
-def _reason(error: BaseException) -> str:
-    """Return the exception of a plugin in one line; the message of a `PluginError` alone, without its type."""
-    message = "?"
-    with contextlib.suppress(Exception):  # __str__ may be the plugin's code
-        message = str(error)
-    if isinstance(error, PluginError):
-        return one_line(message, 200)
-    return f"{type(error).__name__}: {shown(message, 200)}"
+    error = f"the plugin {shown(entry.name)} of {distribution_of(entry)} is refused: {reason}"
+    return PluginInfo(name, project, version, "failed", error)

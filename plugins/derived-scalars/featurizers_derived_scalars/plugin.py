@@ -30,11 +30,3 @@ def featurizers_register(register: Any) -> None:
     from featurizers_derived_scalars.featurize.diagonal import DiagonalFeaturizer
 
     register(DiagonalFeaturizer)
-
-
-@hookimpl
-def featurizers_commands(app: Any) -> None:
-    """Add ``scalars``."""
-    from featurizers_derived_scalars.command.command import scalars_command
-
-    app.command("scalars")(scalars_command)

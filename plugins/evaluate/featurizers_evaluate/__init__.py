@@ -10,23 +10,6 @@
 because pluggy would get each name that it lists.
 """
 
-from typing import Any
-
 import lazy_loader
-from featurizers import hookimpl
 
 __getattr__, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
-
-
-@hookimpl
-def featurizers_commands(app: Any) -> None:
-    """Add ``evaluate``, ``compare``, ``labels`` and ``report``."""
-    from featurizers_evaluate.command.compare import compare_command
-    from featurizers_evaluate.command.evaluate import evaluate_command
-    from featurizers_evaluate.command.labels import labels_command
-    from featurizers_evaluate.command.report import report_command
-
-    app.command("labels")(labels_command)
-    app.command("evaluate")(evaluate_command)
-    app.command("compare")(compare_command)
-    app.command("report")(report_command)

@@ -10,17 +10,6 @@ prompt's frozen model), `sources` (its features and errors), `targets`, `sweep`,
 because pluggy would get each name that it lists, and so import `transformers`.
 """
 
-from typing import Any
-
 import lazy_loader
-from featurizers import hookimpl
 
 __getattr__, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
-
-
-@hookimpl
-def featurizers_commands(app: Any) -> None:
-    """Add ``graph``."""
-    from featurizers_graphs.command import graph_command
-
-    app.command("graph")(graph_command)

@@ -5,26 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import featurizers
-import torch
 import typer
-from featurizers import SiteMap
 from featurizers.cli import dtype_named, print_json, progress_bar, write_results
 from featurizers.errors import FeaturizerError, UsageError, printable, shown
 from featurizers.files import refuse_full
-from featurizers.models import load_model
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from featurizers_graphs.graph_data import Node, targets_text
-from featurizers_graphs.graph_files import CARD_NAME, FILE_NAME
-from featurizers_graphs.graphing import bytes_of, graph
-from featurizers_graphs.influence import Scores
-from featurizers_graphs.neuronpedia import NAME
-from featurizers_graphs.result import Graph
+if TYPE_CHECKING:
+    from featurizers import SiteMap
+    from rich.table import Table
+
+    from featurizers_graphs.graph_data import Node
+    from featurizers_graphs.influence import Scores
+    from featurizers_graphs.result import Graph
 
 STEPS: Final = 1000
 PAGE_NAME: Final = "graph.html"
@@ -63,6 +58,13 @@ def graph_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Trace which features of transcoders bring about the next token of a prompt, and write a page of them."""
+    import torch
+    from featurizers.models import load_model
+    from rich.console import Console
+
+    from featurizers_graphs.graph_files import CARD_NAME, FILE_NAME
+    from featurizers_graphs.graphing import bytes_of, graph
+
     for name, share in (("keep", keep), ("node-share", node_share), ("edge-share", edge_share)):
         if not 0 < share <= 1:
             raise UsageError(f"--{name} is a share above 0 and at most 1, not {share}")
@@ -119,6 +121,8 @@ def graph_command(
 
 
 def _check_names(neuronpedia: str | None, scan: str | None, source_set: str | None) -> None:
+    from featurizers_graphs.neuronpedia import NAME
+
     if (neuronpedia is None) != (scan is None) or (source_set is not None and neuronpedia is None):
         raise UsageError("--neuronpedia and --scan go together, and --source-set goes with them")
     for option, name in (("neuronpedia", neuronpedia), ("scan", scan)):
@@ -128,6 +132,8 @@ def _check_names(neuronpedia: str | None, scan: str | None, source_set: str | No
 
 def _maps(sources: Sequence[str], device: str) -> list[SiteMap[Any]]:
     """Load the maps of each source; all of a collection."""
+    from featurizers import SiteMap
+
     found: list[SiteMap[Any]] = []
     for source in sources:
         try:
@@ -144,6 +150,11 @@ def _maps(sources: Sequence[str], device: str) -> list[SiteMap[Any]]:
 
 
 def _table(pruned: Graph, best: Sequence[Node]) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from featurizers_graphs.graph_data import targets_text
+
     prompt = printable("".join(pruned.token_texts), 60)
     title = f"{printable(targets_text(pruned.targets), 80)} after {prompt!r}"
     table = Table(title=escape(title), title_justify="left")

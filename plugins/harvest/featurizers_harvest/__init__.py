@@ -10,17 +10,6 @@ harvested), `index` by feature, `exports`, `harvesting`, `command`.
 because pluggy would get each name that it lists.
 """
 
-from typing import Any
-
 import lazy_loader
-from featurizers import hookimpl
 
 __getattr__, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
-
-
-@hookimpl
-def featurizers_commands(app: Any) -> None:
-    """Add ``harvest``."""
-    from featurizers_harvest.command import add_to
-
-    add_to(app)

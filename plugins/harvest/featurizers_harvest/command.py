@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import featurizers
 import typer
 from featurizers.cli import dtype_named, print_json
 from featurizers.errors import ArtefactError, UsageError, printable, shown
-from featurizers.hub import REPO_ID
 
-from featurizers_harvest.harvesting import check, harvest
-from featurizers_harvest.index import build_index
-from featurizers_harvest.reading import Harvest
+if TYPE_CHECKING:
+    from featurizers_harvest.reading import Harvest
 
 
 def harvest_command(
@@ -57,6 +55,9 @@ def harvest_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Write the features of artefacts on a corpus, or activations, to Parquet files; called again it goes on."""
+    from featurizers_harvest.harvesting import check, harvest
+    from featurizers_harvest.index import build_index
+
     if by_feature and (shard is not None or check_share is not None):
         raise UsageError("--index takes no --shard and no --check: give it when all shards are there")
     if (shard is None) != (of is None):
@@ -113,6 +114,8 @@ def _add(found: dict[str, Any], name: str, each: Any) -> None:
 
 def _data(data: str, key: str | None, split: str) -> Any:
     """Return the path of a file, or a data set of the Hub, which is streamed."""
+    from featurizers.hub import REPO_ID
+
     path = Path(data).expanduser()
     if path.exists() or "/" not in data or REPO_ID.fullmatch(data) is None:
         return path
@@ -137,8 +140,3 @@ def _check(problems: list[str], out: str, as_json: bool) -> None:
         print("The rows that were computed again are those of the files.")
     if problems:
         raise ArtefactError(out, "; ".join(problems[:10]))
-
-
-def add_to(app: Any) -> None:
-    """Add the command to an app."""
-    app.command("harvest")(harvest_command)

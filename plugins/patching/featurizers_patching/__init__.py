@@ -9,17 +9,6 @@
 because pluggy would get each name that it lists, and so import the engine and `transformers`.
 """
 
-from typing import Any
-
 import lazy_loader
-from featurizers import hookimpl
 
 __getattr__, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
-
-
-@hookimpl
-def featurizers_commands(app: Any) -> None:
-    """Add ``patch``."""
-    from featurizers_patching.command import patch_command
-
-    app.command("patch")(patch_command)

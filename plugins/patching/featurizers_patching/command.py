@@ -7,24 +7,19 @@ import math
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import featurizers
-import torch
 import typer
-from featurizers import Featurizer
 from featurizers.cli import ProgressBar, dtype_named, print_json, progress_bar
 from featurizers.errors import UsageError, printable
 from featurizers.files import filling, refuse_full
-from featurizers.models import load_model
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from featurizers_patching.grid import Grid, GridCell
-from featurizers_patching.metrics import METRICS
-from featurizers_patching.pairs import pairs_of, read_pairs
-from featurizers_patching.patching import patch
+if TYPE_CHECKING:
+    from featurizers import Featurizer
+    from rich.table import Table
+
+    from featurizers_patching.grid import Grid, GridCell
 
 STEPS: Final = 1000
 
@@ -73,6 +68,13 @@ def patch_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Patch activations of one prompt into another, site by site and token by token, and show where it matters."""
+    import torch
+    from featurizers.models import load_model
+    from rich.console import Console
+
+    from featurizers_patching.pairs import pairs_of, read_pairs
+    from featurizers_patching.patching import patch
+
     if (pairs is None) == (base is None and source is None) or (base is None) != (source is None):
         raise UsageError("give --base and --source, or --pairs with a file of records")
     measured = _metric(metric, answer, counter)
@@ -122,6 +124,8 @@ def patch_command(
 
 
 def _metric(name: str, answer: str | None, counter: str | None) -> tuple[str, ...]:
+    from featurizers_patching.metrics import METRICS
+
     answers = [each for each in (answer, counter) if each is not None]
     kind = METRICS.get(name.replace("-", "_"))
     if answer is None and counter is not None:
@@ -150,6 +154,9 @@ def _advance(bar: ProgressBar) -> Any:
 
 
 def _table(grid: Grid, cells: list[GridCell]) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table(title=escape(printable(grid.title(), 200)), title_justify="left")
     several = grid.raw.shape[2] > 1
     for column in ("site", "position", "token", "value", *(["± (se)", "pairs"] if several else [])):

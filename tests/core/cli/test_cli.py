@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import featurizers
 import pytest
@@ -419,17 +420,18 @@ def test_help_of_a_command_lists_the_options_of_the_page(command):
     words = command.split()
     code, out, _ = run(*words, "--help")
     assert code == 0
+    assert run(*words, "-h") == (code, out, "")
     text = PAGE.read_text(encoding="utf-8")
     part = re.search(rf"^## {command}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     assert part
     described = re.search(r"Options?: (.*?)\n\n", part[1].replace(".\n\n", "\n\n"), re.DOTALL)
     assert described
     options = set(re.findall(r"--[a-z-]+", described[1])) - {"--help"}
-    group = typer.main.get_command(cli.app)
-    group.of_plugins()
+    command_: Any = typer.main.get_command(cli.app)
+    context = typer.Context(command_)
     for word in words:
-        group = group.commands[word]
-    known = group.params
+        command_ = command_.resolve_command(context, [word])[1]
+    known = command_.params
     assert options == {name for p in known for name in (*p.opts, *p.secondary_opts) if name.startswith("--")} - {
         "--help"
     }

@@ -1,7 +1,6 @@
 """Plugin host: a broken plugin does not affect the others, and no conflict of names is resolved silently."""
 
 import importlib.metadata
-import json
 import subprocess
 import sys
 import textwrap
@@ -11,12 +10,10 @@ from pathlib import Path
 
 import featurizers
 import pytest
-import typer
 from featurizers.errors import (
     ConfigError,
     FeaturizerError,
     ManifestError,
-    MissingDependencyError,
     PluginConflictError,
     PluginError,
     PluginLoadError,
@@ -24,7 +21,6 @@ from featurizers.errors import (
     UnknownKindError,
 )
 from featurizers.features.rules import relu
-from featurizers.names import COMMANDS
 from featurizers.registry.plugin_host import FIRST_PARTY, OWNERS, PluginHost, check_plugins, host
 
 ROOT = Path(__file__).parents[3]
@@ -725,26 +721,7 @@ def test_a_rule_of_the_core_is_not_replaced(install):
     assert info(host, "relu").state == "failed"
 
 
-# ---------------------------------------------------------------------- commands
-
-COMMAND = """
-    import featurizers, typer
-
-    @featurizers.hookimpl
-    def featurizers_commands(app):
-        fit = typer.Typer(help="Fit a featurizer.")
-        app.add_typer(fit, name="fit")
-
-        @fit.command("{name}")
-        def command(size: int = 1):
-            "Fit it."
-            print("fitted {name}", size)
-
-        @app.command("{top}")
-        def other():
-            "Do it."
-            print("did {top}")
-"""
+# ---------------------------------------------------------------------- output
 
 
 def call(*words):
@@ -758,27 +735,8 @@ def call(*words):
     return result.exit_code, result.output
 
 
-def test_plugins_add_commands_and_members_of_one_group(install, fresh):
-    install("one", COMMAND.format(name="one", top="evaluate"))
-    install("two", COMMAND.format(name="two", top="two"))
-    assert call("fit", "one", "--size", "3") == (0, "fitted one 3\n")
-    assert call("fit", "two") == (0, "fitted two 1\n")
-    assert call("evaluate") == (0, "did evaluate\n")
-    assert call("two") == (0, "did two\n")
-    rows = json.loads(call("plugins", "--commands", "--json")[1])
-    assert {(row["command"], row["plugin"], row["help"]) for row in rows} == {
-        ("evaluate", "one", "Do it."),
-        ("fit one", "one", "Fit it."),
-        ("fit two", "two", "Fit it."),
-        ("two", "two", "Do it."),
-    }
-    assert all(name in call("fit", "--help")[1] for name in ("one", "two", "Fit it."))
-    assert call("fit", "three")[0] == call("three")[0] == 2
-
-
 ODD = """
     import featurizers
-    import typer
     from featurizers_identity import IdentityConfig
     from pydantic import Field
 
@@ -797,126 +755,14 @@ ODD = """
     @featurizers.hookimpl
     def featurizers_register(register):
         register(Odd)
-
-    @featurizers.hookimpl
-    def featurizers_commands(app):
-        group = typer.Typer()
-        for each, name in ((app, "odd"), (group, "one"), (group, "two")):
-            @each.command(name, help="Do\\x1b[2J it.\\n\\n\\b\\nas\\nit is", epilog="End\\x9b.")
-            def odd(size: str = typer.Option("", help="Its size\\x1b[2J.", metavar="S\\x1b")): pass
-        app.add_typer(group, name="group", help="Its\\x1b[2J group.")
 """
 
 
 def test_what_a_plugin_says_of_itself_is_printed_escaped(install, fresh):
     install("odd", ODD, version="1\x1b[2J", points="[featurizers]\nodd = MODULE\nb\x1b[2J = MODULE\n")
     fresh()
-    texts = [
-        *(("plugins",), ("kinds",), ("kinds", "odd"), ("plugins", "--commands"), ("--help",), ("odd", "--help")),
-        *(("group", "--help"), ("group", "two", "--help")),
-    ]
-    for arguments in texts:
+    for arguments in (("plugins",), ("kinds",), ("kinds", "odd")):
         code, out = call(*arguments)
         assert code == 0, (arguments, out)
         assert all(character.isprintable() for character in out.replace("\n", "")), (arguments, out)
-    help_ = call("odd", "--help")[1]
-    assert all(
-        text in help_ for text in (r"Do\x1b[2J it.", r"Its size\x1b[2J.", r"S\x1b", r"End\x9b.", "  as\n  it is")
-    )
     assert r"A kind\x1b]0;title\x07\u202e of mine." in call("kinds", "odd")[1]
-
-
-def test_a_command_with_an_unprintable_name_is_refused(install, fresh):
-    install("one", COMMAND.format(name="one", top="t\\x1b[2J"))
-    fresh()
-    with pytest.raises(PluginError, match=r"a command with an unprintable name, 't\\x1b\[2J'"):
-        call("two")
-
-
-def test_a_command_imports_the_plugin_that_is_named_and_no_other(install, fresh, imports):
-    install("one", COMMAND.format(name="one", top="evaluate"))
-    install("other", imported())
-    assert call("plugins")[0] == 0
-    assert info(fresh(), "one").state == "available"
-    assert call("fit", "one")[0] == 0
-    assert imports() == 0
-    assert call("evaluate")[0] == 0
-    assert imports() == 1
-
-
-@pytest.mark.parametrize(
-    ("word", "distribution", "command"),
-    [
-        ("demo", "featurizers-training", "pip install 'featurizers[demo]'"),
-        ("train", "featurizers-training", "pip install featurizers-training"),
-        ("scalars", "featurizers-derived-scalars", "pip install featurizers-derived-scalars"),
-    ],
-)
-def test_a_command_of_this_project_says_what_to_install(install, fresh, word, distribution, command):
-    install("bad", hooks(featurizers_commands="(app): raise KeyError('x')"))
-    with pytest.raises(MissingDependencyError, match=f"the command '{word}' needs {distribution}") as error:
-        call(word, "--help")
-    assert str(error.value).endswith(f"Install it with: {command}")
-    install("one", COMMAND.format(name="one", top=word))
-    host.cache_clear()
-    assert call(word) == (0, f"did {word}\n")
-
-
-def test_help_names_the_plugins_whose_commands_are_not_known_and_imports_none(install, fresh, imports):
-    install("one", imported(textwrap.dedent(COMMAND.format(name="one", top="evaluate"))))
-    install("two", imported())
-    code, output = call("--help")
-    assert code == 0
-    assert "Plugins that may add commands:\n  one, two; to list them: featurizers plugins --commands" in output
-    assert "evaluate" not in output
-    assert not imports()
-
-
-def test_the_commands_of_this_project_are_those_of_its_plugins():
-    """Every one of them, with the first line of its help, because ``--help`` asks no plugin."""
-    added = {}
-    for plugin in FIRST_PARTY:
-        app = typer.Typer(rich_markup_mode=None)
-        host().ask("featurizers_commands", plugin, app=app)
-        commands = typer.main.get_group(app).commands
-        added |= {word: (plugin, command.get_short_help_str(1000)) for word, command in commands.items()}
-    assert {word: (command.plugin, command.help) for word, command in COMMANDS.items()} == added
-    for word, command in COMMANDS.items():
-        assert command.requirement in (FIRST_PARTY[command.plugin], f"featurizers[{word}]")
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert any(requirement.startswith("featurizers-training") for requirement in extras["demo"])
-
-
-def test_a_command_of_two_plugins_is_neither_ones(install, fresh):
-    install("one", COMMAND.format(name="same", top="a"))
-    install("two", COMMAND.format(name="same", top="b"))
-    with pytest.raises(PluginError, match=r"'two' adds the command 'fit same', which exists already"):
-        call("fit", "same")
-    code, output = call("plugins", "--commands")
-    assert code == 0
-    assert "warning: the plugin 'two' adds" in output
-
-
-def test_a_command_of_the_core_is_not_replaced(install, fresh):
-    install("one", COMMAND.format(name="one", top="kinds"))
-    assert "did kinds" not in call("kinds")[1]
-    assert "adds the command 'kinds', which exists already" in call("plugins", "--commands")[1]
-
-
-def test_a_plugin_whose_commands_fail_does_not_hinder_the_others(install, fresh):
-    install("good", COMMAND.format(name="good", top="evaluate"))
-    install("bad", hooks(featurizers_commands="(app): raise KeyError('x')"), version="6.6")
-    install("odd", hooks(featurizers_commands="(app):\n    @app.command()\n    def odd(x: int | str): pass"))
-    assert call("evaluate") == (0, "did evaluate\n")
-    assert call("fit", "good") == (0, "fitted good 1\n")
-    code, output = call("plugins", "--commands")
-    assert code == 0
-    assert "warning: the plugin 'bad' of dist-bad 6.6 fails in its featurizers_commands: KeyError" in output
-    assert "warning: the commands of the plugin 'odd' cannot be used" in output
-    with pytest.raises(PluginError, match=r"no command 'frob'.*dist-bad 6\.6"):
-        call("frob")
-
-
-def test_a_command_of_a_plugin_that_is_not_installed_says_how_to_install_it(fresh):
-    with pytest.raises(UnknownKindError, match="pip install featurizers-sparsify"):
-        call("fit", "sparsify")

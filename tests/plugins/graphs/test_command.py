@@ -7,7 +7,7 @@ from typing import Any
 import featurizers
 import pytest
 import torch
-from featurizers_graphs import command
+from featurizers import models
 from featurizers_graphs.graphing import graph
 
 from tests.support.attribution_graphs import random_transcoders
@@ -98,7 +98,7 @@ def test_wrong_options_are_refused_before_the_model_is_loaded(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "y").touch()
     with monkeypatch.context() as patched:
-        patched.setattr(command, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+        patched.setattr(models, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
         for more, message in (
             (["--keep", 0], "--keep is a share"),
             (["--node-share", 1.5], "--node-share is a share"),

@@ -15,6 +15,7 @@ import featurizers
 import featurizers_training as training
 import pytest
 import torch
+from featurizers import models
 from featurizers.errors import ArtefactError
 from featurizers.format import weights
 from featurizers_training.command import options
@@ -403,14 +404,14 @@ def test_an_error_is_one_line_and_exit_code_1(arguments, words, monkeypatch):
     f.site = featurizers.Site("resid.post", 0).at(model="owner/x")
     f.save_pretrained("another")
     if words.endswith("'owner/x'"):
-        real = options.load_model
+        real = models.load_model
 
         def load(*arguments, **options):
             loaded = real(*arguments, **options)
             loaded.model.config._name_or_path = "owner/y"
             return loaded
 
-        monkeypatch.setattr(options, "load_model", load)
+        monkeypatch.setattr(models, "load_model", load)
     code, out, err = run(*arguments)
     assert (code, out, len(err.splitlines())) == (1, "", 1)
     assert words in err
@@ -419,7 +420,7 @@ def test_an_error_is_one_line_and_exit_code_1(arguments, words, monkeypatch):
 
 def test_a_folder_that_is_not_empty_is_refused_before_the_search(monkeypatch, tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    monkeypatch.setattr(options, "load_model", None)
+    monkeypatch.setattr(models, "load_model", None)
     for arguments in ((*DAS, "--site", LAST), ("sweep", *COMMON, "--features", "2")):
         code, out, err = run(*arguments, "--out", tmp_path)
         assert (code, out, len(err.splitlines())) == (1, "", 1)
@@ -458,7 +459,9 @@ def files(folder):
 def test_two_searches_with_one_folder_are_both_saved(module, arguments, tmp_path, monkeypatch):
     out = tmp_path / "best"  # a sweep has a folder of this name among its results
     command = (module, *arguments)
-    searching = importlib.import_module(f"featurizers_training.command.{module}")
+    importlib.import_module("featurizers_training.command.checks")  # it takes the function as it is now
+    where = {"train": "search.training", "sweep": "sweeps.sweeping"}[module]
+    searching = importlib.import_module(f"featurizers_training.{where}")
     original, others = getattr(searching, module), []
 
     def search(*given, **options):
@@ -528,7 +531,7 @@ def test_an_interrupt_while_a_search_saves_leaves_the_earlier_artefact(tmp_path,
 
 def test_an_interrupt_of_the_demo_and_of_a_push_is_one_line(tmp_path, monkeypatch):
     featurizers.create("identity").save_pretrained(tmp_path / "a")
-    monkeypatch.setattr("featurizers_training.command.demo.run", interrupt)
+    monkeypatch.setattr("featurizers_training.demo.main.run", interrupt)
     monkeypatch.setattr("featurizers.store.push", interrupt)
     for arguments in (("demo",), ("push", f"./{tmp_path.name}/a", "owner/name")):
         monkeypatch.chdir(tmp_path.parent)

@@ -5,24 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import featurizers
 import typer
-from featurizers import Anatomy
 from featurizers.cli import commit_link, dtype_named, layer_numbers, progress_bar, write_results
 from featurizers.errors import UsageError
 from featurizers.files import refuse_full
-from featurizers.models import load_model
-from rich.console import Console
-from rich.table import Table
-from torch import nn
 
-from featurizers_causal_basis.command.prompts import read_prompts
-from featurizers_causal_basis.featurizer import SITES, CausalBasisFeaturizer
-from featurizers_causal_basis.lens import LogitLens, Readout, TunedLens
-from featurizers_causal_basis.pictures import energies_by_layer, matplotlib_figure
-from featurizers_causal_basis.solve import Preset, Progress, extract_causal_bases
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import nn
+
+    from featurizers_causal_basis.featurizer import CausalBasisFeaturizer
+    from featurizers_causal_basis.lens import Readout
+    from featurizers_causal_basis.solve import Progress
 
 PICTURE: Final = "energies.png"
 
@@ -54,6 +51,14 @@ def fit_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Find the directions of some layers whose ablation moves the output most, and save them."""
+    from featurizers.models import Anatomy, load_model
+    from rich.console import Console
+
+    from featurizers_causal_basis.command.prompts import read_prompts
+    from featurizers_causal_basis.featurizer import SITES
+    from featurizers_causal_basis.pictures import energies_by_layer, matplotlib_figure
+    from featurizers_causal_basis.solve import Preset, extract_causal_bases
+
     Preset.named(preset)
     make_readout = _readout(readout)
     for name, value, allowed in (
@@ -141,6 +146,8 @@ def _readout(text: str) -> Callable[[nn.Module], Readout | nn.Module]:
     Raises:
         UsageError: the option names no readout.
     """
+    from featurizers_causal_basis.lens import LogitLens, TunedLens
+
     if text == "logit-lens":
         return LogitLens
     if text == "model":
@@ -166,6 +173,8 @@ def _row(basis: CausalBasisFeaturizer) -> dict[str, Any]:
 
 
 def _table(bases: list[CausalBasisFeaturizer]) -> Table:
+    from rich.table import Table
+
     table = Table("site")
     for name in ("vectors", "first", "last", "all at once", "evaluations"):
         table.add_column(name, justify="right")

@@ -7,33 +7,32 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from featurizers.cli import dtype_named, layer_numbers, progress_bar
 from featurizers.errors import UsageError
 from featurizers.files import os_errors, refuse_unwritable
-from featurizers.models import load_model
-from rich.console import Console
-from rich.table import Table
 
-from featurizers_derived_scalars.api import ByKind, Plan, plan
-from featurizers_derived_scalars.capturing import LogitDifference, Metric, capture
-from featurizers_derived_scalars.capturing.metrics import ids_of
-from featurizers_derived_scalars.circuit import Circuit
-from featurizers_derived_scalars.command import labels
-from featurizers_derived_scalars.command.observing import Observation, observed, unmasked
-from featurizers_derived_scalars.command.options import load_featurizers, one_token, parse_node, prompt_ids
-from featurizers_derived_scalars.nodes import Node
-from featurizers_derived_scalars.registry import spec, specs
-from featurizers_derived_scalars.results import Ranked
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from featurizers_derived_scalars.api import ByKind, Plan
+    from featurizers_derived_scalars.capturing import LogitDifference, Metric
+    from featurizers_derived_scalars.circuit import Circuit
+    from featurizers_derived_scalars.nodes import Node
+    from featurizers_derived_scalars.results import Ranked
 
 
 def _list(asked: bool) -> None:
     """Print a table of the quantities of each plugin, and exit."""
     if not asked:
         return
+    from rich.console import Console
+    from rich.table import Table
+
+    from featurizers_derived_scalars.registry import specs
+
     tables: dict[str, Table] = {}
     for one in dict.fromkeys(specs().values()):
         plugin, dot, name = one.name.rpartition(".")
@@ -79,19 +78,28 @@ def scalars_command(
     ] = False,
 ) -> None:
     """Show the largest scalars of a prompt: direct effects, attributions, norms, edges, of heads, neurons, features."""
+    import torch
+    from featurizers.models import load_model
+
+    from featurizers_derived_scalars.capturing import capture
+    from featurizers_derived_scalars.circuit import Circuit
+    from featurizers_derived_scalars.command import labels, options
+    from featurizers_derived_scalars.command.observing import Observation, observed, unmasked
+    from featurizers_derived_scalars.registry import spec
+
     names = [word.strip() for word in what.split(",") if word.strip()]
     for name in names:
         spec(name.partition(":")[0])
     model_dtype = dtype_named(dtype)
     page_file = None if out is None else _new_page(out.expanduser())
-    by_kind = load_featurizers(featurizer or [], device)
+    by_kind = options.load_featurizers(featurizer or [], device)
     loaded = load_model(model, device=device, dtype=model_dtype)
-    ids = prompt_ids(loaded.tokenizer, prompt, loaded.model)
+    ids = options.prompt_ids(loaded.tokenizer, prompt, loaded.model)
     if mask_first >= len(ids):
         raise UsageError(f"--mask-first {mask_first} leaves out all {len(ids)} tokens of the prompt; leave out fewer")
     tokens = [loaded.tokenizer.decode([i]) for i in ids]
     metric = _metric(loaded.tokenizer, target or [], distractor or [], position)
-    traced = None if node is None else parse_node(node, by_kind)
+    traced = None if node is None else options.parse_node(node, by_kind)
     circuit = Circuit(loaded.model)
     chosen = None if layers is None else layer_numbers(layers, circuit.n_layers)
     plans = _plans(circuit, names, metric or traced, by_kind, chosen, {"node": traced, "latent": latent})
@@ -122,13 +130,23 @@ def scalars_command(
         result = {"model": model, "tokens": tokens, "metric": about, "value": raw.metric, "scalars": rows}
         print(json.dumps({**result, **({} if page_file is None else {"page": str(page_file)})}, indent=2))
         return
+    _print(f"{len(ids)} tokens; {about}", rows)
+    if page_file is not None:
+        print(f"Page: {page_file}")
+
+
+def _print(title: str, rows: Mapping[str, list[dict[str, object]]]) -> None:
+    """Print a table of each quantity."""
+    from rich.console import Console
+
+    from featurizers_derived_scalars.command import labels
+    from featurizers_derived_scalars.registry import spec
+
     console = Console(emoji=False)
-    console.print(f"{len(ids)} tokens; {about}", highlight=False, markup=False)
+    console.print(title, highlight=False, markup=False)
     for name, part in rows.items():
         console.print(f"{name}: {spec(name.partition(':')[0]).text}", highlight=False, markup=False)
         console.print(labels.table(part))
-    if page_file is not None:
-        print(f"Page: {page_file}")
 
 
 def _command_line(context: typer.Context) -> str:
@@ -158,6 +176,10 @@ def _plans(
     Raises:
         UsageError: there is no name, or no quantity takes an option.
     """
+    from featurizers_derived_scalars.api import plan
+    from featurizers_derived_scalars.nodes import Node
+    from featurizers_derived_scalars.registry import spec
+
     if not names:
         raise UsageError("--what names no quantity; `featurizers scalars --list` shows all")
     set_options = {option: value for option, value in options.items() if value is not None}
@@ -174,6 +196,9 @@ def _plans(
 
 
 def _metric(tokenizer: Any, targets: list[str], distractors: list[str], position: int) -> LogitDifference | None:
+    from featurizers_derived_scalars.capturing import LogitDifference
+    from featurizers_derived_scalars.command.options import one_token
+
     if not targets:
         if distractors:
             raise UsageError("a distractor's logit is subtracted from the target's: give --target too")
@@ -185,6 +210,8 @@ def _metric(tokenizer: Any, targets: list[str], distractors: list[str], position
 
 def _about(metric: LogitDifference | None, traced: Node | None, tokenizer: Any, value: float | None) -> str:
     """Return the metric in words, with its value."""
+    from featurizers_derived_scalars.capturing.metrics import ids_of
+
     if metric is None:
         return "no metric" if traced is None or value is None else f"{traced}: {value:.4g}"
     signs = [("", ids_of(metric.targets)), ("less ", ids_of(metric.distractors))]

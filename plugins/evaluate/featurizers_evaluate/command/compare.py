@@ -9,7 +9,6 @@ import typer
 from featurizers.errors import UsageError, shown
 
 from featurizers_evaluate.command import options
-from featurizers_evaluate.evaluating import compare
 
 
 def compare_command(
@@ -34,6 +33,8 @@ def compare_command(
     as_json: options.Json = False,
 ) -> None:
     """Measure several artefacts on the same documents: one table and one picture."""
+    from featurizers_evaluate.evaluating import compare
+
     if repeated := [each for each in sources if sources.count(each) > 1]:
         raise UsageError(f"the artefact {shown(repeated[0])} is given twice")
     options.check_out(out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import featurizers
 import typer
@@ -12,12 +12,11 @@ from featurizers.cli import print_json
 from featurizers.errors import MissingDependencyError, UsageError, printable
 from featurizers.files import filling
 from featurizers.registry import host
-from rich.console import Console
 
 from featurizers_evaluate.command import options
-from featurizers_evaluate.evaluating import evaluate, sweep
-from featurizers_evaluate.pictures import densities
-from featurizers_evaluate.result import Evaluation
+
+if TYPE_CHECKING:
+    from featurizers_evaluate.result import Evaluation
 
 
 def evaluate_command(
@@ -62,6 +61,8 @@ def evaluate_command(
     as_json: options.Json = False,
 ) -> None:
     """Measure an artefact on documents: reconstruction, sparsity, effect on the model; or its accuracy on pairs."""
+    from featurizers_evaluate.evaluating import evaluate, sweep
+
     of_data = {
         "--key": key,
         "--split": split,
@@ -171,6 +172,10 @@ def _measure(
 
 
 def _show(result: Evaluation, out: Path | None, as_json: bool) -> None:
+    from rich.console import Console
+
+    from featurizers_evaluate.pictures import densities
+
     if as_json:
         print_json(result.to_dict())
     else:

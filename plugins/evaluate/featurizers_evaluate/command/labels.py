@@ -9,10 +9,8 @@ import featurizers
 import typer
 from featurizers.cli import print_json
 from featurizers.errors import UsageError
-from featurizers.format import Labels
 
 from featurizers_evaluate.command import options
-from featurizers_evaluate.labels import import_labels
 
 
 def labels_command(
@@ -30,6 +28,10 @@ def labels_command(
     as_json: options.Json = False,
 ) -> None:
     """Import what Neuronpedia or delphi says that features mean, and save it with the artefact."""
+    from featurizers.format import Labels
+
+    from featurizers_evaluate.labels import import_labels
+
     folder = Path(source.removeprefix("local:")).expanduser() / (subfolder or "")
     if out is None and not (folder / "config.json").exists():
         raise UsageError(f"{source!r} is no artefact in a folder; give --out with a new folder for one with labels")

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
-import torch
 import typer
 from featurizers.cli import dtype_named, print_json
 from featurizers.errors import UsageError, printable
 from featurizers.files import filling, refuse_full
-from featurizers.models import LanguageModel, load_model
-from rich.console import Console
 
-from featurizers_evaluate.command.texts import documents_of
-from featurizers_evaluate.comparison import Comparison
 from featurizers_evaluate.definitions import ABLATIONS, GROUPS
-from featurizers_evaluate.harvests import harvest_of
+
+if TYPE_CHECKING:
+    from featurizers.models import LanguageModel
+
+    from featurizers_evaluate.comparison import Comparison
 
 Model = Annotated[str | None, typer.Option("--model", help="Hub id, folder or .gguf file of a language model.")]
 Harvest = Annotated[
@@ -72,6 +71,9 @@ def numbers(text: str) -> tuple[list[int], list[float]]:
 
 def loaded(model: str, device: str | None, dtype: str) -> LanguageModel:
     """Load the model that the options name."""
+    import torch
+    from featurizers.models import load_model
+
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return load_model(model, device=name, dtype=dtype_named(dtype))
 
@@ -94,6 +96,8 @@ def arguments(
     as_json: bool,
 ) -> tuple[Any, dict[str, Any]]:
     """Return the documents, and the arguments of `evaluate` that the options stand for."""
+    from featurizers_evaluate.command.texts import documents_of
+
     documents = documents_of(data, key or "text", split or "train")
     return documents, {
         "tokenizer": language_model.tokenizer,
@@ -134,6 +138,8 @@ def of_harvest(
     harvest: str,
 ) -> dict[str, Any]:
     """Return the arguments of `evaluate` on a harvest that the options stand for."""
+    from featurizers_evaluate.harvests import harvest_of
+
     return {
         "harvest": harvest_of(harvest),
         "metrics": None if metrics is None else words(metrics, GROUPS),
@@ -160,6 +166,8 @@ def check_out(out: Path | None) -> None:
 
 def show(comparison: Comparison, out: Path | None, *, joined: bool, as_json: bool) -> None:
     """Print several evaluations, and write them to a new folder: JSON, a table, and with matplotlib a picture."""
+    from rich.console import Console
+
     if as_json:
         print_json(comparison.to_dict())
     else:

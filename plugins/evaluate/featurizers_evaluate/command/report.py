@@ -12,8 +12,6 @@ from featurizers.errors import ArtefactError, UsageError, printable, shown
 from featurizers.files import os_errors, refuse_unwritable
 
 from featurizers_evaluate.command import options
-from featurizers_evaluate.command.texts import documents_of
-from featurizers_evaluate.reporting.making import report
 
 SUFFIXES = (".html", ".htm")
 
@@ -49,6 +47,9 @@ def report_command(
     as_json: options.Json = False,
 ) -> None:
     """Write one page that shows each feature: contexts, densities, effects on the logits, neighbours."""
+    from featurizers_evaluate.command.texts import documents_of
+    from featurizers_evaluate.reporting.making import report
+
     if harvest is None and (model is None or data is None):
         raise UsageError("give --model and --data with documents, or --harvest with the folder of a harvest")
     if harvest is not None:

@@ -9,7 +9,6 @@ import typer
 from featurizers.cli import print_json
 
 from featurizers_training.command import options
-from featurizers_training.demo.main import run
 
 
 def demo_command(
@@ -26,6 +25,8 @@ def demo_command(
     as_json: options.Json = False,
 ) -> None:
     """Find a causal variable in a language model, layer by layer, and save it as a featurizer."""
+    from featurizers_training.demo.main import run
+
     result = run(model, out, layers=layers, features=features, seed=seed, quiet=as_json)
     if as_json:
         print_json(result)

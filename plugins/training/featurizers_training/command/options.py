@@ -1,4 +1,4 @@
-"""Options that several commands have, and functions that parse them."""
+"""Options that several commands have, and functions that parse them. Heavy packages are imported when they are used."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from accelerate import PartialState
 from featurizers import Site
 from featurizers.cli import dtype_named
 from featurizers.errors import UsageError, did_you_mean
-from featurizers.models import LanguageModel, load_model
 
-from featurizers_training.methods.base import Method
-from featurizers_training.methods.searches import BASELINES, METHODS
-from featurizers_training.pairs import Pairs
-from featurizers_training.records import Position
+if TYPE_CHECKING:
+    from featurizers.models import LanguageModel
+
+    from featurizers_training.methods.base import Method
+    from featurizers_training.pairs import Pairs
+    from featurizers_training.records import Position
 
 ModelOption = Annotated[str, typer.Option("--model", help="Hub id, folder or .gguf file of a language model.")]
 PairsOption = Annotated[str, typer.Option("--pairs", help="File of JSON lines, one counterfactual pair each.")]
@@ -46,11 +46,15 @@ OPTION_OF = {"n_features": "features", "gate_lr": "gate-lr"}
 
 def device_of(name: str | None) -> Any:
     """Return the device of this name, or that of this process."""
+    from accelerate import PartialState
+
     return PartialState().device if name is None else name
 
 
 def load(model: str, device: str | None, dtype: str) -> LanguageModel:
     """Load the model that the options name."""
+    from featurizers.models import load_model
+
     return load_model(model, device=device_of(device), dtype=dtype_named(dtype))
 
 
@@ -83,6 +87,8 @@ def sites_and_positions(texts: Sequence[str]) -> tuple[list[Site], list[Position
 
 def read_pairs(path: str, tokenizer: Any, positions: Sequence[Position]) -> Pairs:
     """Read the pairs of a file, at a position for each site or, if there are none, at their own."""
+    from featurizers_training.pairs import Pairs
+
     pairs = Pairs.read(path, tokenizer, position=positions[0] if positions else None)
     return pairs.at(*positions) if len(positions) > 1 else pairs
 
@@ -121,11 +127,14 @@ def make_methods(
     Raises:
         UsageError: there is no such method, it lacks an option, or no method has an option that was given.
     """
+    from featurizers_training.methods.searches import BASELINES, METHODS
+
     known = {**METHODS, **BASELINES} if baselines else METHODS
     temperatures = None if temperature is None else _temperatures(temperature)
     by_field = {"n_features": features, "lr": lr, "gate_lr": gate_lr, "sparsity": sparsity, "temperature": temperatures}
     options = {name: value for name, value in by_field.items() if value is not None}
-    unused, methods = set(options), list[Method]()
+    unused = set(options)
+    methods: list[Method] = []
     for name in names:
         if name not in known:
             near = did_you_mean(name, known, " ").strip()

@@ -7,18 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from accelerate import PartialState
 from featurizers import Site
 from featurizers.cli import layer_numbers, print_json, write_results
 from featurizers.errors import UsageError
 from featurizers.files import refuse_full
-from featurizers.models import Anatomy
-from rich.console import Console
 
 from featurizers_training.command import options
-from featurizers_training.search.settings import Settings
-from featurizers_training.sweeps.report import tables
-from featurizers_training.sweeps.sweeping import sweep
 
 
 def sweep_command(
@@ -35,20 +29,28 @@ def sweep_command(
     controls: Annotated[str | None, typer.Option(help="Some of shuffled-labels,random-model.")] = None,
     test: options.Test = "0.2",
     objective: options.ObjectiveOption = "cross-entropy",
-    epochs: options.Epochs = Settings.epochs,
-    batch_size: options.BatchSize = Settings.batch_size,
+    epochs: options.Epochs = 5,
+    batch_size: options.BatchSize = 32,
     micro_batch: options.MicroBatch = None,
     lr: options.Lr = None,
     gate_lr: options.GateLr = None,
     sparsity: options.Sparsity = None,
     temperature: options.Temperature = None,
-    precision: options.Precision = Settings.precision,
-    seed: options.Seed = Settings.seed,
+    precision: options.Precision = "fp32",
+    seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = "float32",
     as_json: options.Json = False,
 ) -> None:
     """Search layers × positions by several methods, beside baselines and controls; write a table and a heat map."""
+    from accelerate import PartialState
+    from featurizers.models import Anatomy
+    from rich.console import Console
+
+    from featurizers_training.search.settings import Settings
+    from featurizers_training.sweeps.report import tables
+    from featurizers_training.sweeps.sweeping import sweep
+
     chosen = options.make_methods(options.words(methods), features, lr, gate_lr, sparsity, temperature, baselines=True)
     settings = Settings(
         epochs=epochs,

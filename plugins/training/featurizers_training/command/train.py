@@ -7,27 +7,22 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import featurizers
 import typer
-from accelerate import PartialState
 from featurizers import Site
 from featurizers.cli import commit_link, print_json, write_results
 from featurizers.files import refuse_full
-from rich.console import Console
-from torch import nn
 
 from featurizers_training.command import options
-from featurizers_training.command.checks import Checks
-from featurizers_training.evaluation import evaluate
-from featurizers_training.methods.base import Method
-from featurizers_training.pairs import Pairs
-from featurizers_training.search.found import Found
-from featurizers_training.search.settings import Settings
-from featurizers_training.search.training import train
-from featurizers_training.sweeps.controls import check_controls, controlled
-from featurizers_training.sweeps.report import summary
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from featurizers_training.methods.base import Method
+    from featurizers_training.pairs import Pairs
+    from featurizers_training.search.found import Found
 
 
 def train_command(
@@ -45,18 +40,18 @@ def train_command(
     ] = None,
     test: options.Test = "0.2",
     objective: options.ObjectiveOption = "cross-entropy",
-    epochs: options.Epochs = Settings.epochs,
-    batch_size: options.BatchSize = Settings.batch_size,
+    epochs: options.Epochs = 5,
+    batch_size: options.BatchSize = 32,
     micro_batch: options.MicroBatch = None,
     lr: options.Lr = None,
     gate_lr: options.GateLr = None,
     sparsity: options.Sparsity = None,
     temperature: options.Temperature = None,
-    precision: options.Precision = Settings.precision,
+    precision: options.Precision = "fp32",
     patience: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many epochs without a better validation.")
     ] = None,
-    seed: options.Seed = Settings.seed,
+    seed: options.Seed = 0,
     checkpoints: Annotated[Path | None, typer.Option(help="Folder to save the state in, and to resume from.")] = None,
     control: Annotated[
         list[str] | None, typer.Option(help="Search once more with shuffled-labels, or in a random-model.")
@@ -67,6 +62,14 @@ def train_command(
     as_json: options.Json = False,
 ) -> None:
     """Find the features of some sites whose interchange gives the counterfactual answers, and save them."""
+    from accelerate import PartialState
+    from rich.console import Console
+
+    from featurizers_training.command.checks import Checks
+    from featurizers_training.search.settings import Settings
+    from featurizers_training.sweeps.controls import check_controls, controlled
+    from featurizers_training.sweeps.report import summary
+
     (chosen,) = options.make_methods([method], features, lr, gate_lr, sparsity, temperature, baselines=False)
     settings = Settings(
         epochs=epochs,
@@ -142,6 +145,9 @@ def _search(
     **more: Any,
 ) -> tuple[Found, dict[str, Any]]:
     """Search, measure the result on the test pairs too, and return it with its row of the summary."""
+    from featurizers_training.evaluation import evaluate
+    from featurizers_training.search.training import train
+
     start = time.perf_counter()
     found = train(model, parts["train"], sites, method, validation=parts.get("validation"), **more)
     if "test" in parts:
