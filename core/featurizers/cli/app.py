@@ -26,6 +26,7 @@ app = typer.Typer(
 app.callback()(commands.root)
 app.command()(commands.plugins)
 app.command()(commands.kinds)
+app.command()(commands.sites)
 app.command()(commands.info)
 app.command("list")(commands.list_artefacts)
 app.command()(commands.pull)

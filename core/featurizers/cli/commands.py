@@ -98,6 +98,25 @@ def kinds(
         print(f"{name}.{constructor}(…): {escaped(what)}")
 
 
+def sites(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, config.json or .gguf file.")],
+    as_json: Json = False,
+) -> None:
+    """List the sites of a language model, with their heads and widths, from its config alone."""
+    from featurizers.models.loading import model_without_weights
+    from featurizers.models.site_table import sites_of
+
+    found, missing = sites_of(model_without_weights(model))
+    if as_json:
+        rows = [{**vars(row), "layers": list(row.layers)} for row in found]
+        print_json({"model": model, "sites": rows, "missing": missing})
+        return
+    shown = [{**vars(row), "layers": row.ranges} for row in found]
+    print_rows(shown, ["kind", "layers", "heads", "width", "meaning"], as_json=False)
+    if missing:
+        print(f"Not in this model: {', '.join(missing)}; --json says why.")
+
+
 def info(source: SourceArgument, subfolder: Subfolder = None, revision: Revision = None, as_json: Json = False) -> None:
     """Show what an artefact is, with --json its whole config; needs no plugin and downloads no weights."""
     from featurizers.cli.descriptions import readable, tensors_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import featurizers
 from featurizers.errors import FeatureIndexError, UsageError, shown
+from featurizers.format.html import html_table
 from featurizers.format.labels import Label, Labels
 from featurizers.format.pieces import Stored
 from featurizers.format.reference import Reference
@@ -115,6 +117,22 @@ class FeatureSpace(nn.Module, ABC, Generic[ConfigT]):
     @abstractmethod
     def numbering(self) -> Mapping[str | None, Numbering]:
         """Return the numbers of the features of each group; of a featurizer of one site, those under None."""
+
+    def _repr_html_(self) -> str:
+        """Return a small table of what it is and where it belongs, which notebooks show."""
+        config = {name: value for name, value in self.config.model_dump(mode="json").items() if value is not None}
+        models = ", ".join(dict.fromkeys(site.model for site in self.sites.values() if site.model))
+        rows = {
+            "id": None if self.id == self.kind else self.id,
+            "config": json.dumps(config),
+            "features": self.n_features,
+            "site": self.sites_text,
+            "model": models or None,
+            "feature sets": ", ".join(self.feature_sets) or None,
+            "labels": self.labels and len(self.labels),
+            "revision": self.revision,
+        }
+        return html_table(f"{type(self).__name__} ({self.kind})", rows)
 
     @property
     def labels(self) -> Labels | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal, TypeAlias
 
 from featurizers.errors import SiteError, did_you_mean
+from featurizers.format.html import html_table
 
 Side: TypeAlias = Literal["input", "output"]
 
@@ -118,6 +119,13 @@ class Site:
         recorded = {name: getattr(self, name) for name in ("position", "model", "model_revision")}
         more = [f"{name}={value!r}" for name, value in recorded.items() if value is not None]
         return f"Site({', '.join([repr(str(self)), *more])})"
+
+    def _repr_html_(self) -> str:
+        """Return a small table, which notebooks show."""
+        meaning = {**BLOCK_KINDS, **MODEL_KINDS}.get(self.kind)
+        tokens = None if self.position is None else ", ".join(map(str, self.position))
+        model = self.model and " at ".join(filter(None, (self.model, self.model_revision)))
+        return html_table(f"Site {self}", {"what it is": meaning, "tokens": tokens, "model": model})
 
     def __str__(self) -> str:
         """Return the form that `parse` reads."""

@@ -76,7 +76,7 @@ class Anatomy:
         for kind in BLOCK_KINDS:
             layers = [layer for layer in range(n_layers) if self._has(Site(kind, layer))]
             details = [] if len(layers) == n_layers else [f"in {len(layers)} of them"]
-            if kind in HEAD_KINDS and layers and (heads := self._n_heads(Site(kind, layers[0]))) is not None:
+            if kind in HEAD_KINDS and layers and (heads := self.n_heads(Site(kind, layers[0]))) is not None:
                 details.append(f"{heads} heads")
             sites += [f"{kind} ({', '.join(details)})" if details else kind] if layers else []
         once = "".join(f"{'; ' if not number else ', '}{kind}" for number, kind in enumerate(self._once()))
@@ -308,7 +308,7 @@ class Anatomy:
             raise SiteError(f"{site}: no such part was found in {block}: {why}. {_HELP}")
         return join(parts.layers, str(site.layer), within), side  # type: ignore[return-value]
 
-    def _n_heads(self, site: Site) -> int | None:
+    def n_heads(self, site: Site) -> int | None:
         """Return the number of heads at a site, or None if they cannot be told apart."""
         try:
             if site.kind in PARTS:

@@ -46,13 +46,12 @@ def load_model(
         >>> model, tokenizer, revision = load_model("HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
     """
     check_placement(device, dtype)
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise MissingDependencyError("a language model", "transformers", "pip install 'transformers>=5.9'") from error
+    _check_transformers()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     path = Path(name).expanduser()
     gguf = path.suffix == ".gguf"
-    source, options = (str(path.parent), {"gguf_file": path.name}) if gguf else (name, {})
+    source, options = _source(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if dtype is None else dtype, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -65,6 +64,44 @@ def load_model(
         _forget_quantization(model)
     revision = getattr(model.config, "_commit_hash", None)
     return LanguageModel(model.eval().requires_grad_(False), tokenizer, revision)
+
+
+def model_without_weights(name: str) -> nn.Module:
+    """Build a language model from its config, with parameters on the meta device; read no weights.
+
+    Args:
+        name: Hub id, folder, ``config.json`` or ``.gguf`` file.
+
+    Raises:
+        UsageError: there is no config, or none of a language model that transformers knows.
+        MissingDependencyError: transformers is not installed.
+    """
+    _check_transformers()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, options = _source(name)
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # the classes of configs and models raise many kinds
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UsageError(f"cannot build the language model {name!r} from its config: {one_line(reason)}") from error
+    return model.eval()
+
+
+def _check_transformers() -> None:
+    """Raise MissingDependencyError if transformers cannot be imported."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError("a language model", "transformers", "pip install 'transformers>=5.9'") from error
+
+
+def _source(name: str) -> tuple[str, dict[str, str]]:
+    """Return what transformers is to read a name from, and with which option."""
+    path = Path(name).expanduser()
+    return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
 
 
 def text_ids(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:

@@ -27,6 +27,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "cli.md"
 COMMANDS = [
     "plugins",
     "kinds",
+    "sites",
     "info",
     "list",
     "pull",
