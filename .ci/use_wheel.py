@@ -354,6 +354,13 @@ def transformer_lens() -> None:
     assert all(torch.equal(each, x) for each in found.values())
 
 
+def new_plugin() -> None:
+    """Write a plugin, and compile its code."""
+    command("new-plugin", "mine")
+    for path in Path("featurizers-mine").rglob("*.py"):
+        compile(path.read_text(encoding="utf-8"), str(path), "exec")
+
+
 CHECKS = {
     "core": core,
     "autoencoder": autoencoder,
@@ -366,9 +373,11 @@ CHECKS = {
     "evaluate": evaluate,
     "graphs": graphs,
     "harvest": harvest,
+    "flow": lambda: create("flow", d_in=8),
     "identity": lambda: create("identity", d_in=8),
     "interp-engine": interp_engine,
     "llamascopium": llamascopium,
+    "new-plugin": new_plugin,
     "nnsight": nnsight,
     "patching": patching,
     "pyvene": pyvene,

@@ -25,6 +25,7 @@ FIRST_PARTY = {
     "identity": "featurizers-identity",
     "interp-engine": "featurizers-interp-engine",
     "llamascopium": "featurizers-llamascopium",
+    "new-plugin": "featurizers-new-plugin",
     "nnsight": "featurizers-nnsight",
     "patching": "featurizers-patching",
     "pyvene": "featurizers-pyvene",
@@ -127,6 +128,11 @@ COMMANDS = {
         "training",
         "featurizers-training",
         "Search layers × positions by several methods, beside baselines and controls; write a table and a heat map.",
+    ),
+    "new-plugin": Command(
+        "new-plugin",
+        "featurizers-new-plugin",
+        "Write the distribution of a new kind of featurizer: a class, tests and metadata, ready to install.",
     ),
     "demo": Command(
         "training",

@@ -45,6 +45,7 @@ COMMANDS = [
     "labels",
     "report",
     "sweep",
+    "new-plugin",
     "demo",
 ]
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
@@ -410,7 +411,7 @@ def test_a_process_called_wrongly_ends_with_2():
 def test_help_lists_the_commands_of_the_page():
     code, out, _ = run("--help")
     assert code == 0
-    listed = re.findall(r"^  ([a-z]+)  ", out, re.MULTILINE)
+    listed = re.findall(r"^  ([a-z][a-z-]*)  ", out, re.MULTILINE)
     assert listed == list(dict.fromkeys(command.partition(" ")[0] for command in COMMANDS))
     described = re.findall(r"^## (.+)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(described) == sorted(COMMANDS)
