@@ -10,7 +10,7 @@ import typer
 
 from featurizers import hub, models, registry, store
 from featurizers.cli.command_group import CommandGroup
-from featurizers.cli.output import commit_link, escaped, print_fields, print_json, print_rows
+from featurizers.cli.output import commit_link, escaped, in_short, print_fields, print_json, print_rows
 from featurizers.errors import FeaturizerError, printable
 from featurizers.version import __version__
 
@@ -138,6 +138,25 @@ def info(source: SourceArgument, subfolder: Subfolder = None, revision: Revision
 def list_artefacts(source: SourceArgument, revision: Revision = None, as_json: Json = False) -> None:
     """List the artefacts of a folder or a repository."""
     print_rows(_rows(store.list_artefacts(source, revision=revision)), ENTRY_COLUMNS, as_json=as_json)
+
+
+def search(
+    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="In the name of the repository.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Kind of a featurizer, such as subspace.")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id of the model that it was made for.")] = None,
+    site: Annotated[str | None, typer.Option(help="Such as resid.post:8, or resid.post for any layer.")] = None,
+    author: Annotated[str | None, typer.Option(help="User or organization.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Most repositories to list.")] = 50,
+    as_json: Json = False,
+) -> None:
+    """Search the Hub for featurizers by kind, model and site."""
+    found = [vars(each) for each in hub.search(text, kind=kind, model=model, site=site, author=author, limit=limit)]
+    if as_json:
+        print_json(found)
+        return
+    several = ("kinds", "models", "sites")
+    rows = [{**row, **{name: in_short(row[name]) for name in several}} for row in found]
+    print_rows(rows, ["repo_id", *several, "downloads"], as_json=False)
 
 
 def pull(

@@ -22,6 +22,12 @@ def escaped(text: str) -> str:
     return "\n".join(printable(line, MOST) for line in text[: 10 * MOST].split("\n"))
 
 
+def in_short(names: Sequence[str], most: int = 3) -> str:
+    """Return the first of several names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
 def commit_link(commit: CommitInfo) -> str:
     """Return the address of a commit, or of its pull request, fit to print: the Hub may send any text."""
     return printable(str(commit.pr_url or commit.commit_url), 500)

@@ -6,16 +6,23 @@ import io
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from featurizers.errors import ArtefactError, one_line, printable
+from featurizers.errors import ArtefactError, SiteError, one_line, printable
 from featurizers.format import edits, labels, measured
 from featurizers.format.manifest import LIBRARY_NAME, Index, Manifest
+from featurizers.format.sites import Site
 
 START: Final = "<!-- featurizers: start -->"
 END: Final = "<!-- featurizers: end -->"
+TOPIC: Final = "mechanistic-interpretability"
+"""Tag of every card; the kinds follow it, and then the sites."""
+SITE_TAG: Final = "site:"
+"""Tags of a card that begin so name a site."""
+MAX_SITES: Final = 64
+"""Most sites that are tags of a card."""
 MAX_FRONT_MATTER: Final = 2**16
 """Characters of the longest front matter that is parsed; YAML takes seconds for a megabyte."""
 
@@ -66,7 +73,8 @@ def write(manifest: Manifest, path: Path, *, source: str, subfolder: str = "") -
         END,
     ]
     license_name = manifest.metadata.get("license", "unknown")
-    metadata = _metadata(manifest.kind, base_model=site.model if site else None, license_name=license_name)
+    sites = map(str, manifest.sites().values())
+    metadata = _metadata(manifest.kind, base_model=site.model if site else None, license_name=license_name, sites=sites)
     metadata["model-index"] = [] if found is None else measured.model_index(manifest, found)
     _update(path, metadata, "\n".join(lines))
 
@@ -81,7 +89,9 @@ def summary_of(manifest: Manifest) -> dict[str, str]:
     return {one_line(name, 40): one_line(text, 200) for name, text in entries if isinstance(text, str)}
 
 
-def write_collection(index: Index, path: Path, *, source: str, intervenable: bool = False) -> None:
+def write_collection(
+    index: Index, path: Path, *, source: str, intervenable: bool = False, base_models: Sequence[str] = ()
+) -> None:
     """Write the card of a collection, or update the generated part of an existing card.
 
     Args:
@@ -89,6 +99,7 @@ def write_collection(index: Index, path: Path, *, source: str, intervenable: boo
         path: file to write.
         source: source that the example on the card loads.
         intervenable: whether the collection belongs to a pyvene model.
+        base_models: models of the artefacts, for the front matter of a new card.
 
     Raises:
         ArtefactError: the existing card is not UTF-8 text.
@@ -115,7 +126,9 @@ def write_collection(index: Index, path: Path, *, source: str, intervenable: boo
         END,
     ]
     kinds = sorted({entry.kind for entry in index.artefacts.values()})
-    _update(path, _metadata(*kinds), "\n".join(lines))
+    sites = (site for entry in index.artefacts.values() for site in (entry.site or "").split(" -> "))
+    base_model = base_models[0] if len(base_models) == 1 else list(base_models)
+    _update(path, _metadata(*kinds, base_model=base_model, sites=sites), "\n".join(lines))
 
 
 def _measurements(found: measured.Measured | None) -> list[str]:
@@ -184,16 +197,27 @@ def _example(manifest: Manifest) -> list[str]:
     ]
 
 
-def _metadata(*kinds: str, base_model: str | None = None, license_name: object = "unknown") -> dict[str, Any]:
+def _metadata(
+    *kinds: str, base_model: str | list[str] | None = None, license_name: object = "unknown", sites: Iterable[str] = ()
+) -> dict[str, Any]:
     """Return the front matter of a new card; the licence may be any JSON, and is the only value that is not checked."""
+    tags = [f"{SITE_TAG}{site}" for site in dict.fromkeys(sites) if _names_one_site(site)]
     licenses = license_name if isinstance(license_name, list) else ["unknown" if license_name is None else license_name]
     names = [printable(name if isinstance(name, str) else json.dumps(name), 256) for name in licenses[:16]]
     return {
         "library_name": LIBRARY_NAME,
         "license": names if isinstance(license_name, list) else names[0],
         **({"base_model": base_model} if base_model else {}),
-        "tags": [LIBRARY_NAME, "mechanistic-interpretability", *kinds],
+        "tags": [LIBRARY_NAME, TOPIC, *kinds, *tags[:MAX_SITES]],
     }
+
+
+def _names_one_site(text: str) -> bool:
+    """Return whether a text is a site, and not the reads or writes of a map in short, and fit for a tag."""
+    try:
+        return str(Site.parse(text)) == text and len(text) <= 200
+    except SiteError:
+        return False
 
 
 def _update(path: Path, metadata: dict[str, Any], body: str) -> None:
@@ -244,7 +268,8 @@ def _completed(block: str, metadata: dict[str, Any], newline: str) -> str | None
         if "model-index" not in existing and not merged["model-index"]:
             del merged["model-index"]
         if isinstance(tags := existing.get("tags"), list):
-            merged["tags"] = [*tags, *(tag for tag in metadata["tags"] if tag not in tags)]
+            kept = [tag for tag in tags if tag in metadata["tags"] or not str(tag).startswith(SITE_TAG)]
+            merged["tags"] = [*kept, *(tag for tag in metadata["tags"] if tag not in kept)]
         if merged == existing:
             return None
         for plain in (True, False):  # PyYAML reads its own unescaped U+0085 as a space

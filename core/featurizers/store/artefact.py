@@ -147,7 +147,14 @@ def writing_collection(
             (new_folder / name).mkdir(parents=True, exist_ok=True)
             manifests[name] = _write(featurizer, new_folder / name, source=f"./{target.name}/{name}")
         (new_folder / CONFIG_NAME).write_bytes(dump(index))
-        card.write_collection(index, new_folder / CARD_NAME, source=f"./{target.name}", intervenable=bool(beside))
+        models = {site.model for manifest in manifests.values() for site in manifest.sites().values() if site.model}
+        card.write_collection(
+            index,
+            new_folder / CARD_NAME,
+            source=f"./{target.name}",
+            intervenable=bool(beside),
+            base_models=sorted(models),
+        )
         yield new_folder, manifests
 
 

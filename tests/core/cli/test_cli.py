@@ -30,6 +30,7 @@ COMMANDS = [
     "sites",
     "info",
     "list",
+    "search",
     "pull",
     "push",
     "verify",

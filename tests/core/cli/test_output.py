@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from featurizers.cli.output import commit_link, print_fields, print_rows
+from featurizers.cli.output import commit_link, in_short, print_fields, print_rows
 
 
 def test_escape_sequences_in_the_address_of_a_commit_are_shown_escaped():
@@ -24,3 +24,7 @@ def test_text_of_artefacts_and_plugins_in_a_table_is_escaped(capsys):
     out = capsys.readouterr().out
     assert all(character.isprintable() for character in out.replace("\n", ""))
     assert [text for text in (r"\x1b[2J\u202ea", r"b\x9b", r"\x07", r"\x1b]0;title") if text not in out] == []
+
+
+def test_many_names_are_counted():
+    assert [in_short(list("abcde")[:n]) for n in (0, 1, 3, 5)] == ["", "a", "a, b, c", "a, b, c and 2 more"]

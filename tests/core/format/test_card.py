@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 
 from tests.support.hub import subspace
 
-TAGS = ["featurizers", "mechanistic-interpretability", "subspace"]
+TAGS = ["featurizers", "mechanistic-interpretability", "subspace", "site:resid.post:3"]
 
 
 def found_in(model="owner/model"):
@@ -111,7 +111,7 @@ def test_the_prose_of_people_stays_byte_for_byte(tmp_path, newline, front_matter
 def test_a_complete_front_matter_stays_byte_for_byte(tmp_path):
     front_matter = (
         b"---\n# a comment\nversion: 1.10\nlibrary_name: 'featurizers'\nlicense: mit\nbase_model: x\n"
-        b"tags: [subspace, featurizers, mechanistic-interpretability]\n---\n"
+        b"tags: [subspace, featurizers, mechanistic-interpretability, 'site:resid.post:3']\n---\n"
     )
     assert saved_over(tmp_path / "a", front_matter).startswith(front_matter)
 
@@ -201,6 +201,39 @@ def test_values_of_people_keep_their_characters(tmp_path, characters):
     data = ModelCard(text.decode()).data.to_dict()
     assert data["author"] == characters
     assert data["library_name"] == "featurizers"
+
+
+def tags_of(folder):
+    return ModelCard.load(folder / "README.md").data.tags
+
+
+def test_tags_name_the_sites_as_they_are_now_and_an_authors_own_stay(tmp_path):
+    f = found_in()
+    f.save_pretrained(tmp_path / "a")
+    readme = tmp_path / "a" / "README.md"
+    readme.write_text(readme.read_text().replace("- subspace\n", "- subspace\n- my-own\n"))
+    f.site = featurizers.Site("mlp.out", 5)
+    f.save_pretrained(tmp_path / "a")
+    assert tags_of(tmp_path / "a") == [*TAGS[:3], "my-own", "site:mlp.out:5"]
+    f.site = None
+    f.save_pretrained(tmp_path / "a")
+    assert tags_of(tmp_path / "a") == [*TAGS[:3], "my-own"]
+
+
+def test_the_card_of_a_collection_names_its_sites_and_models(tmp_path):
+    one, two, three = found_in("b/b"), found_in("a/a"), found_in("a/a")
+    two.site = featurizers.Site("attn.z", 1, 2).at(model="a/a")
+    folder = featurizers.save_collection({"x": one, "y": two, "z": three}, tmp_path / "a")
+    data = ModelCard.load(folder / "README.md").data
+    assert data.tags == [*TAGS[:3], "site:resid.post:3", "site:attn.z:1:2"]
+    assert data.base_model == ["a/a", "b/b"]
+    folder = featurizers.save_collection({"x": two, "z": three}, tmp_path / "b")
+    assert ModelCard.load(folder / "README.md").data.base_model == "a/a"
+    many = {f"l{i}": subspace() for i in range(100)}
+    for i, f in enumerate(many.values()):
+        f.site = featurizers.Site("resid.post", i)
+    tags = tags_of(featurizers.save_collection(many, tmp_path / "c"))
+    assert len(tags) == 3 + card.MAX_SITES
 
 
 @pytest.mark.parametrize(
