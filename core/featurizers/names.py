@@ -71,7 +71,7 @@ class Command(NamedTuple):
     help: str
 
 
-GROUPS = {"fit": "Fit featurizers to a model."}
+GROUPS = {"fit": "Fit featurizers to a model.", "harvested": "Read a harvest: index, contexts, exports."}
 COMMANDS = {
     "fit.causal-basis": Command(
         "causal-basis",
@@ -94,6 +94,17 @@ COMMANDS = {
         "featurizers-harvest",
         "Write the features of artefacts on a corpus, or activations, to Parquet files; called again it goes on.",
     ),
+    "harvested.index": Command(
+        "harvest",
+        "featurizers-harvest",
+        "Build the index by feature: where each feature is not 0, the largest values first.",
+    ),
+    "harvested.contexts": Command(
+        "harvest",
+        "featurizers-harvest",
+        "Print the tokens at which a feature is largest, with those around; the index is built at the first call.",
+    ),
+    "harvested.export": Command("harvest", "featurizers-harvest", "Write a harvest as the files of SAELens or delphi."),
     "patch": Command(
         "patching",
         "featurizers-patching",

@@ -261,7 +261,7 @@ def open(folder: str | Path, *, partial: bool = False) -> Harvest:
         ArtefactError: there is no harvest, it is damaged, or shards are missing.
     """
     found = folder_of(folder)
-    plan = known_plan(found)
+    plan = None if found.read("plan.json") is None else known_plan(found)
     if plan is None:
         raise ArtefactError(found.where, "there is no harvest here")
     entries = finished(found, plan.sha256, [TOKENS, *(f"site={name}" for name in plan.features)])

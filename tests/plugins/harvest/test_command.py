@@ -59,6 +59,51 @@ def test_the_command_builds_the_index(folder: Path) -> None:
     assert "--index takes no --shard" in run("harvest", *options(folder, "x"), "--index", "--shard", 0, "--of", 1)[2]
 
 
+def test_a_harvest_is_indexed_and_its_contexts_are_printed(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    run("harvest", *options(folder, "read"))
+    code, out, error = run("harvested", "index", folder / "read", "f")
+    assert (code, out) == (0, f"Written: {folder / 'read' / 'by=feature' / 'name=f'}\n"), error
+    found = featurizers_harvest.open(folder / "read")
+    feature = int(found.densities("f").argmax())
+    expected = featurizers_harvest.top_contexts(found, "f", feature, k=3, width=2)
+    own = ("harvested", "contexts", folder / "read", "f", feature, "--k", 3, "--width", 2)
+    assert [each["tokens"] for each in as_json(*own)["contexts"]] == [each.tokens for each in expected]
+    decode = AutoTokenizer.from_pretrained(folder / "model").decode
+    lines = run(*own, "--tokenizer", folder / "model")[1].splitlines()
+    for line, each in zip(lines, expected, strict=True):
+        assert line.split()[0] == f"{each.value:.4g}"
+        assert f"document {each.document}, token {each.position}: " in line
+        assert f"[{decode([each.tokens[each.position - each.start]])}]" in line
+    never = int((found.densities("f") == 0).nonzero()[0])
+    assert run("harvested", "contexts", folder / "read", "f", never)[1] == f"Feature {never} is 0 at every token.\n"
+    assert "'x' has activations and no features" in run("harvested", "index", folder / "read", "x")[2]
+    assert "there is no harvest here" in run("harvested", "index", folder / "model", "f")[2]
+    assert "cannot load the tokenizer" in run(*own, "--tokenizer", folder / "f")[2]
+
+
+def test_a_harvest_is_exported(folder: Path) -> None:
+    run("harvest", *options(folder, "exported"))
+    found = featurizers_harvest.open(folder / "exported")
+    featurizers_harvest.to_delphi(found, "f", folder / "by-function", module="layers.1", context_size=8, splits=3)
+    own = ("harvested", "export", folder / "exported", "f", "--to", "delphi", "--context-size", 8)
+    code, out, error = run(*own, "--out", folder / "by-option", "--module", "layers.1", "--splits", 3)
+    assert (code, out.endswith(f": {found.n_tokens // 8} contexts of 8 tokens\n")) == (0, True), error
+    assert files(folder / "by-option") == files(folder / "by-function")
+    activations = (*own[:3], "x", "--to", "sae-lens", "--context-size", 8, "--out", folder / "cached")
+    pytest.importorskip("datasets")
+    code, _, error = run(*activations, "--hook-name", "blocks.0.hook_mlp_out")
+    assert (code, (folder / "cached" / "dataset_info.json").is_file()) == (0, True), error
+    for words, message in (
+        ((*own, "--out", folder / "y"), "error: --to delphi needs --module"),
+        (activations, "error: --to sae-lens needs --hook-name"),
+        ((*activations, "--hook-name", "h", "--splits", 2), "error: --splits is not for --to sae-lens"),
+        ((*activations[:5], "other", *activations[6:]), "error: --to is sae-lens or delphi, not 'other'"),
+    ):
+        assert run(*words)[2].startswith(message)
+
+
 def test_the_command_checks_a_harvest(folder: Path) -> None:
     run("harvest", *options(folder, "checked"))
     assert as_json("harvest", *options(folder, "checked"), "--check", 0.01) == {"problems": []}
