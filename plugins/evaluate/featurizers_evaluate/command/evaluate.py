@@ -61,8 +61,6 @@ def evaluate_command(
     as_json: options.Json = False,
 ) -> None:
     """Measure an artefact on documents: reconstruction, sparsity, effect on the model; or its accuracy on pairs."""
-    from featurizers_evaluate.evaluating import evaluate, sweep
-
     of_data = {
         "--key": key,
         "--split": split,
@@ -160,6 +158,8 @@ def _measure(
         out: folder to write to.
         as_json: whether to print JSON.
     """
+    from featurizers_evaluate.evaluating import evaluate, sweep
+
     options.check_out(out)
     limits = None if sweep_over is None else options.numbers(sweep_over)
     device = next(run[0].parameters()).device if run else "cpu"
