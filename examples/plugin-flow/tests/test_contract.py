@@ -1,4 +1,4 @@
-"""The laws that every featurizer keeps, which docs/plugins.md of featurizers lists."""
+"""The laws that every featurizer keeps: https://featurizers.github.io/featurizers/plugins/#laws."""
 
 import featurizers
 import pytest
