@@ -172,7 +172,7 @@ def test_a_shell_completes_commands_and_options(tmp_path):
     """
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-c", script], capture_output=True, encoding="utf-8", check=True, env=environment)
-    assert done.stdout.splitlines() == ["scalars sweep", "kinds", "--json"], done.stderr
+    assert done.stdout.splitlines() == ["sites search scalars sweep", "kinds", "--json"], done.stderr
 
 
 def test_info_of_an_artefact(here):
