@@ -50,9 +50,10 @@ def python(interpreter: Path | str, *arguments: str, **environment: str) -> str:
 
 def environment_beside(folder: Path) -> Path:
     """Make a virtual environment that also sees the packages of this one, and return its interpreter."""
-    venv.create(folder, symlinks=True, with_pip=False)
-    interpreter = folder / "bin" / "python"
-    own = python(interpreter, "-c", "import site; print(site.getsitepackages()[0])").strip()
+    windows = os.name == "nt"
+    venv.create(folder, symlinks=not windows, with_pip=False)
+    interpreter = folder / ("Scripts" if windows else "bin") / "python"
+    own = python(interpreter, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     lines = [f"import site; site.addsitedir({path!r})" for path in site.getsitepackages()]
     (Path(own) / "packages_of_the_tests.pth").write_text("\n".join(lines) + "\n")
     return interpreter
@@ -91,7 +92,7 @@ def test_what_is_written_installs_passes_its_tests_and_loads_by_id(tmp_path: Pat
 
 def test_the_metadata_name_the_kind_and_the_author(tmp_path: Path) -> None:
     folder, files = scaffold("my-kind", tmp_path / "new", author='Ann "A" \\ Author')
-    assert sorted(files) == sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert sorted(files) == sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     assert project["name"] == "featurizers-my-kind"
     assert project["authors"] == [{"name": 'Ann "A" \\ Author'}]
