@@ -505,7 +505,11 @@ def test_a_table_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeyp
 
 
 def interrupt(*_, **__):
-    os.kill(os.getpid(), signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_while_a_search_saves_leaves_the_earlier_artefact(tmp_path, monkeypatch):
