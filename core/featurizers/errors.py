@@ -115,6 +115,18 @@ class LoweringError(FeaturizerError, ValueError):
     """An operation is not the same function of each activation vector, so that it has no fixed form."""
 
 
+class OtherRankError(FeaturizerError):
+    """Another of several processes that work together failed, so that this one cannot go on.
+
+    Attributes:
+        rank: its number.
+    """
+
+    def __init__(self, rank: int, problem: str) -> None:
+        self.rank = rank
+        super().__init__(f"rank {rank} of the processes failed, so that this one stops too: {problem}")
+
+
 class ConfigError(FeaturizerError, ValueError):
     """A configuration that a kind refuses."""
 

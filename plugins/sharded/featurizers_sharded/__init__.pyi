@@ -1,4 +1,3 @@
 from .dictionary import ShardedDictionary as ShardedDictionary
 from .loading import load_share as load_share
 from .loading import shard as shard
-from .ranks import OtherRankError as OtherRankError

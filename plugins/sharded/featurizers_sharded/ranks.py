@@ -15,7 +15,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from featurizers.errors import FeaturizerError, UsageError, one_line, shown
+from featurizers.errors import OtherRankError, UsageError, one_line, shown
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -30,18 +30,6 @@ _SETTLED: Final = "featurizers_settled"
 """Attribute of errors that are not to be told to the other processes."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-class OtherRankError(FeaturizerError):
-    """Another process of the mesh failed, so that this one cannot go on.
-
-    Attributes:
-        rank: its number in the mesh.
-    """
-
-    def __init__(self, rank: int, problem: str) -> None:
-        self.rank = rank
-        super().__init__(f"rank {rank} of the mesh failed, so that this rank stops too: {problem}")
 
 
 class Ranks:

@@ -9,11 +9,11 @@ from typing import Final
 
 import torch
 import torch.distributed as dist
-from featurizers.errors import UsageError, one_line
+from featurizers.errors import OtherRankError, UsageError, one_line
 from featurizers.format import Pieces, check_finite
 from torch import Tensor
 
-from featurizers_sharded.ranks import MOST_PROBLEM, OtherRankError, Ranks
+from featurizers_sharded.ranks import MOST_PROBLEM, Ranks
 from featurizers_sharded.share import WHOLE, Share
 
 PIECE_BYTES: Final = 2**26

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 import pickle
@@ -15,8 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from featurizers import errors
+from featurizers.errors import OtherRankError
 from featurizers.testing import FeaturizerContract
-from featurizers_sharded import OtherRankError, ShardedDictionary
+from featurizers_sharded import ShardedDictionary
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tests.support.dictionaries import dictionary
@@ -72,13 +74,20 @@ def both(rank: int, mesh: DeviceMesh, folder: Path, whole: Any) -> tuple[Any, Sh
 both.count = 0  # type: ignore[attr-defined]
 
 
+def of_two(check: Any) -> Any:
+    """Run a check in two processes alone: more would tell nothing new, and take seconds to import what it needs."""
+    return functools.wraps(check)(lambda rank, size, folder: None if size > 2 else check(rank, size, folder))
+
+
 def activations(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, what: str = "") -> None:
-    scale = max(1.0, float(expected.detach().abs().max())) if expected.numel() else 1.0
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 * scale, msg=lambda text: f"{what}: {text}")
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype), what
+    if expected.numel():  # torch.testing imports sympy once there is a process group, which takes seconds
+        difference = float((found.detach() - expected.detach()).abs().max())
+        assert difference <= 2e-6 * max(1.0, float(expected.detach().abs().max())), f"{what}: {difference}"
 
 
 def check_every_rule_gives_the_features_and_edits_of_the_whole(rank: int, size: int, folder: Path) -> None:
@@ -192,6 +201,7 @@ def gradients(f: Any, n_features: int, target: torch.Tensor) -> dict[str, torch.
     return {"x": x.grad, "y": y.grad, "gate": gate.grad, "delta": delta.grad}  # type: ignore[dict-item]
 
 
+@of_two
 def check_sparse_features_have_gradients(rank: int, size: int, folder: Path) -> None:
     for rule in ("relu", "jumprelu", "topk", "groupmax"):
         whole, f = both(rank, mesh_of(size), folder, whole_of(rule, 64, {}))
@@ -205,6 +215,7 @@ def check_sparse_features_have_gradients(rank: int, size: int, folder: Path) -> 
         close(found[0], found[1], rule)
 
 
+@of_two
 def check_derivatives_of_the_maps(rank: int, size: int, folder: Path) -> None:
     whole, f = both(rank, mesh_of(size), folder, whole_of("topk", 61, {"pre_bias": True}))
     x, tangent = activations(7, 8), activations(7, 8, seed=4)
@@ -362,6 +373,7 @@ def small() -> Any:
     return featurizers.DictionaryFeaturizer.from_tensors(torch.ones(1, 8), torch.ones(1, 8))
 
 
+@of_two
 def check_files_of_another_library_are_divided_once_they_are_loaded(rank: int, size: int, folder: Path) -> None:
     from safetensors.torch import save_file
 
@@ -409,6 +421,7 @@ def check_one_axis_of_a_mesh_with_several(rank: int, size: int, folder: Path) ->
     close(f.interchange(x, x + 1), whole.interchange(x, x + 1))
 
 
+@of_two
 def check_half_precision(rank: int, size: int, folder: Path) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         whole, f = both(rank, mesh_of(size), folder, whole_of("relu", 61, {}, dtype=dtype))
@@ -419,6 +432,7 @@ def check_half_precision(rank: int, size: int, folder: Path) -> None:
         assert torch.equal(f.interchange(x, x), x)
 
 
+@of_two
 def check_lowered_edits(rank: int, size: int, folder: Path) -> None:
     for rule, value in (("relu", None), ("jumprelu", 0.5), ("topk", None)):
         whole, f = both(rank, mesh_of(size), folder, whole_of(rule, 61, {}))
@@ -435,6 +449,7 @@ def check_lowered_edits(rank: int, size: int, folder: Path) -> None:
             featurizers.lower(featurizers.Steer(f, delta=2.0))
 
 
+@of_two
 def check_interventions_in_a_model(rank: int, size: int, folder: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -461,6 +476,7 @@ def check_interventions_in_a_model(rank: int, size: int, folder: Path) -> None:
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
+@of_two
 def check_the_laws_of_featurizers(rank: int, size: int, folder: Path) -> None:
     laws = [
         name
@@ -471,7 +487,7 @@ def check_the_laws_of_featurizers(rank: int, size: int, folder: Path) -> None:
     ]
     assert len(laws) > 15
     torch.manual_seed(0)
-    for rule in ("jumprelu", "topk")[: 4 // size]:
+    for rule in ("jumprelu", "topk"):
         path = folder / f"laws-{rule}"
         if rank == 0:
             whole_of(rule, 61, {}).save_pretrained(path)
