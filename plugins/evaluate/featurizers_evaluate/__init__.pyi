@@ -18,6 +18,8 @@ from .harvests import HarvestedRow as HarvestedRow
 from .labels import import_labels as import_labels
 from .options import special_tokens as special_tokens
 from .pictures import densities as densities
+from .processes import Launch as Launch
+from .processes import launched as launched
 from .reporting.data import FeatureReport as FeatureReport
 from .reporting.making import report as report
 from .reporting.result import Report as Report

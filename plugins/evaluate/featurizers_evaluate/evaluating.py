@@ -20,6 +20,7 @@ from featurizers_evaluate.harvests import NO_MODEL, HarvestRuns, check_named, ha
 from featurizers_evaluate.measuring import Measured, Observer, Plan, measure
 from featurizers_evaluate.of_plugins import fidelity, interchange
 from featurizers_evaluate.options import Options
+from featurizers_evaluate.processes import Processes
 from featurizers_evaluate.result import Evaluation, Metric
 from featurizers_evaluate.runs import Runs
 from featurizers_evaluate.subjects import Limit, Subject
@@ -47,6 +48,7 @@ def evaluate(
     resamples: int = 1000,
     seed: int = 0,
     data: str | None = None,
+    group: Any = None,
     any_model: bool = False,
     progress: bool = True,
 ) -> Evaluation:
@@ -84,6 +86,9 @@ def evaluate(
         resamples: of the bootstrap.
         seed: of the bootstrap.
         data: name of the data, for the result and for cards.
+        group: process group of torch.distributed whose processes share the data, such as
+            ``torch.distributed.group.WORLD``; each runs every n-th batch, and all get the result of all. None for this
+            process alone.
         any_model: accept another model than the one that the artefact names, as in `featurizers.attach`.
         progress: whether to show a bar on a terminal.
 
@@ -91,6 +96,7 @@ def evaluate(
         UsageError: an argument is invalid, a document does not fit the model, or no token is left; or a metric is asked
             for that the harvest cannot give.
         SiteError, ShapeError: the featurizer does not fit the model.
+        OtherRankError: another process of the group failed.
         MissingDependencyError: pairs are given, and featurizers-training is not installed.
 
     Examples:
@@ -117,6 +123,7 @@ def evaluate(
         resamples=resamples,
         seed=seed,
         data=data,
+        group=group,
         progress=progress,
         harvest=harvest,
     )
@@ -215,8 +222,9 @@ def measured(
         excluded=excluded,
         mask_first=options.mask_first,
     )
-    with evaluating(anatomy.model), _bar(options) as reach:
-        plan = _plan(options, reach)
+    processes = Processes(options.group)
+    with evaluating(anatomy.model), _bar(options, shown=processes.rank == 0) as reach:
+        plan = _plan(options, reach, processes)
         found = measure(Runs(model, sites), subjects, tokens, reading, plan, observe)
         others: list[dict[str, Metric]] = [{} for _ in subjects]
         for number, subject in enumerate(subjects):
@@ -253,6 +261,8 @@ def _of_harvest(
     if model is not None or tokens is not None:
         raise UsageError("give a model and documents, or a harvest, which has documents of its own, but not both")
     harvest = harvest_of(options.harvest)
+    if options.group is not None:
+        raise UsageError("a harvest is read by one process: leave out group=")
     if options.pairs is not None:
         raise UsageError(f"pairs cannot be measured on a harvest: {NO_MODEL}")
     if options.context not in (None, harvest.context):
@@ -269,14 +279,14 @@ def _of_harvest(
     reading = Reading(
         context=harvest.context, max_tokens=options.max_tokens, excluded=excluded, mask_first=options.mask_first
     )
-    with _bar(options) as reach:
-        plan = _plan(options, reach)
+    with _bar(options, shown=True) as reach:
+        plan = _plan(options, reach, Processes())
         found = measure(runs, subjects, None, reading, plan, observe)
     about = {**harvest.about, "context": harvest.context}
     return [_evaluation(each, plan, {}, _about(each, about, options, excluded)) for each in found]
 
 
-def _plan(options: Options, reach: Callable[[int], None]) -> Plan:
+def _plan(options: Options, reach: Callable[[int], None], processes: Processes) -> Plan:
     return Plan(
         tuple(options.metrics or ()),
         tuple(options.ablations),
@@ -284,6 +294,7 @@ def _plan(options: Options, reach: Callable[[int], None]) -> Plan:
         options.resamples,
         options.seed,
         reach,
+        processes,
     )
 
 
@@ -328,7 +339,7 @@ def _about(each: Measured, about: Mapping[str, Any], options: Options, excluded:
 
 
 @contextmanager
-def _bar(options: Options) -> Iterator[Callable[[int], None]]:
+def _bar(options: Options, *, shown: bool) -> Iterator[Callable[[int], None]]:
     """Show the number of tokens read while the context lasts; yield a function that sets it."""
-    with progress_bar(options.max_tokens, "evaluating", shown=options.progress) as bar:
+    with progress_bar(options.max_tokens, "evaluating", shown=options.progress and shown) as bar:
         yield bar.reach

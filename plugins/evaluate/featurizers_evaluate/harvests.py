@@ -162,7 +162,7 @@ class HarvestRuns:
         return found
 
     def read(
-        self, tokens: Any, reading: Reading, batch_size: int, *, logits: bool = False
+        self, tokens: Any, reading: Reading, batch_size: int, *, logits: bool = False, has: object = None
     ) -> Iterator[tuple[Batch, Clean]]:
         """Yield batches of rows with what was harvested; see `Runs.read`. The tokens are those of the harvest.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from featurizers import Site, SiteMap
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from featurizers_evaluate.documents import Batch, Reading, check_readable_again
 from featurizers_evaluate.harvests import HarvestRuns
+from featurizers_evaluate.processes import Processes
 from featurizers_evaluate.runs import Clean, Losses, Runs, has_next
 from featurizers_evaluate.subjects import Subject
 from featurizers_evaluate.sums import Sums, Weights, per_row
@@ -37,6 +38,7 @@ class Plan:
         resamples: of the bootstrap.
         seed: of the bootstrap.
         progress: is called with the number of tokens after each batch.
+        processes: those that share the batches.
     """
 
     groups: tuple[str, ...]
@@ -45,6 +47,7 @@ class Plan:
     resamples: int
     seed: int
     progress: Callable[[int], None]
+    processes: Processes
 
 
 @dataclass
@@ -80,6 +83,18 @@ class Measured:
         self.sums = Sums(list(self.writes.values()))
 
 
+class Part(NamedTuple):
+    """What one process measured of one subject; the fields are those of `Measured`."""
+
+    writes: dict[str, Sums]
+    sums: Sums
+    active: Tensor | None
+    inactive: int
+    documents: int
+    tokens: int
+    no_effect: str
+
+
 @torch.no_grad()
 def measure(
     runs: Runs | HarvestRuns,
@@ -103,24 +118,42 @@ def measure(
         UsageError: the data or the model do not fit, or no token is measured.
         ShapeError: a subject does not fit its site.
     """
-    measured = [Measured(subject) for subject in subjects]
+    has_effect = "effect" in plan.groups and isinstance(runs, Runs)
+    means = _means(runs, subjects, tokens, reading, plan) if has_effect and "mean" in plan.ablations else {}
+    found = plan.processes.gathered(lambda: _parts(_own(runs, subjects, tokens, reading, plan, means, observe)))
+    measured = _joined(found, subjects)
     if isinstance(runs, HarvestRuns):
         for each in measured:
             each.missing = runs.why_not(each.subject)
+    return measured
+
+
+def _own(
+    runs: Runs | HarvestRuns,
+    subjects: Sequence[Subject],
+    tokens: Any,
+    reading: Reading,
+    plan: Plan,
+    means: Mapping[Site, Tensor],
+    observe: Observer | None,
+) -> list[Measured]:
+    """Measure subjects on the batches of this process; documents and tokens are counted of all."""
+    measured = [Measured(subject) for subject in subjects]
     has_effect = "effect" in plan.groups and isinstance(runs, Runs)
-    means = _means(runs, subjects, tokens, reading, plan) if has_effect and "mean" in plan.ablations else {}
     weights, n_tokens, n_measured = Weights(plan.resamples, plan.seed), 0, 0
-    for batch, clean in runs.read(tokens, reading, plan.batch_size, logits=has_effect):
+    for batch, clean in runs.read(tokens, reading, plan.batch_size, logits=has_effect, has=plan.processes.has):
         of_rows = weights.of(batch.documents)
+        n_tokens += int(batch.is_token.sum())
+        n_measured += int(batch.is_measured.sum())
+        plan.progress(n_tokens)
+        if clean is None:
+            continue
         effects = _Effects(runs, batch, clean, means, plan.ablations) if has_effect and isinstance(runs, Runs) else None
         for each in measured:
             rows = _reconstructed(each, clean, batch, of_rows, plan, observe)
             if effects is not None:
                 rows |= effects.of(each)
             each.sums.add(of_rows, rows)
-        n_tokens += int(batch.is_token.sum())
-        n_measured += int(batch.is_measured.sum())
-        plan.progress(n_tokens)
     _check_measured(n_measured)
     for each in measured:
         each.documents, each.tokens = weights.documents, n_tokens
@@ -133,16 +166,51 @@ def _means(
     """Return the mean of the measured activations at each write, in a first reading that stops after the sites."""
     check_readable_again(tokens)
     sites = dict.fromkeys(site for subject in subjects for site in subject.writes.values())
-    sums = {site: Sums() for site in sites}
-    for batch, clean in runs.read(tokens, reading, plan.batch_size, logits=False):
-        ones = torch.ones(len(batch.documents), 1, dtype=torch.float64)
-        for site, own in sums.items():
-            y = _flat(clean.activations[site])
-            own.add_vectors(ones, y, batch.is_measured.to(y.device))
-            own.add(ones, {"tokens": batch.is_measured.sum(dim=-1)})
-    for own in sums.values():
-        _check_measured(int(own["tokens"][0]))
-    return {site: own.mean_vector().to(torch.float32) for site, own in sums.items()}
+
+    def own_sums() -> list[Sums]:
+        sums = {site: Sums() for site in sites}
+        for batch, clean in runs.read(tokens, reading, plan.batch_size, logits=False, has=plan.processes.has):
+            if clean is None:
+                continue
+            ones = torch.ones(len(batch.documents), 1, dtype=torch.float64)
+            for site, own in sums.items():
+                y = _flat(clean.activations[site])
+                own.add_vectors(ones, y, batch.is_measured.to(y.device))
+                own.add(ones, {"tokens": batch.is_measured.sum(dim=-1)})
+        return list(sums.values())
+
+    means = {}
+    for site, parts in zip(sites, zip(*plan.processes.gathered(own_sums), strict=True), strict=True):
+        total = Sums()
+        for part in parts:
+            total.include(part)
+        _check_measured(int(total["tokens"][0]))
+        means[site] = total.mean_vector().to(torch.float32)
+    return means
+
+
+def _parts(measured: Sequence[Measured]) -> list[Part]:
+    """Return what a process measured without the subjects, which may hold what cannot be sent."""
+    return [
+        Part(each.writes, each.sums, each.active, each.inactive, each.documents, each.tokens, each.no_effect)
+        for each in measured
+    ]
+
+
+def _joined(found: Sequence[Sequence[Part]], subjects: Sequence[Subject]) -> list[Measured]:
+    """Return what all processes measured of each subject."""
+    measured = [Measured(subject) for subject in subjects]
+    for parts in found:
+        for each, part in zip(measured, parts, strict=True):
+            for name, sums in part.writes.items():
+                each.writes[name].include(sums)
+            each.sums.include(part.sums)
+            if part.active is not None:
+                each.active = part.active if each.active is None else each.active + part.active
+            each.inactive += part.inactive
+            each.documents, each.tokens = part.documents, part.tokens  # counted of all batches by each process
+            each.no_effect = each.no_effect or part.no_effect
+    return measured
 
 
 def _check_measured(tokens: int) -> None:

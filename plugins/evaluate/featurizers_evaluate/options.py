@@ -36,6 +36,7 @@ class Options:
     resamples: int = 1000
     seed: int = 0
     data: str | None = None
+    group: Any = None
     progress: bool = True
     harvest: Any = None
     asked: tuple[str, ...] = field(init=False, default=())

@@ -87,10 +87,21 @@ class Runs:
         parameter = next(self.anatomy.model.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
-    def read(self, tokens: Any, reading: Reading, batch_size: int, *, logits: bool) -> Iterator[tuple[Batch, Clean]]:
-        """Yield the documents in batches, each with a run without edits; see `batches` and `clean`."""
-        for batch in batches(tokens, reading, batch_size, self.device):
-            yield batch, self.clean(batch, logits=logits)
+    def read(
+        self,
+        tokens: Any,
+        reading: Reading,
+        batch_size: int,
+        *,
+        logits: bool,
+        has: Callable[[int], bool] = lambda _: True,
+    ) -> Iterator[tuple[Batch, Clean | None]]:
+        """Yield the documents in batches, each with a run without edits; see `batches` and `clean`.
+
+        The run is None of a batch that another process has; ``has`` tells by its number whether this one has it.
+        """
+        for number, batch in enumerate(batches(tokens, reading, batch_size, self.device)):
+            yield batch, self.clean(batch, logits=logits) if has(number) else None
 
     def clean(self, batch: Batch, *, logits: bool) -> Clean:
         """Run the model without edits; without logits it stops after the last site."""

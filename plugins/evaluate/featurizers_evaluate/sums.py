@@ -84,6 +84,19 @@ class Sums:
         self.vector = summed if self.vector is None else self.vector + summed
         self.add(weights, {"centred": centred.square().sum(dim=(1, 2))})
 
+    def include(self, other: Sums) -> None:
+        """Add the sums of other tokens, whose vectors may have another shift."""
+        totals = dict(other._totals)
+        if other.vector is not None and other.shift is not None:
+            shift = other.shift.cpu()
+            self.shift = shift if self.shift is None else self.shift.cpu()
+            offset, n = shift - self.shift, other["tokens"]
+            moved = other.vector + n[:, None] * offset
+            totals["centred"] = other["centred"] + 2 * (other.vector @ offset) + n * offset.square().sum()
+            self.vector = moved if self.vector is None else self.vector + moved
+        for name, total in totals.items():
+            self._totals[name] = self._totals[name] + total if name in self._totals else total
+
     def __getitem__(self, name: str) -> Tensor:
         """Return a sum and its resamples, ``(1 + resamples,)``; zero if nothing was added."""
         return self._totals.get(name, torch.zeros(1, dtype=torch.float64))

@@ -55,11 +55,14 @@ def harvest_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Write the features of artefacts on a corpus, or activations, to Parquet files; called again it goes on."""
+    from featurizers_evaluate import launched
+
     from featurizers_harvest.harvesting import check, harvest
     from featurizers_harvest.index import build_index
 
-    if by_feature and (shard is not None or check_share is not None):
-        raise UsageError("--index takes no --shard and no --check: give it when all shards are there")
+    place = launched()
+    if by_feature and (shard is not None or check_share is not None or place is not None):
+        raise UsageError("--index takes no --shard, no --check and no torchrun: give it when all shards are there")
     if (shard is None) != (of is None):
         raise UsageError("give --shard and --of together, such as --shard 0 --of 8")
     wanted = _wanted(featurizer or [], site or [])
@@ -71,17 +74,19 @@ def harvest_command(
         "values": values,
         "shard_tokens": shard_tokens,
         "max_documents": documents,
-        "device": device,
+        "device": device or (place and place.device),
         "dtype": dtype_named(dtype),
         "any_model": any_model,
     }
     given = _data(data, key, split)
     if check_share is not None:
-        if shard is not None or workers != 1 or engine != "local":
-            raise UsageError("--check takes no --shard, --of, --engine and --workers")
+        if shard is not None or workers != 1 or engine != "local" or place is not None:
+            raise UsageError("--check takes no --shard, --of, --engine, --workers and no torchrun")
         _check(check(model, wanted, given, out, share=check_share, **options), out, as_json)
         return
-    chosen = None if shard is None or of is None else (shard, of)
+    chosen: Any = None if shard is None or of is None else (shard, of)
+    if place is not None and chosen is None:
+        chosen = "rank"
     found = harvest(
         model, wanted, given, out, shard=chosen, engine=engine, workers=workers, progress=not as_json, **options
     )

@@ -7,12 +7,13 @@ import random
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from featurizers.cli import ProgressBar, progress_bar
 from featurizers.errors import UsageError, shown
 from featurizers.files import temporary_folder
+from featurizers_evaluate import launched
 
 from featurizers_harvest.engines import Engine, engine_of
 from featurizers_harvest.folders import Disk
@@ -36,7 +37,7 @@ def harvest(
     values: str = "float16",
     shard_tokens: int = 2**16,
     max_documents: int | None = None,
-    shard: tuple[int, int] | None = None,
+    shard: tuple[int, int] | Literal["rank"] | None = None,
     engine: str | Engine = "local",
     workers: int = 1,
     device: str | None = None,
@@ -67,7 +68,8 @@ def harvest(
         values: ``float16`` or ``float32``; a value that float16 cannot hold is an error.
         shard_tokens: about how many tokens a shard has; four bytes of a text count as one.
         max_documents: number of documents to read; None for all.
-        shard: ``(i, n)`` computes every n-th shard from the i-th on, for one of n jobs; None for all.
+        shard: ``(i, n)`` computes every n-th shard from the i-th on, for one of n jobs; ``"rank"`` takes both from
+            torchrun, whose processes share the shards; None for all.
         engine: ``local``, ``ray``, or another `Engine`.
         workers: processes, or actors of Ray; more than one take the model by its name.
         device: of a model that is given by its name.
@@ -149,6 +151,10 @@ def check(
 def _chosen(shard: Any) -> tuple[int, int] | None:
     if shard is None:
         return None
+    if isinstance(shard, str) and shard == "rank":
+        if (place := launched()) is None:
+            raise UsageError("shard='rank' is for processes that torchrun starts; give (i, n)")
+        return place.rank, place.size
     try:
         i, n = shard
     except (TypeError, ValueError):

@@ -604,3 +604,22 @@ def test_what_does_not_fit_the_model_is_refused() -> None:
         sweep(sparse(), tiny_model("llama"), IDS)
     with pytest.raises(UsageError, match="different ids"):
         compare([sparse(), sparse()], tiny_model("llama"), IDS)
+
+
+def test_sums_of_parts_are_those_of_the_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(6, 5, 3, generator=generator) + 100
+    kept, weights = torch.rand(6, 5, generator=generator) > 0.3, torch.rand(6, 4, generator=generator).double()
+    joined = Sums()
+    for rows in (slice(0, 2), slice(2, 2), slice(2, 6)):  # the second has no rows
+        part = Sums()
+        part.add_vectors(weights[rows], y[rows], kept[rows])
+        part.add(weights[rows], {"tokens": kept[rows].sum(dim=-1)})
+        joined.include(part)
+    each = weights.T[:, :, None] * kept
+    for sample, share in enumerate(each):
+        mean = (share[..., None] * y).sum((0, 1)) / share.sum()
+        variance = (share * (y - mean).square().sum(-1)).sum() / share.sum()
+        assert float(joined.variance()[sample]) == pytest.approx(float(variance), rel=1e-9)
+    mean = (each[0][..., None] * y).sum((0, 1)) / each[0].sum()
+    torch.testing.assert_close(joined.mean_vector(), mean, rtol=1e-12, atol=0)

@@ -9,6 +9,7 @@ import typer
 from featurizers.errors import UsageError, shown
 
 from featurizers_evaluate.command import options
+from featurizers_evaluate.processes import is_first, torchrun_group
 
 
 def compare_command(
@@ -39,6 +40,7 @@ def compare_command(
         raise UsageError(f"the artefact {shown(repeated[0])} is given twice")
     options.check_out(out)
     if harvest is not None:
+        options.refuse_torchrun("--harvest")
         of_model = {"--model": model, "--data": data, "--key": key, "--split": split, "--ablations": ablations}
         options.refuse_given(
             {**of_model, "--context": context, "--exclude-special": exclude_special, "--device": device},
@@ -62,21 +64,24 @@ def compare_command(
     language_model = options.loaded(model, device, dtype)
     placed = next(language_model.model.parameters()).device
     several = {source: featurizers.load(source, device=placed) for source in sources}
-    documents, arguments = options.arguments(
-        language_model,
-        data,
-        key=key,
-        split=split,
-        metrics=metrics,
-        ablations=ablations,
-        tokens=tokens,
-        context=context,
-        batch_size=batch_size,
-        exclude_special=exclude_special,
-        mask_first=mask_first,
-        seed=seed,
-        any_model=any_model,
-        as_json=as_json,
-    )
-    found = compare(several, language_model.model, documents, **arguments)
-    options.show(found, out, joined=False, as_json=as_json)
+    with torchrun_group() as group:
+        documents, arguments = options.arguments(
+            language_model,
+            data,
+            key=key,
+            split=split,
+            metrics=metrics,
+            ablations=ablations,
+            tokens=tokens,
+            context=context,
+            batch_size=batch_size,
+            exclude_special=exclude_special,
+            mask_first=mask_first,
+            seed=seed,
+            any_model=any_model,
+            as_json=as_json,
+            group=group,
+        )
+        found = compare(several, language_model.model, documents, **arguments)
+    if is_first():
+        options.show(found, out, joined=False, as_json=as_json)

@@ -14,6 +14,7 @@ from featurizers.files import filling
 from featurizers.registry import host
 
 from featurizers_evaluate.command import options
+from featurizers_evaluate.processes import is_first, torchrun_group
 
 if TYPE_CHECKING:
     from featurizers_evaluate.result import Evaluation
@@ -76,6 +77,7 @@ def evaluate_command(
         "--out": out,
     }
     if harvest is not None:
+        options.refuse_torchrun("--harvest")
         of_model = {"--model": model, "--data": data, "--pairs": pairs, "--cluster": cluster, "--device": device}
         unfit = ("--key", "--split", "--ablations", "--context", "--exclude-special")
         options.refuse_given({**of_model, **{name: of_data[name] for name in unfit}}, options.OF_HARVEST)
@@ -97,6 +99,7 @@ def evaluate_command(
     if pairs is not None and data is None:
         if given := [name for name, value in of_data.items() if value is not None]:
             raise UsageError(f"{given[0]} is for documents, --data, not for --pairs")
+        options.refuse_torchrun("--pairs")
         _on_pairs(source, model, pairs, site, subfolder, revision, any_model, cluster, device, dtype, as_json)
         return
     if data is None or pairs is not None:
@@ -108,24 +111,26 @@ def evaluate_command(
     if sweep_over is not None:
         options.numbers(sweep_over)
     language_model = options.loaded(model, device, dtype)
-    documents, arguments = options.arguments(
-        language_model,
-        data,
-        key=key,
-        split=split,
-        metrics=metrics,
-        ablations=ablations,
-        tokens=tokens,
-        context=context,
-        batch_size=batch_size,
-        exclude_special=exclude_special,
-        mask_first=mask_first,
-        seed=seed,
-        any_model=any_model,
-        as_json=as_json,
-    )
-    run = (language_model.model, documents)
-    _measure(source, subfolder, revision, run, own, sweep_over, arguments, out, as_json)
+    with torchrun_group() as group:
+        documents, arguments = options.arguments(
+            language_model,
+            data,
+            key=key,
+            split=split,
+            metrics=metrics,
+            ablations=ablations,
+            tokens=tokens,
+            context=context,
+            batch_size=batch_size,
+            exclude_special=exclude_special,
+            mask_first=mask_first,
+            seed=seed,
+            any_model=any_model,
+            as_json=as_json,
+            group=group,
+        )
+        run = (language_model.model, documents)
+        _measure(source, subfolder, revision, run, own, sweep_over, arguments, out, as_json)
 
 
 def _one_site(site: list[str] | None) -> str | None:
@@ -166,9 +171,12 @@ def _measure(
     f = featurizers.load(source, subfolder=subfolder, revision=revision, device=device)
     if limits is not None:
         found = sweep(f, *run, k=limits[0], threshold=limits[1], site=site, **arguments)
-        options.show(found, out, joined=True, as_json=as_json)
+        if is_first():
+            options.show(found, out, joined=True, as_json=as_json)
         return
-    _show(evaluate(f, *run, site=site, **arguments), out, as_json)
+    result = evaluate(f, *run, site=site, **arguments)
+    if is_first():
+        _show(result, out, as_json)
 
 
 def _show(result: Evaluation, out: Path | None, as_json: bool) -> None:

@@ -12,6 +12,7 @@ from featurizers.errors import UsageError, printable
 from featurizers.files import filling, refuse_full
 
 from featurizers_evaluate.definitions import ABLATIONS, GROUPS
+from featurizers_evaluate.processes import launched
 
 if TYPE_CHECKING:
     from featurizers.models import LanguageModel
@@ -70,11 +71,12 @@ def numbers(text: str) -> tuple[list[int], list[float]]:
 
 
 def loaded(model: str, device: str | None, dtype: str) -> LanguageModel:
-    """Load the model that the options name."""
+    """Load the model that the options name; of the processes that torchrun starts, each on its own accelerator."""
     import torch
     from featurizers.models import load_model
 
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = launched()
+    name = device or (place.device if place else "cuda" if torch.cuda.is_available() else "cpu")
     return load_model(model, device=name, dtype=dtype_named(dtype))
 
 
@@ -94,6 +96,7 @@ def arguments(
     seed: int | None,
     any_model: bool,
     as_json: bool,
+    group: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Return the documents, and the arguments of `evaluate` that the options stand for."""
     from featurizers_evaluate.command.texts import documents_of
@@ -111,8 +114,15 @@ def arguments(
         "seed": seed or 0,
         "data": name_of(data, split),
         "any_model": any_model,
+        "group": group,
         "progress": not as_json,
     }
+
+
+def refuse_torchrun(what: str) -> None:
+    """Raise UsageError if torchrun started this process, for what several processes cannot share."""
+    if launched() is not None:
+        raise UsageError(f"{what} is not divided over processes; call it without torchrun")
 
 
 def refuse_given(given: Mapping[str, Any], why: str) -> None:

@@ -57,6 +57,7 @@ def report_command(
         options.refuse_given(
             {**of_run, "--effect-tokens": effect_tokens, "--exclude-special": exclude_special}, options.OF_HARVEST
         )
+    options.refuse_torchrun("a report")
     path = out.expanduser()
     _check_new(path)
     documents = None if data is None else documents_of(data, key or "text", split or "train")
