@@ -20,6 +20,7 @@ import hooks
 import patching
 import report
 import reporting
+import sharded
 import site_maps
 import swapping
 import timing
@@ -47,6 +48,7 @@ BENCHMARKS = {
         site_maps,
         graphs,
         harvest,
+        sharded,
     )
     for benchmark in theme.BENCHMARKS
 }

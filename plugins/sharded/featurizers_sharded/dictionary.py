@@ -103,7 +103,7 @@ class ShardedDictionary(LinearDecoderFeaturizer[Any]):
         with self.ranks.together("encode", normal, columns, self.share.trains()):
             if columns is not None and self.rule.elementwise and len(columns) <= FETCHED:
                 return self._encode_fetched(normal, columns)
-            own = self._scaled(self._own(normal)[0])
+            own = self._scaled(self._own(normal))
             if columns is None:
                 return gather(own, self.share.sizes, self.ranks)
             here, rows = self.share.here(columns)
@@ -159,7 +159,7 @@ class ShardedDictionary(LinearDecoderFeaturizer[Any]):
         flat, other = (self.flatten(t).to(self.encoder_dtype) for t in (base, source))
         normal, target = self._normalize(flat)[0], self._normalize(other)[0]
         with self.ranks.together("blend", normal, target, gate, self.share.trains()):
-            before, after = (self._scaled(self._own(t)[0]) for t in (normal, target))
+            before, after = (self._scaled(self._own(t)) for t in (normal, target))
             after = after.expand_as(before)
             if gate is not None and gate.dtype == torch.bool:
                 after = torch.where(gate[..., self.share.start : self.share.stop], after, before)
@@ -228,36 +228,54 @@ class ShardedDictionary(LinearDecoderFeaturizer[Any]):
         """Return raw features of this process in the units of the config."""
         return own * self.share.get_buffer("decoder_norm") if self._has_norms else own
 
-    def _own(self, normal: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return raw features of this process, and which of them the rule selected, if it selects some."""
-        share, rule, options = self.share, self.rule, self.config.rule_options
+    def _pre(self, normal: Tensor) -> Tensor:
+        """Return pre-activations of the features of this process."""
+        share = self.share
         centred = spread(normal - share.b_dec if self.config.pre_bias else normal, self.ranks)
-        bias = share.get_parameter("b_enc") if rule.encoder_bias else None
-        pre = functional.linear(centred, share.W_enc, bias)
-        tensors = share.tensors(rule.tensors)
+        bias = share.get_parameter("b_enc") if self.rule.encoder_bias else None
+        return functional.linear(centred, share.W_enc, bias)
+
+    def _own(self, normal: Tensor) -> Tensor:
+        """Return raw features of this process."""
+        share, rule, options = self.share, self.rule, self.config.rule_options
+        pre, tensors = self._pre(normal), share.tensors(rule.tensors)
         if rule.elementwise:
-            return rule(pre, tensors, options), None
+            return rule(pre, tensors, options)
         if rule.select is None:  # a feature depends on all others
             everywhere = {name: gather(tensor, share.sizes, self.ranks) for name, tensor in tensors.items()}
             features = rule(gather(pre, share.sizes, self.ranks), everywhere, options)
-            return own_part(features, share.sizes, self.ranks), None
+            return own_part(features, share.sizes, self.ranks)
         here, rows = share.here(selected(pre.detach(), rule, options, share.sizes, self.ranks))
         chosen = torch.zeros_like(pre, dtype=torch.int8).scatter_add_(-1, rows, here.to(torch.int8)).bool()
-        return torch.where(chosen, rule.function(pre, **tensors), 0), chosen
+        return torch.where(chosen, rule.function(pre, **tensors), 0)
 
     def _active(self, x: Float[Tensor, "*batch d_in"]) -> Active:
         """Return the features that fire, and those of value 0 that the rule selects."""
         with without_autocast(x):
             normal = self._normalize(x.to(self.encoder_dtype))[0].reshape(-1, self.d_in)
             with self.ranks.together("encode_sparse", normal, self.share.trains()):
-                own, chosen = self._own(normal)
-                own = self._scaled(own)
-                rows, columns = (own if chosen is None else chosen).nonzero(as_tuple=True)
+                if self.rule.select is not None:
+                    return self._selected(normal)
+                own = self._scaled(self._own(normal))
+                rows, columns = own.nonzero(as_tuple=True)
                 counts = self.ranks.counts(len(rows))
                 values = gather(own[rows, columns], counts, self.ranks)
-                rows, columns = self.ranks.gather(rows, counts), self.ranks.gather(columns + self.share.start, counts)
-        order = (rows * self.n_features + columns).argsort()
-        return Active(rows[order], columns[order], values[order])
+                places = self.ranks.gather(rows * self.n_features + columns + self.share.start, counts)
+        places, order = places.sort()
+        return Active(places // self.n_features, places % self.n_features, values[order])
+
+    def _selected(self, normal: Float[Tensor, "n d_in"]) -> Active:
+        """Return the features that the rule selects of each token; each is computed by the process that holds it."""
+        pre, share = self._pre(normal), self.share
+        numbers = selected(pre.detach(), self.rule, self.config.rule_options, share.sizes, self.ranks)
+        here, rows = share.here(numbers)
+        tensors = {name: tensor[rows] for name, tensor in share.tensors(self.rule.tensors).items()}
+        own = self.rule.function(pre.gather(-1, rows), **tensors)
+        if self._has_norms:
+            own = own * share.get_buffer("decoder_norm")[rows]
+        values = total(torch.where(here, own, 0), self.ranks)
+        tokens = torch.arange(len(numbers), device=numbers.device).repeat_interleave(numbers.shape[-1])
+        return Active(tokens, numbers.reshape(-1), values.reshape(-1))
 
     def _encode_fetched(self, normal: Tensor, columns: Tensor) -> Tensor:
         """Return some features of a rule that acts on each alone, computed from their rows."""
