@@ -148,6 +148,25 @@ def test_an_artefact_keeps_everything(tmp_path):
     assert json.loads((folder / "config.json").read_text())["config"]["record"]["units"] == "nats/token"
 
 
+@pytest.mark.parametrize("d_in", [7, 64, 96])
+@pytest.mark.parametrize("own_file", [True, False])
+def test_a_complete_basis_gives_the_same_bits_after_loading(d_in, own_file, tmp_path):
+    """Whichever way the file lays the tensors out: matrix products round by the address that they begin at."""
+    f = basis(d_in=d_in, n_features=d_in)
+    folder = f.save_pretrained(tmp_path / "basis")
+    if not own_file:
+        save_file({name: tensor.clone() for name, tensor in f.state_dict().items()}, folder / "model.safetensors")
+    again = featurizers.load(folder)
+    for rows in (1, 3, 64):
+        x = normal(rows, d_in, seed=rows)
+        features, error = f.featurize(x)
+        assert all(torch.equal(*pair) for pair in zip(again.featurize(x), (features, error), strict=True))
+        assert torch.equal(again.inverse_featurize(features, error), f.inverse_featurize(features, error))
+        assert torch.equal(again.encode(x), f.encode(x))
+        assert torch.equal(again.interchange(x, x.flip(0), [0, d_in - 1]), f.interchange(x, x.flip(0), [0, d_in - 1]))
+    assert torch.equal(again.ablation_values(), f.ablation_values())
+
+
 def test_the_first_vectors_are_loaded_alone(tmp_path):
     f = basis(steps=[0, 2, 1], joint_energy=0.7)
     folder = f.save_pretrained(tmp_path / "basis")
