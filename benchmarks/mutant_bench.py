@@ -81,6 +81,10 @@ NEAREST = {
     "plugins/derived-scalars/featurizers_derived_scalars/quantities/tracing.py": [
         f"tests/plugins/derived_scalars/test_{name}.py" for name in ("algebra", "edges", "capture")
     ],
+    "plugins/graphs": [f"tests/plugins/graphs/test_{name}.py" for name in ("laws", "graph_files")],
+    "plugins/harvest": ["tests/plugins/harvest/test_harvest.py", "tests/plugins/harvest/test_reading.py"],
+    "plugins/patching": [f"tests/plugins/patching/test_{name}.py" for name in ("patch", "paths")],
+    "plugins/patching/featurizers_patching/engine": ["tests/plugins/patching/test_engine.py"],
     "plugins/training": ["tests/plugins/training/test_search.py"],
     **{
         f"plugins/training/featurizers_training/methods/{name}.py": [

@@ -38,7 +38,28 @@ FILES = [
     "plugins/sparsify/featurizers_sparsify/*.py",
     "plugins/dictionary-learning/featurizers_dictionary_learning/*.py",
     "plugins/patching/featurizers_patching/engine/*.py",
-    *(f"plugins/patching/featurizers_patching/{name}.py" for name in ("grid", "grid_run", "metrics")),
+    *(
+        f"plugins/patching/featurizers_patching/{name}.py"
+        for name in ("additions", "answers", "estimates", "grid", "grid_files", "grid_run", "group", "metrics", "pairs")
+    ),
+    *(f"plugins/patching/featurizers_patching/{name}.py" for name in ("patching", "positions", "sites")),
+    *(
+        f"plugins/graphs/featurizers_graphs/{name}.py"
+        for name in (
+            "attention",
+            "graph_files",
+            "graphing",
+            "influence",
+            "local_model",
+            "result",
+            "targets",
+            "validation",
+        )
+    ),
+    *(
+        f"plugins/harvest/featurizers_harvest/{name}.py"
+        for name in ("harvesting", "index", "parts", "plan", "reading", "shards", "tables")
+    ),
     *(f"plugins/training/featurizers_training/{name}.py" for name in ("evaluation", "pairs", "methods/*", "search/*")),
     *(f"plugins/causal-basis/featurizers_causal_basis/{name}.py" for name in ["ablation", "featurizer", "inputs"]),
     *(f"plugins/causal-basis/featurizers_causal_basis/{name}/*.py" for name in ("lens", "solve")),
