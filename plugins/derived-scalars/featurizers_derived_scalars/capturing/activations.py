@@ -33,7 +33,8 @@ class RawActivations(Mapping[tuple[Place, Pass], Tensor]):
         metric: value of the metric, if there was one.
         frozen: names of the norms whose scale the gradients took as constant: ``final``, ``attn``, ``mlp``,
             ``attn.post``, ``mlp.post``.
-        arguments: arguments of each attention module, by layer.
+        arguments: arguments of each attention module, by layer; None to compute them from the tokens when they are
+            first needed.
 
     Raises:
         SiteError: a tensor does not have the axes of its place.
@@ -59,7 +60,7 @@ class RawActivations(Mapping[tuple[Place, Pass], Tensor]):
         self._circuit, self._tokens = circuit, tokens
         self._values: Mapping[tuple[Place, Pass], Tensor] = MappingProxyType(dict(values))
         self._metric, self._frozen = metric, frozenset(frozen)
-        self._arguments: Mapping[int, Arguments] = MappingProxyType(dict(arguments or {}))
+        self._arguments = None if arguments is None else MappingProxyType(dict(arguments))
 
     @property
     def circuit(self) -> Circuit:
@@ -84,6 +85,8 @@ class RawActivations(Mapping[tuple[Place, Pass], Tensor]):
     @property
     def arguments(self) -> Mapping[int, Arguments]:
         """Arguments of each attention module, by layer."""
+        if self._arguments is None:
+            self._arguments = MappingProxyType(dict(self._circuit.arguments(self._tokens)))
         return self._arguments
 
     def __getitem__(self, key: tuple[Place, Pass]) -> Tensor:
@@ -226,7 +229,7 @@ class RawActivations(Mapping[tuple[Place, Pass], Tensor]):
         expected = (len(self._tokens), self._circuit.d_model)
         if tuple(resid.shape) != expected:
             raise ShapeError(f"the residual stream is {expected}, not {tuple(resid.shape)}")
-        replay = Replay(self._circuit, self.scale, self._arguments, through, freeze_norm)
+        replay = Replay(self._circuit, self.scale, self.arguments, through, freeze_norm)
         return replay.run(place, resid)
 
     # ---- files
@@ -257,7 +260,7 @@ class RawActivations(Mapping[tuple[Place, Pass], Tensor]):
             for place, pass_ in raw:
                 if tuple(raw[place, pass_].shape) != (shape := circuit.shape(place, len(stored.tokens))):
                     raise SiteError(f"{place} is {tuple(raw[place, pass_].shape)}; in this model it is {shape}")
-            raw._arguments = circuit.arguments(stored.tokens)
+            raw._arguments = MappingProxyType(dict(circuit.arguments(stored.tokens)))
         except FeaturizerError as error:
             raise ArtefactError(str(path), str(error)) from error
         return raw

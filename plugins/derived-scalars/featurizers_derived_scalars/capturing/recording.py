@@ -11,8 +11,10 @@ import torch
 from featurizers.errors import ShapeError, SiteError
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from featurizers_derived_scalars.capturing.activations import RawActivations
+from featurizers_derived_scalars.capturing.keeping import Keeper
 from featurizers_derived_scalars.capturing.memory import HeapTrimmer
 from featurizers_derived_scalars.circuit import Circuit, Listener, Pass, Place
 from featurizers_derived_scalars.circuit.attention import PARTS, Part, part_layout, place_layout
@@ -46,37 +48,6 @@ class Edit:
 
 
 @final
-@dataclass(frozen=True)
-class Keeper:
-    """Stores tensors without their graph.
-
-    Attributes:
-        device: where to store them; None leaves them where they are.
-        dtype: dtype to store them in; None leaves it as it is.
-    """
-
-    device: torch.device | str | None = None
-    dtype: torch.dtype | None = None
-
-    def copy(self, tensor: Tensor) -> Tensor:
-        """Copy the tensor."""
-        return self.copy_exactly(tensor).to(self.dtype)
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        """Keep the tensor if it is its whole storage, in any order of axes, else copy it.
-
-        A view of a part would keep all of a large base alive.
-        """
-        tensor = tensor.detach()
-        whole = _is_dense(tensor) and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-        return tensor.to(self.device, self.dtype) if whole else self.copy(tensor)
-
-    def copy_exactly(self, tensor: Tensor) -> Tensor:
-        """Copy the tensor in its own dtype: for token ids, and for scales, which are divided by."""
-        return tensor.detach().to(self.device, copy=True, memory_format=torch.contiguous_format)
-
-
-@final
 class Recorder(Listener):
     """Records one run of a model.
 
@@ -102,6 +73,7 @@ class Recorder(Listener):
     ) -> None:
         self._circuit, self._to_keep, self._frozen, self._keeper = circuit, to_keep, frozen, keeper
         self._logit_row, self._heap = logit_row, HeapTrimmer()
+        self._hooks: list[RemovableHandle] = []
         self._read = frozenset(place for place, _ in read)
         self._edits: dict[Place, list[Callable[[Tensor], Tensor]]] = {}
         for edit in edits:
@@ -116,7 +88,7 @@ class Recorder(Listener):
             circuit.model.get_submodule(block.attention): layer for layer, block in enumerate(circuit.layout.blocks)
         }
         self._metric: float | None = None
-        self._arguments: dict[int, Arguments] = {}
+        self._arguments: dict[int, Arguments] | None = None
         self._backward = sorted(place for place, pass_ in to_keep if pass_ == "backward")
         self._roots = {_source(place) for place in self._backward}
         self._tapped = {place for place, _ in to_keep} | self._read | set(self._edits) | self._roots
@@ -139,8 +111,10 @@ class Recorder(Listener):
 
     def argument_receivers(self) -> dict[str, Callable[[Arguments], None]]:
         """Return for each attention module a function that keeps its arguments."""
+        by_layer: dict[int, Arguments] = {}
+        self._arguments = by_layer
         blocks = enumerate(self._circuit.layout.blocks)
-        return {block.attention: functools.partial(self._arguments.__setitem__, layer) for layer, block in blocks}
+        return {block.attention: functools.partial(by_layer.__setitem__, layer) for layer, block in blocks}
 
     def taps(self) -> dict[Point, Callable[[Tensor], Tensor]]:
         """Return for each point the function that its tensor goes through."""
@@ -156,9 +130,14 @@ class Recorder(Listener):
         for place in self._edits:
             if place.kind == "resid.mid":
                 self._tap_middle(place, functions)
-        if self._logit_row is not None and self._circuit.layout.head is not None:
-            functions.setdefault((self._circuit.layout.head, "input"), []).append(self._only_row)
+        if (point := self.row_point()) is not None:
+            functions.setdefault(point, []).append(self._only_row)
         return {point: functools.partial(_in_turn, todo) for point, todo in functions.items()}
+
+    def row_point(self) -> Point | None:
+        """Return the point where all tokens but one are left out, before the head; None if none are."""
+        head = self._circuit.layout.head
+        return None if self._logit_row is None or head is None else (head, "input")
 
     def _start(self) -> Point:
         """Return the point where the graph begins: the latest before all places that are differentiated or read."""
@@ -260,16 +239,16 @@ class Recorder(Listener):
         if place in self._roots or place in self._read or (kept and tensor.requires_grad):
             self._held[place] = tensor, tensor._version
             self._heap.note(tensor)
-            if place in self._roots:
-                tensor.register_hook(self._heap.note)  # type: ignore[no-untyped-call]  # its gradient stays too
+            if place in self._roots:  # its gradient comes to stay as well
+                self._hooks.append(tensor.register_hook(self._heap.note))  # type: ignore[no-untyped-call]
         elif kept:
             self._kept[place, "forward"] = self._keeper.copy(self._in_place(place, tensor))
         return tensor
 
-    def finish(self, output: Any) -> None:
-        """Take the logits from the model's output, if they are needed."""
-        if Place("logits") in self._tapped:
-            self._hold(Place("logits"), output.logits)
+    def finish(self, logits: Tensor | None) -> None:
+        """Take the logits of the model's output; None where the run was stopped before them."""
+        if Place("logits") in self._tapped and logits is not None:
+            self._hold(Place("logits"), logits)
 
     # ---- results
 
@@ -293,19 +272,23 @@ class Recorder(Listener):
         values.update({(place, "forward"): scale for place, scale in self._scales.items()})
         return RawActivations(self._circuit, tokens, values, frozen=self._frozen, arguments=self._arguments)
 
-    def differentiate(self, value: Tensor) -> None:
-        """Keep the gradients and the wanted activations, and release the graph."""
+    def roots(self, value: Tensor) -> list[Tensor]:
+        """Note the metric's value, release what only the metric read, and return what to differentiate it by."""
         self._metric = float(value.detach())
-        # tensors that only the metric read may go, such as the logits
         needed = self._roots | {place for place, pass_ in self._to_keep if pass_ == "forward"}
         self._held = {place: held for place, held in self._held.items() if place in needed}
-        roots = [self._root(place) for place in self._backward]
-        gradients = list(torch.autograd.grad(value, roots, allow_unused=True)) if roots else []
+        return [self._root(place) for place in self._backward]
+
+    def keep_gradients(self, roots: list[Tensor], gradients: list[Tensor | None]) -> None:
+        """Keep the gradients in the roots and the wanted activations, and release the graph; the lists are emptied."""
+        while self._hooks:
+            self._hooks.pop().remove()  # a hook on a tensor keeps its graph alive
         # one at a time, so that a gradient and its copy are not all in memory together
         while roots:
             root, gradient, place = roots.pop(), gradients.pop(), self._backward[len(roots)]
             gradient = torch.zeros_like(root) if gradient is None else gradient
             self._kept[place, "backward"] = self._keeper.keep(self._gradient(place, root, gradient))
+            del root, gradient
         self._norm_outputs.clear()
         for place in list(self._held):
             tensor, version = self._held.pop(place)
@@ -355,7 +338,7 @@ class Recorder(Listener):
             {**self._kept, **{key: self._keeper.copy_exactly(scale) for key, scale in scales.items()}},
             metric=self._metric,
             frozen=self._frozen,
-            arguments={layer: _without_graph(arguments) for layer, arguments in self._arguments.items()},
+            arguments=_without_graph(self._arguments),
         )
 
 
@@ -379,12 +362,6 @@ def _in_turn(functions: list[Callable[[Tensor], Tensor]], tensor: Tensor) -> Ten
 def _leaf(tensor: Tensor) -> Tensor:
     """Begin the graph at a tensor."""
     return tensor.detach().requires_grad_()
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Return whether a tensor is contiguous with its axes in some order."""
-    axes = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    return tensor.permute(axes).is_contiguous()
 
 
 def _unbatched(tensor: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 
 import torch
@@ -13,9 +14,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from featurizers_derived_scalars.capturing.activations import RawActivations
+from featurizers_derived_scalars.capturing.batches import Batch
+from featurizers_derived_scalars.capturing.keeping import Keeper
 from featurizers_derived_scalars.capturing.metrics import LogitFunction, Metric, as_metric, check_position
 from featurizers_derived_scalars.capturing.prompts import Inputs, sequences
-from featurizers_derived_scalars.capturing.recording import Edit, Keeper, Recorder
+from featurizers_derived_scalars.capturing.recording import Edit, Recorder
 from featurizers_derived_scalars.circuit import KINDS, Circuit, Need, Pass, Place
 from featurizers_derived_scalars.circuit.places import NORMS
 from featurizers_derived_scalars.circuit.running import run
@@ -31,12 +34,13 @@ def capture(
     edits: Iterable[Edit] = (),
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    batch_size: int = 1,
 ) -> list[RawActivations]:
     """Capture the needs of each sequence.
 
-    The model runs once per sequence, with its own eager attention, as far as something is needed, and only what is
-    needed is kept. Its attention, its mode, its parameters and their gradients are left as they were. Places that the
-    metric does not depend on have zero gradients.
+    The model runs once per sequence or batch, with its own eager attention, as far as something is needed, and only
+    what is needed is kept. Its attention, its mode, its parameters and their gradients are left as they were. Places
+    that the metric does not depend on have zero gradients.
 
     With the final norm frozen, ``resid.final · gradient`` sums to the metric minus the part of the norm's bias, if the
     metric is linear in the logits and the logits are not capped. Where they are (Gemma 2) the gradient at
@@ -54,6 +58,8 @@ def capture(
         edits: changes to make during the run, in order; edited places are kept as edited.
         device: where to put what is kept; None leaves it on the model's device.
         dtype: of what is kept; None leaves the model's dtype.
+        batch_size: sequences that run together, padded on the right, those of similar length beside each other. Results
+            are those of one at a time but for rounding. A run needs memory for all that it holds.
 
     Raises:
         SiteError: the model is not supported, or does not have a place.
@@ -79,11 +85,27 @@ def capture(
     edits = tuple(edits)
     for edit in edits:
         circuit.check(edit.place)
-    keeper = Keeper(device, dtype)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise UsageError(f"batch_size is the number of sequences that run together, from 1; not {shown(batch_size)}")
+    if edits and batch_size > 1:
+        raise UsageError("an edit is of one sequence, and so runs with one; leave batch_size out")
     prompts = sequences(inputs)
     for tokens in prompts:
         circuit.check_tokens(tokens)
-    return [_capture(circuit, tokens, to_keep, scalar, frozen, edits, keeper) for tokens in prompts]
+    read = frozenset() if scalar is None else _expand(circuit, scalar.needs)
+    make = functools.partial(Recorder, circuit, to_keep, read, frozen, edits, Keeper(device, dtype))
+    captured: dict[int, RawActivations] = {}
+    for numbers in _batches([len(tokens) for tokens in prompts], batch_size):
+        rows = [_logit_row(scalar, to_keep, len(prompts[n])) for n in numbers]
+        batch = [prompts[n] for n in numbers]
+        captured.update(zip(numbers, _capture(circuit, batch, make, rows, scalar), strict=True))
+    return [captured[n] for n in range(len(prompts))]
+
+
+def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:
+    """Yield numbers of sequences that run together: with a size above 1, those of similar length, longest first."""
+    order = sorted(range(len(lengths)), key=lambda n: -lengths[n]) if size > 1 else list(range(len(lengths)))
+    yield from (order[start : start + size] for start in range(0, len(order), size))
 
 
 def _expand(circuit: Circuit, needs: Iterable[Need]) -> frozenset[tuple[Place, Pass]]:
@@ -104,37 +126,50 @@ def _expand(circuit: Circuit, needs: Iterable[Need]) -> frozenset[tuple[Place, P
 
 def _capture(
     circuit: Circuit,
-    tokens: Int[Tensor, " token"],
-    to_keep: frozenset[tuple[Place, Pass]],
+    prompts: list[Int[Tensor, " token"]],
+    make: Callable[[int | None], Recorder],
+    rows: list[int | None],
     metric: Metric | None,
-    frozen: frozenset[str],
-    edits: tuple[Edit, ...],
-    keeper: Keeper,
-) -> RawActivations:
-    read = frozenset() if metric is None else _expand(circuit, metric.needs)
-    row = _logit_row(metric, to_keep, len(tokens))
-    recorder = Recorder(circuit, to_keep, read, frozen, edits, keeper, row)
-    tokens = tokens.to(circuit.token_device)
+) -> list[RawActivations]:
+    """Run the model once on all prompts; each has its recorder, which gets the only token whose logits are needed."""
+    recorders = [make(row) for row in rows]
+    prompts = [tokens.to(circuit.token_device) for tokens in prompts]
+    first = recorders[0]
     with ExitStack() as stack:
         stack.enter_context(evaluating(circuit.model))
-        stack.enter_context(torch.set_grad_enabled(recorder.graph))
-        if recorder.graph:
+        stack.enter_context(torch.set_grad_enabled(first.graph))
+        if first.graph:
             stack.enter_context(without_parameter_gradients(circuit.model))
+        batch = Batch(recorders, prompts) if len(prompts) > 1 else None
         output = run(
             circuit.model,
-            tokens,
-            recorder.taps(),
-            listener=recorder,
-            on_arguments=recorder.argument_receivers(),
-            stop_after=recorder.stop_after(),
+            prompts[0] if batch is None else batch.ids,
+            first.taps() if batch is None else batch.taps(),
+            listener=first if batch is None else batch,
+            on_arguments=first.argument_receivers() if batch is None else None,
+            stop_after=first.stop_after(),
         )
-        recorder.finish(output)
+        (first if batch is None else batch).finish(getattr(output, "logits", None))
         del output  # its logits are large
         if metric is not None:
-            value = metric(recorder.live(tokens))
-            _check_scalar(value, recorder.graph)
-            recorder.differentiate(value)
-        return recorder.kept(tokens)
+            _differentiate(prompts, recorders, metric, batch)
+        return [recorder.kept(tokens) for recorder, tokens in zip(recorders, prompts, strict=True)]
+
+
+def _differentiate(prompts: list[Tensor], recorders: list[Recorder], metric: Metric, batch: Batch | None) -> None:
+    """Take the metric of each sequence, and all gradients in one backward pass."""
+    values, roots = [], []
+    for recorder, tokens in zip(recorders, prompts, strict=True):
+        value = metric(recorder.live(tokens))
+        _check_scalar(value, recorder.graph)
+        values.append(value)
+        roots.append(recorder.roots(value))
+    if batch is not None:
+        gradients = batch.gradients(values, roots)
+    else:
+        gradients = [list(torch.autograd.grad(value, roots[0], allow_unused=True)) if roots[0] else []]
+    for recorder in reversed(recorders):
+        recorder.keep_gradients(roots.pop(), gradients.pop())
 
 
 def _logit_row(metric: Metric | None, to_keep: frozenset[tuple[Place, Pass]], length: int) -> int | None:

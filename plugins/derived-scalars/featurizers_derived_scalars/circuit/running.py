@@ -1,4 +1,4 @@
-"""Run a decoder on one sequence with hooks on its modules, and leave it unchanged."""
+"""Run a decoder on one sequence, or on a batch, with hooks on its modules, and leave it unchanged."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Arguments:
 
 def run(
     model: nn.Module,
-    tokens: Int[Tensor, " token"],
+    tokens: Int[Tensor, "*batch token"],
     taps: Mapping[Point, Callable[[Tensor], Tensor]],
     *,
     listener: Listener | None = None,
     on_arguments: Mapping[str, Callable[[Arguments], None]] | None = None,
     stop_after: str | None = None,
 ) -> Any:
-    """Run the model on one sequence and return its output, or None if the run was stopped.
+    """Run the model on one sequence, or on a batch, and return its output, or None if the run was stopped.
 
     Args:
         model: a decoder in evaluation mode.
@@ -60,7 +60,8 @@ def run(
             stack.callback(handle.remove)
         for (path, side), edit in taps.items():
             stack.callback(hook(Tap(path, model.get_submodule(path), side), edit).remove)
-        call = functools.partial(model, input_ids=tokens[None], **without_cache(model))
+        ids = tokens if tokens.dim() == 2 else tokens[None]
+        call = functools.partial(model, input_ids=ids, **without_cache(model))
         return call() if stop_after is None else run_until(model.get_submodule(stop_after), call)
 
 
