@@ -5,13 +5,14 @@ in the README's first example, are declared by a comment before the block, which
 
     <!-- given: model: torch.nn.Module; prompt: dict[str, torch.Tensor] -->
 
-`<!-- not run: reason -->` and `<!-- not typed: reason -->` leave a block out.
+`<!-- not run: reason -->` and `<!-- not typed: reason -->` leave a block out. The cells of a notebook are blocks too.
 
 Usage: python .ci/type_examples.py [PAGE ...]
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -24,6 +25,7 @@ PAGES = [
     *(ROOT / "README.md", ROOT / "core" / "README.md"),
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "plugins").glob("*/README.md")),
+    *sorted((ROOT / "docs" / "tutorials").glob("*.ipynb")),
 ]
 PACKAGE = "documented"
 """Name of the package of the modules; pyproject.toml has its options of mypy."""
@@ -31,6 +33,15 @@ BLOCK = re.compile(
     r"^(?P<skip><!-- not (?:run|typed): .+? -->\n)?(?:<!-- given: (?P<given>.+?) -->\n)?```python\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+
+
+def text_of(page: Path) -> str:
+    """Return a page, or the cells of a notebook as the blocks of one; lines of IPython are blank in it."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix != ".ipynb":
+        return text
+    cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    return "".join(f"```python\n{re.sub('(?m)^%.*$', '', cell)}\n```\n" for cell in cells)
 
 
 def module(text: str) -> str:
@@ -53,7 +64,7 @@ def main() -> int:
         package = Path(folder) / PACKAGE
         package.mkdir()
         for number, page in enumerate(pages):
-            code = module(page.read_text(encoding="utf-8"))
+            code = module(text_of(page))
             if code.strip():
                 (package / f"page_{number}.py").write_text(code, encoding="utf-8")
         # the same options as of the other run, so that its cache is used

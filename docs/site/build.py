@@ -85,23 +85,33 @@ def _directives(module: str, public: list[str]) -> str:
     return "".join(f"::: {module}.{name}\n\n" for name in public)
 
 
+def repository() -> str:
+    """Return the address of the repository."""
+    source = re.search(r"^repo_url: (\S+)$", CONFIG.read_text(), re.MULTILINE)
+    assert source
+    return source[1]
+
+
 def outward(text: str) -> str:
     """Return a page with its links to other files of the repository made absolute, or to pages of the site."""
     for page in PAGES:
         text = text.replace(f"](../{page}", f"]({page}")
     text = re.sub(r"\]\(docs/([^)]+)\)", r"](\1)", text)
-    source = re.search(r"^repo_url: (\S+)$", CONFIG.read_text(), re.MULTILINE)
-    assert source
+    text = re.sub(r"\]\((tutorials/[a-z-]+)\.ipynb\)", r"](\1.md)", text)
     folders = "benchmarks|core|examples|plugins|tests|LICENSE"
-    return re.sub(rf"\]\((?:\.\./)?((?:{folders})[^)]*)\)", rf"]({source[1]}/blob/main/\1)", text)
+    return re.sub(rf"\]\((?:\.\./)?((?:{folders})[^)]*)\)", rf"]({repository()}/blob/main/\1)", text)
 
 
 def write(folder: Path) -> None:
     """Write the pages and the configuration of the site into a folder."""
+    import notebooks  # beside this file
+
     pages = folder / "docs"
-    shutil.copytree(ROOT / "docs", pages, ignore=shutil.ignore_patterns("site"))
+    shutil.copytree(ROOT / "docs", pages, ignore=shutil.ignore_patterns("site", "tutorials"))
     for name in PAGES:
         shutil.copy(ROOT / name, pages)
+    for notebook in sorted(notebooks.FOLDER.glob("*.ipynb")):
+        notebooks.page(notebook, pages, repository())
     for path in pages.glob("*.md"):
         path.write_text(outward(path.read_text(encoding="utf-8")), encoding="utf-8")
     api = api_pages()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import linecache
 import re
 import runpy
@@ -24,6 +25,7 @@ from featurizers.testing import FeaturizerContract
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "core" / "README.md", *DOCS, *sorted((ROOT / "plugins").glob("*/README.md"))]
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
 TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 BLOCK = re.compile(
     r"^(<!-- not run: .+? -->\n)?(?:<!-- (?:given|not typed): .+? -->\n)?```python\n(.*?)^```$",
@@ -56,18 +58,22 @@ def first_column(text: str) -> list[str]:
 
 @pytest.fixture
 def small_model(tmp_path, monkeypatch):
-    """A small model with a tokenizer of the words of the prompts, which `load_model` gives for any name."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    """A function that makes `load_model` give a small model for any name, with a tokenizer of the words of a text."""
 
-    known = ["The", "capital", "of", "is", "the", "city", "France", "Italy", "Rome", "Paris"]
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="The"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    config = GPT2Config(n_layer=16, n_embd=16, n_head=2, vocab_size=10, bos_token_id=None, eos_token_id=None)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "small")
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "small")
-    load = featurizers.load_model
-    monkeypatch.setattr(featurizers, "load_model", lambda _: load(str(tmp_path / "small")))
+    def make(text: str) -> None:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+        known = sorted({"[PAD]", *re.findall(r"\w+", text)})
+        words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="[PAD]"))
+        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        sizes = {"n_layer": 30, "n_embd": 64, "n_head": 2, "vocab_size": len(known)}
+        GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).save_pretrained(tmp_path / "small")
+        PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]").save_pretrained(tmp_path / "small")
+        load = featurizers.load_model
+        monkeypatch.setattr(featurizers, "load_model", lambda _: load(str(tmp_path / "small")))
+
+    return make
 
 
 @pytest.fixture
@@ -77,13 +83,13 @@ def small_dictionary(tmp_path, monkeypatch):
 
     folder = tmp_path / "layers.15.mlp"
     folder.mkdir()
-    (folder / "cfg.json").write_text('{"d_in": 16, "num_latents": 64, "k": 4, "expansion_factor": 4}')
+    (folder / "cfg.json").write_text('{"d_in": 64, "num_latents": 256, "k": 4, "expansion_factor": 4}')
     save_file(
         {
-            "encoder.weight": torch.randn(64, 16),
-            "encoder.bias": torch.randn(64),
-            "W_dec": torch.randn(64, 16),
-            "b_dec": torch.randn(16),
+            "encoder.weight": torch.randn(256, 64),
+            "encoder.bias": torch.randn(256),
+            "W_dec": torch.randn(256, 64),
+            "b_dec": torch.randn(64),
         },
         folder / "sae.safetensors",
     )
@@ -107,12 +113,38 @@ def test_examples_run(path, tmp_path, monkeypatch, request):
     if path == ROOT / "README.md":
         request.getfixturevalue("small_dictionary")
     if path.name == "quickstart.md" or path == ROOT / "README.md":
-        request.getfixturevalue("small_model")
+        request.getfixturevalue("small_model")(path.read_text(encoding="utf-8"))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for block in blocks(path):
             linecache.cache[str(path)] = (len(block), None, block.splitlines(True), str(path))  # nnsight reads it
             exec(compile(block, str(path), "exec", dont_inherit=True), namespace)
+
+
+@pytest.mark.parametrize("path", TUTORIALS, **by_name)
+def test_tutorials_run(path, tmp_path, monkeypatch, small_model):
+    pytest.importorskip("matplotlib").use("agg")
+    monkeypatch.chdir(tmp_path)
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    install, *code = ("".join(cell["source"]) for cell in cells)
+    assert install.startswith("%pip install -q featurizers ")
+    small_model("\n".join(code))
+    namespace = {"__name__": "a_tutorial"}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for number, text in enumerate(code):
+            exec(compile(text, f"{path.name}, cell {number}", "exec", dont_inherit=True), namespace)
+
+
+@pytest.mark.parametrize("path", TUTORIALS, **by_name)
+def test_tutorials_are_kept_with_what_they_print(path):
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert len(outputs) >= 3
+    assert {output["output_type"] for output in outputs} <= {"stream", "display_data", "execute_result"}
+    counts = [cell["execution_count"] for cell in cells if cell["execution_count"]]
+    assert counts in (list(range(1, len(cells) + 1)), list(range(1, len(cells))))  # the first may only install
+    assert all("/" not in "".join(output.get("text", [])) for output in outputs)  # no path of a machine
 
 
 def test_the_pages_have_the_examples_that_are_run():
@@ -157,7 +189,7 @@ def test_types_are_checked_of_every_example_that_is_not_left_out():
     """The modules that ``.ci/type_examples.py`` gives to mypy have each line of the examples, and on its own line."""
     script = runpy.run_path(str(ROOT / ".ci" / "type_examples.py"))
     assert ".venv/bin/python .ci/type_examples.py" in (ROOT / ".ci" / "run").read_text().splitlines()
-    assert set(script["PAGES"]) == set(PAGES)
+    assert set(script["PAGES"]) == {*PAGES, *TUTORIALS}
     left_out = 0
     for path in PAGES:
         text = path.read_text(encoding="utf-8")
@@ -332,7 +364,8 @@ def test_the_site_has_every_page_in_its_navigation():
         page for part in sections for pages in ([[part]] if isinstance(part, str) else part.values()) for page in pages
     ]
     of_repository = runpy.run_path(str(ROOT / "docs" / "site" / "build.py"))["PAGES"]
-    assert sorted(listed) == sorted([*(path.name for path in DOCS), *of_repository, "api/index.md"])
+    tutorials = [f"tutorials/{path.stem}.md" for path in TUTORIALS]
+    assert sorted(listed) == sorted([*(path.name for path in DOCS), *of_repository, "api/index.md", *tutorials])
     assert ".venv/bin/python docs/site/build.py" in (ROOT / ".ci" / "run").read_text().splitlines()
 
 

@@ -108,7 +108,7 @@ def test_sae_lens_reads_the_activations(tmp_path: Path, values: str) -> None:
     cached = theirs.load_cached_activation_dataset()
     x, tokens = cached[:][hook], cached[:]["token_ids"]
     assert x.shape == (contexts, 8, 32)
-    torch.testing.assert_close(x.flatten(0, 1), stacked(found)[: contexts * 8])
+    torch.testing.assert_close(x.flatten(0, 1).float(), stacked(found)[: contexts * 8].float())  # datasets 3 widens
     assert tokens.flatten().tolist() == [i for ids in IDS for i in ids][: contexts * 8]
     with pytest.raises(ArtefactError, match="it is there already"):
         featurizers_harvest.to_sae_lens(found, "x", tmp_path / "cached", hook_name=hook, context_size=8)
