@@ -1,7 +1,8 @@
 """Run the tutorials, or write them as pages.
 
-A tutorial is a notebook in ``docs/tutorials``, which is kept with its outputs. ``python docs/site/notebooks.py`` runs each anew
-with the models that it names, which takes some minutes; names of tutorials choose some. The site shows them as pages.
+A tutorial is a notebook in ``docs/tutorials``, which is kept with its outputs. ``python docs/site/notebooks.py`` runs
+each anew with the models that it names, which takes some minutes; names of tutorials choose some. The site shows them
+as pages.
 """
 
 from __future__ import annotations
