@@ -190,6 +190,10 @@ class PluginLoader:
             raise PluginError(f"{'; '.join(faults)}. Upgrade or uninstall that distribution.") from cause
         return None
 
+    def asked(self, hook: str) -> list[str]:
+        """Return the names of the loaded plugins that have a hook."""
+        return sorted({each.plugin_name for each in self._hooks(hook, None)})
+
     def _hooks(self, name: str, plugin: str | None) -> list[HookImpl]:
         """Return the implementations of a hook in one plugin or in all, in the order in which pluggy calls them."""
         # pluggy's subset_hook_caller inspects the modules of all other plugins in some versions

@@ -110,7 +110,7 @@ def read(source: ExternalFiles) -> FeatureSpace[Any]:
     """
     featurizer = host().ask("featurizers_read", source=source)
     if featurizer is None:
-        readers = [info.name for info in host().plugins() if info.state == "loaded"]
+        readers = host().asked("featurizers_read")
         raise ManifestError(
             source.where,
             "there is no config.json of featurizers, and no installed plugin knows the format of "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import featurizers
 import pytest
 import torch
@@ -14,8 +16,12 @@ from tests.plugins.sparsify.test_sparsify import write
 
 def test_what_no_plugin_knows_is_named(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"x")
-    with pytest.raises(ManifestError, match=r"no installed plugin knows the format of 'weights\.bin'; plugins asked: "):
+    asked = r"no installed plugin knows the format of 'weights\.bin'; plugins asked: (.*)\. Name the folder"
+    with pytest.raises(ManifestError, match=asked) as caught:
         featurizers.load(tmp_path)
+    readers = re.search(asked, str(caught.value))[1].split(", ")
+    assert {"sae-lens", "sparsify"} <= set(readers)
+    assert not {"training", "identity", "sharded"} & set(readers)  # they read no files
 
 
 def test_an_enormous_folder_is_not_walked_through(tmp_path, monkeypatch):
