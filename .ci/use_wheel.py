@@ -276,7 +276,7 @@ def sharded() -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    whole = dictionary("topk")
+    whole = dictionary("relu")
     folder = whole.save_pretrained("whole")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     f = featurizers.load(f"./{folder}", mesh=init_device_mesh("cpu", (1,)))
