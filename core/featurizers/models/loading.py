@@ -99,9 +99,21 @@ def _check_transformers() -> None:
 
 
 def _source(name: str) -> tuple[str, dict[str, str]]:
-    """Return what transformers is to read a name from, and with which option."""
+    """Return what transformers is to read a name from, and with which option.
+
+    Raises:
+        UsageError: the name is a path, and nothing is there.
+    """
     path = Path(name).expanduser()
-    return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
+    is_path = path.suffix == ".gguf" or name.startswith((".", "~")) or path.is_absolute()
+    if is_path and not path.exists():
+        raise UsageError(
+            f"cannot load the language model {name!r}: there is no such file or folder; give a folder, a .gguf "
+            "file or a Hub id such as 'owner/name'"
+        )
+    if path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    return (str(path) if name.startswith("~") else name), {}
 
 
 def text_ids(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:

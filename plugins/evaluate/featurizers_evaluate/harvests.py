@@ -36,7 +36,7 @@ class HarvestedRow(NamedTuple):
 
 @runtime_checkable
 class Harvested(Protocol):
-    """What is read of a harvest, such as one of featurizers-harvest."""
+    """Harvest that can be measured, such as one of featurizers-harvest."""
 
     @property
     def about(self) -> Mapping[str, Any]:

@@ -84,7 +84,7 @@ class Measured:
 
 
 class Part(NamedTuple):
-    """What one process measured of one subject; the fields are those of `Measured`."""
+    """Measurements of one subject in one process; the fields are those of `Measured`."""
 
     writes: dict[str, Sums]
     sums: Sums

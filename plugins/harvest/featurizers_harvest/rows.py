@@ -16,7 +16,7 @@ from torch import Tensor
 from featurizers_harvest.folders import Folder
 
 TINY = torch.finfo(torch.float32).tiny
-"""What a value that float16 rounded to 0 is read as, because the feature was not 0."""
+"""Value read in the place of one that float16 rounded to 0: the feature was not 0."""
 
 
 class _Column:

@@ -144,7 +144,7 @@ class Ranks:
         return found
 
     def gather(self, tensor: Tensor, sizes: list[int]) -> Tensor:
-        """Return the tensors of all processes side by side along the last axis, of which each has its own size."""
+        """Return the tensors of all processes side by side along the last axis; their sizes may differ."""
         padding = max(sizes) - tensor.shape[-1]
         padded = torch.nn.functional.pad(tensor, (0, padding)) if padding else tensor
         found = self.gather_same(padded)

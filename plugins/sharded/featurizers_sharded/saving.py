@@ -20,7 +20,7 @@ PIECE_BYTES: Final = 2**26
 """Bytes of the rows that are sent at once."""
 
 _END: Final = -1
-"""What the first process asks for when it is done."""
+"""Request of the first process that ends the exchange."""
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from featurizers.errors import UsageError
+from featurizers.models.loading import model_without_weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
 IDS = torch.tensor([[1, 5, 7, 3]])
@@ -82,5 +83,12 @@ def test_the_model_of_a_gguf_file_is_saved_and_loaded_again(tmp_path):
 
 
 def test_a_model_that_is_not_there_is_one_error(tmp_path):
-    with pytest.raises(UsageError, match="cannot load the language model"):
-        featurizers.load_model(str(tmp_path / "nothing"))
+    for name in (str(tmp_path / "nothing"), "./nothing", "~/nothing-here", str(tmp_path / "nothing.gguf")):
+        with pytest.raises(UsageError, match=r"cannot load the language model '.*nothing.*': there is no such file or"):
+            featurizers.load_model(name)
+
+
+def test_a_folder_in_the_home_is_found(tmp_path, monkeypatch):
+    llama().save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert model_without_weights("~/model").config.hidden_size == 32

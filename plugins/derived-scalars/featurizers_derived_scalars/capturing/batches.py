@@ -1,4 +1,4 @@
-"""`Batch`: one run of several padded sequences, of which each is recorded as if it were alone."""
+"""`Batch`: one run of several padded sequences; each is recorded as if it were alone."""
 
 from __future__ import annotations
 

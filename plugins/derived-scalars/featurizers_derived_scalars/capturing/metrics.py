@@ -73,7 +73,7 @@ class _AtPosition(_OfLogits):
     @property
     @final
     def logit_position(self) -> int:
-        """The metric's position."""
+        """Position of the metric."""
         return self.position
 
     @final

@@ -51,7 +51,7 @@ class Contexts:
 
 @dataclass(frozen=True)
 class FeatureReport:
-    """What is known of one feature.
+    """Record of one feature.
 
     Attributes:
         name: its number, after the group and a slash in a map with several groups.
@@ -190,7 +190,7 @@ class ReportData:
 
     @property
     def is_dense(self) -> bool:
-        """Whether most features of a token are not 0, as those of a subspace."""
+        """True if most features of a token are not 0, as in a subspace."""
         return bool(self.about["dense"])
 
     @property
