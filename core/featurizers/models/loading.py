@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +30,10 @@ class LanguageModel(NamedTuple):
 
 
 def load_model(
-    name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = torch.float32
+    name: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = torch.float32,
 ) -> LanguageModel:
     """Load a language model, ready for interventions.
 
@@ -58,7 +62,7 @@ def load_model(
         model = model if device is None else model.to(device)
     except (OSError, ValueError, ImportError, RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UsageError(f"cannot load the language model {name!r}: {one_line(reason)}") from error
+        raise UsageError(f"cannot load the language model {os.fspath(name)!r}: {one_line(reason)}") from error
     if gguf:
         model.config._name_or_path = str(path)  # transformers records the folder, which may hold other files
         _forget_quantization(model)
@@ -66,7 +70,7 @@ def load_model(
     return LanguageModel(model.eval().requires_grad_(False), tokenizer, revision)
 
 
-def model_without_weights(name: str) -> nn.Module:
+def model_without_weights(name: str | os.PathLike[str]) -> nn.Module:
     """Build a language model from its config, with parameters on the meta device; read no weights.
 
     Args:
@@ -86,7 +90,8 @@ def model_without_weights(name: str) -> nn.Module:
             model: nn.Module = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # the classes of configs and models raise many kinds
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UsageError(f"cannot build the language model {name!r} from its config: {one_line(reason)}") from error
+        problem = f"cannot build the language model {os.fspath(name)!r} from its config: {one_line(reason)}"
+        raise UsageError(problem) from error
     return model.eval()
 
 
@@ -98,22 +103,22 @@ def _check_transformers() -> None:
         raise MissingDependencyError("a language model", "transformers", "pip install 'transformers>=5.9'") from error
 
 
-def _source(name: str) -> tuple[str, dict[str, str]]:
+def _source(name: str | os.PathLike[str]) -> tuple[str, dict[str, str]]:
     """Return what transformers is to read a name from, and with which option.
 
     Raises:
         UsageError: the name is a path, and nothing is there.
     """
-    path = Path(name).expanduser()
-    is_path = path.suffix == ".gguf" or name.startswith((".", "~")) or path.is_absolute()
+    text, path = os.fspath(name), Path(name).expanduser()
+    is_path = not isinstance(name, str) or path.suffix == ".gguf" or text.startswith((".", "~")) or path.is_absolute()
     if is_path and not path.exists():
         raise UsageError(
-            f"cannot load the language model {name!r}: there is no such file or folder; give a folder, a .gguf "
+            f"cannot load the language model {text!r}: there is no such file or folder; give a folder, a .gguf "
             "file or a Hub id such as 'owner/name'"
         )
     if path.suffix == ".gguf":
         return str(path.parent), {"gguf_file": path.name}
-    return (str(path) if name.startswith("~") else name), {}
+    return (str(path) if text.startswith("~") else text), {}
 
 
 def text_ids(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:

@@ -83,7 +83,14 @@ def test_the_model_of_a_gguf_file_is_saved_and_loaded_again(tmp_path):
 
 
 def test_a_model_that_is_not_there_is_one_error(tmp_path):
-    for name in (str(tmp_path / "nothing"), "./nothing", "~/nothing-here", str(tmp_path / "nothing.gguf")):
+    places = (
+        tmp_path / "nothing",
+        str(tmp_path / "nothing"),
+        "./nothing",
+        "~/nothing-here",
+        str(tmp_path / "nothing.gguf"),
+    )
+    for name in (*places, Path("owner/nothing")):
         with pytest.raises(UsageError, match=r"cannot load the language model '.*nothing.*': there is no such file or"):
             featurizers.load_model(name)
 
