@@ -85,7 +85,7 @@ def nodes(settings: Settings) -> Case:
         raise Skipped("two nodes of one machine share its accelerator")
     if find_spec("ray") is None or find_spec("psutil") is None:
         raise Skipped("Ray or psutil is not installed")
-    width, length, documents = settings.size(768, 64), settings.size(128, 64), settings.size(640, 640)
+    width, length, documents = settings.size(768, 64), settings.size(128, 64), settings.size(320, 640)
     model = gpt2(settings, layers=settings.size(6, 2), width=width, vocabulary=100, length=length)
     _FOLDERS.append(tempfile.TemporaryDirectory())
     root = Path(_FOLDERS[-1].name)

@@ -85,7 +85,7 @@ def main() -> None:
     folder, model, name = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     torch.set_num_threads(1)
     f = featurizers.load(folder / "f")
-    options: dict[str, Any] = {"key": "ids", "shard_tokens": 4096, "progress": False, "device": "cpu"}
+    options: dict[str, Any] = {"key": "ids", "shard_tokens": 2048, "progress": False, "device": "cpu"}
 
     def run(engine: Timed) -> Timed:
         featurizers.harvest(model, {"f": f}, folder / "ids.jsonl", folder / name, engine=engine, **options)
