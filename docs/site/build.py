@@ -35,6 +35,13 @@ GROUPS = {
 """Public names of the core by what they are for; names that stand in no group come last."""
 FORWARDING = re.compile(r'^__getattr__ = attributes_of\("([a-z-]+)"', re.MULTILINE)
 """Line of a module of the core whose names are those of a plugin."""
+ASKING = re.compile(
+    r"""<(?:script|img|iframe|audio|video|source|embed)\b[^>]*?\ssrc=["']?(?:https?:)?//"""
+    r"""|<link\b(?=[^>]*\srel=["']?(?:stylesheet|icon|preload|modulepreload|prefetch|preconnect|dns-prefetch|manifest))"""
+    r"""[^>]*\shref=["']?(?:https?:)?//"""
+    r"""|\sdata-md-component=["']?source\b"""
+)
+"""What makes a browser ask another host; at the last of these the theme's script asks GitHub for its stars."""
 
 
 def names(package: Path, module: str | None = None) -> list[str]:
@@ -99,7 +106,7 @@ def outward(text: str) -> str:
     text = re.sub(r"\]\(docs/([^)]+)\)", r"](\1)", text)
     text = re.sub(r"\]\((tutorials/[a-z-]+)\.ipynb\)", r"](\1.md)", text)
     folders = "benchmarks|core|examples|plugins|tests|LICENSE"
-    return re.sub(rf"\]\((?:\.\./)?((?:{folders})[^)]*)\)", rf"]({repository()}/blob/main/\1)", text)
+    return re.sub(rf"\]\((?:\.\./)?((?:{folders})(?:[/#][^)]*)?)\)", rf"]({repository()}/blob/main/\1)", text)
 
 
 def write(folder: Path) -> None:
@@ -108,6 +115,7 @@ def write(folder: Path) -> None:
 
     pages = folder / "docs"
     shutil.copytree(ROOT / "docs", pages, ignore=shutil.ignore_patterns("site", "tutorials"))
+    shutil.copytree(ROOT / "docs/site/overrides", folder / "overrides")
     for name in PAGES:
         shutil.copy(ROOT / name, pages)
     for notebook in sorted(notebooks.FOLDER.glob("*.ipynb")):
@@ -130,6 +138,12 @@ def write(folder: Path) -> None:
     (folder / "mkdocs.yml").write_text(config)
 
 
+def asking(site: Path) -> list[str]:
+    """Return the pages of a site at which a browser would ask another host."""
+    pages = sorted(site.rglob("*.html"))
+    return [str(page.relative_to(site)) for page in pages if ASKING.search(page.read_text(encoding="utf-8"))]
+
+
 def main() -> None:
     """Build the site."""
     target = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "build/site").resolve()
@@ -139,6 +153,8 @@ def main() -> None:
         done = subprocess.run([sys.executable, "-m", "zensical", "build", "--strict"], cwd=folder, check=False)
         if done.returncode:
             raise SystemExit("the site has faults, which are listed above")
+        if pages := asking(folder / "site"):
+            raise SystemExit(f"these pages ask other hosts than their own: {', '.join(pages)}")
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(folder / "site", target)
     print(f"Written: {target}/index.html")

@@ -369,6 +369,50 @@ def test_the_site_has_every_page_in_its_navigation():
     assert ".venv/bin/python docs/site/build.py" in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
+@pytest.mark.parametrize(
+    ("page", "asks"),
+    [
+        ('<img alt="x" src="../x.png"><script src="assets/x.js"></script>', False),
+        ('<a href="https://github.com/x" class="md-source"></a><link rel="canonical" href="https://x.org/">', False),
+        ('<a href="https://github.com/x" class="md-source" data-md-component="source"></a>', True),
+        ('<img alt="x" src="https://x.org/x.png" />', True),
+        ('<script src="//x.org/x.js"></script>', True),
+        ('<link rel="stylesheet" href="https://x.org/x.css">', True),
+        ('<link href="https://x.org/" rel="preconnect">', True),
+    ],
+)
+def test_a_page_of_the_site_that_asks_another_host_is_found(tmp_path, page, asks):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "index.html").write_text(f"<html><body>{page}</body></html>")
+    asking = runpy.run_path(str(ROOT / "docs" / "site" / "build.py"))["asking"]
+    assert asking(tmp_path) == (["a/index.html"] if asks else [])
+
+
+def test_the_link_to_the_repository_asks_nothing():
+    config = yaml.safe_load((ROOT / "docs" / "site" / "mkdocs.yml").read_text())
+    part = (ROOT / "docs" / "site" / config["theme"]["custom_dir"] / "partials" / "source.html").read_text()
+    element = part.partition("-#}")[2]
+    assert '<a href="{{ config.repo_url }}"' in element
+    assert "data-md-component" not in element
+
+
+@pytest.mark.parametrize(
+    ("link", "on_the_site"),
+    [
+        ("benchmarks-growth.png", "benchmarks-growth.png"),
+        ("benchmarks.md#gpu", "benchmarks.md#gpu"),
+        ("../benchmarks/run.py", "{}/blob/main/benchmarks/run.py"),
+        ("../examples/plugin-flow", "{}/blob/main/examples/plugin-flow"),
+        ("../LICENSE", "{}/blob/main/LICENSE"),
+        ("../tests", "{}/blob/main/tests"),
+        ("../SECURITY.md#what-is-promised", "SECURITY.md#what-is-promised"),
+    ],
+)
+def test_a_link_leads_to_the_same_file_on_the_site(link, on_the_site):
+    script = runpy.run_path(str(ROOT / "docs" / "site" / "build.py"))
+    assert script["outward"](f"[x]({link})") == f"[x]({on_the_site.format(script['repository']())})"
+
+
 def test_the_api_pages_have_every_public_name():
     pages = runpy.run_path(str(ROOT / "docs" / "site" / "build.py"))["api_pages"]()
     core = pages["api/featurizers.md"]
