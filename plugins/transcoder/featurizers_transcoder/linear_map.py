@@ -144,7 +144,7 @@ class LinearMap(SiteMap[LinearMapConfig]):
         if columns is not None:
             return change @ weight[columns]
         if not (torch.is_grad_enabled() and (change.requires_grad or weight.requires_grad)):
-            live = (change != 0).flatten(0, -2).any(dim=0).nonzero().squeeze(-1)
+            live = (change != 0).reshape(-1, change.shape[-1]).any(dim=0).nonzero().squeeze(-1)
             if 4 * live.numel() < weight.shape[0]:
                 return change[..., live] @ weight[live]
         return change @ weight

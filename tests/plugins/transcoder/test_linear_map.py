@@ -35,6 +35,15 @@ def test_features_are_those_of_torch(normalize, oracle):
     torch.testing.assert_close(f.decode("out", {"features": z}, {"in": X}), expected)
 
 
+def test_one_token_and_none_are_decoded_as_many_are():
+    f = Transcoder.from_weights(W_ENC, W_DEC, B_ENC, CENTRE)
+    change = torch.zeros(5, N).index_fill(-1, torch.tensor([3]), 2.0)  # few enough to be decoded by their rows alone
+    expected = change @ W_DEC
+    for z, value in ((change, expected), (change[0], expected[0]), (change[:0], expected[:0])):
+        torch.testing.assert_close(f.decode_change("out", "features", z), value)
+        torch.testing.assert_close(f.decode("out", {"features": z}, {}), value + CENTRE)
+
+
 def test_a_group_sums_over_its_reads_and_keeps_the_largest():
     f = linear_map(Crosscoder, {0: (["a", "b"], ["a", "b"])}, width=D, n=N, rule="jumprelu")
     x = {"a": X, "b": X.flip(0)}
