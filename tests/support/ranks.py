@@ -1,4 +1,4 @@
-"""Run the checks of a module in several processes of one gloo group, in one launch."""
+"""Run the checks of some modules in several processes of one gloo group, in one launch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 60
 """After which a collective that other processes do not join is an error."""
 
 
-def run_ranks(module: str, size: int, folder: Path, *, timeout: float = 600) -> dict[str, str]:
-    """Run each function ``check_*`` of a module in ``size`` processes, one check after the other.
+def run_ranks(modules: str, size: int, folder: Path, *, timeout: float = 600) -> dict[str, str]:
+    """Run each function ``check_*`` of some modules in ``size`` processes, one check after the other.
 
     Args:
-        module: whose checks take the rank, the number of processes and a folder that all processes share.
+        modules: their names, with commas between them. Checks take the rank, the number of processes and a folder that
+            all processes share.
         size: number of processes.
         folder: an empty one.
         timeout: seconds for all checks.
@@ -31,7 +33,7 @@ def run_ranks(module: str, size: int, folder: Path, *, timeout: float = 600) -> 
     """
     folder.mkdir(parents=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.support.ranks", module, str(size), str(folder)]
+    command = [sys.executable, "-m", "tests.support.ranks", modules, str(size), str(folder)]
     processes = [
         subprocess.Popen([*command, str(rank)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, encoding="utf-8")
         for rank in range(size)
@@ -50,12 +52,17 @@ def run_ranks(module: str, size: int, folder: Path, *, timeout: float = 600) -> 
     return found
 
 
-def checks_of(module: str) -> list[str]:
-    """Return the names of the checks of a module."""
-    return [name for name in vars(importlib.import_module(module)) if name.startswith("check_")]
+def checks_of(modules: str) -> list[str]:
+    """Return the names of the checks of some modules."""
+    return list(_checks(modules))
 
 
-def _main(module: str, size: int, folder: Path, rank: int) -> None:
+def _checks(modules: str) -> dict[str, Any]:
+    imported = [vars(importlib.import_module(module)) for module in modules.split(",")]
+    return {name: check for names in imported for name, check in names.items() if name.startswith("check_")}
+
+
+def _main(modules: str, size: int, folder: Path, rank: int) -> None:
     import torch
     import torch.distributed as dist
 
@@ -68,9 +75,9 @@ def _main(module: str, size: int, folder: Path, rank: int) -> None:
         timeout=datetime.timedelta(seconds=SECONDS),
     )
     found: dict[str, str] = {}
-    for name in checks_of(module):
+    for name, check in _checks(modules).items():
         try:
-            getattr(importlib.import_module(module), name)(rank, size, folder)
+            check(rank, size, folder)
             found[name] = ""
         except Exception:
             found[name] = traceback.format_exc()[-3000:]

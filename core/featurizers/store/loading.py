@@ -71,9 +71,9 @@ def load(
         verify: compare the sha256 of the weights with the one in the config; for files of another library, compare
             them with the Hub's checksums.
         allow_nonfinite: load weights that hold NaN or infinity too, to look at them.
-        mesh: `torch.distributed.device_mesh.DeviceMesh` whose processes share a dictionary: each reads and holds its
-            own rows. A mesh with several axes is divided along the one named ``features``. It needs
-            ``featurizers-sharded``.
+        mesh: `torch.distributed.device_mesh.DeviceMesh` whose processes share a dictionary, a transcoder or a
+            crosscoder: each reads and holds its own rows. A mesh with several axes is divided along the one named
+            ``features``. It needs ``featurizers-sharded``.
 
     Returns:
         A `Featurizer`, or a `SiteMap` where the features are read and written at different sites; the source decides,

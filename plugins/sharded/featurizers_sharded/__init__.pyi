@@ -1,3 +1,4 @@
 from .dictionary import ShardedDictionary as ShardedDictionary
 from .loading import load_share as load_share
 from .loading import shard as shard
+from .site_map import ShardedMap as ShardedMap

@@ -5,27 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar, Final, final
+from typing import Any, ClassVar, final
 
 import torch
 from featurizers import DictionaryFeaturizer
-from featurizers.builtin import DENSE, LinearDecoderFeaturizer, rule_with_options, times_rows, times_rows_of_each
+from featurizers.builtin import DENSE, LinearDecoderFeaturizer, times_rows, times_rows_of_each
 from featurizers.errors import ConfigError, FeatureIndexError, LoweringError
-from featurizers.features import Active, FeatureRows, SparseFeatures, nonzero, without_autocast
+from featurizers.features import Active, FeatureRows, Rule, SparseFeatures, nonzero, without_autocast
 from featurizers.format import Pieces
 from jaxtyping import Float
 from pydantic import BaseModel
 from torch import Tensor
 from torch.nn import functional
 
-from featurizers_sharded.collectives import gather, own_part, spread, total
+from featurizers_sharded.collectives import spread, total
+from featurizers_sharded.divided import FETCHED
 from featurizers_sharded.ranks import Ranks, reported
-from featurizers_sharded.saving import pieces, saving
-from featurizers_sharded.selection import selected
+from featurizers_sharded.saving import Saver
 from featurizers_sharded.share import Share
-
-FETCHED: Final = 4096
-"""Features whose rows an operation fetches from the processes that hold them; of more, each computes its own."""
 
 
 @final
@@ -48,8 +45,8 @@ class ShardedDictionary(LinearDecoderFeaturizer[Any]):
     fire. An operation on up to `FETCHED` features fetches their rows, and then has the bits of the whole dictionary.
 
     Attributes:
-        rule: activation rule.
         ranks: the processes.
+        divided: how the features are divided.
         share: the weights that this process holds.
     """
 
@@ -67,7 +64,9 @@ class ShardedDictionary(LinearDecoderFeaturizer[Any]):
             n_heads=config.n_heads,
             special_tokens=config.special_tokens,
         )
-        self.rule, self.ranks, self.share = whole.rule, ranks, Share(whole, ranks)
+        self.ranks, self.share = ranks, Share(whole, ranks)
+        self.divided = self.share.divided
+        self._saver = Saver(self.share, dict.fromkeys(self.share.rows(), self.divided.sizes), ranks)
 
     def __getattr__(self, name: str) -> Any:
         """Say where the weights are, if one is asked for."""
@@ -76,14 +75,14 @@ class ShardedDictionary(LinearDecoderFeaturizer[Any]):
             raise AttributeError(f"each rank of the mesh holds some rows of {name!r}: see share.{name}, or take()")
         return super().__getattr__(name)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state without the rule, whose name is in the config; the processes refuse to be pickled."""
-        return {name: value for name, value in self.__dict__.items() if name != "rule"}
+    @property
+    def rule(self) -> Rule:
+        """Activation rule."""
+        return self.divided.rule
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the state of a copy."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.rule = rule_with_options(self.config.rule, self.config.rule_options, self.n_features)
+    def rows(self) -> dict[str, slice]:
+        """Return which rows of each tensor of the dictionary are here; b_dec, which has none, is left out."""
+        return self.share.rows()
 
     # ------------------------------------------------------------------ the map
     @property
@@ -104,10 +103,7 @@ class ShardedDictionary(LinearDecoderFeaturizer[Any]):
             if columns is not None and self.rule.elementwise and len(columns) <= FETCHED:
                 return self._encode_fetched(normal, columns)
             own = self._scaled(self._own(normal))
-            if columns is None:
-                return gather(own, self.share.sizes, self.ranks)
-            here, rows = self.share.here(columns)
-            return total(torch.where(here, own[..., rows], 0), self.ranks)
+            return self.divided.every(own) if columns is None else self.divided.some(own, columns)
 
     def decode(self, features: Float[Tensor, "*batch n_features"]) -> Float[Tensor, "*batch d_in"]:
         """Return ``W_decᵀ f + b_dec``, before the normalisation is undone."""
@@ -121,13 +117,13 @@ class ShardedDictionary(LinearDecoderFeaturizer[Any]):
             self.check_features(change)
         with self.ranks.together("decode", change, columns, self.share.trains()):
             if columns is None:
-                return total(self._decode_own(own_part(change, self.share.sizes, self.ranks)), self.ranks)
+                return total(self._decode_own(self.divided.own(change)), self.ranks)
             if len(columns) <= FETCHED:
                 norm = self._fetched("decoder_norm", columns) if self._has_norms else None
                 raw = change if norm is None else change / norm
                 weight = self._fetched("W_dec", columns)
                 return raw.to(weight.dtype) @ weight
-            here, rows = self.share.here(columns)
+            here, rows = self.divided.here(columns)
             own = spread(change, self.ranks)[..., here]
             raw = own / self.share.get_buffer("decoder_norm")[rows[here]] if self._has_norms else own
             return total(raw.to(self.decoder_dtype) @ self.share.W_dec[rows[here]], self.ranks)
@@ -146,7 +142,7 @@ class ShardedDictionary(LinearDecoderFeaturizer[Any]):
     def decode_sparse(self, features: SparseFeatures) -> Float[Tensor, "*batch d_in"]:
         """Return `decode` of features in the form of `encode_sparse`; the gradient reaches them alone."""
         with self.ranks.together("decode_sparse", features.values, features.indices):
-            here, rows = self.share.here(features.indices)
+            here, rows = self.divided.here(features.indices)
             values = torch.where(here, spread(features.values, self.ranks), 0)
             if self._has_norms:
                 values = values / self.share.get_buffer("decoder_norm")[rows]
@@ -164,7 +160,7 @@ class ShardedDictionary(LinearDecoderFeaturizer[Any]):
             if gate is not None and gate.dtype == torch.bool:
                 after = torch.where(gate[..., self.share.start : self.share.stop], after, before)
             elif gate is not None:
-                own = own_part(gate.to(before.dtype), self.share.sizes, self.ranks)
+                own = self.divided.own(gate.to(before.dtype))
                 after = torch.lerp(before, after, own.expand_as(before))
             change = total(self._decode_own(after - before), self.ranks)
         return self._add(base, change)
@@ -211,12 +207,12 @@ class ShardedDictionary(LinearDecoderFeaturizer[Any]):
         Raises:
             UsageError: it is not saved by ``save_pretrained`` in all processes.
         """
-        return pieces(self.share, self.ranks, self.id)
+        return self._saver.pieces(self.id)
 
     @contextmanager
     def saving(self) -> Iterator[bool]:
         """Enclose a save: the first process writes, the others send their rows to it."""
-        with saving(self.share, self.ranks, self.id) as is_writer:
+        with self._saver.saving(self.id) as is_writer:
             yield is_writer
 
     # ------------------------------------------------------------------ helpers
@@ -237,45 +233,15 @@ class ShardedDictionary(LinearDecoderFeaturizer[Any]):
 
     def _own(self, normal: Tensor) -> Tensor:
         """Return raw features of this process."""
-        share, rule, options = self.share, self.rule, self.config.rule_options
-        pre, tensors = self._pre(normal), share.tensors(rule.tensors)
-        if rule.elementwise:
-            return rule(pre, tensors, options)
-        if rule.select is None:  # a feature depends on all others
-            everywhere = {name: gather(tensor, share.sizes, self.ranks) for name, tensor in tensors.items()}
-            features = rule(gather(pre, share.sizes, self.ranks), everywhere, options)
-            return own_part(features, share.sizes, self.ranks)
-        here, rows = share.here(selected(pre.detach(), rule, options, share.sizes, self.ranks))
-        chosen = torch.zeros_like(pre, dtype=torch.int8).scatter_add_(-1, rows, here.to(torch.int8)).bool()
-        return torch.where(chosen, rule.function(pre, **tensors), 0)
+        return self.divided.features(self._pre(normal), self.share.tensors(self.rule.tensors))
 
     def _active(self, x: Float[Tensor, "*batch d_in"]) -> Active:
         """Return the features that fire, and those of value 0 that the rule selects."""
         with without_autocast(x):
             normal = self._normalize(x.to(self.encoder_dtype))[0].reshape(-1, self.d_in)
             with self.ranks.together("encode_sparse", normal, self.share.trains()):
-                if self.rule.select is not None:
-                    return self._selected(normal)
-                own = self._scaled(self._own(normal))
-                rows, columns = own.nonzero(as_tuple=True)
-                counts = self.ranks.counts(len(rows))
-                values = gather(own[rows, columns], counts, self.ranks)
-                places = self.ranks.gather(rows * self.n_features + columns + self.share.start, counts)
-        places, order = places.sort()
-        return Active(places // self.n_features, places % self.n_features, values[order])
-
-    def _selected(self, normal: Float[Tensor, "n d_in"]) -> Active:
-        """Return the features that the rule selects of each token; each is computed by the process that holds it."""
-        pre, share = self._pre(normal), self.share
-        numbers = selected(pre.detach(), self.rule, self.config.rule_options, share.sizes, self.ranks)
-        here, rows = share.here(numbers)
-        tensors = {name: tensor[rows] for name, tensor in share.tensors(self.rule.tensors).items()}
-        own = self.rule.function(pre.gather(-1, rows), **tensors)
-        if self._has_norms:
-            own = own * share.get_buffer("decoder_norm")[rows]
-        values = total(torch.where(here, own, 0), self.ranks)
-        tokens = torch.arange(len(numbers), device=numbers.device).repeat_interleave(numbers.shape[-1])
-        return Active(tokens, numbers.reshape(-1), values.reshape(-1))
+                scale = self.share.get_buffer("decoder_norm") if self._has_norms else None
+                return self.divided.active(self._pre(normal), self.share.tensors(self.rule.tensors), scale)
 
     def _encode_fetched(self, normal: Tensor, columns: Tensor) -> Tensor:
         """Return some features of a rule that acts on each alone, computed from their rows."""
@@ -287,13 +253,11 @@ class ShardedDictionary(LinearDecoderFeaturizer[Any]):
         return features * self._fetched("decoder_norm", columns) if self._has_norms else features
 
     def _fetched(self, name: str, columns: Tensor) -> Tensor:
-        """Return the rows of some features in every process: a sum in which each row is of one process, so exact."""
+        """Return the rows of some features of a tensor, in every process."""
         tensor = self.share.tensor(name)
         if tensor is None:
             raise ValueError(f"there is no tensor {name!r}")
-        here, rows = self.share.here(columns)
-        mask = here.reshape(-1, *(1,) * (tensor.dim() - 1))
-        return total(torch.where(mask, tensor[rows], 0), self.ranks)
+        return self.divided.fetched(tensor, columns)
 
     def _part(self, columns: Tensor, rule: str | None = None) -> DictionaryFeaturizer:
         """Return a dictionary of some features, with the rule of another name if one is given."""

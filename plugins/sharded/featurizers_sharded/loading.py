@@ -1,17 +1,24 @@
-"""`load_share`, which `featurizers.load` calls with ``mesh=``, and `shard`, which divides a dictionary in memory."""
+"""`load_share`, which `featurizers.load` calls with ``mesh=``, and `shard`, which divides what is in memory."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
-from featurizers import DictionaryFeaturizer, FeatureSpace
+from featurizers import DictionaryFeaturizer, FeatureSpace, SiteMap
 from featurizers.errors import UsageError, shown
 from torch import nn
 
 from featurizers_sharded.dictionary import ShardedDictionary
 from featurizers_sharded.ranks import Ranks
+
+if TYPE_CHECKING:
+    from featurizers_sharded.site_map import ShardedMap
+
+Sharded: TypeAlias = "ShardedDictionary | ShardedMap"
 
 
 def load_share(read: Callable[..., FeatureSpace[Any]], mesh: Any, device: Any) -> FeatureSpace[Any]:
@@ -25,7 +32,7 @@ def load_share(read: Callable[..., FeatureSpace[Any]], mesh: Any, device: Any) -
 
     Raises:
         UsageError: it is no mesh, another device, the processes read different files, or the artefact holds something
-            else than a dictionary.
+            else than a dictionary, a transcoder or a crosscoder.
         OtherRankError: another process failed.
     """
     ranks = Ranks(mesh)
@@ -33,21 +40,24 @@ def load_share(read: Callable[..., FeatureSpace[Any]], mesh: Any, device: Any) -
         device = ranks.device_type if device is None else torch.device(device)
         if torch.device(device).type != ranks.device_type:
             raise UsageError(f"the mesh is of the device {ranks.device_type!r}, and device= is {shown(str(device))}")
+        divided: list[Sharded] = []
 
         def divide(whole: FeatureSpace[Any]) -> tuple[FeatureSpace[Any], nn.Module, Mapping[str, slice]]:
-            featurizer = _divided(whole, ranks)
-            return featurizer, featurizer.share, featurizer.share.rows()
+            divided.append(_divided(whole, ranks))
+            return divided[-1], divided[-1].share, divided[-1].rows()
 
         featurizer = read(divide=divide, device=device)
-        if not isinstance(featurizer, ShardedDictionary):
+        if not any(each is featurizer for each in divided):
             raise UsageError(f"{featurizer.id!r} was not divided over the mesh")
-        about = [featurizer.config.model_dump(mode="json"), featurizer.revision, str(featurizer.site)]
-        with ranks.together("load", str(about)[:300], featurizer.share.b_dec):
-            return featurizer
+        return _agreed(divided[-1], "load")
 
 
-def shard(whole: DictionaryFeaturizer, mesh: Any) -> ShardedDictionary:
-    """Divide a dictionary that every process holds whole, such as one that another library wrote.
+@overload
+def shard(whole: DictionaryFeaturizer, mesh: Any) -> ShardedDictionary: ...
+@overload
+def shard(whole: SiteMap[Any], mesh: Any) -> ShardedMap: ...
+def shard(whole: DictionaryFeaturizer | SiteMap[Any], mesh: Any) -> Sharded:
+    """Divide a dictionary or a map that every process holds whole, such as one that another library wrote.
 
     Raises:
         UsageError: as `load_share`.
@@ -55,18 +65,38 @@ def shard(whole: DictionaryFeaturizer, mesh: Any) -> ShardedDictionary:
     ranks = Ranks(mesh)
     with ranks.reporting():
         featurizer = _divided(whole, ranks)
-        state = {
-            name: (tensor[rows] if (rows := featurizer.share.rows().get(name)) is not None else tensor).clone()
-            for name, tensor in whole.state_dict().items()
-        }
+        own = featurizer.rows()
+        state = {name: tensor[own.get(name, slice(None))].clone() for name, tensor in whole.state_dict().items()}
         featurizer.share.load_state_dict(state, assign=True)
-        with ranks.together("shard", featurizer.share.b_dec):
-            featurizer.site, featurizer.edits = whole.site, list(whole.edits)
-            return featurizer.described_as(whole)
+        featurizer.edits = list(whole.edits)
+        if isinstance(featurizer, ShardedDictionary):
+            featurizer.site = whole.sites.get("site")
+        elif isinstance(whole, SiteMap):
+            featurizer.reads, featurizer.writes = whole.reads, whole.writes
+        return _agreed(featurizer, "shard").described_as(whole)
 
 
-def _divided(whole: object, ranks: Ranks) -> ShardedDictionary:
-    if not isinstance(whole, DictionaryFeaturizer):
-        kind = whole.kind if isinstance(whole, FeatureSpace) else type(whole).__name__
-        raise UsageError(f"only a dictionary is divided over a mesh, not a featurizer of kind {shown(kind)}")
-    return ShardedDictionary(whole, ranks)
+def _agreed(featurizer: Sharded, call: str) -> Sharded:
+    """Return the featurizer once the processes have the same config, sites and tensors that are not divided."""
+    sites = {name: str(site) for name, site in featurizer.sites.items()}
+    about = json.dumps([featurizer.config.model_dump(mode="json"), featurizer.revision, sites])
+    digest, own = hashlib.sha256(about.encode()).hexdigest()[:16], featurizer.rows()
+    whole = [tensor for name, tensor in featurizer.share.state_dict().items() if name not in own]
+    with featurizer.ranks.together(call, featurizer.kind, f"{about[:300]} ({digest})", *whole):
+        return featurizer
+
+
+def _divided(whole: object, ranks: Ranks) -> Sharded:
+    if isinstance(whole, DictionaryFeaturizer):
+        return ShardedDictionary(whole, ranks)
+    if isinstance(whole, SiteMap) and whole.kind.partition(".")[0] == "transcoder":
+        from featurizers_transcoder import LinearMap  # whoever has a map of the kind has the package
+
+        from featurizers_sharded.site_map import ShardedMap
+
+        if isinstance(whole, LinearMap):
+            return ShardedMap(whole, ranks)
+    kind = whole.kind if isinstance(whole, FeatureSpace) else type(whole).__name__
+    raise UsageError(
+        f"only dictionaries, transcoders and crosscoders are divided over a mesh, and this is of kind {shown(kind)}"
+    )

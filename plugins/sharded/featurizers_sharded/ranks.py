@@ -1,7 +1,8 @@
-"""`Ranks`: the processes that share a dictionary, and what they tell each other before each call.
+"""`Ranks`: the processes that share a featurizer, and what they tell each other before each call.
 
 Collectives of different shapes hang or mix numbers. So each call begins with one gather of a short record from each
-process: what is called, with what, or what failed. A record has one length, so that records of different calls meet.
+process: what is called, with what, or what failed. A record has one length, so that records of different calls meet;
+if one is longer, all are gathered once more.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 AXIS: Final = "features"
-"""Axis of a mesh with several axes over which a dictionary is divided."""
+"""Axis of a mesh with several axes over which features are divided."""
 
 RECORD_BYTES: Final = 2048
 MOST_PROBLEM: Final = 400
@@ -57,11 +58,11 @@ class Ranks:
             if AXIS not in names:
                 raise UsageError(
                     f"the mesh has {mesh.ndim} axes, {', '.join(map(repr, names)) or 'without names'}; name the one to "
-                    f"divide the dictionary over {AXIS!r}, or give mesh[name]"
+                    f"divide the features over {AXIS!r}, or give mesh[name]"
                 )
             mesh = mesh[AXIS]
         if mesh.get_coordinate() is None:
-            raise UsageError("this process is not in the mesh; load the dictionary in the processes of the mesh alone")
+            raise UsageError("this process is not in the mesh; load the featurizer in the processes of the mesh alone")
         self.group = mesh.get_group()
         self.rank, self.size, self.device_type = mesh.get_local_rank(), mesh.size(), mesh.device_type
         self._depth = 0
@@ -72,7 +73,7 @@ class Ranks:
 
     def __reduce__(self) -> NoReturn:
         """Raise, because a process group belongs to this program."""
-        raise UsageError("a dictionary on a mesh cannot be pickled; load it in each process")
+        raise UsageError("a featurizer on a mesh cannot be pickled; load it in each process")
 
     # ------------------------------------------------------------------ calls that begin together
     @contextmanager
@@ -119,7 +120,7 @@ class Ranks:
             for rank, each in enumerate(records):
                 if problem := _difference(records[0], each):
                     raise UsageError(
-                        f"ranks 0 and {rank} of the mesh {problem}; a dictionary on a mesh is called in the same order "
+                        f"ranks 0 and {rank} of the mesh {problem}; a featurizer on a mesh is called in the same order "
                         "with the same tensors in every process"
                     )
         except Exception as error:
@@ -128,9 +129,13 @@ class Ranks:
 
     def _exchange(self, record: dict[str, Any]) -> list[dict[str, Any]]:
         raw = json.dumps(record).encode()
-        if len(raw) > RECORD_BYTES:  # characters beyond ASCII take up to twelve bytes
-            raw = json.dumps({"error": str(record.get("error", "too many tensors"))[:100]}).encode()
-        own = torch.zeros(RECORD_BYTES, dtype=torch.uint8)
+        is_long = len(raw) > RECORD_BYTES
+        found = self._gathered(json.dumps({"bytes": len(raw)}).encode() if is_long else raw, RECORD_BYTES)
+        longest = max(each.get("bytes", 0) for each in found)
+        return self._gathered(raw, longest) if longest else found
+
+    def _gathered(self, raw: bytes, length: int) -> list[dict[str, Any]]:
+        own = torch.zeros(length, dtype=torch.uint8)
         own[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
         found = [bytes(each.tolist()).rstrip(b"\0") for each in self.gather_same(own.to(self.device_type))]
         return [json.loads(each) for each in found]

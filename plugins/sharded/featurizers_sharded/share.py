@@ -7,8 +7,8 @@ from featurizers import DictionaryFeaturizer
 from featurizers.errors import UsageError
 from torch import Tensor, nn
 
+from featurizers_sharded.divided import Divided
 from featurizers_sharded.ranks import Ranks
-from featurizers_sharded.selection import sizes_of
 
 WHOLE = ("b_dec",)
 """Tensors of a dictionary without a row for each feature, which every process has."""
@@ -22,10 +22,9 @@ class Share(nn.Module):
         ranks: the processes.
 
     Attributes:
-        sizes: numbers of features of the processes.
+        divided: how the features are divided.
         start: number of the first feature here.
         stop: number after the last one.
-        is_saving: True in the first process while it writes.
 
     Raises:
         UsageError: there are fewer features than processes, or the dictionary is a slice.
@@ -39,12 +38,8 @@ class Share(nn.Module):
         super().__init__()
         if whole.config.slice_of is not None:
             raise UsageError(f"{whole.id!r} is a slice of a dictionary, and whole ones alone are divided over a mesh")
-        self.sizes = sizes_of(whole.rule, whole.config.rule_options, whole.n_features, ranks.size)
-        if not min(self.sizes):
-            raise UsageError(f"{whole.n_features} features cannot be divided over the {ranks.size} ranks of the mesh")
-        self.start = sum(self.sizes[: ranks.rank])
-        self.stop = self.start + self.sizes[ranks.rank]
-        self.is_saving = False
+        self.divided = Divided(ranks, whole.rule, whole.config.rule_options, whole.n_features)
+        self.start, self.stop = self.divided.start, self.divided.stop
         parameters = dict(whole.named_parameters())
         for name, tensor in whole.state_dict().items():
             rows = tensor if name in WHOLE else tensor[self.start : self.stop]
@@ -66,15 +61,10 @@ class Share(nn.Module):
         """Return tensors by name."""
         return {name: self.get_parameter(name) for name in names}
 
-    def here(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Return which of some features are here, and their rows; row 0 for the others."""
-        own = (numbers >= self.start) & (numbers < self.stop)
-        return own, torch.where(own, numbers - self.start, 0)
-
     def trains(self) -> bool:
         """Return whether a weight needs a gradient."""
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
 
     def extra_repr(self) -> str:
         """Return the text that ``print`` shows after the class name."""
-        return f"features {self.start} to {self.stop - 1} of {sum(self.sizes)}"
+        return f"features {self.start} to {self.stop - 1} of {self.divided.n_features}"

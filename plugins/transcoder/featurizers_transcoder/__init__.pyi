@@ -6,3 +6,4 @@ from .kinds import CrossLayerTranscoder as CrossLayerTranscoder
 from .kinds import Transcoder as Transcoder
 from .linear_map import LinearMap as LinearMap
 from .reads import normalized_read as normalized_read
+from .reads import pre_activations as pre_activations

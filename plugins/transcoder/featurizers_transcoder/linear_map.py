@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -12,10 +12,9 @@ from featurizers.features import Group, Indices, Numbering, Rule, Selection, Sit
 from jaxtyping import Float
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
-from torch.nn import functional
 
 from featurizers_transcoder.config import LinearMapConfig, check_names
-from featurizers_transcoder.reads import normalized_read
+from featurizers_transcoder.reads import normalized_read, pre_activations
 
 
 class LinearMap(SiteMap[LinearMapConfig]):
@@ -116,13 +115,17 @@ class LinearMap(SiteMap[LinearMapConfig]):
         rule, own = self.rules[group], self.config.groups[group]
         rows = columns if rule.elementwise else None
         tensors = {name: _rows(_tensor(self.rule_tensors, name, group), rows) for name in rule.tensors}
-        bias = _rows(self.b_enc[group], rows) if group in self.b_enc else None
-        first, *others = own.reads
-        pre = functional.linear(self._input(first, x[first]), _rows(_tensor(self.W_enc, group, first), rows), bias)
-        for read in others:
-            pre = pre + functional.linear(self._input(read, x[read]), _rows(_tensor(self.W_enc, group, read), rows))
-        features = rule(pre, tensors, own.rule_options)
+        features = rule(self.pre_activations(group, self.inputs(group, x), rows), tensors, own.rule_options)
         return features if columns is None or rule.elementwise else features[..., columns]
+
+    def inputs(self, group: str, x: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the activations at each read of a group as its encoder takes them: centred and normalised."""
+        return [self._input(read, x[read]) for read in self.config.groups[group].reads]
+
+    def pre_activations(self, group: str, inputs: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
+        """Return what the rule of a group acts on: that of all features, or of those in ``rows``; see `inputs`."""
+        weights = [_rows(_tensor(self.W_enc, group, read), rows) for read in self.config.groups[group].reads]
+        return pre_activations(inputs, weights, _rows(self.b_enc[group], rows) if group in self.b_enc else None)
 
     def decode(
         self, write: str, features: Mapping[str, Tensor], x: Mapping[str, Tensor]
@@ -214,12 +217,13 @@ class LinearMap(SiteMap[LinearMapConfig]):
             if own.slice_of is not None:
                 raise UsageError("it is a slice of a map already; load the whole one")
             groups[name] = own.model_copy(update={"n_features": len(chosen), "slice_of": own.n_features})
-            rows |= {f"W_enc.{name}.{read}": chosen for read in own.reads}
-            rows |= {f"W_dec.{name}.{write}": chosen for write in own.writes}
-            rows |= {f"rule_tensors.{tensor}.{name}": chosen for tensor in rule.tensors}
-            rows[f"b_enc.{name}"] = chosen
+            rows |= dict.fromkeys(_row_names(config, name, rule), chosen)
             added[f"numbers-{name}"] = chosen
         return config.model_copy(update={"groups": groups}), rows, added
+
+    def row_names(self, group: str) -> list[str]:
+        """Return the names of the tensors that have a row for each feature of a group."""
+        return _row_names(self.config, group, self.rules[group])
 
     def take(self, indices: Indices | Mapping[str, Indices]) -> Self:
         """Return the map of these features alone; they keep their numbers.
@@ -269,6 +273,13 @@ def _rule(config: LinearMapConfig, group: str) -> Rule:
     if own.slice_of is not None and not rule.elementwise:
         raise ConfigError(f"the rule {own.rule!r} compares all features, so that {group!r} cannot be a slice")
     return rule
+
+
+def _row_names(config: LinearMapConfig, group: str, rule: Rule) -> list[str]:
+    own = config.groups[group]
+    names = [f"W_enc.{group}.{read}" for read in own.reads] + [f"W_dec.{group}.{write}" for write in own.writes]
+    names += [f"rule_tensors.{tensor}.{group}" for tensor in rule.tensors]
+    return [*names, f"b_enc.{group}"] if rule.encoder_bias else names
 
 
 def _tensor(tensors: nn.ModuleDict, outer: str, inner: str) -> Tensor:

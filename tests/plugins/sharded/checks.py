@@ -360,7 +360,11 @@ def check_what_cannot_be_divided_is_refused(rank: int, size: int, folder: Path) 
         featurizers.load(path, mesh=init_device_mesh("cpu", (1, size)))
     subspace = featurizers.create("subspace", d_in=8, n_features=4)
     for number, (other, match) in enumerate(
-        [(subspace, "only a dictionary"), (whole.take([1, 2, 3, 4, 5]), "is a slice"), (small(), "cannot be divided")]
+        [
+            (subspace, "only dictionaries, transcoders and"),
+            (whole.take([1, 2, 3, 4, 5]), "is a slice"),
+            (small(), "cannot be divided"),
+        ]
     ):
         if rank == 0:
             other.save_pretrained(folder / f"undivided-{number}")

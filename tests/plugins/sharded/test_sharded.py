@@ -1,4 +1,4 @@
-"""Dictionaries on a mesh of 2 and of 4 processes, beside the whole ones: one launch each, which runs all checks."""
+"""Dictionaries and maps on a mesh of 2 and of 4 processes, beside the whole ones: one launch of all checks for each."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from featurizers.registry.plugin_host import PluginHost
 from tests.support.dictionaries import dictionary
 from tests.support.ranks import checks_of, run_ranks
 
-MODULE = "tests.plugins.sharded.checks"
+MODULES = "tests.plugins.sharded.checks,tests.plugins.sharded.map_checks"
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["two", "four"])
 def found(request, tmp_path_factory):
     """What went wrong in each check."""
-    return run_ranks(MODULE, request.param, tmp_path_factory.mktemp("ranks") / "folder")
+    return run_ranks(MODULES, request.param, tmp_path_factory.mktemp("ranks") / "folder")
 
 
-@pytest.mark.parametrize("check", checks_of(MODULE))
+@pytest.mark.parametrize("check", checks_of(MODULES))
 def test_on_a_mesh(found, check):
     assert check in found, "the checks before it left the processes out of step"
     assert not found[check], found[check]
