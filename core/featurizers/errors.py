@@ -141,7 +141,8 @@ class MissingDependencyError(FeaturizerError, ImportError):
 
     def __init__(self, purpose: str, package: str, command: str) -> None:
         super().__init__(f"{purpose} needs {package}, which cannot be imported. Install it with: {command}")
-        self.package, self.command = package, command
+        self.package: str = package
+        self.command: str = command
 
 
 class PluginError(FeaturizerError):
@@ -157,7 +158,8 @@ class UnknownKindError(PluginError, LookupError):
     """
 
     def __init__(self, kind: str, known: Iterable[str], hint: str, *, what: str = "featurizer kind") -> None:
-        self.kind, self.known = kind, sorted(known)
+        self.kind: str = kind
+        self.known: list[str] = sorted(known)
         listed = f"Installed kinds: {', '.join(self.known) or 'none'}."
         near = did_you_mean(kind, self.known, otherwise=listed)
         rest = f"{hint} {near}" if near == listed else f"{near} If not: {hint[:1].lower()}{hint[1:]}"
@@ -173,7 +175,8 @@ class PluginConflictError(PluginError):
     """
 
     def __init__(self, name: str, distributions: Iterable[str]) -> None:
-        self.name, self.distributions = name, sorted(distributions)
+        self.name: str = name
+        self.distributions: list[str] = sorted(distributions)
         super().__init__(
             f"the plugin name {name!r} is claimed by {' and by '.join(self.distributions)}. "
             "Uninstall all but one of them."
@@ -189,7 +192,8 @@ class PluginLoadError(PluginError):
     """
 
     def __init__(self, name: str, distribution: str, reason: str) -> None:
-        self.name, self.distribution = name, distribution
+        self.name: str = name
+        self.distribution: str = distribution
         super().__init__(
             f"the plugin {name!r} of {distribution} cannot be used: {reason}. "
             "Upgrade or uninstall that distribution; the other plugins still work."
@@ -211,7 +215,8 @@ class ArtefactError(FeaturizerError):
     """
 
     def __init__(self, where: str, problem: str) -> None:
-        self.where, self.problem = printable(where, MOST), one_line(problem, MOST)
+        self.where: str = printable(where, MOST)
+        self.problem: str = one_line(problem, MOST)
         super().__init__(f"{self.where}: {self.problem}")
 
 

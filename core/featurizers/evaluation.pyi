@@ -1,3 +1,3 @@
-from typing import Any
-
-def __getattr__(name: str) -> Any: ...
+from featurizers_evaluate import evaluate as evaluate
+from featurizers_evaluate import load_evaluation as load_evaluation
+from featurizers_evaluate import report as report

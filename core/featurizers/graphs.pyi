@@ -1,3 +1,2 @@
-from typing import Any
-
-def __getattr__(name: str) -> Any: ...
+from featurizers_graphs import graph as graph
+from featurizers_graphs import load_graph as load_graph

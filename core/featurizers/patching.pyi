@@ -1,3 +1,2 @@
-from typing import Any
-
-def __getattr__(name: str) -> Any: ...
+from featurizers_patching import load_grid as load_grid
+from featurizers_patching import patch as patch

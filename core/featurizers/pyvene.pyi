@@ -1,21 +1,18 @@
-from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import CommitInfo
-from torch import nn
+from featurizers_pyvene import FeatureCollectIntervention as FeatureCollectIntervention
+from featurizers_pyvene import FeatureInterchangeIntervention as FeatureInterchangeIntervention
+from featurizers_pyvene import FeatureIntervention as FeatureIntervention
+from featurizers_pyvene import FeatureInterventionConfig as FeatureInterventionConfig
+from featurizers_pyvene import FeatureMaskConfig as FeatureMaskConfig
+from featurizers_pyvene import FeatureMaskIntervention as FeatureMaskIntervention
+from featurizers_pyvene import SavedIntervention as SavedIntervention
+from featurizers_pyvene import bind as bind
+from featurizers_pyvene import bound_class as bound_class
+from featurizers_pyvene import indices_of_subspaces as indices_of_subspaces
+from featurizers_pyvene import load_intervenable as load_intervenable
+from featurizers_pyvene import push_intervenable as push_intervenable
+from featurizers_pyvene import save_intervenable as save_intervenable
+from featurizers_pyvene import unbound as unbound
 
-def bind(base: type, featurizer: Any, **fixed: int) -> type: ...
-def load_intervenable(
-    source: str | Path,
-    model: nn.Module,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    device: torch.device | str | None = None,
-) -> Any: ...
-def push_intervenable(intervenable: Any, repo_id: str, **options: Any) -> CommitInfo: ...
-def save_intervenable(intervenable: Any, folder: str | Path) -> Path: ...
 def __getattr__(name: str) -> Any: ...

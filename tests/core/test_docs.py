@@ -201,6 +201,21 @@ def test_types_are_checked_of_every_example_that_is_not_left_out():
     assert left_out == 1
 
 
+def test_an_error_that_pyright_finds_names_the_line_of_the_page():
+    script = runpy.run_path(str(ROOT / ".ci" / "type_examples.py"))
+
+    def found(message: str, severity: str = "error") -> dict[str, object]:
+        place = {"file": "/tmp/documented/page_1.py", "range": {"start": {"line": 22, "character": 0}}}
+        return {**place, "severity": severity, "message": message, "rule": "reportGeneralTypeIssues"}
+
+    given = [found('"None" is not iterable\n  "__iter__" is missing'), found("unused", "warning")]
+    given.append(found('Cannot access attribute "generate" for class "GPT2LMHeadModel"'))
+    told = script["of_pyright"](
+        json.dumps({"generalDiagnostics": given}), [ROOT / "README.md", ROOT / "docs" / "cli.md"]
+    )
+    assert told == ['docs/cli.md:23: error: "None" is not iterable "__iter__" is missing [reportGeneralTypeIssues]']
+
+
 # ---------------------------------------------------------------------- the README's commands
 
 

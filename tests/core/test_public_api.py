@@ -125,6 +125,17 @@ def test_a_stub_is_sorted(face):
     assert names == sorted(names, key=lambda name: (name[0], not name[1].isupper(), not name[1][0].isupper(), name[1]))
 
 
+def test_a_type_checker_follows_a_name_that_a_plugin_defines_into_that_plugin():
+    """An editor shows its signature too; without the plugin the name has any type."""
+    forwarding = [path for path in CORE.glob("*.py") if "attributes_of(" in path.read_text(encoding="utf-8")]
+    for path in forwarding:
+        typed = {name for module, name in listed(path.with_suffix(".pyi")) if module.startswith("featurizers_")}
+        assert typed >= {name for module, name in listed(STUBS["featurizers"]) if module == path.stem}
+    stub = ROOT / "plugins" / "pyvene" / "featurizers_pyvene" / "__init__.pyi"
+    assert {name for _, name in listed(stub)} <= {name for _, name in listed(CORE / "pyvene.pyi")}
+    assert len(forwarding) == 5
+
+
 def test_the_page_lists_what_a_plugin_may_import():
     page = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
     section = page.partition("## What a plugin may import\n")[2].partition("\n## ")[0]

@@ -82,12 +82,12 @@ class Composition(Featurizer[CompositionConfig]):
                     f"({stage.kind}), which takes {stage.d_in}"
                 )
             width = stage.n_features if stage.n_features is not None else stage.d_in or width
-        self.stages = nn.ModuleList(stages)
-        self.d_in = next((stage.d_in for stage in stages if stage.d_in is not None), None)
+        self.stages: nn.ModuleList = nn.ModuleList(stages)
+        self.d_in: int | None = next((stage.d_in for stage in stages if stage.d_in is not None), None)
         self.n_features = width
-        self.id = " >> ".join(stage.id for stage in stages)
+        self.id: str = " >> ".join(stage.id for stage in stages)
         self.site = stages[0].site
-        self.special_tokens = tuple(token for stage in stages for token in stage.special_tokens)
+        self.special_tokens: tuple[int, ...] = tuple(token for stage in stages for token in stage.special_tokens)
 
     def _stages(self) -> list[Featurizer[Any]]:
         return list(self.stages)  # type: ignore[arg-type]  # a ModuleList does not know its elements

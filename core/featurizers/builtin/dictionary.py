@@ -21,7 +21,7 @@ from featurizers.features.active import Active, SparseFeatures, nonzero, side_by
 from featurizers.features.feature_space import Numbering
 from featurizers.features.indices import Indices, Selection, columns_of, select
 from featurizers.features.programs import FeatureRows
-from featurizers.features.rules import BUILT_IN
+from featurizers.features.rules import BUILT_IN, Rule
 from featurizers.registry.hookspecs import hookimpl
 
 SMALL = 2**24
@@ -76,7 +76,7 @@ class DictionaryFeaturizer(LinearDecoderFeaturizer[DictionaryConfig]):
             n_heads=config.n_heads,
             special_tokens=config.special_tokens,
         )
-        self.rule = validate_rule(config)
+        self.rule: Rule = validate_rule(config)
         f, d = config.n_features, config.d_in
         shapes = {
             "W_enc": (f, d),

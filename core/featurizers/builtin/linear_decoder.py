@@ -67,7 +67,7 @@ class LinearDecoderFeaturizer(Featurizer[ConfigT]):
             raise ConfigError(f"a width of {d_in} does not make {n_heads} equal heads")
         self.d_in, self.n_features = d_in, n_features
         self._normalization, self._input_scale, self._n_heads = normalize, input_scale, n_heads
-        self.special_tokens = tuple(special_tokens)
+        self.special_tokens: tuple[int, ...] = tuple(special_tokens)
 
     # ------------------------------------------------------------------ what a kind implements
     @property

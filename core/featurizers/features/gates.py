@@ -31,7 +31,7 @@ class SigmoidGate(nn.Module):
     def __init__(self, n_features: int, *, temperature: float = 1.0, hard: bool = False, tied: bool = False) -> None:
         super().__init__()
         self.n_features = n_features
-        self.logits = nn.Parameter(torch.zeros(1 if tied else n_features))
+        self.logits: nn.Parameter = nn.Parameter(torch.zeros(1 if tied else n_features))
         self.temperature = temperature
         self.hard = hard
 

@@ -95,10 +95,12 @@ class SiteMap(FeatureSpace[ConfigT]):
         decoders: Iterable[tuple[str, str]] | None = None,
     ) -> None:
         super().__init__(config)
-        self.groups, self.read_widths, self.write_widths = dict(groups), dict(reads), dict(writes)
+        self.groups: dict[str, Group] = dict(groups)
+        self.read_widths: dict[str, int] = dict(reads)
+        self.write_widths: dict[str, int] = dict(writes)
         pairs = ((group, write) for group in groups for write in writes)
-        self.decoders = frozenset(pairs if decoders is None else decoders)
-        self.n_features = sum(group.n_features for group in self.groups.values())
+        self.decoders: frozenset[tuple[str, str]] = frozenset(pairs if decoders is None else decoders)
+        self.n_features: int = sum(group.n_features for group in self.groups.values())
         self._reads: dict[str, Site] = {}
         self._writes: dict[str, Site] = {}
 

@@ -15,7 +15,7 @@ from torch import nn
 from featurizers.errors import FeaturizerError, PluginError, SiteError, did_you_mean
 from featurizers.format.sites import BLOCK_KINDS, HEAD_KINDS, MODEL_KINDS, Blocks, Side, Site
 from featurizers.models.attention_parts import PARTS, Part, find_part
-from featurizers.models.backends import NativeBackend, backend_of, check_part
+from featurizers.models.backends import Backend, NativeBackend, backend_of, check_part
 from featurizers.models.detection import (
     EMBEDDING,
     FINAL_NORM,
@@ -61,8 +61,8 @@ class Anatomy:
     """
 
     def __init__(self, model: object) -> None:
-        self.backend = backend_of(model)
-        self.model = self.backend.module
+        self.backend: Backend = backend_of(model)
+        self.model: nn.Module = self.backend.module
         self._parts: dict[int, Blocks] = {}
 
     def __repr__(self) -> str:

@@ -41,7 +41,7 @@ class Attached:
 
     def __init__(self, model: object, featurizers: Sequence[FeatureSpace[Any]]) -> None:
         self.model = model
-        self.featurizers = tuple(featurizers)
+        self.featurizers: tuple[FeatureSpace[Any], ...] = tuple(featurizers)
 
     def __repr__(self) -> str:
         """Name the model's class and the sites."""

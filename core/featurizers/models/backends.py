@@ -83,7 +83,7 @@ class NativeBackend:
 
     def __init__(self, module: nn.Module, model: nn.Module | None = None) -> None:
         self.module = module
-        self.model = module if model is None else model
+        self.model: nn.Module = module if model is None else model
 
     def parse(self, text: str) -> Site | None:
         """Return None: there are no other names of sites."""

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 PROJECT = "featurizers"
 """Name of the entry-point group and of the pluggy project."""
 
-hookspec = pluggy.HookspecMarker(PROJECT)
-hookimpl = pluggy.HookimplMarker(PROJECT)
+hookspec: pluggy.HookspecMarker = pluggy.HookspecMarker(PROJECT)
+hookimpl: pluggy.HookimplMarker = pluggy.HookimplMarker(PROJECT)
 """Mark a function of a plugin as the implementation of a hook."""
 
 

@@ -53,7 +53,8 @@ class Held:
     def __init__(
         self, holder: Any, plain: nn.Module, modules: Mapping[str, ModulePlace], *, hooked: nn.Module | None = None
     ) -> None:
-        self.holder, self.plain, self.modules = holder, plain, dict(modules)
+        self.holder, self.plain = holder, plain
+        self.modules: dict[str, ModulePlace] = dict(modules)
         self.hooked: nn.Module = holder if hooked is None else hooked
 
     def inputs(self, *, padded: bool = False, source: bool = False) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ class SiteMapContract:
                 return MyMap(MyConfig(...))
     """
 
-    tolerance = 1e-5
+    tolerance: ClassVar[float] = 1e-5
 
     @pytest.fixture
     def site_map(self) -> SiteMap[Any]:

@@ -37,7 +37,7 @@ TARGETS: Final = ("attn.probs", "mlp.neurons")
 VECTORS: Final = ("resid.embed", "attn.delta", "mlp.delta")
 EFFECT: Final = "effect on the metric"
 
-SPECS: Final = (
+SPECS: Final[tuple[ScalarSpec, ...]] = (
     ScalarSpec.of(value, "activation", "the activations", UNITS),
     ScalarSpec.of(grad, "gradient", "the metric's gradient in them", NODES),
     ScalarSpec.of(act_times_grad, EFFECT, "activation times gradient: the first-order total effect", NODES),

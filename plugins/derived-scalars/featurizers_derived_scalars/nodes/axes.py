@@ -10,7 +10,7 @@ from torch import Tensor
 
 from featurizers_derived_scalars.circuit import PlaceAxis
 
-NodeAxis: TypeAlias = Literal[PlaceAxis, "feature", "pair"]
+NodeAxis: TypeAlias = PlaceAxis | Literal["feature", "pair"]
 """Axes of places, ``feature`` of a featurizer, and ``pair``: the pairs of a token and a key that is not after it,
 row by row of the lower triangle."""
 

@@ -1,0 +1,1 @@
+from featurizers_harvest import harvest as harvest
