@@ -137,7 +137,7 @@ def test_a_type_checker_follows_a_name_that_a_plugin_defines_into_that_plugin():
 
 
 def test_the_page_lists_what_a_plugin_may_import():
-    page = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "plugins-reference.md").read_text(encoding="utf-8")
     section = page.partition("## What a plugin may import\n")[2].partition("\n## ")[0]
     rows = [line.split("`")[1] for line in section.splitlines() if line.startswith("| `")]
     assert sorted(rows) == sorted([*PUBLIC, *ANY_NAME])

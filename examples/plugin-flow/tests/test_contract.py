@@ -1,4 +1,4 @@
-"""The laws that every featurizer keeps: https://featurizers.github.io/featurizers/plugins/#laws."""
+"""The laws that every featurizer keeps: https://featurizers.github.io/featurizers/plugins-reference/#laws."""
 
 import featurizers
 import pytest
