@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -98,7 +99,9 @@ def contained(folder: Path, path: Path, where: str, error: type[ArtefactError]) 
     root = folder.resolve()
     try:
         real = path.resolve()
-    except (OSError, RuntimeError) as cause:  # a loop of links
+        if real.is_symlink():  # a loop of links, for which Python before 3.13 raises an error itself
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    except (OSError, RuntimeError) as cause:
         raise error(where, f"{_named(path.name)} cannot be read: {one_line(cause)}") from cause
     roots = [root]
     for repository in (root, *root.parents):

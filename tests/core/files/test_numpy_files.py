@@ -85,7 +85,7 @@ DAMAGE: dict[str, tuple[Maker, str]] = {
     "encrypted": (edited(SOUND_FILE, in_directory(8, b"\1\0")), "is encrypted; save it again, without a password"),
     "bzip2": (holding(npy(), zipfile.ZIP_BZIP2), "zip method 12"),
     "other size": (edited(SOUND_FILE, in_directory(24, b"\xff\xff\xff\x7f")), "another size than listed"),
-    "a larger size": (edited(SOUND_FILE, in_directory(20, struct.pack("<II", 153, 153))), "Bad CRC-32"),
+    "a larger size": (edited(SOUND_FILE, in_directory(20, struct.pack("<II", 153, 153))), "BadZipFile"),
     "a flipped bit": (edited(SOUND_FILE, lambda raw: raw.replace(b"\x40\x40", b"\x41\x40")), "BadZipFile: Bad CRC-32"),
     "a broken stream": (edited(COMPRESSED, lambda raw: raw[:60] + b"\xff" * 20 + raw[80:]), "cannot be read"),
     "twice": (zipped(("W.npy", npy()), ("W.npy", npy())), "lists a file twice"),
