@@ -7,6 +7,7 @@ import sys
 import tempfile
 from importlib.metadata import requires
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import featurizers
@@ -93,6 +94,35 @@ def decoder() -> Any:
 
     config = GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=50, bos_token_id=None, eos_token_id=None)
     return GPT2LMHeadModel(config).eval()
+
+
+class Block(nn.Module):
+    """A block of `Torch`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add what the MLP writes."""
+        return x + self.mlp(self.norm(x))
+
+
+class Torch(nn.Module):
+    """A decoder for an environment that has no transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_hidden_layers=2)
+        self.embed, self.norm, self.head = nn.Embedding(50, 8), nn.LayerNorm(8), nn.Linear(8, 50)
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> SimpleNamespace:
+        """Return the logits, ``(batch, sequence, 50)``."""
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return SimpleNamespace(logits=self.head(self.norm(x)))
 
 
 def saved_in_pyvene(model: Any, intervenable: Any) -> None:
@@ -255,7 +285,7 @@ def evaluate() -> None:
     """Measure a dictionary, save the result and read it again."""
     f = dictionary("relu")
     f.site = featurizers.Site("resid.post", 1)
-    result = featurizers.evaluate(f, decoder(), IDS)
+    result = featurizers.evaluate(f, Torch().eval(), IDS)
     assert featurizers.load_evaluation(result.save("evaluation.json")).metrics == result.metrics
 
 
@@ -265,7 +295,7 @@ def harvest() -> None:
 
     f = dictionary("relu")
     f.site = featurizers.Site("resid.post", 1)
-    featurizers.harvest(decoder(), {"f": f, "x": f.site}, IDS, "harvest")
+    featurizers.harvest(Torch().eval(), {"f": f, "x": f.site}, IDS, "harvest")
     found = featurizers_harvest.open("harvest")
     assert found.table("f").num_rows == IDS.numel()
     assert next(found.batches("x", 4)).shape == (4, 8)
@@ -348,7 +378,7 @@ def transformer_lens() -> None:
     bridge = type("TransformerBridge", (nn.Module,), {**of_lens, "forward": lambda self, input: self.ln_final(input)})()
     bridge.ln_final = nn.Sequential()
     bridge.ln_final.hook_out = point()
-    vars(bridge).update(original_model=decoder(), _weights_processed=False)
+    vars(bridge).update(original_model=Torch().eval(), _weights_processed=False)
     x = torch.randn(2, 3, 8)
     found = featurizers.collect(bridge, {"input_ids": x}, ["norm.out", "ln_final.hook_out"])
     assert all(torch.equal(each, x) for each in found.values())
