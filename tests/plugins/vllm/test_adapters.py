@@ -431,3 +431,11 @@ def test_weights_that_are_not_the_artefacts_own_stop_the_server(tmp_path):
 def test_the_page_of_serving_lists_the_architectures():
     page = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
     assert set(re.findall(r"^\| `(\w+)` \| \d", page, re.MULTILINE)) == set(ARCHITECTURES)
+
+
+def test_the_page_of_serving_says_what_is_allowed_if_the_operator_says_nothing(tmp_path):
+    page = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
+    said = re.findall(r"^\| `(\w+)` \| most .+; (\d+) if left out \|$", page, re.MULTILINE)
+    found = Settings.parse(written(), "settings.json", tmp_path)
+    assert {name: int(number) for name, number in said} == {"features": found.features, "operations": found.operations}
+    assert not found.untested

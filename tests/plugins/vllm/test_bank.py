@@ -103,6 +103,7 @@ def test_tokens_without_an_edit_keep_every_bit(dtype):
     fill(held, [5, 3, 2])
     hidden, residual = (part.to(dtype) for part in stream(64))
     found = held.banks[PLACE](hidden, residual)
+    assert found.dtype == dtype
     clean = [*range(5), *range(8, 64)]  # the last are the padding of a batch
     assert torch.equal(found[clean], hidden[clean])
     assert not torch.equal(found[5:8], hidden[5:8])
@@ -219,6 +220,48 @@ def test_a_later_pass_is_not_edited_where_an_earlier_one_was():
     held.remove(1)
     fill(held, [1, 1])
     assert torch.equal(held.banks[PLACE](hidden, residual), hidden)
+    assert (held.banks[PLACE].slot < 0).all()
+
+
+def test_padding_is_left_alone_where_every_slot_is_taken():
+    held = rows()
+    for number, name in enumerate(("relu", "jumprelu", "gated", "topk")):
+        held.add(number, [edit(name)], 2)
+    fill(held, [2] * 4)
+    hidden, residual = stream(11)
+    changed = (held.banks[PLACE](hidden, residual) != hidden).any(-1)
+    assert changed.tolist() == [True] * 8 + [False] * 3
+
+
+@pytest.mark.parametrize("sizes", [{"features": 2, "requests": 2}, {"features": 6, "requests": 1}])
+def test_a_bank_that_is_full_says_so_and_keeps_what_it_has(sizes):
+    """Four rows for edits of three and of two, and a slot for two edits."""
+    held = rows(**sizes)
+    held.add(0, [edit("relu")], 2)
+    with pytest.raises(RuntimeError, match="the bank is full"):
+        held.banks[PLACE].acquire(0, "gated", programs()["gated"])
+    fill(held, [2])
+    hidden, residual = stream(2)
+    wanted = programs()["relu"].apply(hidden + residual)
+    torch.testing.assert_close(edited(held, hidden, residual), wanted, atol=2e-5, rtol=1e-5)
+
+
+def test_a_bank_adds_nothing_to_the_weights_of_the_model():
+    assert not bank().state_dict()
+    assert not list(bank().parameters())
+
+
+def test_a_program_in_double_precision_is_served_in_single():
+    wide = featurizers.lower(Ablate(featurizer("jumprelu").double(), indices=[0, 1]))
+    assert wide.rows.read.dtype == torch.float64
+    program = in_single(wide)
+    gate = program.rows.gate
+    assert gate is not None
+    parts = [program.constant, program.factor, program.rows.read, program.rows.bias, program.rows.write]
+    parts += [gate.threshold, gate.slope, gate.offset, gate.floor]
+    assert {part.dtype for part in parts} == {torch.float32}
+    x = torch.randn(9, WIDTH, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(program.apply(x), wide.apply(x.double()).float(), atol=1e-5, rtol=1e-5)
 
 
 def test_a_bank_is_one_graph_for_every_batch():

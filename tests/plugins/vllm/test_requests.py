@@ -226,6 +226,11 @@ def test_an_argument_that_is_no_text_is_refused(given, admission):
         admission.of({"featurizers": given})
 
 
+def test_an_edit_of_as_many_features_as_are_allowed_is_admitted(admission):
+    (edit,) = admission.of({"featurizers": edits(indices=list(range(6)))})
+    assert edit.program.constant.tolist() == [2.0] * 6
+
+
 def test_an_edit_of_no_features_edits_nothing(admission):
     (edit,) = admission.of({"featurizers": edits(indices=[])})
     x = torch.randn(3, WIDTH)
