@@ -5,6 +5,7 @@ import inspect
 import featurizers
 import pytest
 import torch
+from featurizers.errors import UnknownKindError
 from featurizers.registry.plugin_host import PluginHost
 from featurizers.testing import FeaturizerContract
 from featurizers_identity import IdentityFeaturizer
@@ -295,3 +296,18 @@ def test_a_layout_that_only_this_featurizer_has_is_named(transposed, tmp_path):
     x = torch.randn(12, 64, generator=torch.Generator().manual_seed(1))
     with pytest.raises(AssertionError, match=r"'rotation' has the strides \(64, 1\), and \(1, 64\) after it was saved"):
         FeaturizerContract().test_a_saved_featurizer_loads_to_the_same_bits(transposed, x, tmp_path / "it")
+
+
+def test_the_suite_composes_a_kind_without_any_other_plugin(monkeypatch):
+    known = PluginHost.featurizer_class
+
+    def only_of_the_core(self, kind):
+        if kind not in ("composition", "dictionary"):
+            raise UnknownKindError(kind, ["composition", "dictionary"], "")
+        return known(self, kind)
+
+    monkeypatch.setattr(PluginHost, "featurizer_class", only_of_the_core)
+    weights = torch.randn(2, 24, 8, generator=torch.Generator().manual_seed(2))
+    activations = torch.randn(12, 8, generator=torch.Generator().manual_seed(3))
+    featurizer = featurizers.DictionaryFeaturizer.from_tensors(*weights)
+    FeaturizerContract().test_composes_with_the_identity(featurizer, activations)
