@@ -6,11 +6,13 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from featurizers.format.pieces import Pieces, Stored
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def fingerprint(tensors: Iterable[Tensor] | Mapping[str, Tensor], about: str | None = None) -> str:
+def fingerprint(tensors: Iterable[Tensor] | Mapping[str, Stored], about: str | None = None) -> str:
     """Return a SHA-256, in hexadecimal, of the dtypes, shapes and bytes of tensors in their order.
 
     The digest is the same on every device. It is stored in files, so that it never changes.
@@ -35,6 +37,7 @@ def fingerprint(tensors: Iterable[Tensor] | Mapping[str, Tensor], about: str | N
     for name, tensor in named:
         label = "" if name is None else f"{name} "
         digest.update(f"{label}{tensor.dtype} {tuple(tensor.shape)};".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
+        for piece in tensor.read() if isinstance(tensor, Pieces) else (tensor,):
+            flat = piece.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

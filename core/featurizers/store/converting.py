@@ -31,12 +31,14 @@ def convert(featurizer: FeatureSpace[Any], folder: str | Path, to: str = ARTEFAC
     Raises:
         ArtefactError: the folder is not empty.
         ConversionError: the format cannot hold the map itself.
+        UsageError: several processes share the featurizer, and none has it whole.
         PluginError: there is no such plugin, or it writes no format.
     """
     if to == ARTEFACT:
         refuse_full(resolved(folder))
         featurizer.save_pretrained(folder)
         return []
+    featurizer.stored_tensors()  # raises if no process has it whole
     host().load(to)
     try:
         with filling(folder) as scratch:

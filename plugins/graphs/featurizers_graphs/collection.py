@@ -119,6 +119,8 @@ class Collection:
 
     def _add(self, circuit: Circuit, map_: SiteMap[Any]) -> None:
         if not isinstance(map_, LinearMap):
+            if isinstance(map_, SiteMap):
+                map_.stored_tensors()  # raises if no process has it whole
             kind = map_.kind if isinstance(map_, SiteMap) else type(map_).__name__
             raise UsageError(
                 f"a graph needs maps with linear encoders and decoders, of the kinds transcoder and "

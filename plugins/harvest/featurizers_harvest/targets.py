@@ -221,8 +221,12 @@ def checksums_of(targets: list[Target]) -> dict[FeatureSpace[Any], str]:
 
 
 def checksum_of(space: FeatureSpace[Any]) -> str:
-    """Return a checksum of a featurizer's kind, config and tensors."""
-    return fingerprint(space.state_dict(), f"{space.kind} {space.config.model_dump_json()}")
+    """Return a checksum of a featurizer's kind, config and tensors.
+
+    Raises:
+        UsageError: it is divided over several processes, and no process can read it whole.
+    """
+    return fingerprint(space.stored_tensors(), f"{space.kind} {space.config.model_dump_json()}")
 
 
 def check_model(targets: list[Target], model: object) -> None:

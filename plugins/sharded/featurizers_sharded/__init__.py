@@ -4,7 +4,7 @@
 other before each call), `collectives` (sums and gathers with gradients), `selection` (which features of a token may
 fire, chosen over all processes), `divided` (features of which each process holds some), `share` (the rows of one
 process), `saving`, `dictionary` (`ShardedDictionary`), `site_map` (`ShardedMap`, whose formulas are those of
-featurizers-transcoder), `loading`.
+featurizers-transcoder), `leading` (`led`: one process uses them, the others follow), `loading`.
 
 ``__init__.pyi`` lists the public names. A name is imported when it is first used. This module has no ``__dir__``,
 because pluggy would get each name that it lists.

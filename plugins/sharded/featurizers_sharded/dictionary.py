@@ -29,7 +29,7 @@ from featurizers_sharded.share import Share
 @reported(
     *("featurize", "inverse_featurize", "reconstruct", "encode", "encode_active", "encode_sparse", "decode"),
     *("decode_change", "decode_sparse", "blend", "apply_edit", "feature_rows", "take"),
-    *("interchange", "mask", "collect", "steer", "ablate", "splice"),
+    *("interchange", "mask", "collect", "steer", "ablate", "splice", "saving"),
 )
 class ShardedDictionary(LinearDecoderFeaturizer[Any]):
     """Dictionary whose features are divided over the processes of a mesh; `featurizers.load` with ``mesh=`` makes it.
@@ -47,6 +47,7 @@ class ShardedDictionary(LinearDecoderFeaturizer[Any]):
     Attributes:
         ranks: the processes.
         divided: how the features are divided.
+        saver: saves it.
         share: the weights that this process holds.
     """
 
@@ -66,7 +67,7 @@ class ShardedDictionary(LinearDecoderFeaturizer[Any]):
         )
         self.ranks, self.share = ranks, Share(whole, ranks)
         self.divided = self.share.divided
-        self._saver = Saver(self.share, dict.fromkeys(self.share.rows(), self.divided.sizes), ranks)
+        self.saver = Saver(self.share, dict.fromkeys(self.share.rows(), self.divided.sizes), ranks)
 
     def __getattr__(self, name: str) -> Any:
         """Say where the weights are, if one is asked for."""
@@ -207,12 +208,12 @@ class ShardedDictionary(LinearDecoderFeaturizer[Any]):
         Raises:
             UsageError: it is not saved by ``save_pretrained`` in all processes.
         """
-        return self._saver.pieces(self.id)
+        return self.saver.pieces(self.id)
 
     @contextmanager
     def saving(self) -> Iterator[bool]:
         """Enclose a save: the first process writes, the others send their rows to it."""
-        with self._saver.saving(self.id) as is_writer:
+        with self.saver.saving(self.id) as is_writer:
             yield is_writer
 
     # ------------------------------------------------------------------ helpers

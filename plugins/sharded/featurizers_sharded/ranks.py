@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, NoReturn, TypeVar
 
@@ -44,6 +44,8 @@ class Ranks:
         rank: number of this process in it.
         size: number of processes.
         device_type: of the mesh, such as ``cuda``.
+        tell: tells the other processes of a call that they are to make too, given the object, the name of its method
+            and the arguments; None where each process makes its calls by itself.
 
     Raises:
         UsageError: it is no mesh, or has several axes and none named ``features``.
@@ -65,6 +67,7 @@ class Ranks:
             raise UsageError("this process is not in the mesh; load the featurizer in the processes of the mesh alone")
         self.group = mesh.get_group()
         self.rank, self.size, self.device_type = mesh.get_local_rank(), mesh.size(), mesh.device_type
+        self.tell: Callable[[Any, str, tuple[Any, ...], Mapping[str, Any]], None] | None = None
         self._depth = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
@@ -94,6 +97,11 @@ class Ranks:
         except BaseException as error:
             setattr(error, _SETTLED, True)  # the others are in the middle of the call, and read no record
             raise
+
+    def begin(self, owner: Any, name: str, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+        """Tell the other processes of a call, if they follow this one and are not in a call already."""
+        if self.tell is not None and not self._depth:
+            self.tell(owner, name, args, options)
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
@@ -177,9 +185,10 @@ def reported(*names: str) -> Callable[[type[Any]], type[Any]]:
         names: of the methods; ``self.ranks`` are the processes.
     """
 
-    def wrapped(method: Method) -> Method:
+    def wrapped(name: str, method: Method) -> Method:
         @functools.wraps(method)
         def call(self: Any, *args: Any, **options: Any) -> Any:
+            self.ranks.begin(self, name, args, options)
             with self.ranks.reporting():
                 return method(self, *args, **options)
 
@@ -187,7 +196,7 @@ def reported(*names: str) -> Callable[[type[Any]], type[Any]]:
 
     def decorate(cls: type[Any]) -> type[Any]:
         for name in names:
-            setattr(cls, name, wrapped(getattr(cls, name)))
+            setattr(cls, name, wrapped(name, getattr(cls, name)))
         return cls
 
     return decorate

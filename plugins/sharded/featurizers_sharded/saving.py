@@ -13,7 +13,7 @@ from featurizers.errors import OtherRankError, UsageError, one_line
 from featurizers.format import Pieces, check_finite
 from torch import Tensor, nn
 
-from featurizers_sharded.ranks import MOST_PROBLEM, Ranks
+from featurizers_sharded.ranks import MOST_PROBLEM, Ranks, reported
 
 PIECE_BYTES: Final = 2**26
 """Bytes of the rows that are sent at once."""
@@ -22,6 +22,7 @@ _END: Final = -1
 """Request of the first process that ends the exchange."""
 
 
+@reported("fetched")
 class Saver:
     """Saves tensors of which each process holds some rows.
 
@@ -29,10 +30,14 @@ class Saver:
         share: module with the tensors of this process, under the names of the file.
         sizes: for each tensor that is divided, how many rows each process holds; all processes have the others whole.
         ranks: the processes.
+
+    Attributes:
+        share: as given.
+        ranks: as given.
     """
 
     def __init__(self, share: nn.Module, sizes: Mapping[str, list[int]], ranks: Ranks) -> None:
-        self._share, self._sizes, self._ranks = share, sizes, ranks
+        self.share, self._sizes, self.ranks = share, sizes, ranks
         self._is_writing = False
 
     @contextmanager
@@ -46,9 +51,9 @@ class Saver:
             WeightsError: a weight of this process is NaN or infinite.
             OtherRankError: another process failed.
         """
-        ranks = self._ranks
+        ranks = self.ranks
         with ranks.reporting():
-            check_finite(self._share.state_dict(), name)
+            check_finite(self.share.state_dict(), name)
             with ranks.together("save_pretrained"):
                 problem = ""
                 if ranks.rank:
@@ -75,15 +80,16 @@ class Saver:
             name: of the featurizer, for errors.
 
         Raises:
-            UsageError: it is not being saved by `saving`.
+            UsageError: it is not being saved by `saving`, and the other processes do not follow this one.
         """
-        if not self._is_writing:
+        if not self._is_writing and self.ranks.tell is None:
             raise UsageError(
-                f"{name!r} is divided over a mesh: call save_pretrained(folder) in every process, and then push that "
-                "folder or load it without mesh="
+                f"{name!r} is divided over a mesh, and no process has it whole: call save_pretrained(folder) in every "
+                "process, and push that folder or load it without mesh=; or let one process use it, in "
+                "featurizers_sharded.led(…)"
             )
         found: dict[str, Tensor | Pieces] = {}
-        for number, (each, tensor) in enumerate(self._share.state_dict().items()):
+        for number, (each, tensor) in enumerate(self.share.state_dict().items()):
             sizes = self._sizes.get(each)
             if sizes is None:
                 found[each] = tensor
@@ -96,29 +102,49 @@ class Saver:
         """Yield the rows of a tensor, those of each process in turn."""
         yield own
         step = _step(own)
-        for rank in range(1, self._ranks.size):
+        for rank in range(1, self.ranks.size):
             for start in range(0, sizes[rank], step):
                 rows = min(step, sizes[rank] - start)
-                self._asked([number, rank, start])
-                piece = own.new_empty(rows, *own.shape[1:])
-                dist.recv(piece, group=self._ranks.group, group_src=rank)
-                yield piece
+                if self._is_writing:
+                    self._asked([number, rank, start])
+                yield self._received(own, rank, rows) if self._is_writing else self.fetched(number, rank, start, rows)
+
+    def fetched(self, number: int, rank: int, start: int, rows: int) -> Tensor:
+        """Return rows of another process in the first one; all processes call it.
+
+        Args:
+            number: of the tensor.
+            rank: which process has the rows.
+            start: its first row.
+            rows: how many.
+        """
+        own: Tensor = list(self.share.state_dict().values())[number]
+        if not self.ranks.rank:
+            return self._received(own, rank, rows)
+        if self.ranks.rank == rank:
+            dist.send(own[start : start + rows].contiguous(), group=self.ranks.group, group_dst=0)
+        return own
+
+    def _received(self, own: Tensor, rank: int, rows: int) -> Tensor:
+        piece = own.new_empty(rows, *own.shape[1:])
+        dist.recv(piece, group=self.ranks.group, group_src=rank)
+        return piece
 
     def _send(self) -> None:
         """Send rows to the first process until it is done."""
-        tensors = list(self._share.state_dict().values())
+        tensors = list(self.share.state_dict().values())
         while True:
             number, rank, start = self._asked([0, 0, 0])
             if number == _END:
                 return
-            if rank == self._ranks.rank:
+            if rank == self.ranks.rank:
                 piece = tensors[number][start : start + _step(tensors[number])]
-                dist.send(piece.contiguous(), group=self._ranks.group, group_dst=0)
+                dist.send(piece.contiguous(), group=self.ranks.group, group_dst=0)
 
     def _asked(self, question: list[int]) -> list[int]:
         """Return what the first process asks for: the number of a tensor, a rank, and a row of its own."""
-        told = torch.tensor(question, dtype=torch.int64, device=self._ranks.device_type)
-        dist.broadcast(told, group=self._ranks.group, group_src=0)
+        told = torch.tensor(question, dtype=torch.int64, device=self.ranks.device_type)
+        dist.broadcast(told, group=self.ranks.group, group_src=0)
         return [int(each) for each in told]
 
 

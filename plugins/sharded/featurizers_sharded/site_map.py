@@ -24,7 +24,7 @@ from featurizers_sharded.saving import Saver
 @final
 @reported(
     *("featurize", "inverse_featurize", "encode", "encode_active", "decode", "decode_change", "skip_change"),
-    *("apply_edit", "by_group", "select", "take"),
+    *("apply_edit", "by_group", "select", "take", "saving"),
 )
 class ShardedMap(SiteMap[LinearMapConfig]):
     """Map whose features are divided over the processes of a mesh; `featurizers.load` with ``mesh=`` makes it.
@@ -37,6 +37,7 @@ class ShardedMap(SiteMap[LinearMapConfig]):
     Attributes:
         ranks: the processes.
         divided: by group, how its features are divided.
+        saver: saves it.
         share: the weights that this process holds, under the names of the whole map.
     """
 
@@ -68,7 +69,7 @@ class ShardedMap(SiteMap[LinearMapConfig]):
             parameter = self.share.get_parameter(name)
             parameter.data = parameter.data[rows]
         sizes = {name: each.sizes for group, each in self.divided.items() for name in self.share.row_names(group)}
-        self._saver = Saver(self.share, sizes, ranks)
+        self.saver = Saver(self.share, sizes, ranks)
 
     def __getattr__(self, name: str) -> Any:
         """Say where the weights are, if one is asked for."""
@@ -177,12 +178,12 @@ class ShardedMap(SiteMap[LinearMapConfig]):
         Raises:
             UsageError: it is not saved by ``save_pretrained`` in all processes.
         """
-        return self._saver.pieces(self.id)
+        return self.saver.pieces(self.id)
 
     @contextmanager
     def saving(self) -> Iterator[bool]:
         """Enclose a save: the first process writes, the others send their rows to it."""
-        with self._saver.saving(self.id) as is_writer:
+        with self.saver.saving(self.id) as is_writer:
             yield is_writer
 
     # ------------------------------------------------------------------ helpers

@@ -268,6 +268,8 @@ def check_a_saved_map_has_the_bytes_of_the_whole(rank: int, size: int, folder: P
     assert not (folder / "never-a-map").exists()
     with pytest.raises(errors.UsageError, match="in every process"):
         featurizers.save_collection({"one": f}, folder / f"maps-{rank}")
+    with pytest.raises(errors.UsageError, match="no process has it whole"):
+        featurizers.convert(f, folder / f"converted-{rank}", to="sparsify")
 
 
 def check_some_features_of_a_map_are_taken(rank: int, size: int, folder: Path) -> None:

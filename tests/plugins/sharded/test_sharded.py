@@ -11,7 +11,7 @@ from featurizers.registry.plugin_host import PluginHost
 from tests.support.dictionaries import dictionary
 from tests.support.ranks import checks_of, run_ranks
 
-MODULES = "tests.plugins.sharded.checks,tests.plugins.sharded.map_checks"
+MODULES = ",".join(f"tests.plugins.sharded.{name}" for name in ("checks", "map_checks", "led_checks"))
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["two", "four"])
