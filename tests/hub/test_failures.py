@@ -197,7 +197,7 @@ DOWNLOADS = {
 
 UPLOADS = {
     "read token": Failure(_none, _push(token=ALICE_READ), HubAccessError, "alice/x: the Hub refused this token"),
-    "anonymous": Failure(_none, _push(token=False), HubAccessError, "alice/x: the Hub refused this token"),
+    "anonymous": Failure(_none, _push(token=False), HubAccessError, "alice/x: the Hub refused this token, or got none"),
     "wrong token": Failure(_none, _push(token="hf_wrong"), HubAccessError, "alice/x: the Hub refused this token"),
     "someone else's": Failure(_none, _push(token=BOB), HubAccessError, "alice/x: the Hub refused this token"),
     "someone else's namespace": Failure(_none, _push("bob/y"), HubAccessError, "bob/y: the Hub refused this token"),

@@ -127,7 +127,12 @@ def _translate(error: Exception, where: str) -> FeaturizerError:
     if status == 412:
         return HubConflictError(where, "someone else pushed meanwhile; nothing was changed, so try again")
     if status in (401, 403):
-        return HubAccessError(where, f"the Hub refused this token ({status}): {_message(cause)}")
+        got = ", or got none" if status == 401 else ""
+        return HubAccessError(
+            where,
+            f"the Hub refused this token{got} ({status}): {_message(cause)}; log in with a token that may do this: hf "
+            "auth login",
+        )
     if status == 429:
         wait = getattr(cause, "response").headers.get("Retry-After")  # noqa: B009  # mypy knows no response
         when = f"in {one_line(wait, 40)} seconds" if wait else "later"
