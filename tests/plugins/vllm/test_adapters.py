@@ -17,6 +17,7 @@ from featurizers import Site
 from featurizers_vllm import Settings, server, v1, v2
 from featurizers_vllm.architectures import ARCHITECTURES, Architecture
 from featurizers_vllm.bank import Bank
+from featurizers_vllm.checks import check_version
 from featurizers_vllm.errors import ServerError
 from featurizers_vllm.models import edited
 from featurizers_vllm.rows import Rows
@@ -286,6 +287,17 @@ def test_a_server_does_not_start_where_edits_would_not_be_right(name, running):
     changes, reason = WRONG[name]
     with pytest.raises(ServerError, match=f"(?s){reason}"):
         running.build(configuration(**changes))
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.5", "0.32.1rc1", "0.32.1.dev7+g1a2b3c4"])
+def test_a_tested_version_of_vllm_is_taken(version):
+    check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "1.32.0", "", "newest", "dev\n"])
+def test_another_version_of_vllm_is_refused(version):
+    with pytest.raises(ServerError, match=r"vLLM .* is installed, and featurizers-vllm works with >=0\.32,<0\.33"):
+        check_version(version)
 
 
 def test_what_was_not_tested_starts_when_the_operator_says_so(running):

@@ -248,6 +248,16 @@ def test_a_server_that_arms_nothing_refuses_edits_and_serves_the_rest(monkeypatc
         server.admit({"featurizers": edits()})
 
 
+def test_a_process_has_one_server_which_checks_its_requests(monkeypatch, folder):
+    monkeypatch.setattr(server, "_running", [])
+    first = server.start(settings(folder))
+    assert server.start(settings(folder)) is first  # vLLM may load its plugins again
+    assert server.of_process() is first
+    server.admit({"featurizers": edits()})
+    with pytest.raises(RequestError, match="out of range"):
+        server.admit({"featurizers": edits(indices=[COUNT])})
+
+
 # ---------------------------------------------------------------------- where vLLM makes a request for its engine
 
 
