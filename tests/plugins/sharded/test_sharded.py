@@ -14,16 +14,13 @@ from tests.support.ranks import checks_of, run_ranks
 MODULES = ",".join(f"tests.plugins.sharded.{name}" for name in ("checks", "map_checks", "led_checks"))
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["two", "four"])
-def found(request, tmp_path_factory):
-    """What went wrong in each check."""
-    return run_ranks(MODULES, request.param, tmp_path_factory.mktemp("ranks") / "folder")
-
-
-@pytest.mark.parametrize("check", checks_of(MODULES))
-def test_on_a_mesh(found, check):
-    assert check in found, "the checks before it left the processes out of step"
-    assert not found[check], found[check]
+@pytest.mark.parametrize("size", [2, 4])
+def test_on_a_mesh(size, tmp_path):
+    """All checks are one test, because processes of pytest-xdist would launch a fixture once each."""
+    found = run_ranks(MODULES, size, tmp_path / "folder")
+    wrong = [f"{check}: {found[check]}" for check in checks_of(MODULES) if found.get(check)]
+    assert not wrong, "\n".join(wrong)
+    assert [*found] == checks_of(MODULES), "a check left the processes out of step"
 
 
 def test_without_the_plugin_a_mesh_names_the_package(monkeypatch, tmp_path):
