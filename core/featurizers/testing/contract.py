@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 import featurizers
@@ -19,6 +18,7 @@ from featurizers.features.featurizer import Featurizer
 from featurizers.models.lowering import lower
 from featurizers.models.operations import Ablate, Interchange, Mask, Steer
 from featurizers.registry.plugin_host import build, host
+from featurizers.testing.samples import Identity, tiny_gpt2
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -404,7 +404,7 @@ class FeaturizerContract:
 
     def test_composes_with_the_identity(self, featurizer: Featurizer[Any], activations: Tensor) -> None:
         base, source = activations[:4], activations[4:8]
-        identity = _Identity()
+        identity = Identity()
         for composed in (identity >> featurizer, featurizer >> identity):
             self._same(composed.interchange(base, source), featurizer.interchange(base, source), featurizer)
             assert torch.equal(composed.collect(base), featurizer.collect(base))
@@ -414,7 +414,7 @@ class FeaturizerContract:
     # ------------------------------------------------------------------ backends
 
     def test_native_hooks_do_what_the_featurizer_does(self, featurizer: Featurizer[Any], activations: Tensor) -> None:
-        model, base, source = _tiny_gpt2(activations.shape[-1])
+        model, base, source = tiny_gpt2(activations.shape[-1])
         block = model.transformer.h[0]
         there = featurizers.collect(model, {"input_ids": source}, ["resid.post:0"])["resid.post:0"][:, 2]
 
@@ -437,7 +437,7 @@ class FeaturizerContract:
         if "pyvene" not in host().names():
             pytest.skip("featurizers-pyvene is not installed")
         pyvene = pytest.importorskip("pyvene")
-        model, base, source = _tiny_gpt2(activations.shape[-1])
+        model, base, source = tiny_gpt2(activations.shape[-1])
         gate = torch.linspace(-1, 1, featurizer.n_features or activations.shape[-1])
         options: dict[str, Any] = {"source": {"input_ids": source}, "positions": [2]}
         native = {
@@ -532,44 +532,3 @@ def _equal(one: Error, other: Error) -> bool:
     if one is None or other is None:
         return one is other
     return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
-
-
-class _NoConfig(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-
-class _Identity(Featurizer[_NoConfig]):
-    """Activations as their own features, so that the suite needs no plugin beside the one that it tests."""
-
-    kind = "identity"
-    Config = _NoConfig
-
-    def __init__(self) -> None:
-        super().__init__(_NoConfig())
-        self.d_in = self.n_features = None
-
-    def featurize(self, x: Tensor) -> tuple[Tensor, Error]:
-        """Return a copy of x and no error."""
-        return x.clone(), None
-
-    def inverse_featurize(self, features: Tensor, error: Error) -> Tensor:
-        """Return a copy of the features."""
-        return features.clone()
-
-    def apply_edit(self, base: Tensor, features: Tensor, edited: Tensor, columns: Tensor | None = None) -> Tensor:
-        """Put the edited coordinates in their columns; nothing is rounded."""
-        edited = edited.to(base.dtype)
-        return edited if columns is None else base.index_copy(-1, columns, edited)
-
-
-def _tiny_gpt2(width: int) -> tuple[Any, Tensor, Tensor]:
-    """Build a model with random weights and a residual stream of a given width, and two batches of prompts."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(
-        n_layer=2, n_embd=width, n_head=1, vocab_size=16, n_positions=8, bos_token_id=None, eos_token_id=None
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = transformers.GPT2LMHeadModel(config).eval().requires_grad_(False)
-        base, source = torch.randint(0, 16, (2, 3, 5))
-    return model, base, source

@@ -2,7 +2,7 @@
 
 `featurizers.load(…, mesh=mesh)` is the entry. The files, lowest first: `ranks` (the processes, and what they tell each
 other before each call), `collectives` (sums and gathers with gradients), `selection` (which features of a token may
-fire, chosen over all processes), `divided` (features of which each process holds some), `share` (the rows of one
+fire, chosen over all processes), `divided` (features that are shared out among processes), `share` (the rows of one
 process), `saving`, `dictionary` (`ShardedDictionary`), `site_map` (`ShardedMap`, whose formulas are those of
 featurizers-transcoder), `leading` (`led`: one process uses them, the others follow), `loading`.
 

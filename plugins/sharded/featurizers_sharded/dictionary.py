@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, final
 
@@ -12,7 +11,6 @@ from featurizers import DictionaryFeaturizer
 from featurizers.builtin import DENSE, LinearDecoderFeaturizer, times_rows, times_rows_of_each
 from featurizers.errors import ConfigError, FeatureIndexError, LoweringError
 from featurizers.features import Active, FeatureRows, Rule, SparseFeatures, nonzero, without_autocast
-from featurizers.format import Pieces
 from jaxtyping import Float
 from pydantic import BaseModel
 from torch import Tensor
@@ -21,7 +19,7 @@ from torch.nn import functional
 from featurizers_sharded.collectives import spread, total
 from featurizers_sharded.divided import FETCHED
 from featurizers_sharded.ranks import Ranks, reported
-from featurizers_sharded.saving import Saver
+from featurizers_sharded.saving import SavedTogether, Saver
 from featurizers_sharded.share import Share
 
 
@@ -31,7 +29,7 @@ from featurizers_sharded.share import Share
     *("decode_change", "decode_sparse", "blend", "apply_edit", "feature_rows", "take"),
     *("interchange", "mask", "collect", "steer", "ablate", "splice", "saving"),
 )
-class ShardedDictionary(LinearDecoderFeaturizer[Any]):
+class ShardedDictionary(SavedTogether, LinearDecoderFeaturizer[Any]):
     """Dictionary whose features are divided over the processes of a mesh; `featurizers.load` with ``mesh=`` makes it.
 
     It is the `DictionaryFeaturizer` of the same config, and `DictionaryFeaturizer` has the formulas. Each process holds
@@ -200,21 +198,6 @@ class ShardedDictionary(LinearDecoderFeaturizer[Any]):
         """Raise `ConfigError` if a norm of the units is not positive."""
         if self._has_norms and not (self.share.get_buffer("decoder_norm") > 0).all():
             raise ConfigError("decoder_norm is not positive")
-
-    # ------------------------------------------------------------------ saving
-    def stored_tensors(self) -> Mapping[str, Tensor | Pieces]:
-        """Return the whole tensors, whose rows are fetched from the processes while they are written.
-
-        Raises:
-            UsageError: it is not saved by ``save_pretrained`` in all processes.
-        """
-        return self.saver.pieces(self.id)
-
-    @contextmanager
-    def saving(self) -> Iterator[bool]:
-        """Enclose a save: the first process writes, the others send their rows to it."""
-        with self.saver.saving(self.id) as is_writer:
-            yield is_writer
 
     # ------------------------------------------------------------------ helpers
     @property

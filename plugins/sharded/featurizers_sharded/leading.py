@@ -118,7 +118,7 @@ def _follow(objects: list[Any], ranks: Ranks) -> None:
             if told:
                 raise OtherRankError(0, told)
             return
-        device, raw = told
+        device, raw = told  # torch has unpickled `told`, so that unpickling `raw` adds no trust in the first process
         number, name, args, options = torch.load(io.BytesIO(raw), map_location={device: own}, weights_only=False)
         with torch.no_grad(), contextlib.suppress(FeaturizerError):  # the first process has the error too
             result = getattr(objects[number], name)(*args, **options)

@@ -24,7 +24,7 @@ _END: Final = -1
 
 @reported("fetched")
 class Saver:
-    """Saves tensors of which each process holds some rows.
+    """Saves tensors whose rows are divided over the processes.
 
     Args:
         share: module with the tensors of this process, under the names of the file.
@@ -151,3 +151,29 @@ class Saver:
 def _step(tensor: Tensor) -> int:
     """Return how many rows of a tensor are sent at once."""
     return max(1, PIECE_BYTES // max(1, tensor[0].nbytes))
+
+
+class SavedTogether:
+    """Part of a featurizer that all processes save together.
+
+    Attributes:
+        id: of the featurizer.
+        saver: saves its tensors.
+    """
+
+    id: str
+    saver: Saver
+
+    def stored_tensors(self) -> Mapping[str, Tensor | Pieces]:
+        """Return the whole tensors, whose rows are fetched from the processes while they are written.
+
+        Raises:
+            UsageError: it is not saved by ``save_pretrained`` in all processes.
+        """
+        return self.saver.pieces(self.id)
+
+    @contextmanager
+    def saving(self) -> Iterator[bool]:
+        """Enclose a save: the first process writes, the others send their rows to it."""
+        with self.saver.saving(self.id) as is_writer:
+            yield is_writer

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import functools
+from collections.abc import Mapping
 from typing import Any, ClassVar, final
 
 import torch
 from featurizers.errors import ShapeError, UsageError
 from featurizers.features import Active, Edit, Indices, SiteMap
-from featurizers.format import Pieces
 from featurizers_transcoder import LinearMap, LinearMapConfig, pre_activations
 from jaxtyping import Float
 from pydantic import BaseModel
@@ -18,7 +17,7 @@ from torch import Tensor
 from featurizers_sharded.collectives import spread, total
 from featurizers_sharded.divided import FETCHED, Divided
 from featurizers_sharded.ranks import Ranks, reported
-from featurizers_sharded.saving import Saver
+from featurizers_sharded.saving import SavedTogether, Saver
 
 
 @final
@@ -26,7 +25,7 @@ from featurizers_sharded.saving import Saver
     *("featurize", "inverse_featurize", "encode", "encode_active", "decode", "decode_change", "skip_change"),
     *("apply_edit", "by_group", "select", "take", "saving"),
 )
-class ShardedMap(SiteMap[LinearMapConfig]):
+class ShardedMap(SavedTogether, SiteMap[LinearMapConfig]):
     """Map whose features are divided over the processes of a mesh; `featurizers.load` with ``mesh=`` makes it.
 
     It is the `featurizers_transcoder.LinearMap` of the same kind and config, which has the formulas. Each process holds
@@ -113,18 +112,15 @@ class ShardedMap(SiteMap[LinearMapConfig]):
         """Return ``b_w + Σ_g W_dec_gwᵀ z_g + Σ_r W_skip_rwᵀ x_r``; the sum over groups is one over the processes."""
         skip = self.skip_change(write, x)
         edits = {group: (features[group], None) for group in self.groups if (group, write) in self.decoders}
-        change = self._decoded("decode", write, edits)
         result: Tensor = self.share.b_dec[write]
-        result = result if change is None else result + change
+        result = result + self._decoded("decode", write, edits) if edits else result
         return result if skip is None else result + skip
 
     def decode_change(
         self, write: str, group: str, change: Float[Tensor, "*batch k"], columns: Tensor | None = None
     ) -> Float[Tensor, "*batch d_write"]:
         """Return ``W_dec_gwᵀ`` times the change of all features of a group, or of those in ``columns``."""
-        decoded = self._decoded("decode_change", write, {group: (change, columns)})
-        assert decoded is not None
-        return decoded
+        return self._decoded("decode_change", write, {group: (change, columns)})
 
     def skip_change(
         self, write: str, change: Mapping[str, Float[Tensor, "*batch d_read"]]
@@ -141,10 +137,9 @@ class ShardedMap(SiteMap[LinearMapConfig]):
             for group, edit in edits.items()
             if edit.edited is not edit.features and (group, write) in self.decoders
         }
-        change = self._decoded("apply_edit", write, changes) if changes else None
-        return base if change is None else (base + change).to(base.dtype)
+        return (base + self._decoded("apply_edit", write, changes)).to(base.dtype) if changes else base
 
-    # ------------------------------------------------------------------ slices and saving
+    # ------------------------------------------------------------------ slices
     @classmethod
     def sliced(
         cls, config: LinearMapConfig, columns: Mapping[str, Tensor]
@@ -171,20 +166,6 @@ class ShardedMap(SiteMap[LinearMapConfig]):
         part.load_state_dict({**{name: state.get(name) for name in part.state_dict()}, **added}, assign=True)
         part.reads, part.writes = self.reads, self.writes
         return part.described_as(self)
-
-    def stored_tensors(self) -> Mapping[str, Tensor | Pieces]:
-        """Return the whole tensors, whose rows are fetched from the processes while they are written.
-
-        Raises:
-            UsageError: it is not saved by ``save_pretrained`` in all processes.
-        """
-        return self.saver.pieces(self.id)
-
-    @contextmanager
-    def saving(self) -> Iterator[bool]:
-        """Enclose a save: the first process writes, the others send their rows to it."""
-        with self.saver.saving(self.id) as is_writer:
-            yield is_writer
 
     # ------------------------------------------------------------------ helpers
     def _trains(self) -> bool:
@@ -222,15 +203,15 @@ class ShardedMap(SiteMap[LinearMapConfig]):
         tensors = {name: rows[f"rule_tensors.{name}.{group}"] for name in rule.tensors}
         return rule(pre, tensors, self.config.groups[group].rule_options)
 
-    def _decoded(self, call: str, write: str, changes: Mapping[str, tuple[Tensor, Tensor | None]]) -> Tensor | None:
-        """Return the decoded changes of features, summed over groups; None if there is no group.
+    def _decoded(self, call: str, write: str, changes: Mapping[str, tuple[Tensor, Tensor | None]]) -> Tensor:
+        """Return the decoded changes of features, summed over groups.
 
         Rows of some features are fetched; of more features, each process decodes its own, and these are summed.
 
         Args:
             call: name of the call, for the other processes.
             write: name of the write.
-            changes: by group, changes of the features and their columns, None for all.
+            changes: by group, one or more: changes of the features and their columns, None for all.
 
         Raises:
             ShapeError: there is not one change for each feature.
@@ -241,21 +222,18 @@ class ShardedMap(SiteMap[LinearMapConfig]):
                 raise ShapeError(f"{self.id!r}: the group {group!r} takes {n} features, got {tuple(change.shape)}")
         given = [part for each in changes.values() for part in each]
         with self.ranks.together(call, write, *changes, *given, self._trains()):
-            fetched, own = None, None
+            fetched: list[Tensor] = []
+            own: list[Tensor] = []
             for group, (change, columns) in changes.items():
                 divided = self.divided[group]
                 if columns is not None and len(columns) <= FETCHED:
                     weight = divided.fetched(self.share.get_parameter(f"W_dec.{group}.{write}"), columns)
-                    part = change.to(weight.dtype) @ weight
-                    fetched = part if fetched is None else fetched + part
-                    continue
-                if columns is None:
-                    part = self.share.decode_change(write, group, divided.own(change))
+                    fetched.append(change.to(weight.dtype) @ weight)
+                elif columns is None:
+                    own.append(self.share.decode_change(write, group, divided.own(change)))
                 else:
                     here, rows = divided.here(columns)
-                    part = self.share.decode_change(write, group, spread(change, self.ranks)[..., here], rows[here])
-                own = part if own is None else own + part
-            if own is None:
-                return fetched
-            summed = total(own, self.ranks)
-            return summed if fetched is None else fetched + summed
+                    part = spread(change, self.ranks)[..., here]
+                    own.append(self.share.decode_change(write, group, part, rows[here]))
+            summed = [total(functools.reduce(torch.add, own), self.ranks)] if own else []
+            return functools.reduce(torch.add, [*fetched, *summed])
